@@ -9,6 +9,7 @@ import contextlib
 import gc
 import json
 import random
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -66,11 +67,13 @@ class Pace:
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
+        switch: Called with the setting that a block asks for, if it does.
     """
 
-    def __init__(self, device: str) -> None:
-        self.device, self.block = device, 0
+    def __init__(self, device: str, switch: Callable[[str], None] | None = None) -> None:
+        self.device, self.block, self.switch = device, 0, switch
         self.times: list[float] = []
+        self.core_seconds = 0.0
         self.losses: list[float] = []
         self.tokens = 0
         self.profile: Any = None
@@ -87,7 +90,7 @@ class Pace:
         elif self.order == "profile":
             self.profile = torch_profiler()
             self.profile.__enter__()
-        self._began = time.perf_counter()
+        self._began, self._began_core = time.perf_counter(), time.process_time()
 
     def after(self, tokens: int, loss: Any = None) -> None:
         """Called after each step.
@@ -98,6 +101,7 @@ class Pace:
         """
         self._synchronize()
         self.times.append(time.perf_counter() - self._began)
+        self.core_seconds += time.process_time() - self._began_core
         self.tokens += tokens
         if loss is not None:
             self.losses.append(float(loss))
@@ -109,18 +113,27 @@ class Pace:
         if self.order != "block":
             self._clear()
         elif len(self.times) == self.block:
-            outcome = {"seconds": self.times, "tokens": self.tokens, "losses": self.losses}
-            self._send(outcome)
+            self._send(
+                {
+                    "seconds": self.times,
+                    "core_seconds": self.core_seconds,
+                    "tokens": self.tokens,
+                    "losses": self.losses,
+                    "resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                }
+            )
             self._clear()
 
     def _clear(self) -> None:
-        self.times, self.losses, self.tokens = [], [], 0
+        self.times, self.losses, self.tokens, self.core_seconds = [], [], 0, 0.0
 
     def _wait(self) -> None:
-        self.order, _, steps = sys.stdin.readline().strip().partition(" ")
+        self.order, steps, setting = [*sys.stdin.readline().strip().split(" ", 2), "", "", ""][:3]
         if self.order not in ("block", "memory", "profile"):
             raise Finished
         self.block = int(steps or 1)
+        if setting and self.switch is not None:
+            self.switch(setting)
 
     @staticmethod
     def _send(answer: dict[str, Any]) -> None:
@@ -173,11 +186,18 @@ def held_bytes() -> int:
 
 
 def train_under(
-    pace: Pace, strategy: Any, task: Any, loader: Any, tokens: Callable[..., int], max_steps: int
+    pace: Pace,
+    strategy: Any,
+    task: Any,
+    loader: Any,
+    tokens: Callable[..., int],
+    max_steps: int,
+    **options: Any,
 ) -> None:
     """Trains ``task`` with PyTorch Lightning at the pace.
 
-    ``tokens`` returns the number of tokens of a batch, given it and its place.
+    ``tokens`` returns the number of tokens of a batch, given it and its place; ``options`` are
+    further arguments of the Trainer.
     """
     import pytorch_lightning as pl
 
@@ -197,6 +217,7 @@ def train_under(
         callbacks=[Watch()],
         max_steps=max_steps,
         **QUIET,
+        **options,
     ).fit(task, loader)
 
 

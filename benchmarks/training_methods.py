@@ -140,12 +140,16 @@ def checkpointed_loop(pace: Pace, case: Case) -> None:
 
 def peft_model(case: Case) -> Any:
     """Returns PEFT's model around bitsandbytes' own layers."""
+    return with_peft(model_of(case), case.quantized, case.dropout)
+
+
+def with_peft(model: Any, quantized: bool, dropout: float) -> Any:
+    """Returns PEFT's model around a causal language model, quantized or not."""
     import bitsandbytes as bnb
     import torch
     from peft import LoraConfig, get_peft_model
 
-    model = model_of(case)
-    if case.quantized:
+    if quantized:
         linear = [(n, m) for n, m in model.model.named_modules() if type(m) is torch.nn.Linear]
         for name, layer in linear:
             new = bnb.nn.Linear4bit(
@@ -159,7 +163,7 @@ def peft_model(case: Case) -> Any:
             setattr(model.model.get_submodule(owner), leaf, new.to("cpu"))
         model.is_loaded_in_4bit = True
     config = LoraConfig(
-        target_modules="all-linear", lora_dropout=case.dropout, task_type="CAUSAL_LM", **LORA
+        target_modules="all-linear", lora_dropout=dropout, task_type="CAUSAL_LM", **LORA
     )
     return get_peft_model(model, config)
 
@@ -306,24 +310,37 @@ def hugging_face(pace: Pace, case: Case) -> None:
 
 
 def trl(pace: Pace, case: Case, in_packs: bool = False) -> None:
-    """Trains with TRL's SFTTrainer as it is by default: checkpointing, mixed precision in bfloat16.
+    """Trains with TRL's SFTTrainer as it is by default.
 
-    It keeps the adapters of a quantized base in bfloat16. Packed rows are as many tokens for a step
-    as padded ones, one row of the longest length.
+    Packed rows are as many tokens for a step as padded ones, one row of the longest length.
+    """
+    given = {
+        "per_device_train_batch_size": 1 if in_packs else case.rows,
+        "packing": in_packs,
+        "max_length": case.length,
+    }
+    with_trl(pace, peft_model(case), examples(case, case.rows * 64), tokenizer(), **given)
+
+
+def with_trl(
+    pace: Pace, model: Any, rows: list[dict[str, list[int]]], words: Any, **given: Any
+) -> None:
+    """Trains PEFT's model with TRL's SFTTrainer: checkpointing, mixed precision in bfloat16.
+
+    It keeps the adapters of a quantized base in bfloat16. ``given`` are further settings, and
+    ``words`` is a tokenizer.
     """
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     watch = watching(pace)
     with tempfile.TemporaryDirectory() as folder:
-        given = {**ARGUMENTS, "train_sampling_strategy": "random" if in_packs else "sequential"}
-        config = SFTConfig(
-            folder, per_device_train_batch_size=1 if in_packs else case.rows,
-            use_cpu=pace.device == "cpu", packing=in_packs, max_length=case.length, **given,
-        )  # fmt: skip
+        order = "random" if given.get("packing") else "sequential"
+        settings = {**ARGUMENTS, "train_sampling_strategy": order, **given}
+        config = SFTConfig(folder, use_cpu=pace.device == "cpu", **settings)
         watch.trainer = counting(SFTTrainer)(
-            peft_model(case), config, callbacks=[watch], processing_class=tokenizer(),
-            train_dataset=Dataset.from_list(examples(case, case.rows * 64)),
+            model, config, callbacks=[watch], processing_class=words,
+            train_dataset=Dataset.from_list(rows),
         )  # fmt: skip
         watch.trainer.train()
 

@@ -88,16 +88,14 @@ RATIOS: list[tuple[str, str, str, str]] = [
 
 
 class Worker:
-    """One method of a case, in a process of its own."""
+    """One method of a case, in a process of its own, which ``command`` starts."""
 
-    def __init__(self, case: int, method: str, given: argparse.Namespace) -> None:
-        words = ["--device", given.device, "--case", str(case), "--method", method]
-        command = [sys.executable, __file__, "work", *words]
+    def __init__(self, method: str, command: list[str]) -> None:
         self.method = method
         # A file: nobody reads here while the process runs.
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [*command, *(f"--{word}" for word in ("quick", "check") if getattr(given, word))],
+            [sys.executable, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -134,7 +132,11 @@ def measure_case(number: int, given: argparse.Namespace) -> dict[str, Any]:
     case, methods, block = case_of(number, given)
     missing = [m for m in methods if m in NEEDS and importlib.util.find_spec(NEEDS[m]) is None]
     found: dict[str, Any] = {method: {"skipped": f"no {NEEDS[method]}"} for method in missing}
-    workers = [Worker(number, method, given) for method in methods if method not in missing]
+    workers = [
+        Worker(method, words_of(number, method, given))
+        for method in methods
+        if method not in missing
+    ]
     try:
         for worker in workers:
             losses = worker.ask("block 1")["losses"]
@@ -155,6 +157,13 @@ def measure_case(number: int, given: argparse.Namespace) -> dict[str, Any]:
         for worker in workers:
             worker.end()
     return {"case": case.name, "methods": found}
+
+
+def words_of(case: int, method: str, given: argparse.Namespace) -> list[str]:
+    """Returns the words of the command that trains as a method of a case."""
+    words = ["--device", given.device, "--case", str(case), "--method", method]
+    more = [f"--{word}" for word in ("quick", "check") if getattr(given, word)]
+    return [__file__, "work", *words, *more]
 
 
 def cases_of(given: argparse.Namespace) -> list[tuple[Case, tuple[str, ...], int]]:

@@ -50,6 +50,13 @@ item_operation = _aten._local_scalar_dense.default
 # A view without the check that its memory is not shared with the result.
 unsafe_view: Any = _aten._unsafe_view.default
 
+
+def softmax_backward(of_output: Tensor, output: Tensor) -> Tensor:
+    """Returns the gradient of a softmax's input along the last dimension, in one operation."""
+    found: Tensor = _aten._softmax_backward_data(of_output, output, -1, output.dtype)
+    return found
+
+
 # The innermost dispatch mode, or ``None``; and a context in which it sees nothing.
 current_dispatch_mode: Any = _get_current_dispatch_mode
 pause_dispatch_mode: Any = _pop_mode_temporarily
@@ -127,6 +134,12 @@ def has_hooks(module: nn.Module) -> bool:
 def is_compiled(module: nn.Module) -> bool:
     """Whether ``module.compile()`` was called."""
     return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def is_traced(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` runs a module, or something inside of it."""
+    # By name: torch._dynamo takes seconds to import.
+    return any(is_compiled(m) or type(m).__name__ == "OptimizedModule" for m in module.modules())
 
 
 def persistent_buffers(module: nn.Module) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from lightning_peft import engine
+from lightning_peft.compat.torch import is_traced
 from lightning_peft.compat.transformers import attention_implementation
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.errors import UnsupportedError
@@ -21,32 +21,55 @@ ATTENTIONS = ("sdpa", "eager")
 
 
 def plan_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Returns the places of the examples of each row: best fit, longest first.
+    """Returns the places of the examples of each row.
+
+    A row holds the longest example that is left and, of all sums of others, those that fill it
+    best, long ones first. Rows of like content follow each other.
 
     ``lengths`` are at most ``capacity``, both in tokens.
     """
+    places: dict[int, list[int]] = {}
+    for place in range(len(lengths) - 1, -1, -1):
+        places.setdefault(lengths[place], []).append(place)
+    left = {length: len(places[length]) for length in sorted(places, reverse=True)}
     rows: list[list[int]] = []
-    # Room left -> rows with that room. There are at most ``capacity`` different values.
-    open_rows: dict[int, list[int]] = {}
-    rooms: list[int] = []
-    for place in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        length = lengths[place]
-        at = bisect_left(rooms, length)
-        if at == len(rooms):
-            row, room = len(rows), capacity
-            rows.append([])
-        else:
-            room = rooms[at]
-            row = open_rows[room].pop()
-            if not open_rows[room]:
-                del open_rows[room]
-                del rooms[at]
-        rows[row].append(place)
-        left = room - length
-        if left not in open_rows:
-            insort(rooms, left)
-        open_rows.setdefault(left, []).append(row)
+    while left:
+        pattern = _best_fill(left, capacity)
+        # As often as there are examples for it: the next best one is about as good, and searched.
+        for _ in range(min(left[length] // times for length, times in pattern.items())):
+            rows.append([places[n].pop() for n, times in pattern.items() for _ in range(times)])
+        left = {length: len(places[length]) for length in left if places[length]}
     return rows
+
+
+def _best_fill(left: dict[int, int], capacity: int) -> dict[int, int]:
+    """Returns how many examples of each length go together into a row.
+
+    ``left`` has how many there are of each length, the longest first.
+    """
+    longest = next(iter(left))
+    room = capacity - longest
+    everything = (1 << (room + 1)) - 1
+    # Bit n of a set of sums: some of the examples so far have n tokens together.
+    sums = [1]
+    parts: list[tuple[int, int]] = []
+    for length, count in left.items():
+        most = min(count - (length == longest), room // length if length else 0)
+        times = 1
+        while most > 0:
+            times = min(times, most)
+            parts.append((length, times))
+            sums.append((sums[-1] | sums[-1] << length * times) & everything)
+            most, times = most - times, 2 * times
+    best = sums[-1].bit_length() - 1
+    pattern = {longest: 1}
+    for i in range(len(parts) - 1, -1, -1):
+        length, times = parts[i]
+        # Long ones first: what short ones can do, they can do later too.
+        if not sums[i] >> best & 1:
+            best -= length * times
+            pattern[length] = pattern.get(length, 0) + times
+    return pattern
 
 
 class PackedRows(Dataset[list[dict[str, Any]]]):
@@ -75,40 +98,33 @@ def collate(rows: Sequence[Sequence[dict[str, Any]]], pad_token_id: int) -> dict
 
     Returns:
         ``input_ids``, ``labels`` and ``position_ids``, each ``(batch, length)``, int64; positions
-        start again with each example. ``attention_mask`` of shape ``(batch, 1, length, length)``,
-        float32, is added to the scores: 0 where an example attends to its own past, else ``-inf``.
+        start again with each example. ``attention_mask`` is a
+        :class:`~lightning_peft.engine.training.packed_attention.PackedMask` of shape
+        ``(batch, 1, length, length)``, float32, which is added to the scores: 0 where an example
+        attends to its own past, else ``-inf``. It has no storage, and its values are made for
+        attention that asks for them.
     """
     length = max(sum(len(example["input_ids"]) for example in row) for row in rows)
     ids = torch.full((len(rows), length), pad_token_id)
     labels = torch.full((len(rows), length), IGNORED)
     positions = torch.zeros((len(rows), length), dtype=torch.int64)
-    example_ids = torch.zeros((len(rows), length), dtype=torch.int64)
+    lengths: list[list[int]] = []
     for i, row in enumerate(rows):
         start = 0
-        for owner, example in enumerate(row, start=1):
-            stop = start + len(example["input_ids"])
+        lengths.append([len(example["input_ids"]) for example in row])
+        for example, size in zip(row, lengths[i], strict=True):
+            stop = start + size
             ids[i, start:stop] = torch.as_tensor(example["input_ids"])
             labels[i, start:stop] = torch.as_tensor(example["labels"])
             # Otherwise the last token of the example before would learn to predict it.
             labels[i, start] = IGNORED
-            positions[i, start:stop] = torch.arange(stop - start)
-            example_ids[i, start:stop] = owner
+            positions[i, start:stop] = torch.arange(size)
             start = stop
-        positions[i, start:] = torch.arange(length - start)
-    mask = block_causal_mask(example_ids)
+        if start < length:
+            positions[i, start:] = torch.arange(length - start)
+            lengths[i].append(length - start)
+    mask = engine.PackedMask(lengths)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
-
-
-def block_causal_mask(example_ids: Tensor) -> Tensor:
-    """Returns the mask, ``(batch, 1, length, length)``, float32: 0 in a token's own past, or -inf.
-
-    ``example_ids`` is the number of the example of each token, ``(batch, length)``.
-    """
-    length = example_ids.shape[1]
-    past = torch.ones(length, length, dtype=torch.bool, device=example_ids.device).tril()
-    allowed = (example_ids[:, None, :, None] == example_ids[:, None, None, :]) & past
-    mask = torch.zeros(allowed.shape, device=example_ids.device)
-    return mask.masked_fill_(~allowed, float("-inf"))
 
 
 def language_model(module: nn.Module) -> PreTrainedModel:
@@ -144,9 +160,8 @@ def check_model(model: PreTrainedModel, capacity: int) -> None:
             f"{type(model).__name__} was loaded with attn_implementation={kind!r}. Load it with "
             f"{' or '.join(map(repr, ATTENTIONS))}, or use packing=False."
         )
-    window = getattr(config, "sliding_window", None)
-    layers = getattr(config, "layer_types", None) or ["sliding_attention"] * bool(window)
-    if window and window < capacity and "sliding_attention" in layers:
+    if not sees_all(model, capacity):
+        window = config.sliding_window
         raise UnsupportedError(
             f"{type(model).__name__} attends to the last {window:,} tokens only, which the mask of "
             f"packed rows of {capacity:,} tokens would undo. Use max_length={window} or less, or "
@@ -170,6 +185,14 @@ def check_model(model: PreTrainedModel, capacity: int) -> None:
         )
 
 
+def sees_all(model: PreTrainedModel, length: int) -> bool:
+    """Whether every token of an example of ``length`` tokens attends to all before it."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    layers = getattr(config, "layer_types", None) or ["sliding_attention"] * bool(window)
+    return not window or window >= length or "sliding_attention" not in layers
+
+
 def _measure_leakage(model: PreTrainedModel) -> tuple[float, float]:
     size = min(100, int(model.config.get_text_config().vocab_size))
     first, second = torch.arange(6) % size, (torch.arange(9) * 7 + 3) % size
@@ -187,6 +210,15 @@ def _measure_leakage(model: PreTrainedModel) -> tuple[float, float]:
     return float((packed - other).norm() / scale), float((packed - alone).norm() / scale)
 
 
-def to_model(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-    """Returns ``batch`` with its mask in the dtype of ``model``: sdpa takes no other."""
-    return {**batch, "attention_mask": batch["attention_mask"].to(model.dtype)}
+def to_model(
+    batch: dict[str, Tensor], model: PreTrainedModel, whole: nn.Module | None = None
+) -> dict[str, Tensor]:
+    """Returns ``batch`` with its mask in the dtype of ``model``: sdpa takes no other.
+
+    With values, where ``torch.compile`` traces the model or what is around it, ``whole``: it knows
+    no masks without storage.
+    """
+    mask = batch["attention_mask"].to(model.dtype)
+    if isinstance(mask, engine.PackedMask) and is_traced(whole or model):
+        mask = mask.dense()
+    return {**batch, "attention_mask": mask}

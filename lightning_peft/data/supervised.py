@@ -217,8 +217,9 @@ class SupervisedData(ConversationData):
         """
         if not self.hparams["packing"] or self.trainer is None:
             return batch
-        model = packed.language_model(self.trainer.lightning_module)
+        whole = self.trainer.lightning_module
+        model = packed.language_model(whole)
         if self._checked is not model:
             packed.check_model(model, self.max_length)
             self._checked = model
-        return packed.to_model(batch, model)
+        return packed.to_model(batch, model, whole)

@@ -35,6 +35,7 @@ from .injection import inject as inject
 from .injection import inject_config as inject_config
 from .late_copies import explain_hook_error as explain_hook_error
 from .late_copies import link_late_copies as link_late_copies
+from .layers.fused import is_transformed as is_transformed
 from .layers.probes import in_eval_mode as in_eval_mode
 from .loading.gguf_files import find_gguf as find_gguf
 from .loading.gguf_model import GgufModel as GgufModel
@@ -84,6 +85,7 @@ from .training.optimizers import name_of_optimizer as name_of_optimizer
 from .training.optimizers import optimizer_names as optimizer_names
 from .training.optimizers import replace_optimizers as replace_optimizers
 from .training.optimizers import restore_paging as restore_paging
+from .training.packed_attention import PackedMask as PackedMask
 from .training_mode import set_training_mode as set_training_mode
 from .unloading import unload as unload
 from .verification.probe import default_step as default_step

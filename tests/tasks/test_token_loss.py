@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_peft import engine
 from lightning_peft.data import packing
+from lightning_peft.engine.training.causal_lm_loss import causal_lm_loss
 from lightning_peft.plan.memory_tracker import MemoryTracker
 from lightning_peft.plan.meta_copy import fake_mode, make_fake, meta_copy
 from lightning_peft.tasks import token_loss
@@ -161,7 +162,10 @@ def test_dropout_and_checkpointing_see_the_same_random_numbers():
     model.transformer.drop.p = 0.3
     engine.inject(model, r=4, lora_dropout=0.2)
     engine.checkpoint_activations(model, True)
-    assert compared(model, batch_of())._chunked is True
+    batch = batch_of()
+    # Without padding, which would not be computed and so draw no numbers.
+    batch["attention_mask"][:] = 1
+    assert compared(model, batch)._chunked is True
 
 
 def test_a_batch_without_labels_gives_no_number_and_no_gradient():
@@ -185,10 +189,26 @@ def test_no_logits_of_tokens_without_a_label_are_made(monkeypatch):
     model.lm_head.register_forward_hook(lambda m, args, out: sizes.append(out.numel()))
     parts.train(model, model, batch)
     labelled = int((batch["labels"][:, 1:] != -100).sum())
-    # One position of each row, since the model calls its head itself; then chunks of four tokens.
-    assert sizes[0] == 4 * VOCABULARY
+    # One position of the rows without padding, since the model calls its head itself; then chunks
+    # of four tokens.
+    assert sizes[0] == VOCABULARY
     assert sum(sizes[1:]) == labelled * VOCABULARY
     assert max(sizes) == 4 * VOCABULARY
+
+
+def test_many_classes_do_not_make_the_loss_look_like_another():
+    # torch's own sum over so many classes in float32 is off by more than a millionth of this loss.
+    classes, token = 49152, 7
+    fields = {"vocab_size": classes, "hidden_size": 16, "head_dim": 4, "num_hidden_layers": 1}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | fields))
+    model.lm_head = nn.Linear(16, classes)
+    model.loss_function = causal_lm_loss
+    with torch.no_grad():
+        model.lm_head.bias.zero_()[token] = 12
+    batch, parts = {"input_ids": torch.full((2, 33), token)}, TokenLoss()
+    batch["labels"] = batch["input_ids"].clone()
+    parts.train(model, model, batch)
+    assert parts._chunked is True
 
 
 def test_evaluation_counts_as_the_logits_say():

@@ -102,7 +102,7 @@ def fused_output(layer: Any, names: list[str], args: Any, kwargs: Any) -> Tensor
     a, b = layer.factors(names[0])
     p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
     scaling = layer.adapter_settings[names[0]].scaling
-    with _without_autocast(x), _pause_recording():
+    with without_autocast(x), paused_recording():
         out: Tensor = FusedLora.apply(x, a, b, layer.bias, stored, frozen, scaling, p)
     return out
 
@@ -159,7 +159,7 @@ class FusedLora(torch.autograd.Function):
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
         rows = _rows(x, ctx.frozen)
         for_x, for_a, for_b, for_bias = ctx.needs_input_grad[:4]
-        with _without_autocast(rows):
+        with without_autocast(rows):
             if torch.is_grad_enabled():
                 # For gradients of gradients: what was kept does not know where it came from.
                 low = _project_down(rows, mask, a, ctx.factor)
@@ -187,6 +187,9 @@ def _accumulated(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
         return (left.t() @ right).to(dtype)
     if left.device.type == "cuda" and "dtype" in torch.ops.aten.mm.overloads():
         return torch.mm(left.t(), right, out_dtype=torch.float32).to(dtype)
+    if left.shape[1] > right.shape[1]:
+        # With the wide one on the right, where it is read as it lies in memory.
+        return _accumulated(right, left, dtype).t()
     total = left.new_zeros(left.shape[1], right.shape[1], dtype=torch.float32)
     for some, others in zip(left.split(_ROWS), right.split(_ROWS), strict=True):
         total.addmm_(some.t().float(), others.float())
@@ -277,7 +280,7 @@ def _has_standard_dropout(dropout: Any) -> bool:
 
 
 @contextmanager
-def _pause_recording() -> Iterator[None]:
+def paused_recording() -> Iterator[None]:
     """Within the body, operations are not noted in order to be repeated: their result is kept."""
     if not getattr(current_dispatch_mode(), "records_ops", False):
         yield
@@ -287,7 +290,7 @@ def _pause_recording() -> Iterator[None]:
 
 
 @contextmanager
-def _without_autocast(x: Tensor) -> Iterator[None]:
+def without_autocast(x: Tensor) -> Iterator[None]:
     """Within the body, products are computed in the dtypes that are given."""
     if not torch.is_autocast_enabled(x.device.type):
         yield

@@ -20,7 +20,7 @@ from lightning_peft.errors import UnsupportedError
 
 # Questions about a weight that need no value of it. Modules ask them in every forward pass, for
 # example transformers' T5, which casts activations to `self.wo.weight.dtype`.
-_METADATA = {
+METADATA = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout")),
     *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_meta", "is_cpu")),
     *(getattr(Tensor, name) for name in ("size", "dim", "numel", "element_size", "__len__")),
@@ -75,7 +75,7 @@ class WeightView(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Answers what is known, computes the values for everything else."""
-        if func in _METADATA:
+        if func in METADATA:
             with without_torch_function():
                 return func(*args, **(kwargs or {}))
         for view in args:
