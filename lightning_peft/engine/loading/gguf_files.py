@@ -45,12 +45,6 @@ FORMAT = 5
 KIND = "model in a GGUF file"
 # Longer is what tokenizers say that know no limit.
 _NO_LIMIT = 1 << 30
-_SPECIAL = {
-    "bos_token": "bos",
-    "eos_token": "eos",
-    "unk_token": "unknown",
-    "pad_token": "padding",
-}
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -158,16 +152,12 @@ def _describe(reference: ModelReference, file: Path) -> dict[str, Any]:
         for tensor in reader.tensors
     ]
     kinds = {str(tensor["kind_name"]) for tensor in tensors}
-    ids = {
-        name: reader.fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()
-    }
     words, kind = (reader.fields.get(f"tokenizer.ggml.{key}") for key in ("pre", "model"))
     return {
         "architecture": architecture,
         "dtype": _dtype(kinds),
         "pre_tokenizer": words and words.contents(),
         "byte_level": kind is not None and kind.contents() == "gpt2",
-        "special_tokens": {name: int(field.contents()) for name, field in ids.items() if field},
         "tensors": tensors,
         "metadata": {
             key.removeprefix(f"{architecture}."): field.contents()
@@ -208,9 +198,6 @@ def _write(working: Path, file: Path, facts: dict[str, Any]) -> None:
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         if limit and tokenizer.model_max_length > _NO_LIMIT:
             tokenizer.model_max_length = limit
-        # transformers 5.9 reads the token that begins texts as the one that ends them.
-        for name, token_id in facts["special_tokens"].items():
-            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
         save_within(tokenizer, working, config.get_text_config().vocab_size)
     (working / TABLE).write_text(json.dumps(facts), encoding="utf-8")
 

@@ -227,7 +227,7 @@ def _saves_memory(loading: Loading, name: Any, kwargs: dict[str, Any]) -> bool:
     parts = _config_dicts(name, kwargs)
     wanted = _dtype_name(kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto")
     if wanted == "auto":
-        # Auto classes of transformers 5.9 write a dtype that is named into the config.
+        # Auto classes write a dtype that is named into the config.
         wanted = _dtype_name(getattr(kwargs.get("config"), "dtype", None) or "auto")
     stored = next(
         (_dtype_name(p[k]) for p in parts for k in ("dtype", "torch_dtype") if p.get(k)), None
