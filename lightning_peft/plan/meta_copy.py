@@ -47,7 +47,7 @@ def _on_meta(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
-def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
+def make_fake(module: nn.Module, mode: FakeTensorMode, device: torch.device = _DEVICE) -> None:
     """Turns every parameter and buffer of a module on the meta device into a fake one, in place.
 
     Ties stay ties.
@@ -57,7 +57,7 @@ def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
     def fake(tensor: Tensor) -> Any:
         if id(tensor) not in copies:
             copies[id(tensor)] = engine.recreate_parameter(
-                tensor, lambda one: FakeTensor(mode, _on_meta(one), _DEVICE)
+                tensor, lambda one: FakeTensor(mode, _on_meta(one), device)
             )
         return copies[id(tensor)]
 

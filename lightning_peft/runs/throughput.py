@@ -19,8 +19,10 @@ class Throughput:
     """
 
     def __init__(self) -> None:
-        self._marks: deque[tuple[float, int, int, int]] = deque(maxlen=WINDOW + 1)
-        self.rows = self.tokens = 0
+        self._marks: deque[tuple[float, int, int, int | Tensor]] = deque(maxlen=WINDOW + 1)
+        self.rows = 0
+        # On the device that counts them: reading it in each step would wait for a GPU.
+        self._tokens: int | Tensor = 0
         self._validating_since: float | None = None
         # Seconds of all validations so far, with the samples and checkpoints that belong to them.
         self.validated = 0.0
@@ -31,11 +33,20 @@ class Throughput:
         """Counts the rows of a batch, and its tokens where it has an attention mask."""
         rows, tokens = size_of(batch)
         self.rows += rows
-        self.tokens += tokens
+        self._tokens = self._tokens + tokens
+
+    @property
+    def tokens(self) -> int:
+        """Tokens since the start."""
+        return int(self._tokens)
+
+    @tokens.setter
+    def tokens(self, tokens: int) -> None:
+        self._tokens = tokens
 
     def step(self, number: int) -> None:
         """Marks that optimizer step ``number`` is done."""
-        self._marks.append((self._training_time(), number, self.rows, self.tokens))
+        self._marks.append((self._training_time(), number, self.rows, self._tokens))
 
     def validation_begins(self) -> None:
         """Marks that a validation begins."""
@@ -61,7 +72,9 @@ class Throughput:
         first, last = self._marks[0], self._marks[-1]
         seconds = max(last[0] - first[0], 1e-9)
         names = ("steps", "rows", "tokens")
-        rates = {n: (b - a) / seconds for n, a, b in zip(names, first[1:], last[1:], strict=True)}
+        rates = {
+            n: float(b - a) / seconds for n, a, b in zip(names, first[1:], last[1:], strict=True)
+        }
         return {name: rate for name, rate in rates.items() if rate > 0}
 
     def eta(self, steps_left: int, validations_left: int = 0) -> float | None:
@@ -81,14 +94,17 @@ class Throughput:
         return seconds
 
 
-def size_of(batch: Any) -> tuple[int, int]:
-    """Returns the rows and the tokens of a batch; 0 for what it does not say."""
+def size_of(batch: Any) -> tuple[int, int | Tensor]:
+    """Returns the rows and the tokens of a batch; 0 for what it does not say.
+
+    The tokens of a padded batch on a GPU are a scalar there.
+    """
     if isinstance(batch, dict):
         mask = batch.get("attention_mask")
         tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim]
         rows = len(tensors[0]) if tensors else 0
         if isinstance(mask, Tensor) and mask.ndim == 2:
-            return rows, int(mask.sum())
+            return rows, int(mask.sum()) if mask.device.type == "cpu" else mask.sum()
         ids = batch.get("input_ids")
         return rows, ids.numel() if isinstance(ids, Tensor) else 0
     if isinstance(batch, (list, tuple)) and batch:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.tasks.pretrained import PretrainedTask
 from lightning_peft.tasks.samples import GeneratedSample, answers
-from lightning_peft.tasks.token_loss import TokenLoss
+from lightning_peft.tasks.token_loss import TokenLoss, find_labels
 
 # Longest text that predict_step generates.
 MAX_NEW_TOKENS = 256
@@ -40,6 +40,12 @@ class CausalLM(PretrainedTask):
     def token_loss(self) -> TokenLoss:
         """Computes the loss without the logits of tokens that have no label, where it can."""
         return TokenLoss()
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Notes on the CPU where labels are: the GPU would have to be waited for in mid-step."""
+        # A step of another class may hand the whole batch to the model.
+        ours = type(self).training_step is CausalLM.training_step
+        return find_labels(batch) if ours and self.device.type != "cpu" else batch
 
     def make_metrics(self) -> dict[str, Any]:
         """Returns means over labelled tokens."""

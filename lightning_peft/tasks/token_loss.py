@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from lightning_peft import engine
 from lightning_peft.compat.torch import is_compiled
 from lightning_peft.data.encoding import IGNORED
+from lightning_peft.plan.batches import LABEL_PLACES, without_places
 from lightning_peft.tasks.padding_free import PaddingFree
 
 if TYPE_CHECKING:
@@ -75,11 +76,11 @@ class TokenLoss:
 
         ``call`` runs the model on a batch; the model itself is for its head.
         """
+        batch, places = without_places(batch), batch.get(LABEL_PLACES)
         if not self._can_chunk(call, model, batch):
             own: Tensor = call(**batch).loss
             return own
-        batch = self.padding_free.batch(model, batch)
-        hidden, targets = _labelled_inputs(call, model, batch)
+        hidden, targets = self._inputs(call, model, batch, places)
         head, after = model.get_output_embeddings(), postprocess_logits(model)
         trained = [param for param in head.parameters() if param.requires_grad]
         loss: Tensor = ChunkedLoss.apply(hidden, targets, _chunk_rows(model), head, after, *trained)
@@ -87,11 +88,11 @@ class TokenLoss:
 
     def evaluate(self, call: Callable[..., Any], model: PreTrainedModel, batch: Any) -> TokenScores:
         """Returns loss and accuracy of a batch, without gradients."""
+        batch, places = without_places(batch), batch.get(LABEL_PLACES)
         with torch.no_grad():
             if not self._can_chunk(call, model, batch):
                 return _score_tokens(call(**batch), shift_labels(batch["labels"]))
-            batch = self.padding_free.batch(model, batch)
-            hidden, targets = _labelled_inputs(call, model, batch)
+            hidden, targets = self._inputs(call, model, batch, places)
             head, after = model.get_output_embeddings(), postprocess_logits(model)
             total = hidden.new_zeros((), dtype=torch.float32)
             correct = hidden.new_zeros((), dtype=torch.int64)
@@ -100,6 +101,14 @@ class TokenLoss:
                 correct += (logits.argmax(-1) == labels).sum()
                 total += engine.summed_cross_entropy(logits, labels)
             return TokenScores(total / len(targets), len(targets), correct)
+
+    def _inputs(
+        self, call: Callable[..., Any], model: PreTrainedModel, batch: Any, places: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the head's inputs where there is a label, and the labels."""
+        unpadded = self.padding_free.batch(model, batch)
+        # The places are those of the rows as they were.
+        return _labelled_inputs(call, model, unpadded, places if unpadded is batch else None)
 
     def _can_chunk(self, call: Callable[..., Any], model: PreTrainedModel, batch: Any) -> bool:
         if not batch.keys() <= _KNOWN or batch["input_ids"].shape[1] < 2:
@@ -176,13 +185,19 @@ class ChunkedLoss(torch.autograd.Function):
         # Sums until here: in float16, the shares of a mean over thousands of tokens vanish.
         scale = gradients[0] / ctx.count
         of_hidden, *sums = (
-            None if held is None else held * scale.to(held.device) for held in ctx.saved_tensors
+            None if held is None else _scaled(held, scale) for held in ctx.saved_tensors
         )
         of_trained = [
             None if held is None else held.to(dtype)
             for held, dtype in zip(sums, ctx.dtypes, strict=True)
         ]
         return of_hidden, None, None, None, None, *of_trained
+
+
+def _scaled(held: Tensor, scale: Tensor) -> Tensor:
+    # With a dimension: a scalar on a GPU is rounded to the dtype of ``held`` first, where one over
+    # the count is off by up to 0.4 %, and a loss scale is infinite.
+    return torch.mul(held, scale.to(held.device).reshape(1), out=torch.empty_like(held))
 
 
 def _gradients(logits: Tensor, sources: list[Tensor], gradient: Tensor) -> list[Any]:
@@ -221,16 +236,38 @@ def rows_of_chunk(classes: int, gpu_bytes: int) -> int:
 
 
 def _labelled_inputs(
-    call: Callable[..., Any], model: PreTrainedModel, batch: Any
+    call: Callable[..., Any], model: PreTrainedModel, batch: Any, places: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Returns the head's inputs where there is a label, and the labels."""
+    """Returns the head's inputs where there is a label, and the labels.
+
+    ``places`` are those that :func:`find_labels` found.
+    """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     with _head_input(model, first_only=True) as seen:
         call(**inputs)
     (hidden,) = seen
     targets = shift_labels(batch["labels"]).to(hidden.device)
-    places = (targets != IGNORED).nonzero().squeeze(-1)
+    if places is None:
+        # A GPU has to be waited for: how many there are decides the shape of what follows.
+        places = _places(targets)
+    places = places.to(hidden.device)
     return hidden.flatten(0, 1).index_select(0, places), targets.index_select(0, places)
+
+
+def find_labels(batch: Any) -> Any:
+    """Returns a batch with the places of its labels, for a device that should not be asked.
+
+    They are an entry of the batch, ``(labelled tokens,)``, int64: places in the flat batch. A batch
+    that is not a dictionary with ``labels`` of shape ``(batch, length)`` is returned as it is.
+    """
+    labels = batch.get("labels") if isinstance(batch, dict) else None
+    if not isinstance(labels, Tensor) or labels.ndim != 2:
+        return batch
+    return {**batch, LABEL_PLACES: _places(shift_labels(labels))}
+
+
+def _places(targets: Tensor) -> Tensor:
+    return (targets != IGNORED).nonzero().squeeze(-1)
 
 
 def shift_labels(labels: Tensor) -> Tensor:
