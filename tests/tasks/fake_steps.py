@@ -109,7 +109,7 @@ FAULTS = {
 
 
 def steps(device, cases, faults):
-    """Returns what became of each step, by its case or its fault."""
+    """Returns the outcome of each step, by its case or its fault."""
     mode, found = FakeTensorMode(allow_non_fake_inputs=True), {}
     for case in cases:
         llama = model(device, mode, *case)
