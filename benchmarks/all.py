@@ -25,6 +25,7 @@ SCRIPTS: tuple[tuple[str, tuple[str, ...], float, tuple[str, ...] | None], ...] 
     ("startup", ("--repeats", "5"), 2, ("--check",)),
     ("checkpoints", (), 5, ("--check",)),
     ("training_step", ("measure",), 11, ("measure", "--check", "--rounds", "3")),
+    ("generation", ("measure",), 4, ("measure", "--check", "--rounds", "3")),
     ("base_loading", (), 3, ("--check", "--repeats", "2")),
     ("data_path", (), 5, None),
     ("encoding_with_datasets", (), 15, None),
@@ -37,7 +38,7 @@ SCRIPTS: tuple[tuple[str, tuple[str, ...], float, tuple[str, ...] | None], ...] 
     ("quality", (), 30, None),
 )
 # Scripts that write tables of their own.
-TABLES = ("training_step", "scaling", "activation_budget", "process_memory")
+TABLES = ("training_step", "generation", "scaling", "activation_budget", "process_memory")
 
 
 def run(name: str, words: tuple[str, ...]) -> bool:
@@ -59,8 +60,7 @@ def tables() -> list[str]:
     """Writes all tables; returns the scripts that failed to write theirs."""
     write_between("summary", "\n".join(summary()))
     write_between("other records", "\n".join(others()))
-    failed = [name for name in TABLES if read(name) is not None and not run(name, ("table",))]
-    return failed if run("gpu/run", ("--table",)) else [*failed, "gpu/run"]
+    return [name for name in TABLES if read(name) is not None and not run(name, ("table",))]
 
 
 def others() -> list[str]:

@@ -134,6 +134,15 @@ TARGETS: tuple[Target, ...] = (
         "training_step.py",
     ),
     Target(
+        "seconds a token of an answer against transformers' `generate` on the merged model",
+        "at most 1.1 of the time with adapters apart, 1.0 merged",
+        tuple(
+            Bound("generation", f"{name} / transformers, merged", most, name)
+            for name, most in (("tuned, 16 bits", 1.1), ("tuned, NF4", 1.1), ("merged", 1.0))
+        ),
+        "generation.py",
+    ),
+    Target(
         "a sharded checkpoint into NF4",
         "peak at most 1.25 of the final size and a largest tensor; time at most transformers' own",
         (
@@ -243,6 +252,8 @@ CHECKS: tuple[Bound, ...] = (
     _step("QLoRA, dropout 0: strategy / engine, seconds", 1.15, "step, strategy / engine"),
     _step("instructions: recipe / by hand, seconds per token", 0.80, "token, recipe / by hand"),
     _step("instructions: recipe / by hand, peak", 0.60, "peak, recipe / by hand"),
+    Bound("generation", "tuned, NF4 / transformers, merged", 1.3, "token of an answer, NF4"),
+    Bound("generation", "merged / transformers, merged", 1.15, "token of an answer, merged"),
     Bound("base_loading", "uncached_to_transformers_alone_seconds", 0.9, "loading / transformers"),
     Bound("base_loading", "second_to_first_seconds", 0.6, "second start / first"),
     Bound("startup", "import_both_to_lightning", 1.25, "import, with Lightning / Lightning"),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import ConfigError, similar_names
 from lightning_peft.export.adapters import BASE, Adapter
 from lightning_peft.export.loading import LoadedModel
+from lightning_peft.generation import continuations, generate, kept_ready
 
 Messages = Sequence[dict[str, Any]]
 # Nothing that a template would say itself.
@@ -78,6 +80,8 @@ class ChatModel:
         tools: What the model may call, as the chat template takes it.
         images: What the processor does to images; ``None`` for a model of text. User's turns may
             have ``images`` then, a list of the bytes of image files.
+        memory_note: How much memory the weights take besides, laid out for generation; empty where
+            nothing is.
     """
 
     loaded: LoadedModel
@@ -88,8 +92,14 @@ class ChatModel:
     variables_override: dict[str, Any] | None = None
     tools: list[dict[str, Any]] = field(default_factory=list)
     images: ImageTokens | None = None
+    memory_note: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
+        lines: list[str] = []
+        # As long as the model: its adapters do not change any more.
+        self._kept = ExitStack()
+        self._kept.enter_context(kept_ready(self.loaded.model, lines.append))
+        self.memory_note = "".join(lines)
         if self.adapters and self.active == BASE:
             self.switch(self.adapters[0].name)
 
@@ -116,12 +126,11 @@ class ChatModel:
 
     @contextmanager
     def activated(self) -> Iterator[Any]:
-        """Within the body, the model computes as the one who is active."""
-        if self.active == BASE and self.adapters:
-            with engine.disable_adapters(self.loaded.model):
-                yield self.loaded.model
-        else:
-            yield self.loaded.model
+        """Within the body, the model computes as the one who is active, without gradients."""
+        model = self.loaded.model
+        as_base = self.active == BASE and self.adapters
+        with engine.disable_adapters(model) if as_base else nullcontext(), torch.no_grad():
+            yield model
 
     @property
     def prompted_as(self) -> Adapter | None:
@@ -219,32 +228,60 @@ class ChatModel:
         Raises:
             ConfigError: If even the last turn is too long for the model.
         """
-        model, tokenizer = self.loaded.model, self.loaded.tokenizer
         kept, ids, dropped, room = self._fit_context(messages)
-        inputs = self._inputs_of(kept, ids)
-        streamer = _TextStreamer(tokenizer, write)
-        ends = _end_tokens(model, tokenizer)
-        drawing = self.sampling.temperature > 0
-        options: dict[str, Any] = {"do_sample": drawing, "temperature": None, "top_p": None}
-        if drawing:
-            options |= {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
-        with self.activated(), torch.no_grad():
-            out = model.generate(
-                **{name: value.to(model.device) for name, value in inputs.items()},
-                max_new_tokens=min(self.sampling.max_new_tokens, room),
-                eos_token_id=ends,
-                pad_token_id=tokenizer.pad_token_id
-                if tokenizer.pad_token_id is not None
-                else ends[0],
-                top_k=None,
-                streamer=streamer,
-                stopping_criteria=StoppingCriteriaList([_StopRequested(stop)]),
-                **options,
-            )
+        streamer = _TextStreamer(self.loaded.tokenizer, write)
+        options = self._options() | {
+            "max_new_tokens": min(self.sampling.max_new_tokens, room),
+            "streamer": streamer,
+            "stopping_criteria": StoppingCriteriaList([_StopRequested(stop)]),
+        }
+        with self.activated() as model:
+            out = generate(model, self._inputs_of(kept, ids), **options)
         new = out[0, ids.shape[1] :].tolist()
-        ended = bool(new) and new[-1] in ends
+        ended = bool(new) and new[-1] in options["eos_token_id"]
         stopped = not ended and stop()
         return Answer(streamer.text.strip(), len(new) - ended, ended, dropped, stopped)
+
+    def answers(self, conversations: Sequence[Messages]) -> list[Answer]:
+        """Generates the next turn of each conversation, for several at a time.
+
+        Raises:
+            ConfigError: If even the last turn of one is too long for the model.
+        """
+        if self.images is not None:
+            return [self.answer(messages) for messages in conversations]
+        options, longest = self._options(), self.sampling.max_new_tokens
+        fitted = [self._fit_context(messages) for messages in conversations]
+        # The others would be cut at lengths of their own.
+        roomy = [place for place, (*_, room) in enumerate(fitted) if room >= longest]
+        prompts = [fitted[place][1][0].tolist() for place in roomy]
+        with self.activated() as model:
+            found = continuations(
+                model, prompts, options.pop("pad_token_id"), max_new_tokens=longest, **options
+            )
+        answers: dict[int, Answer] = {}
+        for place, tokens in zip(roomy, found, strict=True):
+            new = list(takewhile(lambda token: token not in options["eos_token_id"], tokens))
+            text = self.loaded.tokenizer.decode(new, skip_special_tokens=True).strip()
+            answers[place] = Answer(text, len(new), len(new) < len(tokens), fitted[place][2])
+        return [
+            answers[place] if place in answers else self.answer(messages)
+            for place, messages in enumerate(conversations)
+        ]
+
+    def _options(self) -> dict[str, Any]:
+        """Returns how tokens are chosen, and what ends an answer."""
+        ends = _end_tokens(self.loaded.model, self.loaded.tokenizer)
+        filler = self.loaded.tokenizer.pad_token_id
+        drawing = self.sampling.temperature > 0
+        return {
+            "do_sample": drawing,
+            "temperature": self.sampling.temperature if drawing else None,
+            "top_p": self.sampling.top_p if drawing else None,
+            "top_k": None,
+            "eos_token_id": ends,
+            "pad_token_id": ends[0] if filler is None else filler,
+        }
 
     def _inputs_of(self, messages: Messages, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Returns the model's inputs for turns with these ids."""

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 SPLITS = ("train", "validation", "test")
+# Prompts that are answered at the same time.
+TOGETHER = 8
 
 
 @dataclass(frozen=True)
@@ -88,16 +90,20 @@ def answers(
 ) -> Iterator[dict[str, Any]]:
     """Yields the answers of the base and of every adapter; a prompt begins a new conversation."""
     opening = [{"role": "system", "content": system}] if system else []
-    total = len(prompts) * len(chat_model.names)
-    for number, prompt in enumerate(prompts):
-        texts: dict[str, str] = {}
-        for place, name in enumerate(chat_model.names):
+    names, done, total = chat_model.names, 0, len(prompts) * len(chat_model.names)
+    for start in range(0, len(prompts), TOGETHER):
+        some = prompts[start : start + TOGETHER]
+        talks = [[*opening, {"role": "user", "content": prompt.text}] for prompt in some]
+        texts: list[dict[str, str]] = [{} for _ in some]
+        for name in names:
             chat_model.switch(name)
-            messages = [*opening, {"role": "user", "content": prompt.text}]
-            texts[name] = chat_model.answer(messages).text
-            progress("answering", number * len(chat_model.names) + place + 1, total)
-        row: dict[str, Any] = {"prompt": prompt.text, "answers": texts}
-        yield row | ({"reference": prompt.reference} if prompt.reference else {})
+            for found, answer in zip(texts, chat_model.answers(talks), strict=True):
+                found[name] = answer.text
+            done += len(some)
+            progress("answering", done, total)
+        for prompt, found in zip(some, texts, strict=True):
+            row: dict[str, Any] = {"prompt": prompt.text, "answers": found}
+            yield row | ({"reference": prompt.reference} if prompt.reference else {})
 
 
 @dataclass
@@ -148,7 +154,7 @@ def scores(
         per_row: list[dict[str, Any]] = [{} for _ in rows]
         for number, places in enumerate(batches):
             batch = pad([rows[place] for place in places], filler)
-            with chat_model.activated() as model, torch.no_grad():
+            with chat_model.activated() as model:
                 measured = _measure(model, {k: v.to(model.device) for k, v in batch.items()})
             for place, score in zip(places, measured, strict=True):
                 per_row[place] = score

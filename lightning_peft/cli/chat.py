@@ -15,6 +15,7 @@ from lightning_peft.cli.output import quiet_libraries, to_stderr
 from lightning_peft.errors import ConfigError
 
 if TYPE_CHECKING:
+    from lightning_peft.chat.chat_model import ChatModel
     from lightning_peft.chat.conversation import Conversation
     from lightning_peft.export.adapters import Adapter
     from lightning_peft.export.base import Base
@@ -133,7 +134,7 @@ def load_chat_model(
     if images is not None:
         # Some know tokens that the base's does not, such as that of an image.
         loaded.tokenizer = images.tokenizer
-    return ChatModel(
+    chat_model = ChatModel(
         loaded,
         adapters,
         args.chat_template,
@@ -142,6 +143,14 @@ def load_chat_model(
         tools=tools,
         images=images,
     )
+    show_memory(chat_model)
+    return chat_model
+
+
+def show_memory(chat_model: ChatModel) -> None:
+    """Prints what memory is taken besides that of the model."""
+    if chat_model.memory_note:
+        print(f"note: {chat_model.memory_note}", file=sys.stderr)
 
 
 def find_model(args: argparse.Namespace) -> tuple[Base, list[Adapter]]:

@@ -9,7 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_peft.cli.chat import add_loading_options, check_template, find_model, load_model
+from lightning_peft.cli.chat import (
+    add_loading_options,
+    check_template,
+    find_model,
+    load_model,
+    show_memory,
+)
 from lightning_peft.cli.options import OptionParser, command_parser
 from lightning_peft.cli.output import print_report, progress_to_stderr, quiet_libraries
 from lightning_peft.errors import ConfigError
@@ -102,6 +108,7 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
         progress("reading the tasks", 1, 1)
         loaded = load_model(args, base, adapters)
         model = ChatModel(loaded, adapters, args.chat_template, variables_override=variables)
+        show_memory(model)
         report: dict[str, Any] = evaluating.evaluate(model, tasks, settings, progress)
     report["bits"] = args.bits or (adapters[0].bits if adapters else 16)
     saved, not_saved = save(report, [adapter.folder for adapter in adapters], args.output)

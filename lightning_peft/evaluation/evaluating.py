@@ -89,7 +89,7 @@ def evaluate(
         if settings.apply_chat_template:
             lm.tokenizer.chat_template = chat_model.template().text
             lm.chat_template_args = chat_model.variables()
-        with chat_model.activated(), torch.no_grad():
+        with chat_model.activated():
             found[name] = _run(lm, tasks, settings)
     facts, template_notes = _task_facts(tasks, found), _template_notes(chat_model, settings)
     return {

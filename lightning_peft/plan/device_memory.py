@@ -85,9 +85,16 @@ def device_memory(text: str) -> DeviceMemory:
 def this_device() -> DeviceMemory:
     """Returns the free memory of the first GPU that torch sees, or of this machine."""
     if torch.cuda.is_available():
-        free, _ = torch.cuda.mem_get_info(0)
-        return DeviceMemory(torch.cuda.get_device_name(0), free, "cuda")
+        gpu = torch.device("cuda", 0)
+        return DeviceMemory(torch.cuda.get_device_name(gpu), free_memory(gpu), "cuda")
     return DeviceMemory("this machine's memory", available_memory(), "cpu")
+
+
+def free_memory(device: torch.device) -> int:
+    """Returns the bytes that can still be used on ``device``, a GPU or this machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return available_memory()
 
 
 def available_memory(container: Path = _CONTAINER) -> int:

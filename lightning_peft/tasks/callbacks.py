@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_peft.compat.lightning import last_saved_step, save_last
 from lightning_peft.errors import ConfigError
+from lightning_peft.generation import BATCH_SIZE, ready
 from lightning_peft.plugin.namespace import LateBoundMeta
-from lightning_peft.tasks.samples import BATCH_SIZE, GeneratedSample
+from lightning_peft.plugin.optimization import log_info
+from lightning_peft.tasks.samples import GeneratedSample
 
 if TYPE_CHECKING:
     from pytorch_lightning.callbacks import Callback as _Callback
@@ -176,6 +179,7 @@ class LogSamples(_Callback, metaclass=LateBoundMeta):
         # For the budget of a run: seconds so far, and whether there are samples at its end only.
         self.seconds = 0.0
         self.waits_for_end = False
+        self._said = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Checks that module and data can give samples.
@@ -212,17 +216,27 @@ class LogSamples(_Callback, metaclass=LateBoundMeta):
         samples: list[GeneratedSample] = []
         began = time.monotonic()
         count = min(self.count, len(rows))
-        for start in range(0, count, BATCH_SIZE):
-            for callback in trainer.callbacks:
-                before = getattr(callback, "on_validation_part", None)
-                if before is not None:
-                    before(trainer, unit="samples", done=start, of=count)
-            some = [rows[place] for place in range(start, min(start + BATCH_SIZE, count))]
-            with trainer.precision_plugin.forward_context():
+        with trainer.precision_plugin.forward_context(), ready(pl_module, self._say(trainer)):
+            for start in range(0, count, BATCH_SIZE):
+                for callback in trainer.callbacks:
+                    before = getattr(callback, "on_validation_part", None)
+                    if before is not None:
+                        before(trainer, unit="samples", done=start, of=count)
+                some = [rows[place] for place in range(start, min(start + BATCH_SIZE, count))]
                 samples += pl_module.generate_samples(some, self.max_new_tokens)
         self.seconds += time.monotonic() - began
         if trainer.is_global_zero:
             self._log(trainer, samples)
+
+    def _say(self, trainer: Any) -> Callable[[str], None]:
+        """Returns a function that shows a line in its first call only."""
+
+        def say(line: str) -> None:
+            if not self._said:
+                log_info(trainer.strategy, line)
+            self._said = True
+
+        return say
 
     def _log(self, trainer: Any, samples: list[GeneratedSample]) -> None:
         for callback in trainer.callbacks:

@@ -13,8 +13,9 @@ from lightning_peft.compat.lightning import trainer_of
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.data.end_tokens import end_tokens
 from lightning_peft.errors import ConfigError, UnsupportedError
+from lightning_peft.generation import generate
 from lightning_peft.tasks.pretrained import PretrainedTask
-from lightning_peft.tasks.samples import GeneratedSample, generate_greedily
+from lightning_peft.tasks.samples import GeneratedSample
 from lightning_peft.tasks.text_metrics import METRICS, TextMetric, named, update
 
 # Trained in bfloat16 or float32: their activations are larger than float16 can hold.
@@ -159,7 +160,7 @@ class EncoderDecoderTask(PretrainedTask):
         ends = end_tokens(self.model, tokenizer)
         # Whisper compares with one number.
         end = ends[0] if len(ends) == 1 else ends or None
-        tokens = generate_greedily(
+        tokens = generate(
             self.model,
             {name: batch[name] for name in self._inputs_of(batch)},
             max_new_tokens=max_new_tokens,

@@ -14,10 +14,11 @@ from lightning_peft.compat.lightning import trainer_of
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.data.end_tokens import end_tokens
 from lightning_peft.errors import ConfigError, UnsupportedError
+from lightning_peft.generation import generate
 from lightning_peft.plugin.adapter_defaults import AdapterDefaults
 from lightning_peft.tasks.causal_lm import MAX_NEW_TOKENS, CausalLM
 from lightning_peft.tasks.heads import keep_in_float32
-from lightning_peft.tasks.samples import GeneratedSample, generate_greedily
+from lightning_peft.tasks.samples import GeneratedSample
 
 # Projectors that are inside of the vision part, as in Qwen-VL and Granite-Docling.
 _MERGERS = ("merger", "deepstack_merger_list", "connector")
@@ -199,7 +200,7 @@ class ImageTextToText(CausalLM):
         ends = end_tokens(self.model, tokenizer)
         inputs = data.prompt_of(row)
         first = inputs["input_ids"].shape[1]
-        (tokens,) = generate_greedily(
+        (tokens,) = generate(
             self.model,
             inputs,
             max_new_tokens=max_new_tokens,

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from lightning_peft import engine
-from lightning_peft.data.batching import pad, pad_left
+from lightning_peft.data.batching import pad
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.data.end_tokens import end_tokens
-from lightning_peft.tasks.samples import generation_batches
+from lightning_peft.generation import continuations
 
 
 @dataclass(frozen=True)
@@ -102,19 +101,12 @@ def answers_to(task: Any, batch: dict[str, Any], sampling: Sampling) -> Answers:
     ]
     config = _config(ends, filler, sampling)
     devices = [model.device] if model.device.type == "cuda" else []
-    answers: dict[int, list[int]] = {}
-    modes = (engine.in_eval_mode(model), _without_settings_of_base(model))
-    with torch.no_grad(), modes[0], modes[1], torch.random.fork_rng(devices):
+    with _without_settings_of_base(model), torch.random.fork_rng(devices):
         torch.manual_seed(sampling.seed)
-        for places in generation_batches(model, prompts, len(prompts)):
-            inputs = pad_left([prompts[place] for place in places], filler)
-            inputs = {name: one.to(model.device) for name, one in inputs.items()}
-            tokens = model.generate(**inputs, generation_config=config)
-            new = tokens[:, inputs["input_ids"].shape[1] :].tolist()
-            answers |= dict(zip(places, new, strict=True))
+        answers = continuations(model, prompts, filler, len(prompts), generation_config=config)
     # Under autocast, casts that were made here would have no gradient.
     torch.clear_autocast_cache()
-    ended = [_ended(answers[place], ends) for place in range(len(prompts))]
+    ended = [_ended(answer, ends) for answer in answers]
     rows = [
         {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
         for prompt, answer in zip(prompts, ended, strict=True)

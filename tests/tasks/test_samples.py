@@ -5,8 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MambaConfig
 
 from lightning_peft.demo.run import BASE
+from lightning_peft.generation import BATCH_SIZE
 from lightning_peft.tasks.rollouts import Sampling, answers_to
-from lightning_peft.tasks.samples import BATCH_SIZE, answers
+from lightning_peft.tasks.samples import answers
 from tests.models import tiny_gpt2, tiny_llama
 
 

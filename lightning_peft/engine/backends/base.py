@@ -170,6 +170,13 @@ class QuantizationBackend(ABC, Generic[Config]):
         product: Tensor = _DequantizedMatmul.apply(input, bias, stored, self)
         return product
 
+    def multiplies_dequantized(self, device: torch.device) -> bool:
+        """Whether :meth:`matmul` on ``device`` is torch's product with :meth:`dequantize`.
+
+        A dense copy of the weight then gives the same product, bit for bit.
+        """
+        return type(self).matmul is QuantizationBackend.matmul
+
     @abstractmethod
     def owns(self, stored: Any) -> bool:
         """Whether ``stored`` is a parameter of this backend."""

@@ -98,7 +98,38 @@ class QuantizedLayer(LayerMixin):
 
 
 class QuantizedLinear(QuantizedLayer):
-    """``nn.Linear`` or ``Conv1D`` with a quantized weight."""
+    """``nn.Linear`` or ``Conv1D`` with a quantized weight.
+
+    Attributes:
+        dense_copies: The dequantized weight by dtype, where it is kept; see
+            :func:`~lightning_peft.engine.dense_copies`.
+    """
+
+    dense_copies: dict[torch.dtype, Tensor] | None = None
+
+    def dense_copy(self, dtype: torch.dtype) -> Tensor | None:
+        """The dequantized weight in ``dtype``, where copies are kept."""
+        if self.dense_copies is None:
+            return None
+        if dtype not in self.dense_copies:
+            # Training may come after: it saves no tensors of inference mode.
+            with torch.inference_mode(False), torch.no_grad():
+                copy = self.backend.dequantize(self._parameters["weight"], dtype)
+            self.dense_copies[dtype] = copy
+        return self.dense_copies[dtype]
+
+    def product(self, rows: Tensor, stored: Any, bias: Tensor | None) -> Tensor:
+        """``rows @ weight.T + bias``, with gradients to ``rows`` and ``bias``.
+
+        Args:
+            rows: ``(..., in)``, of one of the backend's dtypes.
+            stored: The weight of the layer.
+            bias: ``(out,)`` in the dtype of ``rows``, or ``None``.
+        """
+        copy = self.dense_copy(rows.dtype)
+        if copy is None:
+            return self.backend.matmul(self, rows, stored, bias)
+        return F.linear(rows, copy, bias)
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns ``input @ dequantize(weight).T + bias`` with gradients to ``input``.
@@ -121,7 +152,7 @@ class QuantizedLinear(QuantizedLayer):
         dtype = self.compute_dtype or out_dtype
         # A cast copy: bitsandbytes' own layer casts the stored bias, which changes the base.
         bias = None if self.bias is None else self.bias.to(dtype)
-        return self.backend.matmul(self, input.to(dtype), stored, bias).to(out_dtype)
+        return self.product(input.to(dtype), stored, bias).to(out_dtype)
 
 
 class QuantizedConvolution(QuantizedLayer):

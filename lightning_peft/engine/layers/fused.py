@@ -60,7 +60,7 @@ class FrozenMatmul(NamedTuple):
         bias = None if bias is None else bias.to(self.compute)
         if self.quantized is None:
             return F.linear(rows, self.weight(stored), bias)
-        product: Tensor = self.layer.backend.matmul(self.layer, rows, self.quantized, bias)
+        product: Tensor = self.layer.product(rows, self.quantized, bias)
         return product.to(self.dtype)
 
     def weight(self, stored: Tensor) -> Tensor:
@@ -85,20 +85,10 @@ def fused_output(layer: Any, names: list[str], args: Any, kwargs: Any) -> Tensor
         kwargs: The others.
     """
     x = args[0] if len(args) == 1 and not kwargs else None
-    if len(names) != 1 or not isinstance(x, Tensor) or not _is_supported_class(type(layer), layer):
+    frozen = frozen_matmul(layer, names, x) if len(names) == 1 else None
+    if x is None or frozen is None:
         return None
-    dropout = layer.lora_dropout[names[0]]
-    stored = layer._parameters.get("weight")
-    if (
-        is_transformed()
-        or not _has_standard_dropout(dropout)
-        or stored is None
-        or stored.requires_grad
-    ):
-        return None
-    frozen = _frozen_matmul(layer, stored, x)
-    if frozen is None:
-        return None
+    dropout, stored = layer.lora_dropout[names[0]], layer._parameters["weight"]
     a, b = layer.factors(names[0])
     p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
     scaling = layer.adapter_settings[names[0]].scaling
@@ -251,6 +241,23 @@ def _frozen_matmul(layer: Any, stored: Any, x: Tensor) -> FrozenMatmul | None:
         # Which autocast leaves as it is.
         return None
     return frozen if known and x.shape[-1:] == (width,) and x.numel() else None
+
+
+def frozen_matmul(layer: Any, names: list[str], x: Any) -> FrozenMatmul | None:
+    """Returns how the frozen weight takes part, or ``None`` where :func:`fused_output` is none.
+
+    Args:
+        layer: A layer with adapters on it.
+        names: The adapters that take part; there may be none.
+        x: What the layer is called with.
+    """
+    if len(names) > 1 or not isinstance(x, Tensor) or not _is_supported_class(type(layer), layer):
+        return None
+    stored = layer._parameters.get("weight")
+    standard = all(_has_standard_dropout(layer.lora_dropout[name]) for name in names)
+    if is_transformed() or not standard or stored is None or stored.requires_grad:
+        return None
+    return _frozen_matmul(layer, stored, x)
 
 
 def is_transformed() -> bool:
