@@ -31,6 +31,7 @@ usage: lightning-peft {name} --config RECIPE [--config FILE ...] [--KEY VALUE ..
   --run_dir FOLDER       the folder of this run; by default a new one below `runs`
   --resume RUN           go on in the folder of a run that was stopped or killed
   --ckpt_path FILE       start from this checkpoint, or evaluate it
+  --verbose              all messages of the libraries, and what took how long until the first step
   --json                 print the result as JSON, and nothing else, to the standard output
 
 Every key of a config can be set here too:
@@ -59,6 +60,8 @@ def main(subcommand: str, arguments: Sequence[str]) -> int:
     parser = OptionParser(prog=f"lightning-peft {subcommand}", add_help=False)
     parser.add_argument("--resume", nargs="?", const="", action="append", default=[])
     args, words = parser.parse_known_args([word for word in arguments if word != "--json"])
+    verbose = "--verbose" in words
+    words = [word for word in words if word != "--verbose"]
     words = ["--help" if word == "--help-all" else word for word in words]
     with to_stderr(as_json):
         if len(args.resume) > 1:
@@ -66,7 +69,7 @@ def main(subcommand: str, arguments: Sequence[str]) -> int:
             raise ConfigError(f"--resume names several runs ({runs}); one is resumed. Name one.")
         if args.resume:
             words = _resumed(args.resume[0], words)
-        session = run(subcommand, words)
+        session = run(subcommand, words, verbose=verbose)
     if session.saved is not None:
         _print_resume_command(subcommand, words, session)
         return 130
@@ -75,7 +78,12 @@ def main(subcommand: str, arguments: Sequence[str]) -> int:
     return 0
 
 
-def run(subcommand: str, words: Sequence[str], decided: dict[str, Any] | None = None) -> RunSession:
+def run(
+    subcommand: str,
+    words: Sequence[str],
+    decided: dict[str, Any] | None = None,
+    verbose: bool = False,
+) -> RunSession:
     """Runs one of the four, and returns its result; ``decided`` is what another run decided.
 
     Raises:
@@ -85,7 +93,7 @@ def run(subcommand: str, words: Sequence[str], decided: dict[str, Any] | None = 
     from lightning_peft.runs.session import RunSession
 
     name = Path(_configs(words)[0]).stem if _configs(words) else "run"
-    session: RunSession = RunSession(subcommand, name, decided)
+    session: RunSession = RunSession(subcommand, name, decided, verbose)
     with resolved_recipes(words) as resolved, session:
         run_subcommand(subcommand, resolved, session)
     return session

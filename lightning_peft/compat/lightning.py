@@ -142,6 +142,12 @@ def owners_of(module: Any) -> list[Any]:
     return [owner for owner in owners if owner is not None]
 
 
+def summary_depth(callback: Any) -> int:
+    """Returns how many levels of submodules a ``ModelSummary`` shows; 1 where it is the default."""
+    depth: int = callback._max_depth
+    return depth
+
+
 def last_saved_step(checkpoint: Any) -> int:
     """Returns the step at which a ``ModelCheckpoint`` saved last."""
     step: int = checkpoint._last_global_step_saved

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_peft import engine
-from lightning_peft.compat.lightning import trainer_of
+from lightning_peft.compat.lightning import summary_depth, trainer_of
 from lightning_peft.errors import LifecycleError, itemize
 from lightning_peft.plugin.adapter_checks import (
     check_existing_adapters,
@@ -123,6 +123,8 @@ class Lifecycle:
             if self.announce and strategy.is_global_zero:
                 self.announce = False
                 engine.show(engine.report(module))
+                if self.injection.quantization_config is not None:
+                    _drop_model_summary(module.trainer)
 
     def _store_quantized(self, module: Any, strategy: Any, loading: Any) -> None:
         for entry in engine.store_quantized(module, loading):
@@ -162,6 +164,16 @@ def _default_dtype_and_device() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(before)
+
+
+def _drop_model_summary(trainer: Any) -> None:
+    """Takes Lightning's default summary out, which counts packed bytes as parameters.
+
+    The report that was just shown has the right numbers.
+    """
+    names = ("ModelSummary", "RichModelSummary")
+    kept = [c for c in trainer.callbacks if type(c).__name__ not in names or summary_depth(c) != 1]
+    trainer.callbacks[:] = kept
 
 
 def _is_fitting(module: Any) -> bool:

@@ -19,14 +19,32 @@ import yaml
 from lightning_peft.compat.lightning import config_parser
 from lightning_peft.errors import ConfigError, LightningPeftError, similar_names
 from lightning_peft.plugin.config_errors import explain_parser_error
-from lightning_peft.plugin.namespace import namespace, namespace_in_use, namespace_of_class
+from lightning_peft.plugin.namespace import (
+    ROOTS,
+    namespace,
+    namespace_in_use,
+    namespace_of_class,
+)
 
 # How every command parses: errors are explained here, and options are written in full.
 STRICT = {"exit_on_error": False, "allow_abbrev": False}
+_LINES_OF_LIGHTNING = (
+    *(f"{root}.utilities.rank_zero" for root in ROOTS),
+    *("lightning.fabric.utilities.rank_zero", "lightning_fabric.utilities.rank_zero"),
+)
+_NOISE = ("Tip: ", "TPU available: False", "to estimate number of stepping batches")
+# The recorder of a short run logs every step.
+_NOISY_WARNINGS = (r"The number of training batches \(\d+\) is smaller than the logging interval",)
 
 
 class RunHooks(Protocol):
-    """What is done around a run of LightningCLI."""
+    """What is done around a run of LightningCLI.
+
+    Attributes:
+        verbose: Whether messages of libraries are shown that are of no use to most.
+    """
+
+    verbose: bool
 
     def begin(self, config: Any, recipe: str, root: str) -> list[Any]:
         """Called with the config, which may be changed, and its YAML; returns more callbacks."""
@@ -41,7 +59,7 @@ def run_subcommand(subcommand: str, arguments: Sequence[str], hooks: RunHooks) -
     Raises:
         ConfigError: If the arguments cannot be read, or something of them cannot be made.
     """
-    with lightning_command(arguments) as root:
+    with lightning_command(arguments, verbose=hooks.verbose) as root:
         # Lightning 2.6 with torch 2.13 says so in every run; seen on 2026-11-25.
         warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")
         try:
@@ -58,7 +76,7 @@ def run_subcommand(subcommand: str, arguments: Sequence[str], hooks: RunHooks) -
 
 
 @contextmanager
-def lightning_command(arguments: Sequence[str]) -> Iterator[str]:
+def lightning_command(arguments: Sequence[str], verbose: bool = False) -> Iterator[str]:
     """Yields the root of a config's Lightning package.
 
     Within the body, a LightningCLI finds the user's modules, and its errors are explained.
@@ -70,9 +88,7 @@ def lightning_command(arguments: Sequence[str]) -> Iterator[str]:
         # As in a script.
         sys.path.insert(0, os.getcwd())
     root = _namespace_of_config(arguments)
-    # Without Lightning's advertisements.
-    logging.getLogger(f"{root}.utilities.rank_zero").addFilter(_is_not_tip)
-    with namespace(root), warnings.catch_warnings():
+    with namespace(root), warnings.catch_warnings(), _without_noise(verbose):
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
         try:
             yield root
@@ -125,8 +141,28 @@ def _instantiation_problem(error: ValueError, root: str) -> str:
     return f"trainer.strategy={named[1]!r} is not a strategy of Lightning{near}"
 
 
-def _is_not_tip(record: logging.LogRecord) -> bool:
-    return "Tip: " not in record.getMessage()
+@contextmanager
+def _without_noise(verbose: bool) -> Iterator[None]:
+    """Keeps from the log what Lightning advertises, or says of hardware and steps that are not."""
+    if verbose:
+        yield
+        return
+    for message in _NOISY_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    # Both packages share one logger for such lines: that of the one imported last.
+    loggers = [logging.getLogger(name) for name in _LINES_OF_LIGHTNING]
+    for logger in loggers:
+        logger.addFilter(_is_not_noise)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_is_not_noise)
+
+
+def _is_not_noise(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return not any(part in text for part in _NOISE)
 
 
 def _recording_cli(root: str, hooks: RunHooks) -> Any:

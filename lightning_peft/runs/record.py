@@ -14,6 +14,7 @@ from lightning_peft import engine
 from lightning_peft.runs.folder import RunFolder
 from lightning_peft.runs.machine import hardware, peak_memory, versions
 from lightning_peft.runs.provenance import text_digest
+from lightning_peft.runs.start_times import StartTimes
 from lightning_peft.runs.status import StatusFile
 from lightning_peft.runs.throughput import Throughput
 
@@ -30,6 +31,8 @@ class RunRecord:
         decided: dict[str, Any] | None = None,
     ) -> None:
         self.decided: dict[str, Any] = dict(decided or {})
+        # Where it is to be said what took how long until the first step.
+        self.start_times: StartTimes | None = None
         self._facts: dict[str, Any] = {}
         self._written = ""
         self.folder = folder if isinstance(folder, RunFolder) else RunFolder.at(Path(folder))
@@ -57,6 +60,10 @@ class RunRecord:
         """Changes fields of the status, on the process that keeps the record."""
         if self.status is not None:
             self.status.update(**changes)
+
+    def _phase_ended(self, phase: str) -> None:
+        if self.start_times is not None:
+            self.start_times.ended(phase)
 
     def record_samples(self, trainer: Any, samples: list[Any]) -> None:
         """Writes what the model generates at this step."""

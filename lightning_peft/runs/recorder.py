@@ -11,6 +11,7 @@ import torch
 
 from lightning_peft.plugin.interruption import SaveOnInterrupt
 from lightning_peft.plugin.namespace import LateBoundMeta
+from lightning_peft.plugin.optimization import log_info
 from lightning_peft.runs.alerts import training_alert, validation_alert
 from lightning_peft.runs.provenance import provenance
 from lightning_peft.runs.record import RunRecord, numbers
@@ -55,10 +56,12 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
         for callback in trainer.checkpoint_callbacks:
             if getattr(callback, "dirpath", "") is None:
                 callback.dirpath = str(self.folder.checkpoints)
+        self._phase_ended("objects and data")
         self.update_status(phase="preparing model and data")
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Writes what the run is made of, also for the adapters that it will save."""
+        self._phase_ended("model, adapters and optimizers")
         if self.status is None:
             return
         facts = provenance(pl_module, trainer.datamodule, self.recipe, self.seed)
@@ -100,6 +103,7 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Says that training starts, and from where."""
+        self._phase_ended("validation and samples before training")
         total = trainer.estimated_stepping_batches
         steps = None if math.isinf(total) else int(total)
         if steps is not None and steps < SHORT_RUN:
@@ -160,6 +164,10 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
         if step == self._seen_step:
             return
         self._seen_step = step
+        if self.start_times is not None:
+            self._phase_ended("first step")
+            log_info(trainer.strategy, self.start_times.table())
+            self.start_times = None
         self.pace.step(step)
         if step % trainer.log_every_n_steps == 0:
             self._log_training(trainer)

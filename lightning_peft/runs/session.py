@@ -19,6 +19,7 @@ from lightning_peft.runs.folder import DEFAULT_ROOT, RunFolder
 from lightning_peft.runs.log import logged_to
 from lightning_peft.runs.record import best_checkpoint, numbers
 from lightning_peft.runs.recorder import RunRecorder
+from lightning_peft.runs.start_times import StartTimes
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class RunSession:
         kind: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
         name: What the run is called, such as its recipe.
         decided: What another run decided for arguments that are ``"auto"``.
+        verbose: Whether to say what took how long until the first step.
 
     Attributes:
         folder: The run's folder; ``None`` before it is made, and on other processes than the first.
@@ -40,8 +42,15 @@ class RunSession:
         saved: The checkpoint that was saved where the run was interrupted.
     """
 
-    def __init__(self, kind: str, name: str, decided: dict[str, Any] | None = None) -> None:
-        self.kind, self.name, self.decided = kind, name, decided
+    def __init__(
+        self,
+        kind: str,
+        name: str,
+        decided: dict[str, Any] | None = None,
+        verbose: bool = False,
+    ) -> None:
+        self.kind, self.name, self.decided, self.verbose = kind, name, decided, verbose
+        self._times = StartTimes()
         self.folder: RunFolder | None = None
         self.result: dict[str, Any] | None = None
         self.saved: Path | None = None
@@ -60,6 +69,7 @@ class RunSession:
         Raises:
             ConfigError: If the folder cannot be written to.
         """
+        self._times.ended("Python, imports and config")
         self._interruption = bind_to_lightning(SaveOnInterrupt, root)()
         if _is_rank_zero():
             self._begin_record(config, recipe, root)
@@ -86,6 +96,8 @@ class RunSession:
         self._recorder = recorder_class(
             self.folder, recipe, self.kind, seed if isinstance(seed, int) else None, self.decided
         )
+        if self.verbose:
+            self._recorder.start_times = self._times
         self._recorder.open()
         trainer = config["trainer"]
         trainer["default_root_dir"] = str(self.folder.path)

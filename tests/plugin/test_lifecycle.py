@@ -400,3 +400,16 @@ def test_a_compiled_module(tmp_path):
     trainer(tmp_path, "qlora").validate(fresh, loader(), ckpt_path=tmp_path / "one.ckpt")
     assert not differing(weights(fresh), weights(module))
     assert all(p.any() for n, p in fresh.named_parameters() if "lora_B" in n)
+
+
+@pytest.mark.parametrize(
+    ("method", "depth", "shown"), [("qlora", 1, False), ("qlora", 2, True), ("lora", 1, True)]
+)
+def test_a_summary_that_counts_bytes_as_parameters_gives_way_to_the_report(
+    method, depth, shown, tmp_path, said
+):
+    summary = lightning(ROOTS[0]).callbacks.ModelSummary(max_depth=depth)
+    ours = strategy(method, announce=True)
+    given = {"callbacks": [summary], "enable_model_summary": True, "max_steps": 1}
+    trainer(tmp_path, ours, **given).fit(task(), loader())
+    assert any("Total params" in text for text in said) is shown

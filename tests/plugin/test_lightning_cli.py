@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ from modules import ROOTS, lightning, loader, task_class
 
 from lightning_peft import LoRAStrategy, QLoRAStrategy, engine, load_from_checkpoint
 from lightning_peft.errors import CheckpointError
+from lightning_peft.plugin.lightning_cli import lightning_command
 from lightning_peft.plugin.namespace import namespace, namespace_of
 
 LORA = {
@@ -198,3 +200,18 @@ def test_gradient_checkpointing_has_several_kinds_of_values(given, value):
     read = cli.trainer.strategy.lifecycle.injection.gradient_checkpointing
     assert read == value
     assert type(read) is type(value)
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_lines_of_no_use_are_kept_from_the_log(verbose, said):
+    noise = ["💡 Tip: try litlogger", "TPU available: False, using: 0 TPU cores"]
+    with lightning_command([], verbose=verbose):
+        for root in ROOTS:
+            for line in [*noise, f"GPU available: False, by {root}"]:
+                logging.getLogger(f"{root}.utilities.rank_zero").info(line)
+    logging.getLogger(f"{ROOTS[0]}.utilities.rank_zero").info("Tip: afterwards")
+    useful = [f"GPU available: False, by {root}" for root in ROOTS]
+    shown = [text for text in said if "available" in text or "Tip" in text]
+    assert [text for text in shown if text in useful] == useful
+    assert shown[-1] == "Tip: afterwards"
+    assert (len(shown) == 3) is not verbose
