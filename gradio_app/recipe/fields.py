@@ -77,7 +77,7 @@ _GROUPS: dict[str, tuple[Field, ...]] = {
         setting(_DATA + "length_grouping", False, tasks="tokens"),
         setting(_DATA + "packing", False, tasks="SupervisedData"),
         setting(_DATA + "shuffle_seed", 0, tasks="tokens", **_SEED),
-        setting(_DATA + "num_workers", 0, ge=0, le=64),
+        setting(_DATA + "num_workers", kind="integer", ge=0, le=64),
     ),
     "memory": (
         setting(_TRAINER + "precision", None, _PRECISIONS),

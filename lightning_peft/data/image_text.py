@@ -253,6 +253,7 @@ class ImageTextData(ConversationData):
         UnsupportedError: If the processor does not write images as tokens.
     """
 
+    decodes = True
     accepts = ("image_messages", "image_prompt")
     batch_columns = ("input_ids", "labels", "images", "image_starts", "image_ends")
     source_class = ImageTextSource

@@ -132,6 +132,7 @@ class ImageData(RowDataModule):
             installed.
     """
 
+    decodes = True
     accepts = ("image_label",)
     default_shape = "image_label"
     batch_columns = ("image", "label")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import psutil
 from torch.utils.data import DataLoader, Sampler, Subset
 
 from lightning_peft.data.encoding import TextSpan
@@ -41,6 +42,12 @@ log = logging.getLogger(__name__)
 VALIDATION_SHARE, LEAST_VALIDATION = 1 / 15, 200
 
 
+def automatic_workers(processes: int, most: int = 4) -> int:
+    """Returns how many workers each of the processes of a machine starts on its CPU cores."""
+    cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else 0
+    return max(0, min(most, (cores or psutil.cpu_count() or 1) // max(1, processes) - 1))
+
+
 class RowDataModule(_Base, metaclass=LateBoundMeta):
     """Rows of examples, every one of which is checked before training.
 
@@ -67,7 +74,9 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
             ``"auto"`` is a fifteenth of the rows that it trains on, each as often as it comes, and
             200 at least; ``None`` is all.
         batch_size: Rows per batch and device.
-        num_workers: Processes that load batches.
+        num_workers: Processes that load batches. ``None`` is none where rows are tokens already
+            or the CPU trains; for rows that are decoded, such as images and recordings, on a GPU it
+            is one for each CPU core that a process of the run can have, but one, and 4 at most.
         hub_config: Configuration of a dataset on the hub.
         hub_splits: Our splits to the hub's, such as ``{"train": "train_sft"}``.
         hub_revision: Branch, tag or commit of the dataset on the hub.
@@ -92,6 +101,8 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
     default_shape: ClassVar[str] = "auto"
     # Reads the rows; a subclass finds files that they name.
     source_class: ClassVar[type[Source]] = Source
+    # Whether rows are decoded when a batch is made, which takes time.
+    decodes: ClassVar[bool] = False
     # Columns of a prepared row that reach the batch.
     batch_columns: ClassVar[tuple[str, ...]]
 
@@ -109,7 +120,7 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
         skip_bad_rows: str | None = None,
         validation_rows: int | Literal["auto"] | None = "auto",
         batch_size: int = 8,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         hub_config: str | None = None,
         hub_splits: dict[str, str] | None = None,
         hub_revision: str | None = None,
@@ -304,9 +315,20 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
             batch_size=self.batch_size,
             shuffle=split == "train" and sampler is None,
             sampler=sampler,
-            num_workers=self.hparams["num_workers"],
+            num_workers=self.workers,
             collate_fn=self.collator(),
         )
+
+    @property
+    def workers(self) -> int:
+        """Processes that load batches; the batches are the same with any number."""
+        wanted: int | None = self.hparams["num_workers"]
+        trainer = self.trainer
+        if wanted is not None or not self.decodes or trainer is None:
+            return wanted or 0
+        if trainer.strategy.root_device.type == "cpu":
+            return 0
+        return automatic_workers(trainer.world_size // max(1, trainer.num_nodes))
 
     def _for_validation(self, rows: Any) -> Any:
         """Returns the rows that a fit validates with; what comes after it has the same."""

@@ -81,7 +81,7 @@ class SeriesData(_Base, metaclass=LateBoundMeta):
         validation_share: Share of the steps to validate with.
         test_share: Share of the steps to test with.
         batch_size: Windows per batch and device.
-        num_workers: Processes that load batches.
+        num_workers: Processes that load batches; ``None`` is none.
         encoding: Encoding of a text file, such as ``"cp1252"``; by default it is detected.
         delimiter: What parts the columns of a table, such as ``";"``; by default it is detected.
         sheet: Name of the sheet of an Excel workbook, or its number from 1.
@@ -103,7 +103,7 @@ class SeriesData(_Base, metaclass=LateBoundMeta):
         validation_share: float = 0.15,
         test_share: float = 0.15,
         batch_size: int = 64,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         encoding: str | None = None,
         delimiter: str | None = None,
         sheet: str | int | None = None,
@@ -240,7 +240,7 @@ class SeriesData(_Base, metaclass=LateBoundMeta):
         windows = self.windows(split)
         if not len(windows):
             return []
-        workers = self.hparams["num_workers"]
+        workers = self.hparams["num_workers"] or 0
         return DataLoader(windows, self.batch_size, shuffle=shuffle, num_workers=workers)
 
 

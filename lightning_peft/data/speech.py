@@ -60,6 +60,7 @@ class SpeechData(RowDataModule):
         ConfigError: If arguments contradict each other, or the data cannot be used.
     """
 
+    decodes = True
     accepts = ("speech",)
     # Next to a recording, a column of text would be detected as plain text.
     default_shape = "speech"
