@@ -33,8 +33,11 @@ _LINES_OF_LIGHTNING = (
     *("lightning.fabric.utilities.rank_zero", "lightning_fabric.utilities.rank_zero"),
 )
 _NOISE = ("Tip: ", "TPU available: False", "to estimate number of stepping batches")
-# The recorder of a short run logs every step.
-_NOISY_WARNINGS = (r"The number of training batches \(\d+\) is smaller than the logging interval",)
+# The recorder of a short run logs every step; tasks prepare batches for their model on purpose.
+_NOISY_WARNINGS = (
+    r"The number of training batches \(\d+\) is smaller than the logging interval",
+    r"You have overridden `on_before_batch_transfer` in `LightningModule`",
+)
 
 
 class RunHooks(Protocol):
