@@ -264,6 +264,30 @@ def test_checkboxes_have_room_for_their_words(visit, site):
 
 
 @pytest.mark.long
+def test_rewards_are_ticked_and_one_is_needed(visit, site):
+    page = visit(f"{site.url}/new?recipe=small/grpo#method")
+    one, other = page.get_by_label("word_overlap"), page.get_by_label("json_exactness")
+    page.locator("#f-rewards label.selected").wait_for()
+    assert one.is_checked()
+    other.check()
+    changed = page.locator("#changed-settings")
+    changed.get_by_text("word_overlap \u2192 word_overlap, json_exactness").wait_for()
+    one.uncheck()
+    changed.get_by_text("word_overlap \u2192 json_exactness").wait_for()
+    other.uncheck()
+    page.locator("#f-rewards.refused").wait_for()
+    changed.get_by_text("Rewards: a value is needed.").wait_for()
+    page.locator("#group-training button").first.click()
+    page.get_by_role("textbox", name="Temperature").wait_for()
+    assert not page.get_by_role("textbox", name="Weight of desirable rows").is_visible()
+    assert violations(page) == []
+    page.goto(f"{site.url}/de-new?recipe=small/kto#method")
+    page.locator("#group-training button").first.click()
+    page.get_by_role("textbox", name="Gewicht unerwünschter Zeilen").wait_for()
+    assert not page.locator("#f-rewards").is_visible()
+
+
+@pytest.mark.long
 def test_what_does_not_fit_is_made_to_fit_by_a_click(visit, site):
     page = opened(visit, site, "#method")
     looked_at_memory = page.locator("#memory .memory")
