@@ -187,8 +187,11 @@ class Ideas:
     def __init__(self) -> None:
         from lightning_peft.engine.training import packed_attention
         from lightning_peft.tasks.padding_free import PaddingFree
+        from lightning_peft.tasks.token_loss import TokenLoss
 
+        # Both others need it: without, the model computes its loss, on its own batch.
         self.places: dict[str, tuple[Any, str, Any]] = {
+            "logits at labels": (TokenLoss, "_can_chunk", lambda *_: False),
             "no padding": (PaddingFree, "batch", lambda self, model, batch: batch),
             "attention by examples": (packed_attention, "_attention", lambda *a, **k: None),
         }
@@ -198,7 +201,7 @@ class Ideas:
         """Switches on what ``setting`` names, with ``+`` in between, and everything else off."""
         wanted = setting.split(" + ") if setting != "none" else []
         for name, (owner, key, before) in self.places.items():
-            on = setting == "all" or name in wanted
+            on = setting == "all" or name in wanted or (wanted and key == "_can_chunk")
             setattr(owner, key, self.now[name] if on else before)
 
 

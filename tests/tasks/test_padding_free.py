@@ -116,3 +116,25 @@ def test_compiled_models_get_their_rows_padded():
     model, batch = tiny_llama(), batch_of(9, 3)
     model.compile(backend="eager")
     assert PaddingFree().batch(model, batch) is batch
+
+
+@pytest.mark.parametrize("setting", [True, 0.5])
+def test_checkpointed_blocks_get_the_mask_again_without_its_values(setting):
+    model, batch = tiny_llama().train(), batch_of(9, 3, 7, 1)
+    engine.inject(model, r=4)
+    for name, param in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(param)
+    packed = PaddingFree().batch(model, batch)
+    found = []
+    for checkpointed in (False, setting):
+        engine.checkpoint_activations(model, checkpointed)
+        # A budget measures in its first step.
+        for _ in range(3):
+            model.zero_grad()
+            model(**packed).loss.backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in found[0].items():
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(found[1][name], gradient, msg=name)
+    assert packed["attention_mask"]._dense is None

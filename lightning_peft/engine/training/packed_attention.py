@@ -54,6 +54,7 @@ class PackedMask(Tensor):
     """
 
     lengths: Sequence[Sequence[int]]
+    _storage: torch.UntypedStorage
     _dense: Tensor | None
     _batches: list[Batch] | None
 
@@ -76,6 +77,8 @@ class PackedMask(Tensor):
         shape = torch.Size((len(lengths), 1, length, length))
         mask: PackedMask = make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         mask.lengths, mask._dense, mask._batches = lengths, None, None
+        # For code that counts the bytes of inputs.
+        mask._storage = torch.UntypedStorage(0)
         return mask
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -94,6 +97,8 @@ class PackedMask(Tensor):
         if func in METADATA:
             with without_torch_function():
                 return func(*args, **kwargs)
+        if func is Tensor.untyped_storage:
+            return args[0]._storage
         if func in _MOVES:
             mask = args[0]
             with without_torch_function():
