@@ -282,7 +282,8 @@ def _head_input(model: PreTrainedModel, first_only: bool) -> Iterator[list[Tenso
 
     def note(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         seen.append(args[0])
-        return (args[0][:, :1], *args[1:]) if first_only else None
+        # Contiguous: torch would multiply rows that are apart by a copy of the head for each.
+        return (args[0][:, :1].contiguous(), *args[1:]) if first_only else None
 
     handle = model.get_output_embeddings().register_forward_pre_hook(note)
     try:

@@ -196,6 +196,19 @@ def test_no_logits_of_tokens_without_a_label_are_made(monkeypatch):
     assert max(sizes) == 4 * VOCABULARY
 
 
+def test_the_head_is_not_copied_for_each_row():
+    model, parts, batch = tiny_llama(), TokenLoss(), batch_of(8, 20)
+    # On the left, where padding stays.
+    batch = {name: tensor.flip(1) for name, tensor in batch.items()}
+    engine.inject(model, r=2)
+    parts.train(model, model, batch)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        parts.train(model, model, batch)
+    shapes = [tuple(shape) for event in profile.events() for shape in event.input_shapes if shape]
+    assert (64, VOCABULARY) in shapes
+    assert (8, 64, VOCABULARY) not in shapes
+
+
 def test_many_classes_do_not_make_the_loss_look_like_another():
     # torch's own sum over so many classes in float32 is off by more than a millionth of this loss.
     classes, token = 49152, 7
