@@ -55,7 +55,7 @@ def test_activations_that_hardly_count_need_no_plan(run, monkeypatch):
     decision = decide_activations(*run, SETTINGS, device(100 * rough))
     assert not decision.recompute
     assert decision.reason.startswith("all activations take less than")
-    assert decision.room == pytest.approx(10)
+    assert decision.room == pytest.approx(30)
 
 
 def test_the_rough_estimate_is_above_the_planners(run):
