@@ -95,6 +95,9 @@ class AdapterStrategy(_Base):
         if trainer.state.fn == "fit":
             self._loops.attach()
         kept = [one for one in self._module.modules() if getattr(one, KEPT_IN_FLOAT32, False)]
+        if getattr(self.precision_plugin, "scaler", None) is not None:
+            # Of ``16-mixed``, which unscales no 16-bit gradients.
+            kept = [self._module]
         trained = [p for one in kept for p in one.parameters() if p.requires_grad]
         masters = [*engine.all_adapter_parameters(self._module), *trained]
         self._master_weights = [(p, p.data) for p in masters]

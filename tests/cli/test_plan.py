@@ -119,7 +119,7 @@ def test_the_run_of_a_recipe_is_planned_with_its_overrides(here):
     assert done.returncode == 2
     assert "'rank' is not an argument of QLoRAStrategy; near names: " in done.stderr
     for given, problem in (
-        ("load_in_8bit=true", "memory of 8-bit layers is not predicted"),
+        ("load_in_8bit=true", "quantized as int8, and this command plans for NF4 with"),
         (
             "bnb_4bit_use_double_quant=false",
             "quantized as nf4, and this command plans for NF4 with",

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lightning_peft.doctor.training import check_optimizer, check_quantized
-from lightning_peft.engine.backends import bnb4
+from lightning_peft.engine.backends import bnb4, bnb8
 from lightning_peft.engine.layers import lora
 
 gpu = pytest.param(
@@ -37,11 +37,14 @@ def test_optimizers_that_work_pass(kind, device):
 
 
 @pytest.mark.parametrize(
-    ("bits", "function", "status"),
-    [(4, "matmul_4bit", "failed"), (8, "matmul", "warning")],
+    ("bits", "owner", "function", "status"),
+    [
+        (4, bnb, "matmul_4bit", "failed"),
+        (8, bnb8.DequantizedMatmul, "apply", "warning"),
+    ],
 )
-def test_a_product_that_loses_gradients_is_found(bits, function, status, monkeypatch):
-    monkeypatch.setattr(bnb, function, torch.no_grad()(getattr(bnb, function)))
+def test_a_product_that_loses_gradients_is_found(bits, owner, function, status, monkeypatch):
+    monkeypatch.setattr(owner, function, torch.no_grad()(getattr(owner, function)))
     found = check_quantized(bits, "cpu")
     assert found.status == status
     assert "gradients pass through every quantized layer" in found.detail

@@ -10,6 +10,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from models import stack
 from torch import nn
+from transformers import LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
 import lightning_peft
@@ -25,6 +26,7 @@ from lightning_peft.engine.backends.conversion import (
     restore_quantized,
 )
 from lightning_peft.errors import UnsupportedError
+from lightning_peft.plan.prediction import plan_memory
 
 from .reference import injected, relative_error
 
@@ -228,6 +230,45 @@ def test_casting_a_module_leaves_the_codes_alone() -> None:
         assert torch.equal(model.first._parameters["weight"].data, codes)
     with lightning_peft.disable_adapters(model):
         assert torch.equal(model.first.weight + 0, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_8_bit_products_are_those_of_the_dequantized_weight_and_keep_no_input(dtype) -> None:
+    net = nn.Sequential(nn.Linear(48, 32, bias=False), nn.Linear(32, 16)).to(dtype)
+    for layer in net:
+        quantize(layer, INT8)
+    x, kept = torch.randn(2, 5, 48, dtype=dtype).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = net(x)
+    # Codes and scales: checkpointing, and layers that share an input, have nothing to free.
+    assert {tuple(t.shape) for t in kept} == {(32, 48), (32,), (16, 32), (16,)}
+    out.square().sum().backward()
+    weights = [(layer.weight + 0).to(dtype) for layer in net]
+    y = x.detach().requires_grad_()
+    expected = nn.functional.linear(
+        nn.functional.linear(y, weights[0]), weights[1], net[1].bias.to(dtype)
+    )
+    expected.square().sum().backward()
+    error = 1e-5 if dtype == torch.float32 else 2e-2
+    assert relative_error(out, expected) < error
+    assert relative_error(x.grad, y.grad) < error
+
+
+def test_memory_of_8_bit_layers_is_planned() -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, dtype="float32",
+    )  # fmt: skip
+    planned = {
+        name: plan_memory(config, batch_size=1, seq_len=8, quantization=given).breakdown
+        for name, given in {"int8": {"load_in_8bit": True}, "nf4": {}}.items()
+    }
+    # Per layer q and o, k and v, and three of the MLP; a float32 scale for each row.
+    codes = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)
+    rows = 2 * (2 * 64 + 2 * 32 + 2 * 128 + 64)
+    assert planned["int8"]["weights_quantized"] == codes + 4 * rows
+    assert planned["nf4"]["weights_quantized"] < 0.8 * codes
+    assert planned["int8"]["weights_dense"] == planned["nf4"]["weights_dense"]
 
 
 @pytest.mark.gpu

@@ -132,6 +132,32 @@ def test_precisions_of_gpus(method, precision, tmp_path):
     assert torch.equal(outputs(module, "llama"), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_of_16_bit_heads_can_be_unscaled(dtype, tmp_path):
+    """A head that trains has the dtype of the file, and 16-mixed scales gradients."""
+    plugins = lightning(ROOTS[0]).plugins
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    mixed = plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler)
+
+    class Halves(task_class(ROOTS[0])):
+        def build(self):
+            super().build()
+            # Not the norm: on CPUs it takes one dtype only.
+            self.model.layers.to(dtype)
+            self.model.head.to(dtype)
+
+    module = Halves("linears")
+    own = strategy("lora", modules_to_save=["head"])
+    run = trainer(tmp_path, own, plugins=[mixed], max_epochs=2)
+    run.fit(module, loader("linears"))
+    trained = {n: p.dtype for n, p in module.named_parameters() if p.requires_grad}
+    assert set(trained.values()) == {torch.float32}
+    assert any("head" in name for name in trained)
+    assert module.model.layers[0].weight.dtype == dtype
+    assert scaler.get_scale() == 8.0
+    assert sum(module.losses[-3:]) < sum(module.losses[:3])
+
+
 # --- devices -----------------------------------------------------------------------------------
 
 

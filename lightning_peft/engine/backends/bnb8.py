@@ -20,6 +20,45 @@ from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, has_quantizable
 from lightning_peft.engine.layers.mixin import add_mixin
 
 
+class DequantizedMatmul(torch.autograd.Function):
+    """``x W^T`` with a weight that is dequantized in each direction, and kept in neither.
+
+    bitsandbytes' own product rounds activations to int8 on GPUs and not on CPUs, goes through
+    float16 there, waits for the device in each layer, and keeps its inputs where checkpointing
+    cannot free them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, codes: Tensor, scales: Tensor, bias: Any) -> Tensor:
+        """Returns the product, ``(..., out)``, in the dtype of the input.
+
+        Args:
+            ctx: Autograd's.
+            input: ``(..., in)``.
+            codes: ``(out, in)``, int8.
+            scales: ``(out,)``, float32: what 127 stands for in each row.
+            bias: ``(out,)`` or ``None``.
+        """
+        ctx.save_for_backward(codes, scales)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return nn.functional.linear(input, _dense(codes, scales, input.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        """Returns the gradients of the input and of a bias that is trained."""
+        gradient, (codes, scales) = gradients[0], ctx.saved_tensors
+        of_input = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_input = gradient @ _dense(codes, scales, gradient.dtype)
+        if ctx.needs_input_grad[3]:
+            of_bias = gradient.flatten(0, -2).sum(0, dtype=ctx.bias_dtype)
+        return of_input, None, None, of_bias
+
+
+def _dense(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes.to(dtype).mul_((scales / 127.0).unsqueeze(1))
+
+
 class EightBitLayer(QuantizedLinear):
     """A linear layer whose weight is int8 with one scale per row.
 
@@ -86,10 +125,11 @@ class EightBit(BitsAndBytesBackend):
 
     def prepare(self, layer: Any, config: BitsAndBytesConfig, dtype: torch.dtype) -> None:
         super().prepare(layer, config, dtype)
-        donor = bnb.nn.Linear8bitLt(
-            1, 1, has_fp16_weights=False, threshold=config.llm_int8_threshold, device="meta"
-        )
-        layer.state, layer.index, layer.dense_dtype = donor.state, None, dtype
+        # What the constructor of ``Linear8bitLt`` makes, which a layer without values cannot call.
+        layer.state = bnb.MatmulLtState()
+        layer.state.threshold = config.llm_int8_threshold
+        layer.state.has_fp16_weights, layer.state.use_pool = False, True
+        layer.index, layer.dense_dtype = None, dtype
 
     def adopt(self, layer: Any) -> None:
         weight, state = layer.weight, layer.state
@@ -115,13 +155,11 @@ class EightBit(BitsAndBytesBackend):
         return rows.to(dtype or self.weight_info(stored)[1])
 
     def matmul(self, layer: Any, input: Tensor, stored: Any, bias: Tensor | None) -> Tensor:
-        # The weight moves with the module; bitsandbytes' state and the scales do not.
+        # The weight moves with the module; the scales, and what bitsandbytes' layer reads once this
+        # is not one of ours any more, do not.
         stored.SCB = stored.SCB.to(stored.device)
         layer.state.CB, layer.state.SCB = stored.data, stored.SCB
-        # On the CPU, bitsandbytes rounds activations to int8 in eval mode only: validation would
-        # score another function than the one in training.
-        layer.state.is_training = layer.training or input.device.type == "cpu"
-        product: Tensor = bnb.matmul(input, stored, bias=bias, state=layer.state)
+        product: Tensor = DequantizedMatmul.apply(input, stored.data, stored.SCB, bias)
         return product
 
     def owns(self, stored: Any) -> bool:
@@ -161,12 +199,6 @@ class EightBit(BitsAndBytesBackend):
     def stored_bytes(self, parameters: int, config: BitsAndBytesConfig) -> int:
         # The scales depend on the shape; for rows of 1024 they are 0.4 %.
         return parameters
-
-    def planning_problem(self, config: BitsAndBytesConfig) -> str | None:
-        return (
-            "load_in_8bit=True: memory of 8-bit layers is not predicted. Plan for 4-bit layers, or "
-            "for LoRA"
-        )
 
 
 def _parameter(codes: Tensor, scales: Tensor) -> Any:
