@@ -56,7 +56,7 @@ class DequantizedMatmul(torch.autograd.Function):
 
 
 def _dense(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    return codes.to(dtype).mul_((scales / 127.0).unsqueeze(1))
+    return codes.to(dtype).mul_(scales.mul(1 / 127).unsqueeze(1))
 
 
 class EightBitLayer(QuantizedLinear):
