@@ -22,6 +22,8 @@ from record import QUIET
 IGNORED = -100
 # So large that a few steps of random weights show in the loss.
 RATE = 1e-3
+# Where weights are drawn: large models take minutes on a CPU.
+DEVICE = "cpu"
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32}
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128,
@@ -225,7 +227,7 @@ def config_of(case: Case) -> Any:
     """Returns the configuration of the model."""
     from transformers import LlamaConfig
 
-    return LlamaConfig(**SIZES[case.size], max_position_embeddings=4096, use_cache=False)
+    return LlamaConfig(**SIZES[case.size], max_position_embeddings=8192, use_cache=False)
 
 
 def model_of(case: Case) -> Any:
@@ -234,7 +236,8 @@ def model_of(case: Case) -> Any:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of(case), dtype=torch.bfloat16)
+    with torch.device(DEVICE):
+        model = AutoModelForCausalLM.from_config(config_of(case), dtype=torch.bfloat16)
     torch.manual_seed(1)
     return model.train()
 

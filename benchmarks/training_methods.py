@@ -28,6 +28,8 @@ from training_case import (
 )
 
 Step = Callable[[Any, dict[str, Any]], Any]
+# As the other methods step; empty for the strategy's own choice.
+QLORA: dict[str, Any] = {"optimizer": None, "gradient_checkpointing": False}
 # A batch, and its number of non-padding tokens.
 Counted = tuple[dict[str, Any], int]
 
@@ -160,7 +162,7 @@ def with_peft(model: Any, quantized: bool, dropout: float) -> Any:
                 layer.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
             )
             owner, _, leaf = name.rpartition(".")
-            setattr(model.model.get_submodule(owner), leaf, new.to("cpu"))
+            setattr(model.model.get_submodule(owner), leaf, new.to(layer.weight.device))
         model.is_loaded_in_4bit = True
     config = LoraConfig(
         target_modules="all-linear", lora_dropout=dropout, task_type="CAUSAL_LM", **LORA
@@ -206,7 +208,7 @@ def lightning(
     given: dict[str, Any] = {"lora_dropout": case.dropout, "announce": False, **LORA}
     strategy: Any = LoRAStrategy(**given)
     if case.quantized:
-        strategy = QLoRAStrategy(**given, optimizer=None, gradient_checkpointing=False)
+        strategy = QLoRAStrategy(**given, **QLORA)
     train_under(pace, strategy, task, loader, tokens, max_steps=-1)
 
 

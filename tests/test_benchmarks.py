@@ -1,6 +1,9 @@
 """What the benchmarks write, from records; nothing is measured here."""
 
 import importlib
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,3 +90,83 @@ def test_packs_hold_every_example_once(load):
     flat = sorted(str(row["input_ids"]) for pack in packs for row in pack)
     assert flat == sorted(str(row["input_ids"]) for row in cases.examples(case, 128))
     assert max(map(methods.tokens_of, packs)) <= 128
+
+
+# --- the kit for a GPU ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kit(load, monkeypatch):
+    """The script of the kit, as a module."""
+    before = list(sys.path)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
+    yield load("run")
+    sys.path[:] = before
+
+
+def test_the_kit_takes_up_what_is_missing(kit, tmp_path, capsys):
+    path = tmp_path / "gpu.json"
+    words = ["--device", "cpu", "--tiny", "--record", str(path), "--only", "ceilings"]
+    first = kit.main([*words, "--seconds", "0"])
+    assert "s left, about 2 s needed" in first.record["parts"]["ceilings"]["copy"]["skipped"]
+    second = kit.main(words).record
+    assert second["parts"]["ceilings"]["product"]["flops"] > 0
+    third = kit.main([*words, "--seconds", "0"])
+    assert third.record["parts"] == second["parts"] == json.loads(path.read_text())["parts"]
+
+    def breaks():
+        raise RuntimeError("no kernel\nat all")
+
+    assert third.row("own", "row", -60, breaks) == {"failed": "RuntimeError: no kernel"}
+    assert third.row("own", "row", -60, lambda: {"value": 1})["value"] == 1
+
+
+def test_the_tables_of_the_kit_say_what_is_missing(kit, load):
+    tables, record = load("tables"), load("record")
+    assert between("gpu") == "\n".join(tables.lines(record.read("gpu") or {}))
+    name, step = "1B QLoRA, 512 tokens", {"seconds": {"median": 0.02}, "tokens": 512}
+    parts = {
+        "predictions": {name: {"allocated": 1.1e9}},
+        "steps": {
+            f"{name}: ours": {**step, "allocated": 1e9, "reserved": 2e9, "card": 3e9},
+            f"{name}: PEFT + bitsandbytes": {**step, "seconds": {"median": 0.04}, "allocated": 4e9},
+        },
+        "waits": {"one step": {"calls": {"cudaLaunchKernel": 9, "cudaStreamSynchronize": 2}}},
+        "paging": {"states beyond the card": {"skipped": "3 s left"}},
+    }
+    found = tables.lines({"device": "cuda", "parts": parts, "conditions": {"gpu": "H"}})
+    assert f"| {name} | 20.0 | 40.0 | 0.50 | 25,600 | 1.00 | 4.00 |" in found
+    assert f"| {name} | 1.10 | 1.00 | +10.0% | 2.00 | 3.00 |" in found
+    assert "A step of 1B QLoRA launches 9 kernels and waits 2 times." in found
+    assert found[-1] == "- paging, states beyond the card: 3 s left"
+    assert len(tables.lines({"device": "cpu", "parts": parts})) == 1
+
+
+@pytest.mark.long
+def test_the_kit_runs_to_its_end_on_a_cpu(tmp_path):
+    path = tmp_path / "gpu.json"
+    words = ["--device", "cpu", "--tiny", "--seconds", "900", "--record", str(path)]
+    script = str(ROOT / "benchmarks" / "gpu" / "run.py")
+    done = subprocess.run(
+        [sys.executable, script, *words], capture_output=True, text=True, timeout=1000, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    parts = json.loads(path.read_text())["parts"]
+    assert {*parts} == {
+        "predictions", "ceilings", "agreement", "steps", "optimizers", "waits", "tests", "peers",
+        "loading", "paging",
+    }  # fmt: skip
+    problems = {
+        f"{part}, {name}": row
+        for part, rows in parts.items()
+        for name, row in rows.items()
+        if {"failed", "skipped"} & row.keys()
+    }
+    assert problems == {}
+    # What rounding to bfloat16 leaves of the sums of 64 products.
+    assert all(0 < row["worst"] < 2e-2 for row in parts["agreement"].values())
+    assert parts["paging"]["states beyond the card"]["same"] is True
+    ours, theirs = (parts["steps"][f"tiny QLoRA, 16 tokens: {way}"]["losses"]
+                    for way in ("ours", "PEFT + bitsandbytes"))  # fmt: skip
+    # The same base, and adapters that start from nothing.
+    assert ours[0] == pytest.approx(theirs[0], rel=2e-3)
