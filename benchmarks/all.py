@@ -26,6 +26,7 @@ SCRIPTS: tuple[tuple[str, tuple[str, ...], float, tuple[str, ...] | None], ...] 
     ("checkpoints", (), 5, ("--check",)),
     ("training_step", ("measure",), 11, ("measure", "--check", "--rounds", "3")),
     ("generation", ("measure",), 4, ("measure", "--check", "--rounds", "3")),
+    ("real_step", ("measure",), 8, None),
     ("base_loading", (), 3, ("--check", "--repeats", "2")),
     ("data_path", (), 5, None),
     ("encoding_with_datasets", (), 15, None),
@@ -38,7 +39,10 @@ SCRIPTS: tuple[tuple[str, tuple[str, ...], float, tuple[str, ...] | None], ...] 
     ("quality", (), 30, None),
 )
 # Scripts that write tables of their own.
-TABLES = ("training_step", "generation", "scaling", "activation_budget", "process_memory")
+TABLES = (
+    *("training_step", "real_step", "generation", "scaling", "activation_budget"),
+    "process_memory",
+)
 
 
 def run(name: str, words: tuple[str, ...]) -> bool:
