@@ -134,9 +134,9 @@ def test_the_tables_of_the_kit_say_what_is_missing(kit, load):
         "waits": {"one step": {"calls": {"cudaLaunchKernel": 9, "cudaStreamSynchronize": 2}}},
         "paging": {"states beyond the card": {"skipped": "3 s left"}},
     }
-    found = tables.lines({"device": "cuda", "parts": parts, "conditions": {"gpu": "H"}})
+    found = tables.lines({"device": "cuda", "parts": parts, "conditions": {"capability": "9.0"}})
     assert f"| {name} | 20.0 | 40.0 | 0.50 | 25,600 | 1.00 | 4.00 |" in found
-    assert f"| {name} | 1.10 | 1.00 | +10.0% | 2.00 | 3.00 |" in found
+    assert f"| {name} | 1.17 | 1.00 | +16.7% | 2.00 | 3.00 |" in found
     assert "A step of 1B QLoRA launches 9 kernels and waits 2 times." in found
     assert found[-1] == "- paging, states beyond the card: 3 s left"
     assert len(tables.lines({"device": "cpu", "parts": parts})) == 1

@@ -18,6 +18,11 @@ PROCESS_BYTES = {
     "cuda": (800_000_000, 800_000_000, 800_000_000),
 }
 
+# Part of that on GPUs are cuBLAS' workspaces, 32 MiB from compute capability 9 and 8.1 MiB before
+# (torch, cuda/CUDABlas), for each thread that multiplies: forward and backward. torch's allocator
+# counts them among tensors.
+WORKSPACE_BYTES = {True: 2 * (32 << 20), False: 2 * 8_519_680}
+
 # On CPUs, oneDNN compiles a kernel for each shape of a product of 16-bit matrices, and keeps the
 # last 1,024 (ONEDNN_PRIMITIVE_CACHE_CAPACITY). On AVX512-BF16 one takes about 0.7 MB (same record).
 # Batches of another length need other kernels. In float32 there are none to speak of.

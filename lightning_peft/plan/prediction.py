@@ -59,9 +59,9 @@ class Prediction:
 
     @property
     def low_bytes(self) -> int:
-        """The lower end of the interval."""
+        """The lower end of the interval, with paged optimizer states on the CPU."""
         over = margins.OVER[self.settings.device]
-        return round(self.allocated / (1 + over)) + self._besides(0)
+        return round((self.allocated - self.trace.paged) / (1 + over)) + self._besides(0)
 
     @property
     def high_bytes(self) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lightning_peft
 from lightning_peft import engine
@@ -60,3 +62,50 @@ def test_compiled_is_the_same(kind, quantization) -> None:
             found[name].append(module(x))
     for mine, theirs in zip(found["compiled"], found["plain"], strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_compiled_blocks_are_the_same(bits: int) -> None:
+    """By torch's own compiler; checkpointed, blocks run without it, and the log says so."""
+    model = llama(bits)
+    expected = gradients(model)
+    for block in model.model.layers:
+        block.compile()
+    for mine, theirs in zip(gradients(model), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_checkpointed_blocks_run_without_their_compilation() -> None:
+    model = llama(4)
+    expected = gradients(model)
+    for block in model.model.layers:
+        block.compile(backend="aot_eager")
+    done = engine.checkpoint_activations(model, True)
+    words = "2 LlamaDecoderLayer of LlamaForCausalLM, without their torch.compile"
+    assert done.descriptions == [words]
+    for mine, theirs in zip(gradients(model), expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def llama(bits: int) -> Any:
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "use_cache": False}
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).train()
+    given = {16: None, 8: {"load_in_8bit": True}, 4: {"load_in_4bit": True}}[bits]
+    config = None if given is None else engine.quantization_config(given)
+    lightning_peft.inject(model, r=4, quantization_config=config)
+    with torch.no_grad():
+        for param in engine.all_adapter_parameters(model):
+            param.normal_(std=0.1)
+    return model
+
+
+def gradients(model: Any) -> list[torch.Tensor]:
+    ids = torch.arange(12)[None]
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in engine.all_adapter_parameters(model))]

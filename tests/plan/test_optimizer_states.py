@@ -1,9 +1,12 @@
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig
 
 from lightning_peft import engine
+from lightning_peft.plan.margins import OVER
 from lightning_peft.plan.optimizer_states import paged_bytes, state_bytes, step_bytes
+from lightning_peft.plan.prediction import plan_memory
 
 
 def trained(dtype=torch.float32):
@@ -57,3 +60,22 @@ def test_only_large_tensors_are_paged():
     params = trained()
     assert paged_bytes(params, "adamw_8bit") == 0
     assert paged_bytes(params, "paged_adamw_32bit") == 8 * 401 * 300
+
+
+def test_paged_states_may_leave_the_gpu():
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=512, intermediate_size=1024, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=4, dtype="bfloat16",
+    )  # fmt: skip
+    given = {"method": "lora", "seq_len": 8, "lora": {"r": 256}}
+    paged, fixed = (
+        plan_memory(config, optimizer=name, **given)
+        for name in ("paged_adamw_32bit", "adamw_32bit")
+    )
+    assert paged.peak_bytes == fixed.peak_bytes
+    assert paged.high_bytes == fixed.high_bytes
+    # Factors of 256 x 512 and 256 x 1,024: two float32 states of each.
+    states = 8 * 256 * (4 * 2 * 512 + 3 * (512 + 1024))
+    assert paged.trace.paged == states
+    moved = fixed.low_bytes - paged.low_bytes
+    assert moved == pytest.approx(states / (1 + OVER["cuda"]), abs=2)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from lightning_peft.compat.torch import (
     disable_compile,
+    is_compiled,
     saved_tensors_hooks_in_use,
     tree_flatten,
     tree_unflatten,
@@ -129,7 +130,9 @@ def checkpoint_activations(
         counts = Counter(class_key(block)[2].__name__ for block in [*library, *own])
         if counts:
             blocks = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-            done.descriptions.append(f"{blocks} of {label}")
+            compiled = any(map(is_compiled, [*library, *own]))
+            eager = ", without their torch.compile" if compiled else ""
+            done.descriptions.append(f"{blocks} of {label}{eager}")
     if not done.descriptions and setting != "auto":
         raise UnsupportedError(
             f"gradient_checkpointing={setting!r}: no block repeats in "
