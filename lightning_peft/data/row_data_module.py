@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import psutil
-from torch.utils.data import DataLoader, Sampler, Subset
+from torch.utils.data import DataLoader, Sampler
 
 from lightning_peft.data.encoding import TextSpan
 from lightning_peft.data.preparation import (
@@ -27,6 +27,7 @@ from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.row_keys import describe_unused
 from lightning_peft.data.shapes import Layout
 from lightning_peft.data.validation import describe
+from lightning_peft.data.validation_rows import automatic_count, spread
 from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.namespace import LateBoundMeta
 
@@ -36,10 +37,6 @@ else:
     _Base = object
 
 log = logging.getLogger(__name__)
-
-# Validation rows of a fit: as many as keep five validations, of a third of the cost of training on
-# the same rows, below a tenth of all that is done with rows; and these at least.
-VALIDATION_SHARE, LEAST_VALIDATION = 1 / 15, 200
 
 
 def automatic_workers(processes: int, most: int = 4) -> int:
@@ -72,7 +69,7 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
             goes on without them.
         validation_rows: Most rows that a fit validates with, spread evenly over all of them;
             ``"auto"`` is a fifteenth of the rows that it trains on, each as often as it comes, and
-            200 at least; ``None`` is all.
+            200 at least, and as many in a resumed run; ``None`` is all.
         batch_size: Rows per batch and device.
         num_workers: Processes that load batches. ``None`` is none where rows are tokens already
             or the CPU trains; for rows that are decoded, such as images and recordings, on a GPU it
@@ -137,8 +134,11 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
         self.save_hyperparameters(logger=False)
         self.batch_size = batch_size
         self.prepared: Prepared | None = None
-        # The validation rows of a fit, also for what is validated after it: taken and of how many.
+        # The validation rows of a fit: taken and of how many; and of the run that is resumed.
         self.validated: tuple[int, int] | None = None
+        self._validated_before: tuple[int, int] | None = None
+        # For numbers that are compared with those of the fit.
+        self.validates_as_in_fit = False
         # Of the keys that are not used: several loaders set the same data up.
         self._reported = False
         problems = self._argument_problems()
@@ -269,11 +269,12 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
         return read_prompts(self.read().folder)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the key of the prepared data for a checkpoint."""
-        return {"key": self.read().folder.name}
+        """Returns the key of the prepared data, and what the fit validates with."""
+        return {"key": self.read().folder.name, "validated": self.validated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Warns if a run is resumed on other data than it was begun on."""
+        """Takes the number of validation rows; warns if the data is not that of the checkpoint."""
+        self._validated_before = state_dict.get("validated")
         if state_dict["key"] != self.read().folder.name:
             log.warning(
                 f"The checkpoint was trained on other data than {self.hparams['data']!r} is now: "
@@ -287,7 +288,7 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
 
     def val_dataloader(self) -> Any:
         """Returns the validation rows; an empty list where there are none."""
-        return self.loader("validation")
+        return self.loader("validation", self._for_validation)
 
     def test_dataloader(self) -> Any:
         """Returns the test rows; an empty list where there are none."""
@@ -301,15 +302,15 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
         """Returns the prepared rows of a split with rows, as a map-style dataset."""
         return self.read().splits[split].select_columns(list(self.batch_columns))
 
-    def loader(self, split: str) -> Any:
-        """Returns the rows of ``split`` in batches; an empty list where there are none."""
+    def loader(self, split: str, choose: Callable[[Any], Any] | None = None) -> Any:
+        """Returns the rows of ``split``, or those chosen, in batches; an empty list for none."""
         self.setup(split)
         if split not in self.read().splits:
             return []
         sampler = self.sampler(split)
         rows = self.rows(split)
-        if split == "validation" and sampler is None:
-            rows = self._for_validation(rows)
+        if choose is not None and sampler is None:
+            rows = choose(rows)
         return DataLoader(
             rows,
             batch_size=self.batch_size,
@@ -331,36 +332,29 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
         return automatic_workers(trainer.world_size // max(1, trainer.num_nodes))
 
     def _for_validation(self, rows: Any) -> Any:
-        """Returns the rows that a fit validates with; what comes after it has the same."""
+        """Returns the rows that a fit validates with; all for whatever comes after it."""
         trainer = self.trainer
         if trainer is not None and trainer.state.fn == "fit":
-            count = self._validation_count(trainer, len(rows))
-            if count < len(rows) and self.validated is None and trainer.is_global_zero:
-                log.info(
-                    f"Validation takes {count:,} of {len(rows):,} rows, spread evenly, since the "
-                    "run trains on few; validation_rows=None takes all."
-                )
-            self.validated = count, len(rows)
-        if self.validated is None or self.validated[0] >= len(rows):
+            self.validated = self._validation_count(trainer, len(rows)), len(rows)
+        elif not self.validates_as_in_fit:
             return rows
-        count = self.validated[0]
-        return Subset(rows, [place * len(rows) // count for place in range(count)])
+        return rows if self.validated is None else spread(rows, self.validated[0])
 
     def _validation_count(self, trainer: Any, known: int) -> int:
         wanted = self.hparams["validation_rows"]
         if wanted != "auto":
             return known if wanted is None else min(known, wanted)
-        ends = []
-        if trainer.max_epochs not in (None, -1):
-            ends.append(len(self.rows("train")) * trainer.max_epochs)
-        if trainer.max_steps != -1:
-            step = self.batch_size * trainer.accumulate_grad_batches * trainer.world_size
-            ends.append(trainer.max_steps * step)
-        # Whoever limits batches has chosen.
-        if not ends or trainer.limit_val_batches != 1.0:
-            return known
-        trained = min(ends)
-        return min(known, max(LEAST_VALIDATION, round(VALIDATION_SHARE * trained)))
+        before = self._validated_before if trainer.ckpt_path else None
+        if before is not None and before[1] == known:
+            # Else a longer run would compare losses of different rows.
+            return before[0]
+        count = automatic_count(trainer, known, len(self.rows("train")), self.batch_size)
+        if count < known and self.validated is None and trainer.is_global_zero:
+            log.info(
+                f"Validation takes {count:,} of {known:,} rows, spread evenly, since the run "
+                "trains on few; validation_rows=None takes all."
+            )
+        return count
 
     def _sources(self) -> list[Source]:
         hparams = self.hparams

@@ -141,6 +141,9 @@ class RunSession:
             return {}
         if self._recorder is not None:
             self._recorder.update_status(phase="evaluating the best checkpoint")
+        if hasattr(datamodule, "validates_as_in_fit"):
+            # The numbers before training are those of these rows too.
+            datamodule.validates_as_in_fit = True
         rows = trainer.validate(module, datamodule=datamodule, ckpt_path=best, verbose=False)
         return numbers(rows[0]) if rows else {}
 
