@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_peft import engine
@@ -21,12 +22,16 @@ from lightning_peft.compat.torch import FakeTensor, FakeTensorMode
 
 # Fake tensors of other devices need a torch that was built for them.
 _DEVICE = torch.device("cpu")
+# Bytes from which a tensor that is neither a parameter nor a buffer loses its values too. Smaller
+# ones keep them, since a step may read them: weights of classes, sizes.
+_LARGE = 1_000_000
 
 
 def meta_copy(module: nn.Module) -> nn.Module:
     """Returns a copy of ``module`` whose parameters and buffers are on the meta device.
 
-    The values are not copied, and neither are datasets that a module holds and the Trainer that it
+    So are large tensors that it holds otherwise, such as those of a teacher in a plain list. The
+    values are not copied, and neither are datasets that a module holds and the Trainer that it
     belongs to.
     """
     memo: dict[int, Any] = {}
@@ -39,7 +44,17 @@ def meta_copy(module: nn.Module) -> nn.Module:
         # No step changes them, and they may be large.
         data = (one for one in vars(child).values() if isinstance(one, (Dataset, DataLoader)))
         memo |= {id(one): one for one in data}
-    return copy.deepcopy(module, memo)
+    with _WithoutLargeValues():
+        return copy.deepcopy(module, memo)
+
+
+class _WithoutLargeValues(TorchFunctionMode):
+    """Within the body, copies of large tensors are on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.__deepcopy__, Tensor.clone) and args[0].nbytes >= _LARGE:
+            return _on_meta(args[0]).requires_grad_(args[0].requires_grad)
+        return func(*args, **(kwargs or {}))
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
@@ -50,7 +65,7 @@ def _on_meta(tensor: Tensor) -> Tensor:
 def make_fake(module: nn.Module, mode: FakeTensorMode, device: torch.device = _DEVICE) -> None:
     """Turns every parameter and buffer of a module on the meta device into a fake one, in place.
 
-    Ties stay ties.
+    Ties stay ties. Tensors on the meta device that it holds otherwise become fake ones too.
     """
     copies: dict[int, Any] = {}
 
@@ -66,6 +81,29 @@ def make_fake(module: nn.Module, mode: FakeTensorMode, device: torch.device = _D
             for name, tensor in held.items():
                 if tensor is not None:
                     held[name] = fake(tensor)
+    for holder in _holders(module):
+        for key, one in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
+            if isinstance(one, Tensor) and one.is_meta and not isinstance(one, FakeTensor):
+                holder[key] = fake(one)
+
+
+def _holders(module: nn.Module) -> Iterator[Any]:
+    """Yields all dicts and lists that ``module`` holds, also through others and unregistered."""
+    seen: set[int] = set()
+    waiting: list[Any] = [vars(module)]
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, (dict, list)):
+            yield one
+        inner = one.values() if isinstance(one, dict) else one
+        for value in inner:
+            if isinstance(value, nn.Module):
+                waiting.append(vars(value))
+            elif isinstance(value, (dict, list, tuple)):
+                waiting.append(value)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_peft import engine
 from lightning_peft.arguments import LoRAFields
 from lightning_peft.compat.transformers import enable_gradient_checkpointing
-from lightning_peft.engine.verification.probe import NoLossError
+from lightning_peft.engine.verification.probe import NoLossError, preserved_randomness
 from lightning_peft.errors import ConfigError, LightningPeftError, UnsupportedError
 from lightning_peft.plan.memory_tracker import MemoryTracker
 from lightning_peft.plan.meta_copy import fake_mode, make_fake
@@ -74,8 +74,8 @@ def trace(
         ConfigError, TargetModulesError, UnsupportedError: If the adapters cannot be injected, or
             the step gives no loss or cannot run without values.
     """
-    # New adapters draw random numbers, and the user's run must not notice.
-    with _explained(type(module).__name__), torch.random.fork_rng(devices=[]):
+    # New adapters draw random numbers, and so may the step: the user's run must not notice.
+    with _explained(type(module).__name__), preserved_randomness():
         return _trace(module, batch, settings, step or engine.default_step, vocabulary)
 
 

@@ -1,5 +1,9 @@
 """``gradient_checkpointing="auto"``: activations kept or computed again, by the planner."""
 
+import random
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -84,6 +88,46 @@ def test_datasets_of_a_module_are_not_copied():
     module = nn.Linear(2, 2)
     module.rows = TensorDataset(torch.zeros(3))
     assert meta_copy(module).rows is module.rows
+
+
+class Distilled(nn.Module):
+    """Learns from a teacher that it does not register, with random numbers of three libraries."""
+
+    def __init__(self):
+        super().__init__()
+        self.student = nn.Linear(600, 600)
+        self._teacher = [nn.Linear(600, 600)]
+        self._banks = {"large": torch.zeros(4, 600, 600), "small": torch.ones(3)}
+
+    def training_step(self, batch, batch_idx):
+        share = random.random() * np.random.rand() + sum(self._banks["small"].tolist())
+        with torch.no_grad():
+            wanted = self._teacher[0](batch) + self._banks["large"][0, 0]
+        return share * (self.student(batch) - wanted).square().mean() * torch.rand(())
+
+
+def test_large_tensors_that_are_not_registered_lose_their_values():
+    module = Distilled()
+    made = meta_copy(module)
+    assert made._teacher[0].weight.is_meta
+    assert made._teacher[0].weight.requires_grad
+    assert made._banks["large"].is_meta
+    assert torch.equal(made._banks["small"], torch.ones(3))
+    assert torch.equal(made._teacher[0].bias, module._teacher[0].bias)
+    plan = predict(from_module(module, torch.zeros(2, 600)), replace(SETTINGS, method="full"))
+    assert plan.trace.trainable == 600 * 601
+
+
+def test_a_plan_draws_no_random_numbers_of_the_run():
+    source, draws = from_module(Distilled(), torch.zeros(2, 600)), []
+    for planned in (False, True):
+        random.seed(3)
+        np.random.seed(3)
+        torch.manual_seed(3)
+        if planned:
+            predict(source, replace(SETTINGS, method="full"))
+        draws.append((random.random(), np.random.rand(), torch.rand(()).item()))
+    assert draws[0] == draws[1]
 
 
 @pytest.mark.parametrize("version", [0, 1])

@@ -6,7 +6,7 @@ import copy
 import inspect
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -196,14 +196,21 @@ def perturb(tensors: Mapping[str, Tensor], seed: int) -> None:
 def same_randomness(module: nn.Module) -> Iterator[None]:
     """Lets each body draw the same random numbers, and puts the random states back."""
     devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
+    with preserved_randomness(devices):
+        generators = [torch.cuda.default_generators[index] for index in devices]
+        for generator in (torch.default_generator, *generators):
+            generator.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        yield
+
+
+@contextmanager
+def preserved_randomness(devices: Sequence[int] = ()) -> Iterator[None]:
+    """Puts back the random states of Python, NumPy and torch, also those of GPUs ``devices``."""
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=devices):
-            generators = [torch.cuda.default_generators[index] for index in devices]
-            for generator in (torch.default_generator, *generators):
-                generator.manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)
             yield
     finally:
         random.setstate(states[0])
