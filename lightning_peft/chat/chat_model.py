@@ -80,6 +80,7 @@ class ChatModel:
         tools: What the model may call, as the chat template takes it.
         images: What the processor does to images; ``None`` for a model of text. User's turns may
             have ``images`` then, a list of the bytes of image files.
+        image_problem: Why a model that sees can be shown none here; empty for others.
         memory_note: How much memory the weights take besides, laid out for generation; empty where
             nothing is.
     """
@@ -92,6 +93,7 @@ class ChatModel:
     variables_override: dict[str, Any] | None = None
     tools: list[dict[str, Any]] = field(default_factory=list)
     images: ImageTokens | None = None
+    image_problem: str = ""
     memory_note: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
@@ -248,7 +250,7 @@ class ChatModel:
         Raises:
             ConfigError: If even the last turn of one is too long for the model.
         """
-        if self.images is not None:
+        if any(map(images_of, conversations)):
             return [self.answer(messages) for messages in conversations]
         options, longest = self._options(), self.sampling.max_new_tokens
         fitted = [self._fit_context(messages) for messages in conversations]

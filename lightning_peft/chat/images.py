@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lightning_peft.data.image_tokens import ImageTokens, expanded
@@ -12,23 +12,35 @@ from lightning_peft.data.images import as_rgb, decode_image, require_pillow
 from lightning_peft.data.processors import digest_of_processor, load_processor
 from lightning_peft.data.samples import RowProblems, read_image
 from lightning_peft.data.validation import EncodingProblem
-from lightning_peft.errors import ConfigError, itemize
+from lightning_peft.errors import ConfigError, UnsupportedError, itemize
 from lightning_peft.export.adapters import Adapter
 from lightning_peft.export.base import Base
-from lightning_peft.export.loading import IMAGE_TEXT_CLASSES
+from lightning_peft.export.loading import IMAGE_TEXT_CLASSES, class_name
 
 
-def find_images(base: Base, adapters: Sequence[Adapter]) -> ImageTokens | None:
-    """Returns the processor's ways with images; ``None`` for a model of text.
+def find_images(base: Base, adapters: Sequence[Adapter]) -> tuple[ImageTokens | None, str]:
+    """Returns the processor's ways with images, and why a model that sees has none here.
 
     It is the processor that the first adapter was trained with, else that in the base's folder.
+    A model of text has ``None`` and no reason.
 
     Raises:
-        ConfigError: If there is none, or a package for it is missing.
-        UnsupportedError: If it does not write images as tokens.
+        ConfigError: If the adapter was trained with a processor that cannot be had here.
+        UnsupportedError: If that does not write images as tokens.
     """
+    trained = bool(adapters) and "processor" in adapters[0].encoding
     if not _sees_images(base, adapters):
-        return None
+        return None, ""
+    try:
+        return _find_processor(base, adapters), ""
+    except (ConfigError, UnsupportedError) as error:
+        # Text needs neither the processor nor Pillow.
+        if trained:
+            raise
+        return None, str(error)
+
+
+def _find_processor(base: Base, adapters: Sequence[Adapter]) -> ImageTokens:
     require_pillow()
     record = (adapters[0].facts.get("data") or {}) if adapters else {}
     names = ("processor", "processor_config", "processor_revision")
@@ -49,13 +61,10 @@ def find_images(base: Base, adapters: Sequence[Adapter]) -> ImageTokens | None:
 
 
 def _sees_images(base: Base, adapters: Sequence[Adapter]) -> bool:
-    named = base.config.architectures or []
-    if adapters:
-        # A model that can see may have been trained on text alone, with a tokenizer.
-        if adapters[0].encoding and "processor" not in adapters[0].encoding:
-            return False
-        named = [adapters[0].base.get("class"), *named]
-    return bool(IMAGE_TEXT_CLASSES & {*named[:1]})
+    # A model that can see may have been trained on text alone, with a tokenizer.
+    if adapters and adapters[0].encoding and "processor" not in adapters[0].encoding:
+        return False
+    return class_name(base, adapters[0] if adapters else None) in IMAGE_TEXT_CLASSES
 
 
 def note_of_processor(images: ImageTokens, adapters: Sequence[Adapter]) -> list[str]:
@@ -78,7 +87,9 @@ def read_for_chat(path: str, images: ImageTokens) -> tuple[bytes, str]:
     try:
         if not path or is_address(path):
             raise EncodingProblem("image", f"names {path!r} as an image, which is not a file here")
-        content = read_image(str(Path(path).expanduser()))
+        # Quotes as a shell takes them; a home that does not exist stays as it was written.
+        bare = path[1:-1] if path[:1] in "'\"" and path[-1:] == path[:1] and path[1:] else path
+        content = read_image(os.path.expanduser(bare))
         shown = as_rgb(decode_image(content))
         (written,) = images.written([content])
     except (RowProblems, EncodingProblem) as error:

@@ -126,10 +126,12 @@ def load_chat_model(
     progress("finding the base")
     base, adapters = find_model(args)
     # Before the model, which can take minutes.
-    images = find_images(base, adapters)
+    images, problem = find_images(base, adapters)
     check_template(args, base, adapters, images and images.tokenizer)
     progress("loading the model")
-    more = note_of_processor(images, adapters) if images else []
+    more = [f"images cannot be shown: {problem}"] if problem else []
+    if images is not None:
+        more = note_of_processor(images, adapters)
     loaded = load_model(args, base, adapters, more)
     if images is not None:
         # Some know tokens that the base's does not, such as that of an image.
@@ -142,6 +144,7 @@ def load_chat_model(
         variables_override=variables,
         tools=tools,
         images=images,
+        image_problem=problem,
     )
     show_memory(chat_model)
     return chat_model

@@ -10,19 +10,22 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError, UnsupportedError, first_line
-from lightning_peft.export.adapters import Adapter
+from lightning_peft.export.adapters import WEIGHTS, Adapter
 from lightning_peft.export.base import Base
 
 log = logging.getLogger(__name__)
 
 # Names of the classes of transformers that see images and write text.
 IMAGE_TEXT_CLASSES = frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
+# What the modules of a class of text alone begin with.
+_OF_TEXT = ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
 
 
 @dataclass
@@ -68,13 +71,36 @@ def load_tokenizer(base: Base) -> Any:
 
 def load_model(base: Base, adapter: Adapter | None, dtype: torch.dtype | str) -> Any:
     """Returns the plain base in eval mode, in the class that ``adapter`` was trained on."""
-    recorded = adapter.base.get("class") if adapter else None
-    named = IMAGE_TEXT_CLASSES & {*(base.config.architectures or [])}
-    cls: Any = getattr(transformers, str(recorded), AutoModelForCausalLM)
-    if recorded is None and named:
-        cls = getattr(transformers, next(iter(named)))
-    model = engine.load_pretrained_model(cls, base.folder, config=base.config, dtype=dtype)
+    cls: Any = getattr(transformers, str(class_name(base, adapter)), AutoModelForCausalLM)
+    config, text = base.config, base.config.get_text_config()
+    if isinstance(text, getattr(cls, "config_class", None) or ()):
+        # The class of text alone takes that part of the configuration.
+        config = text
+    model = engine.load_pretrained_model(cls, base.folder, config=config, dtype=dtype)
     return model.eval()
+
+
+def class_name(base: Base, adapter: Adapter | None) -> str | None:
+    """Returns the class of the base, ``None`` where ``AutoModelForCausalLM`` is to choose it.
+
+    It is what the adapter records, or its weights show: for one configuration there can be a class
+    of text alone and one that sees images, whose modules have other names.
+    """
+    named = next((n for n in base.config.architectures or [] if n in IMAGE_TEXT_CLASSES), None)
+    if adapter is None:
+        return named
+    recorded = adapter.base.get("class") or (adapter.config.get("auto_mapping") or {}).get(
+        "base_model_class"
+    )
+    if recorded is not None or named is None:
+        return recorded
+    try:
+        with safe_open(adapter.folder / WEIGHTS, framework="pt") as opened:
+            keys = [key.removeprefix("base_model.model.") for key in opened.keys()]  # noqa: SIM118
+    # Loading the adapter says what is wrong with it.
+    except (OSError, SafetensorError):
+        return None
+    return None if all(key.startswith(_OF_TEXT) for key in keys) else named
 
 
 def dtype_in_training(adapter: Adapter) -> torch.dtype | str:

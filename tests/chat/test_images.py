@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from finished import BASE
-from image_text_models import FAMILIES, tiny_model
-from transformers import AutoModelForImageTextToText
+from image_text_models import FAMILIES, byte_tokenizer, tiny_model
+from transformers import AutoModelForImageTextToText, PaliGemmaProcessor
 
 from lightning_peft import engine
 from lightning_peft.chat.conversation import Conversation
+from lightning_peft.chat.images import find_images
 from lightning_peft.cli import main
 from lightning_peft.cli.chat import _parser, load_chat_model
 from lightning_peft.cli.chat import main as chat
+from lightning_peft.data.images import load_image_processor
 from lightning_peft.errors import ConfigError
+from lightning_peft.export.adapters import find_adapters
+from lightning_peft.export.base import find_base
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -110,11 +115,20 @@ def test_base_and_adapter_see_what_the_processor_makes_of_an_image(
     plain = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32).eval()
     first = talk.ask("What is it?", lambda text: None).text
     assert first == expected(plain, processor, question, [red]).strip()
-    # Text alone is a part of its turn too.
-    only = talk.chat_model.tokens_of([{"role": "user", "content": "Hello?"}])
-    assert "Hello?" in processor.tokenizer.decode(only[0])
+    # Text alone is a part of its turn too, and several go through the model at once.
+    only = [[{"role": "user", "content": text}] for text in ("Hello?", "Where are we now?")]
+    assert "Hello?" in processor.tokenizer.decode(talk.chat_model.tokens_of(only[0])[0])
+    alone = [talk.chat_model.answer(messages) for messages in only]
+    lengths = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, given: lengths.append(len(given["input_ids"])), with_kwargs=True
+    )
+    with hook:
+        assert talk.chat_model.answers(only) == alone
+    assert max(lengths) == 2
 
 
+@LONG
 def test_a_base_alone_and_one_of_16_bits(run: Any, tmp_path: Path, capsys: Any) -> None:
     base, adapter = run("llava", torch.bfloat16)
     red = drawing(tmp_path, "red")
@@ -137,6 +151,8 @@ def test_images_that_cannot_be_shown_are_refused(
         (tmp_path / "text.png", "The question .*image"),
         ("https://x.org/a.png", "names 'https://x.org/a.png' as an image, which is not a file"),
         ("", "names '' as an image"),
+        ("~nouser/x.png", "names '~nouser/x.png', which cannot be read"),
+        (f"'{tmp_path}/none.png'", f"names '{tmp_path}/none.png', which cannot be read"),
     ]:
         with pytest.raises(ConfigError, match=problem):
             talk.run_command(f"/image {path}")
@@ -149,8 +165,37 @@ def test_images_that_cannot_be_shown_are_refused(
     monkeypatch.setattr("sys.stdin", io.StringIO("/image a.png\n"))
     assert main(["chat", "--base", str(BASE), "--chat-template", "plain"]) == 2
     assert "'a.png' cannot be shown to this model, which reads text" in capsys.readouterr().err
-    # Without its processor nothing says how an image becomes tokens.
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        (base / name).unlink(missing_ok=True)
-    assert main(["chat", "--base", str(base), "--prompt", "x"]) == 2
-    assert "its processor cannot be had" in capsys.readouterr().err
+
+
+def test_text_needs_neither_processor_nor_pillow(
+    run: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = run("llava")
+    files = {path: path.read_bytes() for path in base.glob("*processor_config.json")}
+    for path in files:
+        path.unlink()
+    given = ["--chat-template", "plain", *WORDS]
+    assert main(["chat", f"a={adapter}", "--base", str(base), "--prompt", "x", *given]) == 0
+    noted = capsys.readouterr().err
+    assert "note: images cannot be shown: " in noted
+    assert "its processor cannot be had" in noted
+    show = ["--image", str(drawing(tmp_path, "red")), "--prompt", "x"]
+    assert main(["chat", "--base", str(base), *show, *given]) == 2
+    assert "red.png' cannot be shown to the model: " in capsys.readouterr().err
+    for path, content in files.items():
+        path.write_bytes(content)
+    found, known = find_base(str(base)), find_adapters([str(adapter)])
+    images = load_image_processor(
+        {"image_processor_type": "SiglipImageProcessor", "image_seq_length": 4}
+    )
+    PaliGemmaProcessor(images, byte_tokenizer("<image>")).save_pretrained(tmp_path / "pali")
+    pali = find_base(str(base))
+    pali.folder = tmp_path / "pali"
+    assert "PaliGemmaProcessor takes no text without images" in find_images(pali, [])[1]
+    monkeypatch.setattr("lightning_peft.data.images.find_spec", lambda name: None)
+    assert "pip install pillow" in find_images(found, [])[1]
+    # One that was trained with a processor is not asked without it.
+    record = {"data": {"settings": {"encoding": {"processor": "0"}}}}
+    trained = [replace(known[0], facts={**known[0].facts, **record})]
+    with pytest.raises(ConfigError, match="pip install pillow"):
+        find_images(found, trained)
