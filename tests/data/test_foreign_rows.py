@@ -147,9 +147,10 @@ def test_a_table_adds_no_keys_to_tools_and_arguments(make, write, tmp_path, suff
     data = make(file, chat_template=READS, validation_share=0.0)
     assert data.read().problems == []
     texts = [data.tokenizer.decode(row["input_ids"]) for row in data.read().splits["train"]]
-    assert texts[0].startswith(f"[tools]{json.dumps(TOOL)}")
+    # pyarrow 20 writes the keys of a struct in alphabetical order.
+    tools = [json.loads(t.removeprefix("[tools]").partition("[user]")[0]) for t in texts]
+    assert tools == [TOOL, other]
     assert '<call>weather{"town": "Ulm"}</call>' in texts[0]
-    assert texts[1].startswith(f"[tools]{json.dumps(other)}")
     assert '<call>sum{"a": 3}</call>' in texts[1]
 
 
