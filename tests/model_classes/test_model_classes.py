@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import transformers
 
 from model_classes.reasons import NOT_TRIED
 from model_classes.rows import rows, run, tried
@@ -49,4 +50,7 @@ def test_every_class_is_as_the_page_states(row):
 def test_the_page_names_every_class():
     page = PAGE.read_text()
     assert [row.name for row in rows() if f"| {row.name} |" not in page] == []
-    assert NOT_TRIED.keys() <= {row.name for row in rows()}
+    # Older versions of transformers lack some of them.
+    here = {name for name in NOT_TRIED if hasattr(transformers, name)}
+    assert here <= {row.name for row in rows()}
+    assert [name for name in NOT_TRIED if f"| {name} |" not in page] == []
