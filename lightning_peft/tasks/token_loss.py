@@ -108,7 +108,9 @@ class TokenLoss:
         """Returns the head's inputs where there is a label, and the labels."""
         unpadded = self.padding_free.batch(model, batch)
         # The places are those of the rows as they were.
-        return _labelled_inputs(call, model, unpadded, places if unpadded is batch else None)
+        found = _labelled_inputs(call, model, unpadded, places if unpadded is batch else None)
+        self.padding_free.check(model, unpadded)
+        return found
 
     def _can_chunk(self, call: Callable[..., Any], model: PreTrainedModel, batch: Any) -> bool:
         if not batch.keys() <= _KNOWN or batch["input_ids"].shape[1] < 2:

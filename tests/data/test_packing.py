@@ -1,12 +1,15 @@
 """A packed batch gives the logits and gradients of its examples, each computed alone."""
 
 from importlib import import_module
+from time import process_time
 
 import pytest
 import torch
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -15,6 +18,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from lightning_peft.data import packing
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.data.packing import PackedRows, check_model, collate, plan_rows
 from lightning_peft.errors import UnsupportedError
@@ -120,9 +124,35 @@ def test_every_example_is_in_one_row_that_holds_it():
     assert plan_rows([], 100) == []
 
 
+def test_rows_of_many_examples_are_planned_at_once_and_as_full_as_by_best_fit():
+    generator = torch.Generator().manual_seed(0)
+    lengths = (6 + torch.randn(20_000, generator=generator)).exp().clamp(5, 4096).int().tolist()
+    started = process_time()
+    rows = plan_rows(lengths, 4096)
+    # It took 13 s to look at all lengths for each row.
+    assert process_time() - started < 2
+    assert len(rows) <= -(-sum(lengths) // 4096) + 1
+    # Sums of even lengths never fill these rows, and best fit needs fewer of them.
+    even = [2 * n for n in torch.randint(100, 300, (300,), generator=generator).tolist()]
+    searched, fitted = packing._search_rows(even, 1025), packing._fit_rows(even, 1025)
+    assert len(plan_rows(even, 1025)) == len(fitted) < len(searched)
+
+
+def test_more_than_can_be_searched_goes_by_best_fit(monkeypatch):
+    lengths = [60, 50, 45, 30, 10, 5]
+    monkeypatch.setattr(packing, "MOST_STEPS", 1)
+    assert packing._search_rows(lengths, 100) is None
+    assert plan_rows(lengths, 100) == [[0, 3, 4], [1, 2, 5]]
+
+
 def recurrent():
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
     return MambaForCausalLM(MambaConfig(vocab_size=64, **sizes))
+
+
+def convolved():
+    layers = ["conv", "full_attention"]
+    return Lfm2ForCausalLM(Lfm2Config(vocab_size=64, layer_types=layers, **SIZES, **HEADS))
 
 
 def windowed():
@@ -157,6 +187,7 @@ def test_models_that_keep_examples_apart_pass_and_keep_their_modes(build, dtype)
     [
         (recurrent, "MambaForCausalLM cannot run packed rows"),
         (deaf, "Packed examples see each other in Deaf"),
+        (convolved, "Packed examples see each other in Lfm2"),
         (windowed, "attends to the last 16 tokens only"),
         (lambda: llama("flex_attention"), "attn_implementation='flex_attention'"),
     ],

@@ -5,7 +5,13 @@ import logging
 import pytest
 import torch
 from models import VOCABULARY, tiny_gpt2, tiny_llama, token_batch
-from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from lightning_peft import engine
 from lightning_peft.tasks.padding_free import PaddingFree
@@ -138,3 +144,98 @@ def test_checkpointed_blocks_get_the_mask_again_without_its_values(setting):
         assert gradient.abs().max() > 0
         torch.testing.assert_close(found[1][name], gradient, msg=name)
     assert packed["attention_mask"]._dense is None
+
+
+def tiny_gpt_neo(positions=16):
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "window_size": 4}
+    config = GPTNeoConfig(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=positions,
+        attention_types=[[["local"], 1]],
+        **sizes,
+    )
+    return GPTNeoForCausalLM(config)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_rows_together_longer_than_the_positions_of_a_model_run(training):
+    model, batch = tiny_gpt_neo().train(training), batch_of(9, 3, 7, 2)
+    loss, way = TokenLoss(), TokenLoss()
+    way.padding_free = Padded()
+    torch.testing.assert_close(loss.train(model, model, batch), way.train(model, model, batch))
+
+
+def test_no_row_gets_longer_than_the_positions_of_a_model():
+    model, batch = tiny_llama().double(), batch_of(9, 3, 7, 2)
+    model.config.max_position_embeddings = 12
+    packed = PaddingFree().batch(model, batch)
+    assert packed["attention_mask"].lengths == [[9, 2], [3, 7, 1]]
+    assert packed["input_ids"][1, :3].tolist() == batch["input_ids"][1, :3].tolist()
+    assert packed["labels"][1, [0, 3, 10]].tolist() == [-100] * 3
+    ways = [TokenLoss(), TokenLoss()]
+    ways[1].padding_free = Padded()
+    torch.testing.assert_close(*(way.train(model, model, batch) for way in ways))
+    # Each row would be one of its own.
+    model.config.max_position_embeddings = 3
+    kept = batch_of(9, 8)
+    assert PaddingFree().batch(model, kept) is kept
+
+
+def dropping():
+    model = tiny_gpt2()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
+    return model
+
+
+def eager():
+    model = tiny_llama()
+    model.set_attn_implementation("eager")
+    return model
+
+
+@pytest.mark.parametrize(("build", "evaluated"), [(dropping, True), (eager, False)])
+def test_attention_that_makes_the_mask_gets_padded_rows(build, evaluated, caplog):
+    caplog.set_level(logging.INFO, "lightning_peft.tasks.padding_free")
+    model, free, batch = build().train(), PaddingFree(), batch_of(9, 3)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    assert free.batch(model, batch) is batch
+    assert "needs the mask of all tokens squared" in caplog.text
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (free.batch(model.eval(), batch) is not batch) == evaluated
+
+
+class Peeking(LlamaForCausalLM):
+    """Reads the mask of long rows."""
+
+    def forward(self, attention_mask=None, **batch):
+        if batch["input_ids"].shape[1] > 20:
+            attention_mask = attention_mask + 0
+        return super().forward(attention_mask=attention_mask, **batch)
+
+
+def test_a_mask_that_a_step_made_is_the_last():
+    model, loss = Peeking(tiny_llama().config).train(), TokenLoss()
+    long, short = batch_of(19, 3), batch_of(9, 3)
+    loss.train(model, model, short)
+    assert loss.padding_free.batch(model, short) is not short
+    loss.train(model, model, long)
+    assert loss.padding_free.batch(model, short) is short
+
+
+class Picky(LlamaForCausalLM):
+    """Fails at masks of four dimensions."""
+
+    def forward(self, attention_mask=None, **batch):
+        if attention_mask is not None and attention_mask.ndim == 4:
+            raise self.error("not two dimensions")
+        return super().forward(attention_mask=attention_mask, **batch)
+
+
+@pytest.mark.parametrize("error", [AttributeError, IndexError, KeyError, AssertionError])
+def test_a_model_that_fails_at_the_trial_gets_padded_rows(error):
+    model, batch = Picky(tiny_llama().config), batch_of(9, 3)
+    model.error = error
+    assert PaddingFree().batch(model, batch) is batch

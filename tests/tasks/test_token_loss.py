@@ -184,6 +184,7 @@ def test_no_logits_of_tokens_without_a_label_are_made(monkeypatch):
     monkeypatch.setattr(token_loss, "CHUNK", 4 * VOCABULARY)
     model, parts, batch = tiny_llama(), TokenLoss(), batch_of(4, 20)
     batch["labels"][:, :17] = -100
+    model.config.max_position_embeddings = 80
     parts.evaluate(model, model, batch)
     sizes = []
     model.lm_head.register_forward_hook(lambda m, args, out: sizes.append(out.numel()))

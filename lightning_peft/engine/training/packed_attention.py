@@ -129,6 +129,11 @@ class PackedMask(Tensor):
             assert self._dense.shape == shape
         return self._dense
 
+    @property
+    def has_values(self) -> bool:
+        """Whether some code asked for the values, which then exist."""
+        return self._dense is not None
+
     def batches(self) -> list[Batch]:
         """Returns the examples in batches of like length, for :class:`PackedAttention`."""
         if self._batches is None:
