@@ -4,10 +4,9 @@ For so few rows, dequantizing a 4-bit weight takes longer than the product with 
 casting an adapter longer than the two products with it; all of that is the same for every token and
 is done once, with the same numbers bit for bit. What remains is the cost of each call. So for one
 16-bit row, layers that get the same input, such as the three projections of attention, lie in
-one matrix with their ``A`` below them: two products instead of nine. Of 8,100 such products that
-were tried, 8 then had a number whose last bit differs. Folding adapters into the copies would save
-the second product, but round away a part of them, and change greedy answers. What is stored is only
-read.
+one matrix with their ``A`` below them: two products instead of nine. Now and then a number of these
+differs in its last bit. Folding adapters into the copies would save the second product, but round
+away a part of them, and change greedy answers. What is stored is only read.
 """
 
 from __future__ import annotations
@@ -51,21 +50,23 @@ def ready_for_inference(module: nn.Module, copies: bool = True) -> Iterator[None
     """Within the body, what each token would compute again is computed once.
 
     Adapters must not change meanwhile. Where gradients are wanted, layers compute as usual. Within
-    another such body nothing happens.
+    another such body nothing happens: the outer one decides on copies.
 
     Args:
         module: A module with adapted or quantized layers.
         copies: Keep dequantized weights, and weights that are multiplied together in one matrix.
     """
-    copied = set(_copied(module) if copies else [])
+    copied = set(_copied(module))
     quantized = [layer for layer in copied if isinstance(layer, QuantizedLinear)]
     observer = _Observer()
     adapted: list[Any] = [layer for layer in module.modules() if _is_adapted(layer)]
-    for layer in quantized:
-        layer.dense_copies = {}
-    for layer in adapted:
-        layer.__dict__["forward"] = _ReadyForward(layer, observer if layer in copied else None)
     try:
+        for layer in quantized:
+            # ``None`` on the layer itself: decided to have none.
+            layer.dense_copies = {} if copies else None
+        for layer in adapted:
+            together = copies and layer in copied
+            layer.__dict__["forward"] = _ReadyForward(layer, observer if together else None)
         yield
     finally:
         for layer in adapted:
@@ -90,7 +91,7 @@ def _copied(module: nn.Module) -> list[Any]:
         device = stored_parameter(layer, "weight").device
         if not quantized and device.type == "cpu":
             found.append(layer)
-        elif quantized and layer.dense_copies is None:
+        elif quantized and "dense_copies" not in layer.__dict__:
             found += [layer] if layer.backend.multiplies_dequantized(device) else []
     return found
 

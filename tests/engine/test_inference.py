@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from models import tiny_gpt2, tiny_llama, token_batch
@@ -71,25 +73,37 @@ def check_same(model: nn.Module, batch: dict[str, Tensor], autocast: bool = Fals
     assert not any({"forward", "dense_copies"} & vars(layer).keys() for layer in model.modules())
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+# One row in a matrix of several layers; alone and cast; and several rows.
+SLICE = [
+    ("nf4", torch.bfloat16, False, 1),
+    ("nf4", torch.float32, True, 1),
+    ("nf4", torch.float32, False, 2),
+]
+
+
 @pytest.mark.parametrize(
-    "kind",
+    ("kind", "dtype", "autocast", "rows"),
     [
-        "nf4",
-        *(
-            pytest.param(kind, marks=pytest.mark.long)
-            for kind in ("dense", "nf4 in float32", "fp4", "int8")
-        ),
+        pytest.param(*case, marks=() if case in SLICE else pytest.mark.long)
+        for case in itertools.product(
+            CONFIGS, (torch.float32, torch.bfloat16), (False, True), (1, 2)
+        )
     ],
+    ids=str,
 )
 def test_logits_and_stored_values_are_the_same(kind, dtype, autocast, rows):
     check_same(adapted(kind, dtype), token_batch(rows, 1 if rows == 1 else 5), autocast)
 
 
-@pytest.mark.parametrize("kind", ["dense", "nf4"])
-@pytest.mark.parametrize("make", [tiny_gpt2, lambda: tiny_llama(tied=True)])
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (tiny_gpt2, "nf4"),
+        (lambda: tiny_llama(tied=True), "dense"),
+        pytest.param(tiny_gpt2, "dense", marks=pytest.mark.long),
+        pytest.param(lambda: tiny_llama(tied=True), "nf4", marks=pytest.mark.long),
+    ],
+)
 def test_layers_with_a_bias_and_transposed_ones(make, kind):
     check_same(adapted(kind, torch.bfloat16, make()), token_batch(1, 1))
 
@@ -97,6 +111,30 @@ def test_layers_with_a_bias_and_transposed_ones(make, kind):
 def test_some_layers_without_adapters():
     model = adapted("nf4", torch.bfloat16, target_modules=["q_proj", "v_proj", "down_proj"])
     check_same(model, token_batch(1, 1))
+    needed = engine.inference_bytes(model)
+    # Where there is no memory for copies, none are made further in either.
+    with engine.ready_for_inference(model, copies=False), torch.no_grad():
+        assert engine.inference_bytes(model) == 0
+        with engine.ready_for_inference(model):
+            model(**token_batch(1, 1))
+            assert not any(getattr(layer, "dense_copies", None) for layer in model.modules())
+    assert engine.inference_bytes(model) == needed > 0
+
+
+def test_an_interruption_of_the_preparation_leaves_nothing_switched(monkeypatch):
+    model = adapted("nf4")
+    switched: list[nn.Module] = []
+
+    def interrupted(self, layer, observer):
+        switched.append(layer)
+        if len(switched) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(inference._ReadyForward, "__init__", interrupted)
+    with pytest.raises(KeyboardInterrupt), engine.ready_for_inference(model):
+        pass
+    assert len(switched) == 3
+    assert not any({"forward", "dense_copies"} & vars(layer).keys() for layer in model.modules())
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"peft_type": "IA3"}])
