@@ -173,15 +173,16 @@ class Steps:
 
     def loss(self) -> Callable[[], Any]:
         """Returns how the loss is computed."""
-        from lightning_peft.tasks.token_loss import TokenLoss, find_labels
+        from lightning_peft.tasks.token_loss import TokenLoss, label_places
 
         if not self.ours:
             moved = {name: value.to(self.kit.device) for name, value in self.batch.items()}
             return lambda: self.model(**moved).loss
         # As the task does it: the host says where labels are.
-        batch = find_labels(self.batch)
-        moved = {name: value.to(self.kit.device) for name, value in batch.items()}
-        losses = TokenLoss()
+        places, losses = label_places(self.batch), TokenLoss()
+        moved = {name: value.to(self.kit.device) for name, value in self.batch.items()}
+        if places is not None:
+            losses.keep_places(moved["labels"], places.to(self.kit.device))
         return lambda: losses.train(self.model, self.model, moved)
 
     def __call__(self) -> dict[str, Any]:

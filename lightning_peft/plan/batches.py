@@ -11,15 +11,6 @@ from lightning_peft.errors import UnsupportedError
 from lightning_peft.task_registry import TASKS
 
 BatchMaker = Callable[[int, int, bool], dict[str, Any]]
-# Where the labels of a batch are, which the host tells a GPU that would else have to be waited for.
-LABEL_PLACES = "label_places"
-
-
-def without_places(batch: Any) -> Any:
-    """Returns a batch without :data:`LABEL_PLACES`, whose number belongs to its values."""
-    if not isinstance(batch, dict) or LABEL_PLACES not in batch:
-        return batch
-    return {name: value for name, value in batch.items() if name != LABEL_PLACES}
 
 
 def batch_maker(model_class: Any, config: Any) -> BatchMaker:

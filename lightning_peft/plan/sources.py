@@ -21,7 +21,7 @@ from lightning_peft.errors import (
     UnsupportedError,
     similar_names,
 )
-from lightning_peft.plan.batches import batch_maker, without_places
+from lightning_peft.plan.batches import batch_maker
 from lightning_peft.plan.meta_copy import meta_copy
 from lightning_peft.plan.trace import Step
 
@@ -159,7 +159,6 @@ def from_module(module: nn.Module, batch: Any) -> ModelSource:
     configs: list[Any] = [getattr(child, "config", None) for child in module.modules()]
     text: Any = next((c.get_text_config() for c in configs if hasattr(c, "get_text_config")), None)
     if batch is not None:
-        batch = without_places(batch)
         rows = rows_of(batch)
         maker: Any = partial(_of_rows, batch, rows)
     elif hasattr(config, "get_text_config"):
@@ -182,9 +181,7 @@ def from_module(module: nn.Module, batch: Any) -> ModelSource:
 
 def rows_of(batch: Any) -> int | None:
     """Returns the size that the first dimension of all tensors of a batch has, if it is one."""
-    sizes = {
-        t.shape[0] for t in tree_iter(without_places(batch)) if isinstance(t, Tensor) and t.ndim
-    }
+    sizes = {t.shape[0] for t in tree_iter(batch) if isinstance(t, Tensor) and t.ndim}
     return sizes.pop() if len(sizes) == 1 else None
 
 

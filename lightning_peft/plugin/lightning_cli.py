@@ -33,10 +33,10 @@ _LINES_OF_LIGHTNING = (
     *("lightning.fabric.utilities.rank_zero", "lightning_fabric.utilities.rank_zero"),
 )
 _NOISE = ("Tip: ", "TPU available: False", "to estimate number of stepping batches")
-# The recorder of a short run logs every step; tasks prepare batches for their model on purpose.
+# The recorder of a short run logs every step; tasks move batches on purpose.
 _NOISY_WARNINGS = (
     r"The number of training batches \(\d+\) is smaller than the logging interval",
-    r"You have overridden `on_before_batch_transfer` in `LightningModule`",
+    r"You have overridden `transfer_batch_to_device` in `LightningModule`",
 )
 
 

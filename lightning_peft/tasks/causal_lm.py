@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.tasks.pretrained import PretrainedTask
 from lightning_peft.tasks.samples import GeneratedSample, answers
-from lightning_peft.tasks.token_loss import TokenLoss, find_labels
+from lightning_peft.tasks.token_loss import TokenLoss, label_places
 
 # Longest text that predict_step generates.
 MAX_NEW_TOKENS = 256
@@ -41,11 +41,16 @@ class CausalLM(PretrainedTask):
         """Computes the loss without the logits of tokens that have no label, where it can."""
         return TokenLoss()
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Notes on the CPU where labels are: the GPU would have to be waited for in mid-step."""
-        # A step of another class may hand the whole batch to the model.
-        ours = type(self).training_step is CausalLM.training_step
-        return find_labels(batch) if ours and self.device.type != "cpu" else batch
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Moves a batch; where its labels are, the CPU finds: a GPU would have to be waited for."""
+        transfer = super().transfer_batch_to_device
+        places = None if device.type == "cpu" else label_places(batch)
+        moved = transfer(batch, device, dataloader_idx)
+        if places is not None:
+            self.token_loss.keep_places(moved["labels"], transfer(places, device, dataloader_idx))
+        return moved
 
     def make_metrics(self) -> dict[str, Any]:
         """Returns means over labelled tokens."""

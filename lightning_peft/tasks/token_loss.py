@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_peft import engine
-from lightning_peft.compat.torch import is_compiled
+from lightning_peft.compat.torch import is_compiled, version_of
 from lightning_peft.data.encoding import IGNORED
-from lightning_peft.plan.batches import LABEL_PLACES, without_places
 from lightning_peft.tasks.padding_free import PaddingFree
 
 if TYPE_CHECKING:
@@ -69,18 +68,38 @@ class TokenLoss:
     def __init__(self) -> None:
         # None: not tried yet. No reference to the model, which may be copied with this.
         self._chunked: bool | None = None
+        # Labels, their shape and version, and their places.
+        self._kept: tuple[Tensor, torch.Size, int, Tensor] | None = None
         self.padding_free = PaddingFree()
+
+    def keep_places(self, labels: Tensor, places: Tensor) -> None:
+        """Takes the places of the labels of the next batch, which else a GPU is waited for.
+
+        They count for this very tensor, and until it is changed.
+
+        Args:
+            labels: ``(batch, length)``, on the device of the model.
+            places: Those that :func:`label_places` found before they were moved; same device.
+        """
+        self._kept = (labels, labels.shape, version_of(labels), places)
+
+    def _places_of(self, labels: Tensor) -> Tensor | None:
+        """Returns the places that were found for ``labels`` as they are now."""
+        # Changes of inference tensors are not counted.
+        if self._kept is None or self._kept[0] is not labels or labels.is_inference():
+            return None
+        _, shape, version, places = self._kept
+        return places if (labels.shape, version_of(labels)) == (shape, version) else None
 
     def train(self, call: Callable[..., Any], model: PreTrainedModel, batch: Any) -> Tensor:
         """Returns the loss of a batch, a mean over its labelled tokens, with gradients.
 
         ``call`` runs the model on a batch; the model itself is for its head.
         """
-        batch, places = without_places(batch), batch.get(LABEL_PLACES)
         if not self._can_chunk(call, model, batch):
             own: Tensor = call(**batch).loss
             return own
-        hidden, targets = self._inputs(call, model, batch, places)
+        hidden, targets = self._inputs(call, model, batch)
         head, after = model.get_output_embeddings(), postprocess_logits(model)
         trained = [param for param in head.parameters() if param.requires_grad]
         loss: Tensor = ChunkedLoss.apply(hidden, targets, _chunk_rows(model), head, after, *trained)
@@ -88,11 +107,10 @@ class TokenLoss:
 
     def evaluate(self, call: Callable[..., Any], model: PreTrainedModel, batch: Any) -> TokenScores:
         """Returns loss and accuracy of a batch, without gradients."""
-        batch, places = without_places(batch), batch.get(LABEL_PLACES)
         with torch.no_grad():
             if not self._can_chunk(call, model, batch):
                 return _score_tokens(call(**batch), shift_labels(batch["labels"]))
-            hidden, targets = self._inputs(call, model, batch, places)
+            hidden, targets = self._inputs(call, model, batch)
             head, after = model.get_output_embeddings(), postprocess_logits(model)
             total = hidden.new_zeros((), dtype=torch.float32)
             correct = hidden.new_zeros((), dtype=torch.int64)
@@ -103,13 +121,12 @@ class TokenLoss:
             return TokenScores(total / len(targets), len(targets), correct)
 
     def _inputs(
-        self, call: Callable[..., Any], model: PreTrainedModel, batch: Any, places: Tensor | None
+        self, call: Callable[..., Any], model: PreTrainedModel, batch: Any
     ) -> tuple[Tensor, Tensor]:
         """Returns the head's inputs where there is a label, and the labels."""
-        unpadded = self.padding_free.batch(model, batch)
-        # The places are those of the rows as they were.
-        found = _labelled_inputs(call, model, unpadded, places if unpadded is batch else None)
-        self.padding_free.check(model, unpadded)
+        batch = self.padding_free.batch(model, batch)
+        found = _labelled_inputs(call, model, batch, self._places_of(batch["labels"]))
+        self.padding_free.check(model, batch)
         return found
 
     def _can_chunk(self, call: Callable[..., Any], model: PreTrainedModel, batch: Any) -> bool:
@@ -242,7 +259,7 @@ def _labelled_inputs(
 ) -> tuple[Tensor, Tensor]:
     """Returns the head's inputs where there is a label, and the labels.
 
-    ``places`` are those that :func:`find_labels` found.
+    ``places`` are those that :func:`label_places` found.
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     with _head_input(model, first_only=True) as seen:
@@ -256,16 +273,16 @@ def _labelled_inputs(
     return hidden.flatten(0, 1).index_select(0, places), targets.index_select(0, places)
 
 
-def find_labels(batch: Any) -> Any:
-    """Returns a batch with the places of its labels, for a device that should not be asked.
+def label_places(batch: Any) -> Tensor | None:
+    """Returns where the labels of a batch are, for a device that should not be asked.
 
-    They are an entry of the batch, ``(labelled tokens,)``, int64: places in the flat batch. A batch
-    that is not a dictionary with ``labels`` of shape ``(batch, length)`` is returned as it is.
+    That is ``(labelled tokens,)``, int64: places in the flat batch. ``None`` for a batch that is
+    not a dictionary with ``labels`` of shape ``(batch, length)`` on the CPU.
     """
     labels = batch.get("labels") if isinstance(batch, dict) else None
-    if not isinstance(labels, Tensor) or labels.ndim != 2:
-        return batch
-    return {**batch, LABEL_PLACES: _places(shift_labels(labels))}
+    if not isinstance(labels, Tensor) or labels.ndim != 2 or labels.device.type != "cpu":
+        return None
+    return _places(shift_labels(labels))
 
 
 def _places(targets: Tensor) -> Tensor:

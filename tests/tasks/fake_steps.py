@@ -10,6 +10,7 @@ import sys
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,7 +22,7 @@ from lightning_peft.compat.torch import FakeTensor, FakeTensorMode
 from lightning_peft.plan.meta_copy import make_fake
 from lightning_peft.runs.throughput import Throughput
 from lightning_peft.tasks.causal_lm import CausalLM
-from lightning_peft.tasks.token_loss import find_labels
+from lightning_peft.tasks.token_loss import label_places
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -44,6 +45,19 @@ class Waits(TorchDispatchMode):
             if any(t.device == self.device for t in one) and any(_is_on_host(t) for t in other):
                 raise RuntimeError(f"{func} copies from or to the CPU")
         return out
+
+
+class Moves(TorchFunctionMode):
+    """Moves tensors to a device as fake ones."""
+
+    def __init__(self, device, mode):
+        super().__init__()
+        self.device, self.mode = device, mode
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.to and args[1] == self.device:
+            return FakeTensor(self.mode, args[0].to("meta"), self.device)
+        return func(*args, **(kwargs or {}))
 
 
 def _is_on_host(tensor):
@@ -77,12 +91,12 @@ def step(device, mode, llama, padded=True):
         labels = ids.masked_fill(ids % 3 == 0, -100)
         host = {"input_ids": ids, "labels": labels}
         host |= {"attention_mask": (ids < 20).long()} if padded else {}
-        host = find_labels(host) if device.type == "cpu" else task.on_before_batch_transfer(host, 0)
-
-    def moved(tensor):
-        return FakeTensor(mode, tensor.to("meta"), device)
-
-    batch = {name: moved(tensor) for name, tensor in host.items()}
+        with Moves(device, mode):
+            batch = task.transfer_batch_to_device(host, device, 0)
+            if device.type == "cpu":
+                # Where nobody waits, the task does not look for them.
+                task.token_loss.keep_places(batch["labels"], label_places(host).to(device))
+    *_, places = task.token_loss._kept
     optimizer = torch.optim.AdamW(engine.all_adapter_parameters(llama), fused=True)
     pace = Throughput()
     with mode, Waits(device):
@@ -95,7 +109,7 @@ def step(device, mode, llama, padded=True):
                 # On CPUs the tokens are a number at once.
                 pace.add(batch)
                 pace.step(1)
-    return [str(loss.device), batch["labels"].numel() - len(batch["label_places"])]
+    return [str(loss.device), batch["labels"].numel() - len(places)]
 
 
 FAULTS = {
