@@ -117,8 +117,9 @@ def test_the_demo_runs_and_tunes(new_process, tmp_path):
     assert_the_demo_tuned(tmp_path, done.stdout, "qlora", 12)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("few_rows")
-@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.long)])
+@pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_demo_of_other_methods(tmp_path, monkeypatch, capsys, method):
     monkeypatch.setenv("COLUMNS", "100")
     toy = ["demo", "--model", "toy"]
