@@ -15,9 +15,9 @@ from lightning_peft.runs.folder import RunFolder
 
 METHODS = ("lora", "qlora")
 # Near to another trial: dpo has the pairs of orpo and reward, and the reference of kto; grpo samples
-# as validation does, speech has an encoder and a decoder as summaries and translation have, images and tokens are
-# classified as texts are, and answers about images have labels as those about texts; forkme is sft
-# with every key.
+# as validation does, speech has an encoder and a decoder as summaries and translation have, images
+# and tokens are classified as texts are, and answers about images have labels as those about texts;
+# forkme is sft with every key.
 NEAR = {
     *("grpo-qlora", "kto-qlora", "orpo-qlora", "reward-qlora"),
     *("summarization-qlora", "translation-qlora"),
