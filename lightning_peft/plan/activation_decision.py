@@ -6,12 +6,12 @@ import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_peft import engine
-from lightning_peft.compat.torch import tree_iter
 from lightning_peft.errors import LightningPeftError
 from lightning_peft.plan import margins
+from lightning_peft.plan.batch_size import BatchSize, size_of
 from lightning_peft.plan.device_memory import DeviceMemory, readable
 from lightning_peft.plan.memory_tracker import ACTIVATIONS, LOGITS
 from lightning_peft.plan.prediction import Prediction, predict
@@ -28,6 +28,8 @@ NEGLIGIBLE = 0.3
 # normalizations, casts and dropout masks. Blocks of transformers keep about two.
 _COPIES = 4
 _HEADS = 32
+# Gradient and Adam's two moments of a trained weight, float32.
+_STATE_BYTES = 12
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,19 @@ def decide_activations(
         settings: The run.
         device: What the run can have, the memory that it holds included.
     """
-    rough = rough_activation_bytes(module, batch)
-    if rough <= NEGLIGIBLE * device.bytes:
+    size = size_of(module, batch)
+    if size.unknown:
+        return ActivationDecision(
+            recompute=True, reason=f"the size of the activations is not known: {size.unknown}"
+        )
+    rough = rough_activation_bytes(module, size)
+    allowed = min(NEGLIGIBLE * device.bytes, _left(module, device))
+    if rough <= allowed:
         return ActivationDecision(
             recompute=False,
             reason=f"all activations take less than {readable(rough)} by a rough estimate, and "
             f"{device.name} has {readable(device.bytes)}",
-            room=NEGLIGIBLE * device.bytes / max(1, rough),
+            room=allowed / max(1, rough),
         )
     try:
         plan = predict(from_module(module, batch), replace(settings, gradient_checkpointing=False))
@@ -99,23 +107,28 @@ def _decision_of(plan: Prediction, device: DeviceMemory) -> ActivationDecision:
     )
 
 
-def elements_of(batch: Any) -> int:
-    """Returns how many elements the tensors of a batch have together."""
-    return sum(one.numel() for one in tree_iter(batch) if isinstance(one, Tensor))
+def _left(module: nn.Module, device: DeviceMemory) -> float:
+    """Returns the bytes left for activations where as much of the device is kept free."""
+    weights = [*module.parameters(), *module.buffers()]
+    held = max(device.held, sum(one.numel() * one.element_size() for one in weights))
+    trained = sum(param.numel() for param in module.parameters() if param.requires_grad)
+    return margins.COMFORTABLE * device.bytes - held - _STATE_BYTES * trained
 
 
-def rough_activation_bytes(module: nn.Module, batch: Any) -> int:
+def surely_fits(module: nn.Module, size: BatchSize, device: DeviceMemory) -> bool:
+    """Whether a step fits by a rough estimate already, before it has gradients and states."""
+    return not size.unknown and rough_activation_bytes(module, size) <= _left(module, device)
+
+
+def rough_activation_bytes(module: nn.Module, size: BatchSize) -> int:
     """Returns an estimate that is several times too high for usual models; nothing is run.
 
-    Each element of the largest tensor of the batch (a token, a pixel, a feature) is taken to pass
-    through every layer, and to attend to as many others as the longest dimension has.
+    Each element of the batch (a token, a pixel, a feature) is taken to pass through every layer,
+    and to attend to as many others as the longest dimension has.
     """
-    tensors = [one for one in tree_iter(batch) if isinstance(one, Tensor) and one.ndim]
-    elements = max((one.numel() for one in tensors), default=0)
-    longest = max((max(one.shape) for one in tensors), default=0)
     width = sum(_width(child) for child in module.modules())
     attending = len(engine.adapted_layers(module)) * _heads(module)
-    return 4 * elements * (_COPIES * width + attending * longest)
+    return 4 * size.elements * (_COPIES * width + attending * size.longest)
 
 
 def _width(layer: nn.Module) -> int:

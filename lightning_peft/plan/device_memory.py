@@ -45,11 +45,13 @@ class DeviceMemory:
         name: What to call it.
         bytes: Memory that a run can have.
         kind: ``"cuda"`` or ``"cpu"``.
+        held: What of these bytes the process already uses, where it runs.
     """
 
     name: str
     bytes: int
     kind: Literal["cuda", "cpu"]
+    held: int = 0
 
 
 def device_memory(text: str) -> DeviceMemory:

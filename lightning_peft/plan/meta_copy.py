@@ -52,8 +52,10 @@ class _WithoutLargeValues(TorchFunctionMode):
     """Within the body, copies of large tensors are on the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.__deepcopy__, Tensor.clone) and args[0].nbytes >= _LARGE:
-            return _on_meta(args[0]).requires_grad_(args[0].requires_grad)
+        if func in (Tensor.__deepcopy__, Tensor.clone):
+            tensor = args[0]
+            if tensor.layout == torch.strided and tensor.nbytes >= _LARGE:
+                return _on_meta(tensor).requires_grad_(tensor.requires_grad)
         return func(*args, **(kwargs or {}))
 
 

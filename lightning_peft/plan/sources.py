@@ -13,7 +13,6 @@ import transformers
 from torch import Tensor, nn
 
 from lightning_peft import engine
-from lightning_peft.compat.torch import tree_iter, tree_map
 from lightning_peft.compat.transformers import causal_lm_class, model_from_config
 from lightning_peft.errors import (
     ConfigError,
@@ -21,6 +20,7 @@ from lightning_peft.errors import (
     UnsupportedError,
     similar_names,
 )
+from lightning_peft.plan.batch_size import map_tensors, tensors_of
 from lightning_peft.plan.batches import batch_maker
 from lightning_peft.plan.meta_copy import meta_copy
 from lightning_peft.plan.trace import Step
@@ -181,7 +181,7 @@ def from_module(module: nn.Module, batch: Any) -> ModelSource:
 
 def rows_of(batch: Any) -> int | None:
     """Returns the size that the first dimension of all tensors of a batch has, if it is one."""
-    sizes = {t.shape[0] for t in tree_iter(batch) if isinstance(t, Tensor) and t.ndim}
+    sizes = {one.shape[0] for one in tensors_of(batch) if one.ndim}
     return sizes.pop() if len(sizes) == 1 else None
 
 
@@ -190,9 +190,8 @@ def _of_rows(batch: Any, known: int | None, rows: int, length: int, padded: bool
     if known is None:
         return batch
 
-    def resized(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.ndim:
-            return torch.empty((rows, *value.shape[1:]), dtype=value.dtype)
-        return value
+    def resized(value: Tensor) -> Tensor:
+        shape = (rows, *value.shape[1:]) if value.ndim else ()
+        return torch.empty(shape, dtype=value.dtype) if shape else value
 
-    return tree_map(resized, batch)
+    return map_tensors(resized, batch)

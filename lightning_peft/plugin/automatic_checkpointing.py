@@ -6,14 +6,11 @@ import math
 from typing import Any
 
 from lightning_peft import engine
-from lightning_peft.plan.activation_decision import (
-    ActivationDecision,
-    decide_activations,
-    elements_of,
-)
+from lightning_peft.plan.activation_decision import ActivationDecision, decide_activations
+from lightning_peft.plan.batch_size import BatchSize, size_of, without_values
 from lightning_peft.plan.sources import rows_of
 from lightning_peft.plugin.optimization import log_info
-from lightning_peft.plugin.run_memory import memory_of, settings_of, whole_memory, without_values
+from lightning_peft.plugin.run_memory import memory_of, settings_of, whole_memory
 
 NAME = "gradient_checkpointing"
 _RESUMED = "as when the run began"
@@ -35,34 +32,52 @@ class AutomaticCheckpointing:
     def __init__(self, strategy: Any) -> None:
         self._strategy = strategy
         self.decision: ActivationDecision | None = None
-        # Elements of a batch for which the decision holds.
-        self._largest = 0.0
+        # Sizes up to which activations are kept, one entry for each decision. A batch that is
+        # within one of them is not decided for again.
+        self._up_to: list[dict[str, int]] = []
 
     def before_batch(self, batch: Any) -> ActivationDecision:
         """Decides with the first batch, and again where a batch needs it."""
-        if self.decision is None:
-            self._start(batch)
-        elif not self.decision.recompute and elements_of(batch) > self._largest:
-            self._apply(self._decide(batch), batch)
+        if self.decision is None or not self.decision.recompute:
+            size = size_of(self._strategy.lightning_module, batch)
+            if self.decision is None:
+                self._start(batch, size)
+            elif not self._is_known(size):
+                self._apply(self._decide(batch), size)
         assert self.decision is not None
         return self.decision
 
-    def _start(self, batch: Any) -> None:
+    def _is_known(self, size: BatchSize) -> bool:
+        return not size.unknown and any(size.is_within(bounds) for bounds in self._up_to)
+
+    def _start(self, batch: Any, size: BatchSize) -> None:
         strategy = self._strategy
-        module = strategy.lightning_module
         # Only the first process has the record of a run.
         known = strategy.broadcast(strategy.lifecycle.decided.get(NAME))
-        if known is not None and known["device_bytes"] <= whole_memory(module):
-            self._largest = known["up_to_elements"]
+        if known is not None and self._all_take(known, size):
             self.decision = ActivationDecision(known["value"], _RESUMED)
             self._switch()
             return
+        self._up_to = []
         decision = self._decide(batch)
-        if strategy.world_size > 1:
-            fits = strategy.reduce_boolean_decision(not decision.recompute, all=True)
-            if not fits and not decision.recompute:
-                decision = ActivationDecision(True, "it does not fit on another process")
-        self._apply(decision, batch)
+        fits = self._on_all(not decision.recompute)
+        if not fits and not decision.recompute:
+            decision = ActivationDecision(True, "it does not fit on another process")
+        self._apply(decision, size)
+
+    def _all_take(self, known: dict[str, Any], size: BatchSize) -> bool:
+        """Whether what the run decided when it began holds in all processes."""
+        module = self._strategy.lightning_module
+        self._up_to = list(known.get("up_to", ()))
+        holds = known["value"] or self._is_known(size)
+        return self._on_all(holds and known["device_bytes"] <= whole_memory(module))
+
+    def _on_all(self, answer: bool) -> bool:
+        """Whether ``answer`` is true in all processes; each of them has to ask."""
+        strategy = self._strategy
+        if strategy.world_size == 1:
+            return answer
+        return bool(strategy.reduce_boolean_decision(answer, all=True))
 
     def _decide(self, batch: Any) -> ActivationDecision:
         module = self._strategy.lightning_module
@@ -71,14 +86,14 @@ class AutomaticCheckpointing:
         settings = settings_of(trainer, module, rows_of(shapes))
         return decide_activations(module, shapes, settings, memory_of(trainer, module))
 
-    def _apply(self, decision: ActivationDecision, batch: Any) -> None:
+    def _apply(self, decision: ActivationDecision, size: BatchSize) -> None:
         self.decision = decision
         # Attention may grow with the square of the length.
-        self._largest = elements_of(batch) * math.sqrt(max(1.0, decision.room))
+        self._up_to.append(size.bounds(math.sqrt(max(1.0, decision.room))))
         self._strategy.lifecycle.decided[NAME] = {
             "value": decision.recompute,
             "reason": decision.reason,
-            "up_to_elements": int(self._largest),
+            "up_to": self._up_to,
             "device_bytes": whole_memory(self._strategy.lightning_module),
         }
         self._switch()

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_peft.plan.activation_decision import surely_fits
+from lightning_peft.plan.batch_size import size_of, without_values
 from lightning_peft.plan.device_memory import DeviceMemory
 from lightning_peft.plan.explanation import memory_warning, out_of_memory_message
 from lightning_peft.plan.prediction import Prediction, predict
@@ -14,7 +16,7 @@ from lightning_peft.plan.sources import ModelSource, from_module, rows_of
 from lightning_peft.plan.suggestions import suggest_changes
 from lightning_peft.plugin.adapter_strategy import AdapterStrategy
 from lightning_peft.plugin.namespace import LateBoundMeta
-from lightning_peft.plugin.run_memory import memory_of, settings_of, surely_fits, without_values
+from lightning_peft.plugin.run_memory import memory_of, settings_of
 
 if TYPE_CHECKING:
     from pytorch_lightning.callbacks import Callback as _Base
@@ -52,7 +54,10 @@ class MemoryPlanCallback(_Base, metaclass=LateBoundMeta):
             decision = strategy.decide_checkpointing(batch)
             if decision is not None and decision.planned and not decision.recompute:
                 return
-        if not trainer.is_global_zero or surely_fits(trainer, pl_module, batch):
+        if not trainer.is_global_zero:
+            return
+        size = size_of(pl_module, self._latest)
+        if surely_fits(pl_module, size, memory_of(trainer, pl_module)):
             return
         planned = _planned(trainer, pl_module, self._latest)
         if planned is None:

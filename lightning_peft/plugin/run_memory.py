@@ -8,23 +8,9 @@ import psutil
 import torch
 
 from lightning_peft import engine
-from lightning_peft.compat.torch import tree_map
-from lightning_peft.plan.activation_decision import rough_activation_bytes
 from lightning_peft.plan.device_memory import DeviceMemory, available_memory
-from lightning_peft.plan.margins import COMFORTABLE, PROCESS_BYTES
+from lightning_peft.plan.margins import PROCESS_BYTES
 from lightning_peft.plan.settings import PRECISIONS, PlanSettings
-
-# Gradient and Adam's two moments of a trained weight, float32.
-_STATE_BYTES = 12
-
-
-def without_values(batch: Any) -> Any:
-    """Returns a batch of the same shapes and dtypes on the meta device."""
-    return tree_map(_shape, batch)
-
-
-def _shape(value: Any) -> Any:
-    return torch.empty_like(value, device="meta") if isinstance(value, torch.Tensor) else value
 
 
 def settings_of(trainer: Any, module: Any, rows: int | None) -> PlanSettings:
@@ -61,22 +47,16 @@ def memory_of(trainer: Any, module: Any) -> DeviceMemory:
     used = _held(module)
     if module.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(module.device)
-        return DeviceMemory(torch.cuda.get_device_name(module.device), free + used, "cuda")
+        return DeviceMemory(torch.cuda.get_device_name(module.device), free + used, "cuda", used)
     sharing = max(1, trainer.world_size // max(1, trainer.num_nodes))
-    return DeviceMemory("this machine's memory", available_memory() // sharing + used, "cpu")
+    free = available_memory() // sharing
+    return DeviceMemory("this machine's memory", free + used, "cpu", used)
 
 
 def _held(module: Any) -> int:
     if module.device.type == "cuda":
         return torch.cuda.memory_reserved(module.device) + PROCESS_BYTES["cuda"][1]
     return int(psutil.Process().memory_info().rss)
-
-
-def surely_fits(trainer: Any, module: Any, batch: Any) -> bool:
-    """Whether a step fits by a rough estimate already, before it has gradients and states."""
-    trained = sum(param.numel() for param in module.parameters() if param.requires_grad)
-    needed = _held(module) + rough_activation_bytes(module, batch) + _STATE_BYTES * trained
-    return needed <= COMFORTABLE * memory_of(trainer, module).bytes
 
 
 def whole_memory(module: Any) -> int:

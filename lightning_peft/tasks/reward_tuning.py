@@ -240,6 +240,16 @@ class RewardTuning(ReferencedTask):
             self._iteration = iteration
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
+    def activation_shapes(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Returns the largest batch that learns from answers to ``batch``, without values.
+
+        ``gradient_checkpointing="auto"`` and the planner's warning ask for it.
+        """
+        rows, length = batch["input_ids"].shape
+        answers = rows * self.hparams["num_generations"]
+        longest = length + self.hparams["max_completion_length"]
+        return {"input_ids": torch.empty(answers, longest, dtype=torch.long, device="meta")}
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Returns the loss of the samples of ``batch``, which are drawn in its first iteration."""
         if self._iteration == 0 or self._rollout is None:

@@ -1,18 +1,19 @@
 """``gradient_checkpointing="auto"``: activations kept or computed again, by the planner."""
 
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BatchEncoding, LlamaConfig, LlamaForCausalLM
 
 from lightning_peft import engine
 from lightning_peft.plan import activation_decision, device_memory
 from lightning_peft.plan.activation_decision import decide_activations, rough_activation_bytes
+from lightning_peft.plan.batch_size import BatchSize, size_of, without_values
 from lightning_peft.plan.device_memory import DeviceMemory, available_memory
 from lightning_peft.plan.meta_copy import meta_copy
 from lightning_peft.plan.prediction import predict
@@ -55,7 +56,7 @@ def test_the_planner_decides_at_85_percent_of_the_device(run, monkeypatch):
 
 def test_activations_that_hardly_count_need_no_plan(run, monkeypatch):
     monkeypatch.setattr(activation_decision, "predict", None)
-    rough = rough_activation_bytes(*run)
+    rough = rough_activation_bytes(run[0], size_of(*run))
     decision = decide_activations(*run, SETTINGS, device(100 * rough))
     assert not decision.recompute
     assert decision.reason.startswith("all activations take less than")
@@ -64,7 +65,75 @@ def test_activations_that_hardly_count_need_no_plan(run, monkeypatch):
 
 def test_the_rough_estimate_is_above_the_planners(run):
     kept = predict(from_module(*run), SETTINGS).trace.kept
-    assert 2 * kept < rough_activation_bytes(*run) < 50 * kept
+    assert 2 * kept < rough_activation_bytes(run[0], size_of(*run)) < 50 * kept
+
+
+def test_weights_count_where_activations_hardly_do(run, monkeypatch):
+    rough = rough_activation_bytes(run[0], size_of(*run))
+    trained = sum(param.numel() for param in run[0].parameters() if param.requires_grad)
+    size = 10 * rough
+    held = int(0.85 * size - rough - 12 * trained)
+    fits = DeviceMemory("a device", size, "cpu", held)
+    assert decide_activations(*run, SETTINGS, fits).room == pytest.approx(1, abs=0.001)
+    # By the planner, which does not answer here.
+    monkeypatch.setattr(activation_decision, "predict", None)
+    assert decide_activations(*run, SETTINGS, replace(fits, held=held + rough // 10)).recompute
+
+
+@dataclass(frozen=True)
+class Sample:
+    ids: torch.Tensor
+    name: str = "one"
+
+
+IDS = torch.zeros(2, 6, dtype=torch.long)
+PIXELS = torch.zeros(2, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("batch", "size"),
+    [
+        (IDS, BatchSize(integers=12, longest=6)),
+        (BatchEncoding({"input_ids": IDS, "attention_mask": IDS}), BatchSize(12, longest=6)),
+        ({"input_ids": IDS, "labels": IDS[:, :1]}, BatchSize(14, longest=6)),
+        ({"pixels": PIXELS, "ids": IDS, "scale": torch.tensor(2)}, BatchSize(12, 96, longest=6)),
+        (Sample(IDS), BatchSize(12, characters=3, longest=6)),
+        ([PIXELS, [PIXELS, 3, None]], BatchSize(floats=192, longest=4)),
+        (["a text"] * 2, BatchSize(0, 0, 12, 6, "the batch has no tensors")),
+        ({"ids": IDS, "graph": object()}, BatchSize(12, 0, 0, 6, "the batch holds a object")),
+    ],
+)
+def test_sizes_of_batches(batch, size):
+    assert size_of(nn.Linear(1, 1), batch) == size
+
+
+def test_batches_lose_their_values_whatever_they_are():
+    encoding = without_values(BatchEncoding({"input_ids": IDS}))
+    assert type(encoding) is BatchEncoding
+    assert encoding.input_ids.is_meta
+    assert not IDS.is_meta
+    sample, (inner,) = without_values((Sample(IDS), [{"a": IDS}]))
+    assert (sample.ids.is_meta, sample.name, inner["a"].is_meta) == (True, "one", True)
+
+
+def test_a_batch_that_cannot_be_looked_into_is_computed_again(run):
+    decision = decide_activations(run[0], ["a text"] * 8, SETTINGS, device(10**12))
+    assert decision.recompute
+    assert decision.reason.endswith("activations is not known: the batch has no tensors")
+
+
+def test_a_batch_encoding_is_planned(run, monkeypatch):
+    monkeypatch.setattr(activation_decision, "NEGLIGIBLE", 0)
+    batch = without_values(BatchEncoding(run[1]))
+    assert decide_activations(run[0], batch, SETTINGS, device(10**10)).planned
+
+
+def test_a_module_says_what_it_trains_on(run):
+    model, batch = run
+    model.activation_shapes = lambda given: [given["input_ids"]] * 3
+    assert size_of(model, batch) == BatchSize(3 * 4 * 32, longest=32)
+    model.activation_shapes = lambda given: given["images"]
+    assert "activation_shapes of LlamaForCausalLM failed: Key" in size_of(model, batch).unknown
 
 
 def test_what_cannot_be_predicted_is_computed_again(run, monkeypatch):

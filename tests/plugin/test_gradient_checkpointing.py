@@ -182,12 +182,42 @@ def test_a_larger_batch_is_decided_for_again(tmp_path, said, monkeypatch):
 def test_what_a_run_decided_is_taken_where_the_memory_is_there(share, begins, tmp_path, said):
     ours = strategy(gradient_checkpointing="auto")
     module = task(kind="llama")
-    known = {"value": True, "up_to_elements": 9, "device_bytes": share * whole_memory(module)}
+    known = {"value": True, "up_to": [], "device_bytes": share * whole_memory(module)}
     ours.lifecycle.decided["gradient_checkpointing"] = known
     trainer(tmp_path, ours).fit(module, loader("llama"))
     (line,) = [text for text in said if "gradient_checkpointing" in text]
     assert line.startswith(f"gradient_checkpointing='auto': {begins}")
     assert ("as when the run began" in line) is (share == 1)
+
+
+@pytest.mark.parametrize(("integers", "taken"), [(1000, True), (9, False)])
+def test_what_a_run_decided_is_taken_for_batches_as_large(integers, taken, tmp_path, said):
+    ours = strategy(gradient_checkpointing="auto")
+    module = task(kind="llama")
+    up_to = [{"integers": integers, "floats": 0, "characters": 0, "longest": 99}]
+    known = {"value": False, "up_to": up_to, "device_bytes": whole_memory(module)}
+    ours.lifecycle.decided["gradient_checkpointing"] = known
+    trainer(tmp_path, ours, max_steps=1).fit(module, loader("llama"))
+    (line,) = [text for text in said if "gradient_checkpointing" in text]
+    assert ("as when the run began" in line) is taken
+
+
+def test_a_longer_batch_of_as_many_tokens_is_decided_for_once(tmp_path, monkeypatch):
+    sizes = []
+
+    def decide(module, batch, settings, device):
+        sizes.append(tuple(batch["ids"].shape))
+        return ActivationDecision(False, "it is small", room=1.0)
+
+    monkeypatch.setattr(automatic_checkpointing, "decide_activations", decide)
+    shapes = ((4, 4), (2, 8), (4, 4), (1, 8), (2, 8))
+    rows = [{"ids": torch.randint(0, 16, shape)} for shape in shapes]
+    ours = strategy(gradient_checkpointing="auto")
+    run = trainer(tmp_path, ours, max_epochs=1)
+    run.fit(task(kind="llama"), torch.utils.data.DataLoader(rows, batch_size=None))
+    assert sizes == [(4, 4), (2, 8)]
+    up_to = ours.lifecycle.decided["gradient_checkpointing"]["up_to"]
+    assert [bounds["longest"] for bounds in up_to] == [4, 8]
 
 
 def test_generate_after_a_fit_has_its_cache(tmp_path):

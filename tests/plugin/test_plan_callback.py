@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lightning_peft import LoRAStrategy, QLoRAStrategy
 from lightning_peft.plan.device_memory import DeviceMemory
 from lightning_peft.plan.prediction import plan_memory, predict
-from lightning_peft.plugin import automatic_checkpointing, plan_callback, run_memory
+from lightning_peft.plugin import plan_callback
 
 CONFIG = {
     "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
@@ -54,9 +54,8 @@ def fit(strategy, task=None, **settings):
 
 @pytest.fixture
 def small_device(monkeypatch):
-    small = DeviceMemory("a small device", 410_000_000, "cpu")
-    for home in (plan_callback, automatic_checkpointing, run_memory):
-        monkeypatch.setattr(home, "memory_of", lambda trainer, module: small)
+    small = DeviceMemory("a small device", 410_000_000, "cpu", 400_000_000)
+    monkeypatch.setattr(plan_callback, "memory_of", lambda trainer, module: small)
 
 
 @pytest.fixture

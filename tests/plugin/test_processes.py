@@ -126,6 +126,13 @@ def test_gradient_checkpointing_changes_no_number_in_two_processes(ranks):
     assert ranks[0]["kept"]["losses"] != ranks[1]["kept"]["losses"]
 
 
+def test_a_record_that_does_not_hold_everywhere_is_decided_again_by_all(ranks):
+    for rank in ranks:
+        recompute, reason = rank["recorded"]
+        assert not recompute
+        assert reason.startswith("all activations take less than")
+
+
 def test_another_base_on_one_rank_is_found_by_all(ranks):
     for rank in ranks:
         assert "Ranks [1] have another base model than rank 0" in rank["other base"]

@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 import torch
-from modules import loader, saver, strategy, task, trainer, weights
+from modules import lightning, loader, saver, strategy, task, trainer, weights
 from torch import distributed
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_peft import QLoRACallback
 from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.errors import BaseMismatchError, LifecycleError
+from lightning_peft.plugin import automatic_checkpointing
 from lightning_peft.plugin.namespace import bind_to_lightning
 
 ROOT = "lightning.pytorch"
@@ -62,6 +63,23 @@ def fit_idle(folder, **given):
     return "", len(module.losses)
 
 
+def fit_recorded(folder, rank):
+    """Trains by a record that holds on the first process only; returns the decision."""
+    ours = strategy("lora", ROOT, gradient_checkpointing="auto")
+    ours.lifecycle.decided["gradient_checkpointing"] = {"value": True, "device_bytes": 2}
+    whole = automatic_checkpointing.whole_memory
+    automatic_checkpointing.whole_memory = lambda module: 2 - rank
+    decisions = []
+
+    class Watch(lightning(ROOT).Callback):
+        def on_train_batch_end(self, trainer, *given):
+            decisions.append(trainer.strategy._automatic.decision)
+
+    fit(folder, ours, [Watch()], max_steps=1)
+    automatic_checkpointing.whole_memory = whole
+    return decisions[-1].recompute, decisions[-1].reason
+
+
 def callback(**given):
     return bind_to_lightning(QLoRACallback, ROOT)(r=4, announce=False, **given)
 
@@ -93,6 +111,8 @@ def main(folder: Path) -> None:
     seen["resumed"] = {"losses": resumed.losses, "weights": weights(resumed)}
 
     seen["kept"], seen["checkpointed"] = (fit_residuals(folder, on) for on in (False, True))
+
+    seen["recorded"] = fit_recorded(folder, rank)
 
     seen["idle"] = fit_idle(folder)
     seen["idle allowed"] = fit_idle(folder, ddp_kwargs={"find_unused_parameters": True})

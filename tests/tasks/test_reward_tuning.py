@@ -8,6 +8,7 @@ from paired import CONFIG, answers_in, prompts_in, strategy_of, trainer_of
 from test_unpaired import alone
 
 from lightning_peft.errors import ConfigError, UnsupportedError
+from lightning_peft.plan.batch_size import BatchSize, size_of
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 from lightning_peft.tasks.reference import reference
 from lightning_peft.tasks.reward_tuning import RewardTuning
@@ -98,6 +99,12 @@ def test_a_run_logs_what_it_says_and_is_reproducible(tmp_path):
     assert logged["train_kl"] > 0
     assert found[0][0] == found[1][0]
     assert all(torch.equal(*both) for both in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_its_memory_is_that_of_prompts_with_answers():
+    ids = torch.zeros(3, 5, dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": ids, "rows": [{"prompt": "a"}] * 3}
+    assert size_of(task_of(), batch) == BatchSize(integers=3 * 4 * (5 + 6), longest=12)
 
 
 def test_groups_of_equal_rewards_move_nothing(tmp_path):
