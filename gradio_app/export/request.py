@@ -114,6 +114,8 @@ def formats_of(run: Run) -> tuple[str, ...]:
     task = task_of_run(run)
     generates = task is None or task.auto_class == "AutoModelForCausalLM"
     left_out = set() if generates else set(_GENERATING)
+    if task is not None and task.auto_class == "AutoModelForImageTextToText":
+        left_out.remove("vllm")
     if task is None or task.sentence_class is None:
         left_out.add(SENTENCES)
     return tuple(name for name in FORMATS if name not in left_out)

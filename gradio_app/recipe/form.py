@@ -15,6 +15,7 @@ from gradio_app.recipe.yaml_text import parse_yaml
 from lightning_peft.task_registry import task_of_config
 
 LONGEST_TEXT = 10_000
+_REWARDS, _REWARD_WEIGHTS = (f"model.init_args.{name}" for name in ("rewards", "reward_weights"))
 
 
 def method_of(content: Mapping[str, Any]) -> str:
@@ -116,7 +117,8 @@ def _parse_several(field: Field, given: object) -> list[Any]:
         raise UserError("checks.choice", value=shortened(unknown[0]), known=known)
     if not values:
         raise UserError("checks.needed")
-    return list(dict.fromkeys(values))
+    # In one order, whichever was ticked first.
+    return [one for one in field.choices if one in values]
 
 
 def _parse_number(field: Field, text: str) -> int | float:
@@ -182,18 +184,25 @@ def apply_form(
     for field in FIELDS:
         if field.path not in given or not applies(field, content):
             continue
-        typed = given[field.path]
-        if (
-            typed == display_value(field, content)
-            or typed is None
-            and display_value(field, content) == ""
-        ):
+        typed, shown = given[field.path], display_value(field, content)
+        same = typed == shown or typed is None and shown == ""
+        if field.kind == "several" and isinstance(typed, list):
+            same = len(typed) == len(shown) and all(one in shown for one in typed)
+        if same:
             continue
         try:
             value = parse_value(field, typed)
+            if field.path == _REWARDS and value_at(content, _REWARD_WEIGHTS, None):
+                # They belong to the rewards by their places, and the form does not show them.
+                raise UserError("checks.reward_weights")
         except UserError as refused:
             problems[field.path] = refused
             continue
+        if field.kind == "several":
+            # Those that the form does not know, such as a function of one's own.
+            before = value_at(content, field.path, None)
+            if isinstance(before, list):
+                value += [one for one in before if one not in field.choices]
         content = with_value(content, field.path, value)
     return content, problems
 

@@ -13,9 +13,10 @@ from jinja2 import TemplateError
 from lightning_peft import engine
 from lightning_peft.data.supervised import SupervisedData
 from lightning_peft.data.tokenized import load_tokenizer
-from lightning_peft.demo.orders import SEEDS, order_splits, same_json, written_rows
+from lightning_peft.demo.orders import SEEDS, order_splits, written_rows
 from lightning_peft.demo.real_base import SMOLLM2, absence_of_smollm2, smollm2
 from lightning_peft.errors import ConfigError, LightningPeftError, first_line
+from lightning_peft.json_equality import equal_texts
 
 BASE = Path(__file__).with_name("base")
 INSTRUCTIONS = Path(__file__).with_name("instructions.jsonl")
@@ -169,7 +170,7 @@ def orders_exercise(source: str, title: str, folder: Path, steps: int | None) ->
         steps=steps,
         batch_size=batch_size,
         rates={"qlora": 1e-3, "lora": 1e-3, "full": 1e-4},
-        exact=same_json,
+        exact=equal_texts,
         template=template,
     )
 

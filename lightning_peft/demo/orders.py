@@ -83,15 +83,6 @@ def written_rows(splits: Mapping[str, list[dict[str, Any]]]) -> str:
     )
 
 
-def same_json(answer: str, expected: str) -> bool:
-    """Whether an answer is JSON and equals the expected one, in any order of keys."""
-    try:
-        return bool(json.loads(answer) == json.loads(expected))
-    # RecursionError: nested too deeply.
-    except (ValueError, RecursionError):
-        return False
-
-
 def row_of(mail: str, order: dict[str, Any]) -> dict[str, Any]:
     """Returns a conversation of an e-mail and its order."""
     contents = {"system": SYSTEM, "user": mail, "assistant": compact(order)}

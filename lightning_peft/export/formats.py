@@ -15,6 +15,7 @@ from lightning_peft.export.adapter_folder import copy_adapter, notes_on_base
 from lightning_peft.export.card import quantized_section
 from lightning_peft.export.gguf.exporting import as_gguf
 from lightning_peft.export.gguf.llama_programs import converter_command
+from lightning_peft.export.loading import writes_text
 from lightning_peft.export.merging import merge
 from lightning_peft.export.modelfile import as_ollama
 from lightning_peft.export.output import atomic_folder
@@ -62,7 +63,8 @@ def as_quantized(request: ExportRequest) -> dict[str, Any]:
         with open(folder / "README.md", "a", encoding="utf-8") as card:
             card.write(quantized_section(record))
     report["output"] = str(request.output)
-    commands = [f"vllm serve {_quoted(request.output)}"]
+    name = request.adapter.base.get("class")
+    commands = [f"vllm serve {_quoted(request.output)}"] if not name or writes_text(name) else []
     return {"notes": [], "commands": commands, "merge": report, "quantized": record}
 
 
@@ -70,8 +72,14 @@ def as_vllm(request: ExportRequest) -> dict[str, Any]:
     """Exports the adapter with the command by which vLLM serves it.
 
     Raises:
-        UnsupportedError: If vLLM does not take such an adapter.
+        UnsupportedError: If vLLM does not take such an adapter, or such a model.
     """
+    name = request.adapter.base.get("class")
+    if name and not writes_text(name):
+        raise UnsupportedError(
+            f"The adapter was trained on a {name}, and vLLM serves language models, with or "
+            "without images, to adapters. Export it with --format adapter, or merged."
+        )
     config = request.adapter.config
     full = [name for name in ("modules_to_save", "use_dora") if config.get(name)]
     biased = ["bias"] if config.get("bias") not in (None, "none") else []

@@ -13,7 +13,10 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError, UnsupportedError, first_line
@@ -24,6 +27,11 @@ log = logging.getLogger(__name__)
 
 # Names of the classes of transformers that see images and write text.
 IMAGE_TEXT_CLASSES = frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
+_LANGUAGE_CLASSES = frozenset(
+    one
+    for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    for one in ([value] if isinstance(value, str) else value)
+)
 # What the modules of a class of text alone begin with.
 _OF_TEXT = ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
 
@@ -101,6 +109,12 @@ def class_name(base: Base, adapter: Adapter | None) -> str | None:
     except (OSError, SafetensorError):
         return None
     return None if all(key.startswith(_OF_TEXT) for key in keys) else named
+
+
+def writes_text(name: str) -> bool:
+    """Whether a class is a language model, with or without images; yes for those of others."""
+    known = name in _LANGUAGE_CLASSES | IMAGE_TEXT_CLASSES
+    return known or not hasattr(transformers, name)
 
 
 def dtype_in_training(adapter: Adapter) -> torch.dtype | str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import re
 from collections import Counter
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from lightning_peft.data.samples import shortened
 from lightning_peft.errors import ConfigError, first_line
+from lightning_peft.json_equality import equal_values, parse_json
 
 RewardFunction = Callable[..., Sequence[float | None]]
 # Shares of the reward of an answer: that it is JSON, its keys, and their values.
@@ -36,7 +36,8 @@ def json_exactness(
 
     Args:
         completions: Texts, or turns of which the last is the answer.
-        expected: The column ``expected`` of the rows: JSON, as text or as a value.
+        expected: The column ``expected`` of the rows: JSON, as text or as a value. Text that is not
+            JSON stands for itself, and the answer is to be it as a JSON string, in double quotes.
         **columns: Not read.
     """
     return [
@@ -67,44 +68,22 @@ def word_overlap(
 
 def _parsed(text: str) -> Any:
     try:
-        return _json(text)
-    # RecursionError: nested too deeply for Python's own parser.
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except ValueError:
         return text
-
-
-def _json(text: str) -> Any:
-    def refused(constant: str) -> Any:
-        raise ValueError(f"{constant} is not JSON")
-
-    return json.loads(text, parse_constant=refused)
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Returns whether values are equal as JSON, where ``true`` is not 1."""
-    pairs = [(one, other)]
-    while pairs:
-        a, b = pairs.pop()
-        if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-            pairs += [(a[key], b[key]) for key in a]
-        elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-            pairs += zip(a, b, strict=True)
-        elif isinstance(a, dict | list) or isinstance(a, bool) != isinstance(b, bool) or a != b:
-            return False
-    return True
 
 
 def _graded(text: str, expected: Any) -> float:
     try:
-        found = _json(text)
-    except (ValueError, RecursionError):
+        found = parse_json(text)
+    except ValueError:
         return 0.0
-    if _same(found, expected):
+    if equal_values(found, expected):
         return 1.0
     if not isinstance(found, dict) or not isinstance(expected, dict):
         return _PARSES
     every, both = found.keys() | expected.keys(), found.keys() & expected.keys()
-    right = sum(_same(found[key], expected[key]) for key in both)
+    right = sum(equal_values(found[key], expected[key]) for key in both)
     return _PARSES + (_KEYS * len(both) + _VALUES * right) / max(1, len(every))
 
 
@@ -268,11 +247,26 @@ def _check_expected(name: str, function: RewardFunction, row: Mapping[str, Any])
     value = row["columns"].get("expected")
     if value is None or not isinstance(value, kinds):
         needed = "text" if kinds is str else 'JSON (for null, the text "null")'
-        raise ConfigError(
-            f"The reward {name!r} cannot compare with row {row['row']}, whose column expected "
-            f"holds {shortened(value)}. It is to hold {needed}: add it to the row, or "
-            "take the row out."
-        )
+    elif function is json_exactness and isinstance(value, str) and _is_broken_json(value):
+        needed = "JSON, with double quotes, true, false and null, and nothing around it"
+    else:
+        return
+    raise ConfigError(
+        f"The reward {name!r} cannot compare with row {row['row']}, whose column expected "
+        f"holds {shortened(value)}. It is to hold {needed}: add it to the row, or "
+        "take the row out."
+    )
+
+
+def _is_broken_json(text: str) -> bool:
+    """Whether a text was meant as JSON and is not, so that no answer could equal it."""
+    if not text.lstrip().startswith(("{", "[", "```")):
+        return False
+    try:
+        parse_json(text)
+    except ValueError:
+        return True
+    return False
 
 
 def _number(value: Any) -> float:

@@ -10,8 +10,9 @@ import yaml
 
 from gradio_app.runs.store import RunStore
 from gradio_app.settings import Settings
-from lightning_peft.demo.orders import SYSTEM, same_json
+from lightning_peft.demo.orders import SYSTEM
 from lightning_peft.demo.real_base import SMOLLM2, SMOLLM2_PLACE, absence_of_smollm2, smollm2
+from lightning_peft.json_equality import equal_texts
 from tests.app.browsing import assert_readable, screenshot
 from tests.app.test_real_run import exported
 
@@ -71,7 +72,7 @@ def _chat(page) -> None:
         page.locator(f"#try-{side} .bot").last.inner_text() for side in ("left", "right")
     )
     assert list(json.loads(tuned)) == ["name", "items", "day"]
-    assert not same_json(base, tuned)
+    assert not equal_texts(base, tuned)
     page.get_by_role("button", name="Unload").click()
     page.get_by_text("No model is loaded").wait_for()
 

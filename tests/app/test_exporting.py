@@ -227,6 +227,8 @@ def test_a_run_has_the_formats_of_its_task(task, room):
         expected.append("sentence-transformers")
     elif task in ("sft", "dpo", "orpo", "kto", "grpo"):
         expected += language
+    elif task == "image-text-to-text":
+        expected.append("vllm")
     assert list(formats_of(run)) == expected
     for kind in set(FORMATS) - set(expected):
         with pytest.raises(UserError, match="refused_task"):
@@ -262,6 +264,14 @@ def test_a_gguf_base_is_measured_by_its_header(room, tmp_path):
     base = {"name_or_path": str(tmp_path / "base.gguf"), "revision": None}
     (folder / "provenance.json").write_text(json.dumps({"base": base}))
     assert base_size(folder) == BaseSize(4 * 32 + 7, 4 * 32)
+    # Alone in its folder, which may be named for it.
+    of_folder = tmp_path / "of-folder"
+    shutil.copytree(folder, of_folder)
+    (tmp_path / "alone").mkdir()
+    shutil.copy(tmp_path / "base.gguf", tmp_path / "alone")
+    base_of_folder = {"name_or_path": str(tmp_path / "alone"), "revision": None}
+    (of_folder / "provenance.json").write_text(json.dumps({"base": base_of_folder}))
+    assert base_size(of_folder) == base_size(folder)
     (tmp_path / "base.gguf").write_bytes(b"GGUF")
     assert base_size(folder) is None
     (tmp_path / "base.gguf").unlink()

@@ -523,6 +523,19 @@ def test_settings_of_rewards_and_preferences_are_for_their_tasks():
     assert value_at(session.content, f"{MODEL}rewards") == ["json_exactness", "word_overlap"]
     shown = changed_html(session, Texts())
     assert "Rewards: word_overlap \u2192 json_exactness, word_overlap" in shown
+    # The order of the clicks is not one, and a function of one's own stays.
+    both = ["word_overlap", "json_exactness"]
+    weighted = with_value(recipe, f"{MODEL}rewards", [*both, "mine.own"])
+    clicked = {f"{MODEL}rewards": both[::-1]}
+    assert apply_form(weighted, clicked) == (weighted, {})
+    made, _ = apply_form(weighted, {f"{MODEL}rewards": both[:1]})
+    assert value_at(made, f"{MODEL}rewards") == ["word_overlap", "mine.own"]
+    # Weights belong to places.
+    weighted = with_value(weighted, f"{MODEL}reward_weights", [1.0, 0.1, 1.0])
+    assert apply_form(weighted, clicked) == (weighted, {})
+    made, problems = apply_form(weighted, {f"{MODEL}rewards": both[:1]})
+    assert made == weighted
+    assert [problem.key for problem in problems.values()] == ["checks.reward_weights"]
     # An answer to a tiny base is short; a model of one's own has the length of the recipe.
     mine = with_model(recipe, "me/our", None)
     assert value_at(recipe, f"{MODEL}max_completion_length") == 24

@@ -18,6 +18,7 @@ from trainer_fixtures import _one_thread  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_peft.cli import main
+from lightning_peft.export.loading import writes_text
 
 IDS = torch.arange(5, 40)[None]
 
@@ -138,6 +139,15 @@ def test_vllm(
         assert main(words) == 1
         assert message in capsys.readouterr().err
         assert not (tmp_path / "other").exists()
+    facts = json.loads((folder / "provenance.json").read_text())
+    for name in ("LlamaForSequenceClassification", "WhisperForConditionalGeneration"):
+        base = facts["base"] | {"class": name}
+        (folder / "provenance.json").write_text(json.dumps(facts | {"base": base}))
+        assert main(words) == 1
+        assert f"trained on a {name}, and vLLM serves" in capsys.readouterr().err
+        assert not (tmp_path / "other").exists()
+    assert writes_text("LlavaForConditionalGeneration")
+    assert writes_text("OfMyOwn")
 
 
 def test_ollama(qlora_run: Path, tmp_path: Path, exported: Export) -> None:

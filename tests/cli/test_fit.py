@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -22,12 +24,19 @@ trainer:
 """
 
 
+def wait(process: Any, there: Callable[[], Any]) -> None:
+    """Waits until something is there or the process has ended, at most 200 seconds."""
+    until = time.monotonic() + 200
+    while process.poll() is None and not there():
+        assert time.monotonic() < until, "it takes too long"
+        time.sleep(0.02)
+
+
 def test_interrupted_and_resumed_is_uninterrupted(program, tmp_path) -> None:
     (tmp_path / "saving.yaml").write_text(SAVING)
     config = ["--config=sft-lora", "--config=small/sft", "--config=saving.yaml", *QUIET]
     process = program.start(tmp_path, "fit", *config, "--run_dir=mine")
-    while process.poll() is None and not list(tmp_path.rglob("last.ckpt")):
-        time.sleep(0.02)
+    wait(process, lambda: list(tmp_path.rglob("last.ckpt")))
     assert RunFolder(tmp_path / "mine").status.state == "running"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=100)
@@ -70,11 +79,9 @@ def test_another_program_saves_and_stops_a_run(program, tmp_path) -> None:
     process = program.start(tmp_path, "fit", *config, "--run_dir=mine")
     folder = RunFolder(tmp_path / "mine")
     for wish, file in (("save_now", "saved.ckpt"), ("stop", "interrupted.ckpt")):
-        while process.poll() is None and not (folder.status and folder.status.step > 1):
-            time.sleep(0.02)
+        wait(process, lambda: folder.status and folder.status.step > 1)
         folder.write(folder.control, {wish: True})
-        while process.poll() is None and not (folder.checkpoints / file).exists():
-            time.sleep(0.02)
+        wait(process, (folder.checkpoints / file).exists)
         assert (folder.checkpoints / file).exists(), process.communicate(timeout=100)[1][-3000:]
     process.communicate(timeout=100)
     assert process.returncode == 130
@@ -88,8 +95,7 @@ def test_a_second_interrupt_stops_at_once(program, tmp_path) -> None:
         tmp_path, "fit", "--config=sft-lora", small("sft-lora"), *QUIET, *long, "--run_dir=mine"
     )
     folder = RunFolder(tmp_path / "mine")
-    while process.poll() is None and not (folder.status and folder.status.state == "running"):
-        time.sleep(0.02)
+    wait(process, lambda: folder.status and folder.status.state == "running")
     process.send_signal(signal.SIGINT)
     time.sleep(1)
     assert process.poll() is None
@@ -126,8 +132,7 @@ def test_a_killed_run_is_found_out(program, tmp_path) -> None:
     config = ["--config=sft-lora", "--config=small/sft", *QUIET]
     process = program.start(tmp_path, "fit", *config, "--run_dir=mine")
     folder = RunFolder(tmp_path / "mine")
-    while process.poll() is None and folder.status is None:
-        time.sleep(0.02)
+    wait(process, lambda: folder.status)
     assert folder.status.state == "preparing"
     process.kill()
     process.communicate(timeout=100)

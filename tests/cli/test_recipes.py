@@ -16,7 +16,7 @@ import yaml
 from lightning_peft.cli.recipes import main
 from lightning_peft.demo.real_base import smollm2
 from lightning_peft.errors import ConfigError
-from lightning_peft.recipe_files import recipe_files, resolved
+from lightning_peft.recipe_files import installed_folder, recipe_files, resolved
 
 ROOT = Path(__file__).parents[2]
 FILES = recipe_files()
@@ -89,12 +89,29 @@ def test_files_of_small_trials_are_there():
             assert Path(path).exists(), (name, path)
 
 
-def test_a_recipe_names_files_of_other_packages(tmp_path):
+def test_a_recipe_names_files_of_other_packages(tmp_path, monkeypatch):
     file = tmp_path / "own.yaml"
     file.write_text("model: installed:yaml/loader.py\nnote: uninstalled:yaml/loader.py\n")
     read = yaml.safe_load(resolved(file))
     assert Path(read["model"]).samefile(yaml.loader.__file__)
     assert read["note"] == "uninstalled:yaml/loader.py"
+    file.write_text(
+        "# see: installed:nope/x\na:  'installed:yaml/loader.py'\nb: [recipe:x, \"package:y z\"]\n"
+        "c:\n- installed:yaml/loader.py # installed:nope/x\nd: 'use: installed:nope/ here'\n"
+    )
+    read, shown = yaml.safe_load(resolved(file)), resolved(file)
+    assert Path(read["a"]).samefile(yaml.loader.__file__)
+    assert read["c"] == [read["a"]]
+    assert read["b"][0].endswith("/recipes/x")
+    assert read["b"][1].endswith("/lightning_peft/y z")
+    assert read["d"] == "use: installed:nope/ here"
+    assert shown.startswith("# see: installed:nope/x\n")
+    assert installed_folder("yaml") == Path(yaml.__file__).parent
+    (tmp_path / "of_no_file" / "part").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert installed_folder("of_no_file") == tmp_path / "of_no_file"
+    for name in ("sys", "os", "_io", "__main__", "six", "my-pkg"):
+        assert installed_folder(name) is None
     file.write_text("a: installed:no_such_one/x\nb: installed:yaml/x\nc: installed:nor_this/y\n")
     named = r"not installed: no_such_one nor_this\. .*--no-deps no-such-one nor-this\)"
     with pytest.raises(ConfigError, match=named):

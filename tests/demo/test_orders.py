@@ -16,9 +16,10 @@ import yaml
 from lightning_peft import recipe_files
 from lightning_peft.demo import exercises
 from lightning_peft.demo.exercises import BASE, choose_exercise, orders_exercise
-from lightning_peft.demo.orders import SEEDS, compact, order_mail, order_rows, same_json
+from lightning_peft.demo.orders import SEEDS, compact, order_mail, order_rows
 from lightning_peft.demo.real_base import SMOLLM2_PLACE, smollm2
 from lightning_peft.demo.run import RANK, run_demo
+from lightning_peft.json_equality import equal_texts
 
 
 def test_the_same_seed_writes_the_same_mails() -> None:
@@ -56,9 +57,11 @@ def test_orders_say_what_the_mails_say() -> None:
 
 def test_an_answer_is_right_as_json_and_in_no_other_way() -> None:
     expected = '{"name":"A","items":{"mugs":2}}'
-    assert same_json('{ "items": {"mugs": 2}, "name": "A" }', expected)
+    assert equal_texts('{ "items": {"mugs": 2}, "name": "A" }', expected)
+    assert not equal_texts("true", "1")
+    assert not equal_texts("NaN", "NaN")
     for wrong in ('{"name":"A","items":{"mugs":3}}', "mugs", '{"name":"A"', "", "[" * 99_999):
-        assert not same_json(wrong, expected)
+        assert not equal_texts(wrong, expected)
 
 
 def test_without_the_real_model_the_toy_is_taken_and_the_reason_named(

@@ -114,7 +114,7 @@ def test_rewards_that_are_not_numbers_are_refused_by_name_and_row(values, proble
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("word_overlap", 42), ("word_overlap", {"a": 1}), ("word_overlap", None)]
-    + [("json_exactness", None)],
+    + [("json_exactness", value) for value in (None, "{'a': 1}", '```json\n{"a": 1}\n```', "[1,]")],
 )
 def test_what_a_row_expects_is_checked_by_the_functions_of_the_package(name, expected):
     rows = [ROWS[0], {"prompt": "b", "row": 9, "columns": {"expected": expected}}]

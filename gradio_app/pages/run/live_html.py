@@ -20,7 +20,7 @@ from gradio_app.runs.formatting import (
 from gradio_app.runs.health import HealthWarning
 from gradio_app.runs.metrics import Metrics
 from gradio_app.texts import Texts
-from lightning_peft.demo.orders import same_json
+from lightning_peft.json_equality import equal_texts
 
 ARROWS = {-1: "\u2193", 0: "\u2192", 1: "\u2191"}
 TREND_KEYS = {-1: "falling", 0: "steady", 1: "rising"}
@@ -236,7 +236,7 @@ def _turns(
 
 def _is_correct(row: Row) -> bool:
     said, expected = (str(row.get(name, "")) for name in ("generated", "expected"))
-    same = said.split() == expected.split() or same_json(said, expected)
+    same = said.split() == expected.split() or equal_texts(said, expected)
     return bool(expected.strip()) and same
 
 
