@@ -54,7 +54,7 @@ FLOORS: dict[str, set[str]] = {
 }
 # What every room may import, and what imports no other room.
 GROUND = {
-    *("arguments", "errors", "compat", "exports", "model_reference", "processes"),
+    *("arguments", "errors", "compat", "exports", "json_equality", "model_reference", "processes"),
     *("recipe_files", "sentence_folder", "task_registry"),
 }
 FLOORS |= {room: set() for room in GROUND}

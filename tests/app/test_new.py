@@ -271,7 +271,7 @@ def test_rewards_are_ticked_and_one_is_needed(visit, site):
     assert one.is_checked()
     other.check()
     changed = page.locator("#changed-settings")
-    changed.get_by_text("word_overlap \u2192 word_overlap, json_exactness").wait_for()
+    changed.get_by_text("word_overlap \u2192 json_exactness, word_overlap").wait_for()
     one.uncheck()
     changed.get_by_text("word_overlap \u2192 json_exactness").wait_for()
     other.uncheck()
