@@ -17,15 +17,22 @@ class Schedule:
         every: Batches between two validations; ``None`` for one at the end of an epoch.
         epochs: Validations come in every so many epochs; ``None`` where batches are counted over
             the ends of epochs.
+        last: The optimizer step with which training ends, where that is always validated.
     """
 
     batches: int
     accumulated: int = 1
     every: int | None = None
     epochs: int | None = 1
+    last: int | None = None
 
     def until(self, step: int) -> int:
         """Returns how many validations there are until optimizer step ``step``, with its own."""
+        if self.last is None or step < self.last:
+            return self._regular(step)
+        return max(self._regular(step), self._regular(self.last - 1) + 1)
+
+    def _regular(self, step: int) -> int:
         steps = math.ceil(self.batches / self.accumulated)
         whole, rest = divmod(step, steps)
         batches = min(rest * self.accumulated, self.batches)
@@ -38,6 +45,10 @@ class Schedule:
 
 def schedule_of(trainer: Any) -> Schedule | None:
     """Returns when a Trainer validates; ``None`` if it does not, or that cannot be known."""
+    for callback in trainer.callbacks:
+        decided = getattr(callback, "schedule", None)
+        if isinstance(decided, Schedule):
+            return decided
     batches, every = trainer.num_training_batches, trainer.val_check_batch
     # Before the first validation Lightning need not have counted its batches.
     known = trainer.num_val_batches

@@ -71,6 +71,9 @@ class RunSession:
         """
         self._times.ended("Python, imports and config")
         self._interruption = bind_to_lightning(SaveOnInterrupt, root)()
+        if config["trainer"].get("val_check_interval") is not None:
+            # 1.0 as well, which for the Trainer is its default.
+            _leave_out_budget(config["trainer"])
         if _is_rank_zero():
             self._begin_record(config, recipe, root)
         callbacks = [self._recorder] if self._recorder is not None else []
@@ -168,6 +171,14 @@ def _is_rank_zero() -> bool:
 
 def _step_of(checkpoint: str) -> int:
     return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
+
+
+def _leave_out_budget(trainer: Any) -> None:
+    callbacks = trainer.get("callbacks")
+    if isinstance(callbacks, list):
+        budget = ".ValidationBudget"
+        kept = [one for one in callbacks if not str(one.get("class_path")).endswith(budget)]
+        trainer["callbacks"] = kept
 
 
 def _with_csv(logger: Any, folder: Path, root: str) -> Any:

@@ -12,7 +12,8 @@ from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.namespace import LateBoundMeta
 from lightning_peft.plugin.optimization import log_info
 from lightning_peft.runs.recorder import RunRecorder
-from lightning_peft.runs.schedule import schedule_of
+from lightning_peft.runs.schedule import Schedule, schedule_of
+from lightning_peft.tasks.callbacks import BestCheckpoint, StopEarly
 
 if TYPE_CHECKING:
     from pytorch_lightning.callbacks import Callback as _Base
@@ -31,9 +32,13 @@ class ValidationBudget(_Base, metaclass=LateBoundMeta):
 
     Where that is too little for ``most`` validations an epoch, samples are generated before
     training and at its end only; then validations become fewer, but one comes at the end of the
-    last epoch. It is decided once, from the first validation and the first batches, and kept with
-    checkpoints and in the record of a run. The Trainer's own ``val_check_interval`` and
-    ``check_val_every_n_epoch`` win where they are set.
+    run, also inside an epoch. It is decided once, from the first validation and the first batches,
+    and kept with checkpoints and in the record of a run.
+
+    The Trainer's own ``val_check_interval`` and ``check_val_every_n_epoch`` win where they are not
+    1, and in a config for the command line ``val_check_interval: 1.0`` does too. Nothing is changed
+    where a scheduler, or a callback other than ``BestCheckpoint`` and ``StopEarly``, monitors a
+    metric of the validation: those of Lightning count on its interval.
 
     Args:
         share: The share of the time of the run, between 0 and 1.
@@ -59,21 +64,28 @@ class ValidationBudget(_Base, metaclass=LateBoundMeta):
         self._sampled = 0.0
         self._batches = 0
         self._since = self._trained = 0.0
-        self._active = self._own_interval = False
+        self._active = False
+        # When validations come, where that is decided here.
+        self.schedule: Schedule | None = None
+        # The batch of the last validation, for those who resume there.
+        self._validated_at: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the decision, for a checkpoint."""
-        return dict(self.decided.get(NAME, {}))
+        """Returns the decision and the batch of the last validation, for a checkpoint."""
+        return {NAME: self.decided.get(NAME), "validated_at": self._validated_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes what was decided before the run was interrupted."""
-        if state_dict:
-            self.decided[NAME] = dict(state_dict)
+        self._validated_at = state_dict.get("validated_at")
+        if state_dict.get(NAME):
+            self.decided[NAME] = dict(state_dict[NAME])
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Begins to time a validation; says to those who sample whether it is one for samples."""
         self._began, self._sampled = time.monotonic(), _sampling_seconds(trainer)
-        known = self.decided.get(NAME, {}).get("samples")
+        if not trainer.sanity_checking:
+            self._validated_at = trainer.fit_loop.epoch_loop.total_batch_idx
+        known = self.decided.get(NAME, {}).get("samples") if self._active else None
         for callback in _sampling(trainer):
             callback.waits_for_end = known == "at the end" and not _is_last(trainer)
 
@@ -86,13 +98,19 @@ class ValidationBudget(_Base, metaclass=LateBoundMeta):
         self._batches, self._trained = 0, 0.0
         validates = sum(trainer.num_val_batches) if trainer.num_val_batches else True
         countable = isinstance(trainer.num_training_batches, int)
-        is_open = self._own_interval or (
-            trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1
-        )
+        is_open = trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1
+        self.schedule = None
         self._active = bool(is_open and trainer.enable_validation and validates and countable)
+        others = _monitoring(trainer) if self._active else []
+        if others:
+            self._active = False
+            log_info(
+                trainer.strategy,
+                f"ValidationBudget leaves the run with one validation an epoch, which "
+                f"{', '.join(others)} counts on.",
+            )
         if not self._active:
             return
-        self._own_interval = True
         for callback in trainer.callbacks:
             if isinstance(callback, RunRecorder):
                 callback.decided.update(self.decided)
@@ -102,20 +120,37 @@ class ValidationBudget(_Base, metaclass=LateBoundMeta):
         if known is not None:
             self.decided[NAME] = known
         self._apply(trainer, known or {"per_epoch": self.most, "every_epochs": 1})
+        self._set_next(trainer)
+        epoch_loop = trainer.fit_loop.epoch_loop
+        if self._validated_at == epoch_loop.total_batch_idx:
+            # Lightning has to know that it resumes behind a validation.
+            trainer.val_check_batch = max(1, epoch_loop.batch_idx + 1)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Says whether the epoch is one with validations."""
+        if self._active:
+            self._set_next(trainer)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Ends the time of a validation, checkpoints included, and begins that of a batch."""
         self._end_validation(trainer)
-        if self._active and NAME not in self.decided:
-            self._since = _now(pl_module)
+        if self._active:
+            self._set_next(trainer, batch_idx, _steps_of(trainer, batch_idx))
+            if NAME not in self.decided:
+                self._since = _now(pl_module)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Times the first batches, and decides before the next validation."""
-        if not self._active or NAME in self.decided:
+        if self._active:
+            self._time_batch(trainer, pl_module, batch_idx)
+            self._set_next(trainer, batch_idx)
+
+    def _time_batch(self, trainer: Any, pl_module: Any, batch_idx: int) -> None:
+        if NAME in self.decided:
             return
         self._batches += 1
         if self._batches == 1:
@@ -133,9 +168,10 @@ class ValidationBudget(_Base, metaclass=LateBoundMeta):
 
     def _decide(self, trainer: Any, batch: float) -> None:
         assert self._validation is not None
-        total = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
+        total = trainer.estimated_stepping_batches
         batches = trainer.num_training_batches
-        epochs = 1.0 if math.isinf(total) else total / batches
+        steps = math.ceil(batches / trainer.accumulate_grad_batches)
+        epochs = 1.0 if math.isinf(total) else total / steps
         choice = self.choose(epochs, batches * batch)
         choice |= {
             "batch_seconds": round(batch, 4),
@@ -150,8 +186,29 @@ class ValidationBudget(_Base, metaclass=LateBoundMeta):
             log_info(trainer.strategy, describe(choice, batches))
 
     def _apply(self, trainer: Any, choice: dict[str, Any]) -> None:
-        trainer.val_check_batch = max(1, trainer.num_training_batches // choice["per_epoch"])
-        trainer.check_val_every_n_epoch = choice["every_epochs"]
+        batches, total = trainer.num_training_batches, trainer.estimated_stepping_batches
+        self.schedule = Schedule(
+            batches,
+            trainer.accumulate_grad_batches,
+            every=math.ceil(batches / choice["per_epoch"]),
+            epochs=choice["every_epochs"],
+            last=None if math.isinf(total) else int(total),
+        )
+
+    def _set_next(self, trainer: Any, batch: int = -1, steps: int = 0) -> None:
+        """Lets Lightning validate where it is due; ``steps`` are those that the batch will add.
+
+        ``check_val_every_n_epoch`` stays as it is: ModelCheckpoint goes by it, and a run that is
+        stopped early would not be validated.
+        """
+        assert self.schedule is not None
+        batches = trainer.num_training_batches
+        if _is_end(trainer, batch, steps):
+            trainer.val_check_batch = batch + 1
+        elif (trainer.current_epoch + 1) % (self.schedule.epochs or 1) == 0:
+            trainer.val_check_batch = self.schedule.every
+        else:
+            trainer.val_check_batch = batches + 1
 
     def choose(self, epochs: float, epoch: float) -> dict[str, Any]:
         """Returns how often a run of so many epochs validates and samples.
@@ -170,10 +227,10 @@ class ValidationBudget(_Base, metaclass=LateBoundMeta):
         whole = max(1, math.ceil(epochs))
         choices = [(self.most, 1, "with each")]
         choices += [(count, 1, "at the end") for count in range(self.most, 1, -1)]
-        # So that the last epoch is among them.
+        # So that the last epoch is among them in any case.
         choices += [(1, every, "at the end") for every in range(1, whole + 1) if whole % every == 0]
         for per_epoch, every, when in choices:
-            count = max(1, math.floor(epochs * per_epoch / every))
+            count = math.ceil(epochs * per_epoch / every)
             sampled = (count if when == "with each" else 1) * samples
             if count * validation + sampled <= allowed:
                 break
@@ -194,6 +251,35 @@ def describe(choice: dict[str, Any], batches: int) -> str:
         f"about {choice['batch_seconds'] * batches:.0f} s. The run validates {often}{generates}; "
         "trainer.val_check_interval sets another interval."
     )
+
+
+def _monitoring(trainer: Any) -> list[str]:
+    """Returns the callbacks and schedulers that rely on a validation at the end of each epoch."""
+    ours = (BestCheckpoint, StopEarly)
+    named = [(one, getattr(one, "monitor", None)) for one in trainer.callbacks]
+    named = [(one, monitor) for one, monitor in named if not isinstance(one, ours)]
+    named += [(c.scheduler, c.monitor) for c in trainer.lr_scheduler_configs if c.reduce_on_plateau]
+    return [
+        f"{type(one).__name__}(monitor={monitor!r})"
+        for one, monitor in named
+        if isinstance(monitor, str) and not monitor.startswith("train")
+    ]
+
+
+def _steps_of(trainer: Any, batch: int) -> int:
+    """Returns the optimizer steps that end with a batch."""
+    whole = batch + 1 >= trainer.num_training_batches
+    return int(whole or (batch + 1) % trainer.accumulate_grad_batches == 0)
+
+
+def _is_end(trainer: Any, batch: int, steps: int) -> bool:
+    """Whether training ends with a batch that adds so many optimizer steps."""
+    if batch < 0:
+        return False
+    if trainer.max_steps != -1 and trainer.global_step + steps >= trainer.max_steps:
+        return True
+    whole = batch + 1 >= trainer.num_training_batches
+    return whole and trainer.max_epochs != -1 and trainer.current_epoch + 1 >= trainer.max_epochs
 
 
 def _sampling(trainer: Any) -> list[Any]:

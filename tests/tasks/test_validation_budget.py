@@ -2,15 +2,20 @@
 
 import importlib
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from jsonargparse import Namespace
 from torch.utils.data import DataLoader
 
 from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 from lightning_peft.runs.folder import RunFolder
 from lightning_peft.runs.recorder import RunRecorder
+from lightning_peft.runs.schedule import schedule_of
+from lightning_peft.runs.session import RunSession
 from lightning_peft.tasks import validation_budget
+from lightning_peft.tasks.callbacks import BestCheckpoint, StopEarly
 from lightning_peft.tasks.validation_budget import ValidationBudget, describe
 
 ROWS = torch.arange(12.0)[:, None]
@@ -65,7 +70,7 @@ def test_the_line_gives_numbers_and_the_setting():
     )
 
 
-def fit(folder, callbacks, root=ROOTS[0], resumed=None, **options):
+def fit(folder, callbacks, root=ROOTS[0], resumed=None, scheduler=None, rows=ROWS, **options):
     """Trains a line; returns the steps at which it was validated."""
     lightning, steps = importlib.import_module(root), []
 
@@ -78,18 +83,20 @@ def fit(folder, callbacks, root=ROOTS[0], resumed=None, **options):
             return self.line(batch).square().mean()
 
         def validation_step(self, batch, index):
+            self.log("val_loss", self.line(batch).square().mean())
             if not self.trainer.sanity_checking:
                 steps.append(self.trainer.global_step)
 
         def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), 1e-4)
+            optimizer = torch.optim.SGD(self.parameters(), 1e-4)
+            return optimizer if scheduler is None else scheduler(optimizer)
 
     class Samples(lightning.Callback):
         seconds, waits_for_end = 0.0, False
         steps: list = []
 
         def on_validation_end(self, trainer, module):
-            if not self.waits_for_end:
+            if not self.waits_for_end or trainer.should_stop:
                 self.steps.append(trainer.global_step)
 
     samples = Samples()
@@ -102,7 +109,7 @@ def fit(folder, callbacks, root=ROOTS[0], resumed=None, **options):
         default_root_dir=str(folder),
         **settings,
     )
-    trainer.fit(Module(), DataLoader(ROWS, 1), DataLoader(ROWS[:1], 1), ckpt_path=resumed)
+    trainer.fit(Module(), DataLoader(rows, 1), DataLoader(ROWS[:1], 1), ckpt_path=resumed)
     return steps, samples.steps, trainer
 
 
@@ -150,6 +157,129 @@ def test_a_resumed_and_a_repeated_run_keep_the_decision(tmp_path, slow, monkeypa
     assert [step for step in samples if step > 12] == [36]
     again = bind_to_lightning(RunRecorder, ROOTS[0])(tmp_path / "again", decided=decided)
     assert fit(tmp_path, [budget(), again])[0] == [6, 12, 18, 24]
+
+
+def decided(per_epoch, every, samples="at the end"):
+    """A budget that has decided before."""
+    made = budget()
+    made.decided["validation"] = {"per_epoch": per_epoch, "every_epochs": every, "samples": samples}
+    return made
+
+
+# 12 batches an epoch.
+@pytest.mark.parametrize(
+    ("per_epoch", "every", "options", "expected"),
+    [
+        (1, 1, {"max_steps": 7}, [7]),
+        (4, 1, {"max_steps": 8}, [3, 6, 8]),
+        (1, 2, {"max_steps": 18}, [18]),
+        (1, 2, {"max_epochs": 3}, [24, 36]),
+        (2, 1, {"max_steps": 3, "accumulate_grad_batches": 5}, [1, 3]),
+        (4, 1, {"max_epochs": 1, "rows": ROWS[:7]}, [2, 4, 6, 7]),
+    ],
+)
+def test_a_run_ends_with_a_validation(tmp_path, per_epoch, every, options, expected):
+    class Schedule(pl.Callback):
+        def on_train_start(self, trainer, module):
+            self.known = schedule_of(trainer)
+
+    schedule, best = Schedule(), bind_to_lightning(BestCheckpoint, ROOTS[0])()
+    options = {"max_epochs": -1 if "max_steps" in options else 2, **options}
+    steps, samples, trainer = fit(tmp_path, [decided(per_epoch, every), schedule, best], **options)
+    assert steps == expected
+    assert samples == [0, trainer.global_step]
+    assert trainer.check_val_every_n_epoch == 1
+    assert schedule.known.until(trainer.global_step) == len(expected)
+    assert torch.load(best.best_model_path, weights_only=True)["global_step"] in expected
+
+
+def test_a_run_that_is_stopped_ends_with_a_validation(tmp_path):
+    class Stops(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            trainer.should_stop = trainer.global_step == 5
+
+    steps, samples, _ = fit(tmp_path, [decided(1, 2), Stops()])
+    assert (steps, samples) == ([5], [0, 5])
+
+
+class Saves(pl.Callback):
+    """Saves in the validation at a step."""
+
+    def __init__(self, path, step):
+        self.path, self.step = path, step
+
+    def on_validation_end(self, trainer, module):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize(
+    ("ended", "step", "longer", "expected"),
+    [
+        ({"max_epochs": -1, "max_steps": 8}, 8, {"max_epochs": 3}, [24, 36]),
+        ({"max_epochs": 1}, 12, {"max_epochs": 3}, [24, 36]),
+        ({"max_epochs": 2}, 24, {"max_epochs": 5}, [48, 60]),
+        ({"max_epochs": 2}, 24, {"max_epochs": -1, "max_steps": 27}, [27]),
+    ],
+)
+def test_a_run_that_goes_on_behind_its_last_validation(tmp_path, ended, step, longer, expected):
+    path = tmp_path / "end.ckpt"
+    steps, _, _ = fit(tmp_path, [decided(1, 2), Saves(path, step)], **ended)
+    assert steps[-1] == step
+    steps, samples, trainer = fit(tmp_path, [budget()], resumed=path, **longer)
+    assert trainer.global_step == expected[-1]
+    assert steps == expected
+    # The one before is that of the rows before training.
+    assert samples[-1] == expected[-1]
+    # No batch is counted twice, or left out.
+    assert trainer.fit_loop.epoch_loop.batch_progress.total.completed == expected[-1]
+
+
+def plateau(optimizer):
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    return {
+        "optimizer": optimizer,
+        "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("monitoring", "scheduler", "name"),
+    [
+        (lambda: pl.callbacks.EarlyStopping("val_loss"), None, "EarlyStopping"),
+        (lambda: pl.callbacks.ModelCheckpoint(monitor="val_loss"), None, "ModelCheckpoint"),
+        (lambda: pl.callbacks.ModelCheckpoint(), plateau, "ReduceLROnPlateau"),
+    ],
+)
+def test_who_counts_on_the_interval_of_lightning_keeps_it(
+    tmp_path, monitoring, scheduler, name, monkeypatch
+):
+    lines = []
+    monkeypatch.setattr(validation_budget, "log_info", lambda strategy, line: lines.append(line))
+    steps, samples, _ = fit(tmp_path, [decided(4, 2), monitoring()], scheduler=scheduler)
+    assert steps == [12, 24]
+    assert samples == [0, 12, 24]
+    assert lines == [
+        "ValidationBudget leaves the run with one validation an epoch, which "
+        f"{name}(monitor='val_loss') counts on."
+    ]
+
+
+def test_callbacks_that_follow_validations_go_along(tmp_path):
+    ours = [bind_to_lightning(cls, ROOTS[0])() for cls in (BestCheckpoint, StopEarly)]
+    of_training = pl.callbacks.ModelCheckpoint(monitor="train_loss", every_n_epochs=9)
+    assert fit(tmp_path, [decided(4, 2), *ours, of_training])[0] == [15, 18, 21, 24]
+
+
+@pytest.mark.parametrize(("interval", "left"), [(1.0, 1), (0.5, 1), (None, 2)])
+def test_an_interval_in_a_config_wins_where_it_is_the_default(tmp_path, interval, left):
+    names = ["lightning_peft.tasks.ValidationBudget", "lightning_peft.tasks.BestCheckpoint"]
+    trainer = Namespace(
+        val_check_interval=interval, callbacks=[Namespace(class_path=name) for name in names]
+    )
+    with RunSession("fit", "mine") as session:
+        session.begin(Namespace(trainer=trainer, run_dir=str(tmp_path / "run")), "", ROOTS[0])
+    assert [one.class_path for one in trainer.callbacks] == names[-left:]
 
 
 def test_impossible_budgets():
