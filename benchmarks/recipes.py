@@ -271,6 +271,12 @@ def main() -> None:
         found["rows"] = sorted(rows, key=lambda r: order.index((r["recipe"], r["method"])))
         if "hardware" in record:
             found["conditions"] = conditions_of(record)
+        write(content)
+    write(content)
+
+
+def write(content: dict[str, Any]) -> None:
+    """Writes the records and the page."""
     every = [content, *(content.get(kind, {"rows": []}) for kind in REAL)]
     for row in [row for part in every for row in part["rows"]]:
         if "after" in row:

@@ -38,7 +38,7 @@ LIGHT = {
     "lightning_peft.data.data_files",
     "lightning_peft.data.file_format",
     "lightning_peft.data.progress",
-    "lightning_peft.demo.orders",
+    "lightning_peft.json_equality",
     "lightning_peft.demo.real_base",
     "lightning_peft.errors",
     "lightning_peft.processes",
