@@ -154,7 +154,7 @@ class LogSamples(_Callback, metaclass=LateBoundMeta):
     """Lets the model generate for the first validation rows, before training and with validation.
 
     Where that would take too much of a run's time, before training and at its end only: see
-    :class:`ValidationBudget <lightning_peft.runs.validation_budget.ValidationBudget>`.
+    :class:`ValidationBudget <lightning_peft.tasks.validation_budget.ValidationBudget>`.
 
     The samples go into the record of the run (``samples.jsonl``) and to loggers that take text.
 
