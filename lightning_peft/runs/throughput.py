@@ -31,7 +31,7 @@ class Throughput:
 
     def add(self, batch: Any) -> None:
         """Counts the rows of a batch, and its tokens where it has an attention mask."""
-        rows, tokens = size_of(batch)
+        rows, tokens = rows_and_tokens(batch)
         self.rows += rows
         self._tokens = self._tokens + tokens
 
@@ -94,7 +94,7 @@ class Throughput:
         return seconds
 
 
-def size_of(batch: Any) -> tuple[int, int | Tensor]:
+def rows_and_tokens(batch: Any) -> tuple[int, int | Tensor]:
     """Returns the rows and the tokens of a batch; 0 for what it does not say.
 
     The tokens of a padded batch on a GPU are a scalar there.
@@ -108,5 +108,5 @@ def size_of(batch: Any) -> tuple[int, int | Tensor]:
         ids = batch.get("input_ids")
         return rows, ids.numel() if isinstance(ids, Tensor) else 0
     if isinstance(batch, (list, tuple)) and batch:
-        return size_of(batch[0])
+        return rows_and_tokens(batch[0])
     return (len(batch), 0) if isinstance(batch, Tensor) and batch.ndim else (0, 0)
