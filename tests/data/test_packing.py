@@ -18,9 +18,10 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from lightning_peft.data import packing
+from lightning_peft.data import row_plans
 from lightning_peft.data.encoding import IGNORED
-from lightning_peft.data.packing import PackedRows, check_model, collate, plan_rows
+from lightning_peft.data.packing import PackedRows, check_model, collate
+from lightning_peft.data.row_plans import plan_rows
 from lightning_peft.errors import UnsupportedError
 from lightning_peft.plugin.namespace import bind_to_lightning
 from lightning_peft.plugin.strategies import LoRAStrategy
@@ -134,14 +135,14 @@ def test_rows_of_many_examples_are_planned_at_once_and_as_full_as_by_best_fit():
     assert len(rows) <= -(-sum(lengths) // 4096) + 1
     # Sums of even lengths never fill these rows, and best fit needs fewer of them.
     even = [2 * n for n in torch.randint(100, 300, (300,), generator=generator).tolist()]
-    searched, fitted = packing._search_rows(even, 1025), packing._fit_rows(even, 1025)
+    searched, fitted = row_plans._search_rows(even, 1025), row_plans._fit_rows(even, 1025)
     assert len(plan_rows(even, 1025)) == len(fitted) < len(searched)
 
 
 def test_more_than_can_be_searched_goes_by_best_fit(monkeypatch):
     lengths = [60, 50, 45, 30, 10, 5]
-    monkeypatch.setattr(packing, "MOST_STEPS", 1)
-    assert packing._search_rows(lengths, 100) is None
+    monkeypatch.setattr(row_plans, "MOST_STEPS", 1)
+    assert row_plans._search_rows(lengths, 100) is None
     assert plan_rows(lengths, 100) == [[0, 3, 4], [1, 2, 5]]
 
 
