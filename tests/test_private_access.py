@@ -73,7 +73,7 @@ ATTRIBUTES = {
         _MockOptimizer _TunerExitException _accelerator_connector _call_callback_hooks
         _call_lightning_module_hook _callback_metrics _checkpoint_io _class_path _combined_loader
         _combined_loader_states_to_load _compiler_ctx _computed _configure_launcher _data_fetcher
-        _fabric _instantiator _last_global_step_saved _launcher
+        _device _fabric _instantiator _last_global_step_saved _launcher
         _load_combined_loader_states _logger_connector _monitor_candidates
         _num_ready_batches_reached _parameters_to_prune _parser _restarting _results
         _run_subcommand _save_last_checkpoint _setup_model _should_accumulate

@@ -142,6 +142,12 @@ def owners_of(module: Any) -> list[Any]:
     return [owner for owner in owners if owner is not None]
 
 
+def set_device_of(module: Any, device: Any) -> None:
+    """Sets ``module.device`` of a LightningModule or a metric whose tensors were replaced."""
+    if isinstance(module.__dict__.get("_device"), type(device)):
+        module._device = device
+
+
 def summary_depth(callback: Any) -> int:
     """Returns how many levels of submodules a ``ModelSummary`` shows; 1 where it is the default."""
     depth: int = callback._max_depth

@@ -54,7 +54,9 @@ def check_quantized(bits: int, device: str, network: nn.Module | None = None) ->
         return CheckResult(broken, detail, remedies.quantized(bits))
     torch.manual_seed(1)
     verification = engine.verify(network, torch.randn(8, _FEATURES, device=device))
-    failed = [f"{check.name}: {check.detail}" for check in verification.checks if not check.passed]
+    failed = [
+        f"{check.name}: {check.detail}" for check in verification.checks if check.passed is False
+    ]
     if failed:
         return CheckResult(broken, detail + "; ".join(failed), remedies.quantized(bits))
     detail += (

@@ -50,6 +50,7 @@ from .loading.quantize_on_load import quantize_on_load as quantize_on_load
 from .loading.tracked_loads import store_quantized as store_quantized
 from .merging import merge as merge
 from .merging import unmerge as unmerge
+from .meta import float32_products as float32_products
 from .meta import inject_on_meta as inject_on_meta
 from .meta import is_materialized as is_materialized
 from .meta import quantizable_layers as quantizable_layers

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
 from lightning_peft.compat.torch import FakeTensor
 from lightning_peft.engine.adapters import adapter_parameters
 from lightning_peft.engine.backends.conversion import use_backend
+from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.backends.registry import backend_for, backend_of
 from lightning_peft.engine.injection import inject
 from lightning_peft.engine.layers.kinds import as_rows
@@ -120,6 +122,14 @@ def _original_classes(part: nn.Module) -> Iterator[None]:
 def is_materialized(tensor: Tensor) -> bool:
     """Whether ``tensor`` has numbers that can be looked at."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def float32_products(module: nn.Module) -> int:
+    """Returns how many quantized layers follow a float32 base in the dtype of their products."""
+    layers = [one for one in module.modules() if isinstance(one, QuantizedLayer)]
+    return sum(
+        one.compute_dtype is None and one.weight_info()[1] == torch.float32 for one in layers
+    )
 
 
 def quantized_tensors(module: nn.Module) -> list[Tensor]:

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_peft import engine
-from lightning_peft.compat.lightning import owners_of
+from lightning_peft.compat.lightning import owners_of, set_device_of
 from lightning_peft.compat.torch import FakeTensor, FakeTensorMode
 
 # Fake tensors of other devices need a torch that was built for them.
@@ -79,6 +79,7 @@ def make_fake(module: nn.Module, mode: FakeTensorMode, device: torch.device = _D
         return copies[id(tensor)]
 
     for child in module.modules():
+        set_device_of(child, device)
         for held in (child._parameters, child._buffers):
             for name, tensor in held.items():
                 if tensor is not None:

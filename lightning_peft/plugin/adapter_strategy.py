@@ -36,7 +36,9 @@ from lightning_peft.plugin.optimization import (
     add_adapters_to_optimizers,
     disable_activation_checkpointing,
     enable_activation_checkpointing,
+    float32_advice,
     freeze_unoptimized,
+    log_info,
     optimized_parameter_ids,
     replace_optimizers,
 )
@@ -94,6 +96,9 @@ class AdapterStrategy(_Base):
             self._automatic = AutomaticCheckpointing(self)
         if trainer.state.fn == "fit":
             self._loops.attach()
+            advice = float32_advice(self._module, self.root_device, trainer.precision)
+            if advice:
+                log_info(self, advice)
         kept = [one for one in self._module.modules() if getattr(one, KEPT_IN_FLOAT32, False)]
         if getattr(self.precision_plugin, "scaler", None) is not None:
             # Of ``16-mixed``, which unscales no 16-bit gradients.

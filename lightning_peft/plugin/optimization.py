@@ -7,6 +7,8 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
+import torch
+
 from lightning_peft import engine
 from lightning_peft.compat.lightning import is_compiled, is_mock_optimizer
 from lightning_peft.plugin.namespace import namespace_of
@@ -81,6 +83,30 @@ def replace_optimizers(strategy: Any, name: str | None) -> None:
     strategy.optimizers = strategy.optimizers
     if notes:
         log_info(strategy, f"optimizer={name!r}: {'; '.join(notes)}.")
+
+
+def float32_advice(module: Any, device: torch.device, precision: Any) -> str | None:
+    """Returns a hint where a GPU computes the products of 4-bit weights in float32, else ``None``.
+
+    Tensor cores then have no part in them.
+
+    Args:
+        module: The module with its quantized layers.
+        device: What the run computes on.
+        precision: The ``precision`` of the Trainer.
+    """
+    if device.type == "cpu" or precision != "32-true":
+        return None
+    slow = engine.float32_products(module)
+    if not slow:
+        return None
+    old = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    faster = "16-mixed" if old else "bf16-mixed"
+    return (
+        f"precision='32-true': the products of {slow} quantized layers are computed in "
+        f"float32, without the GPU's tensor cores. Trainer(precision={faster!r}) uses "
+        "them; bnb_4bit_compute_dtype='float32' says that this is what you want."
+    )
 
 
 def enable_activation_checkpointing(strategy: Any, setting: bool | float | str) -> bool:

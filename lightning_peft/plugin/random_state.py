@@ -27,7 +27,7 @@ def random_state(devices: bool = True) -> dict[str, Any]:
             "cached": float(cached),
         },
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if devices and torch.cuda.is_initialized() else [],
+        **(_cuda_state() if devices and torch.cuda.is_initialized() else {"cuda": []}),
     }
 
 
@@ -39,8 +39,19 @@ def set_random_state(state: dict[str, Any]) -> None:
     keys, position = _from_tensor(numpy["keys"]), numpy["position"]
     np.random.set_state((numpy["kind"], keys, position, numpy["has_gauss"], numpy["cached"]))
     torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([value.cpu() for value in state["cuda"]])
+    saved = [value.cpu() for value in state["cuda"]]
+    if not saved or not torch.cuda.is_available():
+        return
+    if len(saved) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(saved)
+    else:
+        # Of a machine with another number of GPUs: the one that this process computes on counts.
+        torch.cuda.set_rng_state(saved[state["cuda_device"]])
+
+
+def _cuda_state() -> dict[str, Any]:
+    states = torch.cuda.get_rng_state_all()
+    return {"cuda": states, "cuda_device": torch.cuda.current_device()}
 
 
 def same_state(a: Any, b: Any) -> bool:

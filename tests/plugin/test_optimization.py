@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_peft import engine
 from lightning_peft.errors import LifecycleError
+from lightning_peft.plugin.optimization import float32_advice
 
 METHODS = ("lora", "qlora")
 
@@ -218,3 +219,25 @@ def test_steps_are_those_of_plain_lightning(method, given, tmp_path):
         results.append((module.losses, weights(module)))
     assert results[0][0] == results[1][0]
     assert not differing(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings", "slow"),
+    [
+        (torch.float32, {}, True),
+        (torch.bfloat16, {}, False),
+        (torch.float32, {"bnb_4bit_compute_dtype": "float32"}, False),
+        (torch.float32, {"bnb_4bit_compute_dtype": "bfloat16"}, False),
+    ],
+)
+def test_products_in_float32_are_named_on_a_gpu(dtype, settings, slow):
+    config = engine.quantization_config(**settings)
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(dtype)
+    engine.inject(net, quantization_config=config, target_modules=["0", "1"])
+    advice = float32_advice(net, torch.device("cuda"), "32-true")
+    assert (advice is not None) == slow
+    if slow:
+        assert "2 quantized layers" in advice
+        assert "Trainer(precision='bf16-mixed')" in advice
+    assert float32_advice(net, torch.device("cuda"), "bf16-mixed") is None
+    assert float32_advice(net, torch.device("cpu"), "32-true") is None

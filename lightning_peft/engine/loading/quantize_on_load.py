@@ -180,8 +180,10 @@ def _load(
         on_load = dict(loading.layers[before:])
         absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
 
+        devices = [loading.device] if loading.device.type == "cuda" else []
+
         def reload_dense() -> Any:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices):
                 return original(*args, **own)
 
         track_load(cached, result, on_load, absent, loading.dense)
