@@ -99,16 +99,26 @@ def _is_model(path: Path) -> bool:
 
 
 def data_files(root: Path) -> dict[str, int]:
-    """Returns the data files below a root by name, two levels deep, with their bytes."""
-    found = [path for pattern in ("*", "*/*") for path in root.glob(pattern)]
-    files = [path for path in found if path.is_file() and _FILE.fullmatch(path.name.lower())]
-    shown = [path for path in files if not any(p.startswith(".") for p in _parts(path, root))]
-    sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in sorted(shown)}
-    return dict(list(sizes.items())[:MAX_LISTED])
+    """Returns the data files below a root by name, two levels deep, with their bytes.
 
-
-def _parts(path: Path, root: Path) -> tuple[str, ...]:
-    return path.relative_to(root).parts
+    A folder of several, such as ``train.jsonl`` and ``test.jsonl``, is one more entry: its name
+    ends in ``/``. Hidden files and links that leave the root are not among them.
+    """
+    top = root.resolve()
+    found = sorted(path for pattern in ("*", "*/*") for path in root.glob(pattern))
+    sizes: dict[str, int] = {}
+    folders: dict[str, list[int]] = {}
+    for path in found:
+        parts = path.relative_to(root).parts
+        known = _FILE.fullmatch(path.name.lower()) and not any(p.startswith(".") for p in parts)
+        if not (known and path.resolve().is_relative_to(top) and path.is_file()):
+            continue
+        size = path.stat().st_size
+        sizes["/".join(parts)] = size
+        if len(parts) > 1:
+            folders.setdefault(f"{parts[0]}/", []).append(size)
+    several = {name: sum(inside) for name, inside in folders.items() if len(inside) > 1}
+    return dict(sorted({**sizes, **several}.items())[:MAX_LISTED])
 
 
 def _checked_text(value: object) -> str:

@@ -25,7 +25,7 @@ _OF_TOKENS = ("--tokenizer", "--processor", "--data.init_args.tokenizer")
 _REPORTED = (
     *("data", "rows", "rejected", "shape", "columns", "columns_unused", "keys_unused"),
     *("read_as", "files_left_out", "splits", "split_by", "shared_prompts", "problems"),
-    *("labels", "max_length"),
+    *("labels", "max_length", "statistics"),
 )
 _TOKENS = "lightning_peft.SupervisedData"
 _ROWS = "lightning_peft.data.preview.CheckedRows"

@@ -22,6 +22,7 @@ _MORE = """\
 --chat-template NAME   chatml, plain, raw, or Jinja source
 --columns JSON         such as '{"prompt": "question", "completion": "answer"}'
 --skip-bad-rows FILE   write rows with problems there, with the reasons
+--search TEXT          show the first rows in which this text occurs, of any split
 
 These and all others are the arguments of lightning_peft.SupervisedData; --help-all lists them. With
 --config, they are those of the data module of that recipe: lightning-peft preview --config dpo-lora
@@ -31,6 +32,8 @@ exit code: 0 if every row can be trained on (or the others are skipped), 1 if ro
 for bad input
 """
 _BAR = 40
+# Labels, roles and languages that are listed with their rows.
+_LABELS = 12
 # Files that are listed with how they are read.
 _FILES = 12
 
@@ -44,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
 
         words = ["--help", *rest] if args.help_all else rest
         data = data_from_config(args.config, words, options=parser.known())
-        shown = preview(data, args.rows)
+        shown = preview(data, args.rows, args.search)
         skipping = data.hparams["skip_bad_rows"] is not None
         if shown.numbers["problems"] and skipping:
             data.setup("fit")
@@ -61,6 +64,9 @@ def _parser() -> OptionParser:
     parser = command_parser("preview", ABOUT, _MORE)
     add_config_option(parser)
     parser.add_argument("--rows", type=int, default=3, help="rows that are shown in full")
+    parser.add_argument(
+        "--search", default="", metavar="TEXT", help="show rows in which this text occurs"
+    )
     parser.add_argument("--help-all", action="store_true", help="list all arguments of the data")
     return parser
 
@@ -68,6 +74,10 @@ def _parser() -> OptionParser:
 def _show(console: Console, shown: Preview) -> None:
     numbers = shown.numbers
     for line in overview(numbers):
+        console.print(line, markup=False, soft_wrap=True)
+    if "search" in numbers:
+        search = numbers["search"]
+        line = f"\n{search['text']!r} occurs in {search['rows']:,} rows"
         console.print(line, markup=False, soft_wrap=True)
     for row in shown.rows:
         _show_row(console, row)
@@ -109,7 +119,29 @@ def overview(numbers: dict[str, Any]) -> list[str]:
     lines += [f"read as   {words}" for words in read[:_FILES]]
     if len(read) > _FILES:
         lines.append(f"read as   ... and {len(read) - _FILES:,} more files (--json lists them)")
-    return [*lines, *_counted(numbers)]
+    return [*lines, *_content(numbers.get("statistics", {})), *_counted(numbers)]
+
+
+def _content(found: dict[str, Any]) -> list[str]:
+    lines = []
+    if turns := found.get("turns"):
+        between = f"{turns['least']} to {turns['most']} turns, {turns['mean']} on average"
+        lines.append(
+            f"turns     {turns['conversations']:,} conversations of {between} "
+            f"({_counts(turns['roles'])})"
+        )
+    for name, title in (("writing", "writing"), ("languages", "languages")):
+        if found.get(name):
+            lines.append(f"{title:<9} {_counts(found[name])}")
+    for split, counts in found.get("label_counts", {}).items():
+        lines.append(f"{split:<9} {_counts(counts)}".rstrip())
+    return lines
+
+
+def _counts(counts: dict[str, int]) -> str:
+    shown = [f"{name} {count:,}" for name, count in list(counts.items())[:_LABELS]]
+    more = len(counts) - len(shown)
+    return ", ".join(shown) + (f" and {more:,} more" if more else "")
 
 
 def _counted(numbers: dict[str, Any]) -> list[str]:
@@ -172,13 +204,19 @@ def _show_row(console: Console, row: PreviewedRow) -> None:
 def _show_lengths(console: Console, numbers: dict[str, Any]) -> None:
     lengths, train = numbers["lengths"], numbers["splits"]["train"]
     console.print(
-        f"\nlength per row: {lengths['mean']:,} on average, {lengths['longest']:,} at most, "
-        f"{numbers['max_length']:,} allowed"
+        f"\nlength per row: {lengths['mean']:,} on average, {lengths['median']:,} in the middle, "
+        f"{lengths['longest']:,} at most, {numbers['max_length']:,} allowed",
+        soft_wrap=True,
     )
     most = max(bucket["rows"] for bucket in lengths["buckets"])
     for bucket in lengths["buckets"]:
         bar = "#" * -(-_BAR * bucket["rows"] // most)
-        console.print(f"  {bucket['from']:>6,}-{bucket['to']:<6,} {bucket['rows']:>7,} {bar}")
+        cut = " cut" if bucket["cut"] else ""
+        console.print(f"  {bucket['from']:>6,}-{bucket['to']:<6,} {bucket['rows']:>7,} {bar}{cut}")
+    longest = numbers["statistics"]["longest_rows"]
+    if longest:
+        rows = ", ".join(f"{one['row']:,} ({one['length']:,})" for one in longest)
+        console.print(f"longest rows: {rows}", soft_wrap=True)
     if "truncated" in train:
         cut = train.get("tokens_cut", 0)
         console.print(f"truncated: {train['truncated']:,} rows, {cut:,} tokens cut off")

@@ -36,6 +36,7 @@ from lightning_peft.data.reading import (
     log_formats,
     split_named,
 )
+from lightning_peft.data.row_content import ContentCounter
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.row_keys import KeyCount, check_ignored
 from lightning_peft.data.samples import Sample
@@ -95,8 +96,8 @@ class Prepared:
     folder: Path
 
     def lengths(self, split: str) -> list[int]:
-        """Returns the column ``length`` of every row: its tokens, frames or steps."""
-        if split not in self.splits:
+        """Returns the column ``length`` of every row, its tokens or frames; ``[]`` without one."""
+        if split not in self.splits or "length" not in self.splits[split].column_names:
             return []
         found: list[int] = self.splits[split].data.column("length").to_pylist()
         return found
@@ -205,6 +206,7 @@ class _PreparationPass:
         self.seen: dict[bytes, tuple[str, str, int]] = {}
         self.prompts: dict[bytes, str] = {}
         self.prompt_collector = PromptCollector()
+        self.content = ContentCounter()
         self.counts: Counter[str] = Counter()
         self.unused = KeyCount()
         self.names: set[str] = set()
@@ -264,6 +266,7 @@ class _PreparationPass:
                 (self.working / f"{split}.arrow").unlink(missing_ok=True)
         check_ignored(settings.ignored_keys, self.layout.seen_keys)
         self.prompt_collector.write(self.working)
+        self.content.write(self.working)
         return self._summary()
 
     def _check_settings(self) -> None:
@@ -353,6 +356,7 @@ class _PreparationPass:
         counts = self.splits[split]
         system = getattr(self.encoder, "system_prompt", None)
         self.prompt_collector.add(sample.with_system(system), split)
+        self.content.add(sample)
         prompt = sample.prompt_digest()
         if prompt is not None and self.prompts.setdefault(prompt, split) != split:
             self.counts["shared_prompts"] += 1

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Features, Value
 
+from lightning_peft.data.data_statistics import LONGEST_ROWS, length_histogram, statistics
 from lightning_peft.data.encoding import TextSpan
 from lightning_peft.data.packing import PackedRows
 from lightning_peft.data.preparation import Prepared
@@ -16,8 +17,6 @@ from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import SHAPES, Layout
 from lightning_peft.data.validation import KINDS, by_kind, ranges
-
-BUCKETS = 8
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,12 @@ class Preview:
     numbers: dict[str, Any]
 
 
-def preview(data: RowDataModule, rows: int) -> Preview:
-    """Returns a preview of training on ``data``, with its first ``rows`` in full."""
+def preview(data: RowDataModule, rows: int, search: str = "") -> Preview:
+    """Returns a preview of training on ``data``, with its first ``rows`` in full.
+
+    With ``search``, those are the first rows of any split in which that text occurs, in upper or
+    lower case, and ``numbers["search"]`` says in how many it does.
+    """
     prepared = data.read()
     summary = prepared.summary
     train = summary["splits"]["train"]
@@ -48,12 +51,13 @@ def preview(data: RowDataModule, rows: int) -> Preview:
         "data": data.hparams["data"],
         "shape": {"name": summary["shape"], "title": SHAPES[summary["shape"]].title},
         "problems": _problems(prepared),
+        "statistics": statistics(data, prepared, longest=LONGEST_ROWS if rows else 0),
     }
     lengths = prepared.lengths("train")
     if lengths:
-        longest = getattr(data, "max_length", max(lengths))
+        longest = _longest_allowed(data, lengths)
         numbers["max_length"] = longest
-        numbers["lengths"] = _histogram(lengths, longest)
+        numbers["lengths"] = length_histogram(prepared, longest)
         size = data.batch_size
         batches = [lengths[i : i + size] for i in range(0, len(lengths), size)]
         padded = sum(len(batch) * max(batch) for batch in batches)
@@ -64,26 +68,52 @@ def preview(data: RowDataModule, rows: int) -> Preview:
         numbers["trained_share"] = train["trained_tokens"] / max(1, train["tokens"])
     if "packing" in data.hparams:
         numbers["packing"] = _packing(lengths, data)
-    shown = [
-        PreviewedRow(split, row["file"], row["row"], data.render_row(row))
-        for split in list(prepared.splits)[:1]
-        for row in prepared.splits[split].select(range(min(rows, len(prepared.splits[split]))))
-    ]
+    if search:
+        numbers["search"], places = _search(data, prepared, search, rows)
+    else:
+        places = [(split, place) for split in list(prepared.splits)[:1] for place in range(rows)]
+    shown = []
+    for split, place in places:
+        if place < len(prepared.splits[split]):
+            row = prepared.splits[split][place]
+            shown.append(PreviewedRow(split, row["file"], row["row"], data.render_row(row)))
     return Preview(shown, numbers)
 
 
-def _histogram(lengths: Sequence[int], longest: int) -> dict[str, Any]:
-    # Up to the longest row that there is: short data in a long context is the usual case.
-    width = max(1, -(-max(lengths) // BUCKETS))
-    counts = [0] * (-(-max(lengths) // width))
-    for length in lengths:
-        counts[(length - 1) // width] += 1
-    buckets = [
-        {"from": i * width + 1, "to": min((i + 1) * width, longest), "rows": n}
-        for i, n in enumerate(counts)
-    ]
-    mean = sum(lengths) / len(lengths)
-    return {"mean": round(mean, 1), "longest": max(lengths), "buckets": buckets}
+def _search(
+    data: RowDataModule, prepared: Prepared, text: str, rows: int
+) -> tuple[dict[str, Any], list[tuple[str, int]]]:
+    """Returns in how many rows a text occurs, and the first of those that are used."""
+    wanted = text.casefold()
+    places: dict[tuple[str, int], tuple[str, int]] = {}
+    for split, encoded in prepared.splits.items():
+        origins = encoded.select_columns(["file", "row"])
+        for place, one in enumerate(origins):
+            places.setdefault((one["file"], one["row"]), (split, place))
+    found = 0
+    shown: list[tuple[str, int]] = []
+    for row in data.source_rows():
+        if any(wanted in one.casefold() for one in _strings(row.value)):
+            found += 1
+            place_of = places.get((row.file, row.number))
+            if place_of is not None and len(shown) < rows:
+                shown.append(place_of)
+    return {"text": text, "rows": found}, shown
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(inner)
+
+
+def _longest_allowed(data: RowDataModule, lengths: Sequence[int]) -> int:
+    # Lengths of recordings are hundredths of a second, and their max_length is of transcripts.
+    seconds = getattr(data, "max_seconds", None)
+    allowed = getattr(data, "max_length", max(lengths)) if seconds is None else round(100 * seconds)
+    return int(allowed)
 
 
 def _packing(lengths: Sequence[int], data: RowDataModule) -> dict[str, Any]:

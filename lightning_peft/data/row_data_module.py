@@ -6,7 +6,7 @@ import logging
 import shutil
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -14,6 +14,7 @@ import psutil
 from torch.utils.data import DataLoader, Sampler
 
 from lightning_peft.data.encoding import TextSpan
+from lightning_peft.data.file_format import Row
 from lightning_peft.data.preparation import (
     DEFAULT_SPLIT_FRACTIONS,
     REJECTED,
@@ -195,6 +196,11 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
                 self._sources(), self._settings(), self.encoder_for, folder and Path(folder)
             )
         return self.prepared
+
+    def source_rows(self) -> Iterator[Row]:
+        """Yields every row as it is stored, whether it can be used or not."""
+        for source in self._sources():
+            yield from source.rows()
 
     def setup(self, stage: str) -> None:
         """Opens the prepared rows.

@@ -33,3 +33,42 @@ def test_images_of_rows_are_shown_and_none_from_an_address():
     shown = f'<img class="row-image" src="{inside}" alt="[image of 3 x 2 &lt;pixels&gt;]">'
     assert made.count("<img") == made.count(shown) == 1
     assert "example.org" not in made
+
+
+def test_numbers_on_all_rows_are_shown_and_escaped():
+    numbers = {
+        "splits": {"train": {"rows": 8}, "validation": {"rows": 2}},
+        "rows": 10,
+        "max_length": 40,
+        "lengths": {
+            **{"mean": 20.5, "median": 19, "percentile_95": 38, "longest": 40},
+            "buckets": [
+                {"from": 1, "to": 40, "rows": 6, "cut": False},
+                {"from": 41, "to": 1200, "rows": 2, "cut": True},
+            ],
+        },
+        "statistics": {
+            **{"duplicates": 3, "in_two_splits": 1, "shared_prompts": 4, "over_long": 0},
+            "tokens": 2050,
+            "turns": {"conversations": 10, "least": 2, "most": 6, "roles": {"<user>": 30}},
+            "writing": {"Latin": 9, "Han": 1},
+            "label_counts": {"train": {"<b>": 6, "c": 2}, "validation": {"d": 2}},
+            "longest_rows": [{"file": "x", "row": 7, "length": 40, "text": "<i>Once"}],
+        },
+    }
+    made = str(report(DataReport(numbers), Texts("de")))
+    for shown in (
+        "2.050",
+        "Median 19, 95 % bis 38",
+        "2 bis 6",
+        "&lt;user&gt; 30",
+        "Latin 9, Han 1",
+    ):
+        assert shown in made
+    assert "1 Zeilen in beiden, 4 Prompts mit anderen Antworten" in made
+    assert "41\u20131.200" in made
+    assert made.count("(gek\u00fcrzt)") == made.count('class="cut"') == 1
+    assert '<th scope="row">&lt;b&gt;</th><td>6</td><td>0</td>' in made
+    assert '<th scope="row">d</th><td>0</td><td>2</td>' in made
+    assert "&lt;i&gt;Once" in made
+    assert "<i>" not in made

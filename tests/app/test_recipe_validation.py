@@ -20,6 +20,7 @@ from gradio_app.recipe.edits import base_recipe, load_recipe
 from gradio_app.recipe.form import apply_form
 from gradio_app.recipe.gguf_header import gguf_sizes
 from gradio_app.recipe.model_files import model_places
+from gradio_app.recipe.paths import data_files
 from gradio_app.recipe.presets import MODELS
 from gradio_app.recipe.validation import validate_content, validate_recipe
 from gradio_app.recipe.yaml_text import MAX_CHARACTERS, dump_yaml, parse_yaml
@@ -462,3 +463,19 @@ def test_everything_is_reported_at_once_and_nothing_is_changed(here):
         validate_content(content, here, "local")
     text = localized_message(caught.value, Texts("en"))
     assert all(word in text for word in ("/etc/passwd", "../x", "trainer.plugins"))
+
+
+def test_files_to_pick_from_lie_below_the_root(here, tmp_path):
+    root = tmp_path / "data"
+    for name in ("chats/train.jsonl", "chats/test.csv", "one/a.jsonl", ".hidden/b.jsonl", "c.png"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text("12345")
+    (root / "outside").symlink_to(tmp_path)
+    found = data_files(root)
+    # link.jsonl leads to a file outside, and so does a folder.
+    assert list(found) == [
+        *("chats/", "chats/test.csv", "chats/train.jsonl", "one/a.jsonl", "rows.jsonl"),
+    ]
+    assert found["chats/"] == 10
+    made = validate_content(changed(f"{DATA}data", "chats/"), here, "local")
+    assert value_at(made, f"{DATA}data") == (root / "chats").as_posix()

@@ -15,6 +15,7 @@ from gradio_app.uploads import original_name
 # Of each kind of problem, as many rows are listed one by one.
 MAX_PROBLEMS = 20
 _MAX_LABELS = 12
+_MAX_LABEL_ROWS = 30
 
 
 def selected_data(place: str, t: Texts) -> str:
@@ -45,6 +46,8 @@ def report(found: DataReport, t: Texts) -> str:
         found=found,
         read_as=file_format.unusual_formats(found, t),
         facts=_facts(found.numbers, t),
+        labels=_labels(found.numbers, t),
+        longest=_longest_rows(found.numbers, t),
         problems=[_problem(one, t) for one in found.problems],
         unvalidated=splits.get("train") and not splits.get("validation"),
     )
@@ -74,15 +77,63 @@ def _facts(numbers: dict[str, Any], t: Texts) -> list[tuple[str, str, str]]:
     for name in ("train", "validation", "test"):
         rows = splits.get(name, {}).get("rows", 0)
         facts.append((t(f"new.fact_{name}"), t.number(rows), ""))
-    duplicates = sum(split.get("duplicates", 0) for split in splits.values())
-    facts.append((t("new.fact_duplicates"), t.number(duplicates), ""))
+    about = numbers.get("statistics", {})
+    facts.append((t("new.fact_duplicates"), t.number(about.get("duplicates", 0)), ""))
+    if "tokens" in about:
+        lengths = numbers.get("lengths") or {"median": 0, "percentile_95": 0}
+        known = {"median": t.number(lengths["median"]), "high": t.number(lengths["percentile_95"])}
+        facts.append((t("data.fact_tokens"), t.number(about["tokens"]), t("data.typical", **known)))
     if "trained_share" in numbers:
         share = f"{numbers['trained_share']:.0%}"
         trained = t.number(splits["train"].get("trained_tokens", 0))
         facts.append((t("new.fact_trained"), share, t("new.fact_tokens", tokens=trained)))
-    if labels := [str(one) for one in numbers.get("labels") or ()]:
-        shown = ", ".join(labels[:_MAX_LABELS]) + (" \u2026" if labels[_MAX_LABELS:] else "")
-        facts.append((t("new.fact_labels"), f"{len(labels)}", shown))
+    facts += _content_facts(about, t)
     if unused := [str(one["key"]) for one in numbers.get("keys_unused") or ()]:
         facts.append((t("new.fact_unused"), f"{len(unused)}", ", ".join(unused)))
     return facts
+
+
+def _content_facts(about: dict[str, Any], t: Texts) -> list[tuple[str, str, str]]:
+    facts = []
+    if turns := about.get("turns"):
+        between = {"least": t.number(turns["least"]), "most": t.number(turns["most"])}
+        shown = t.number(turns["least"])
+        if turns["least"] != turns["most"]:
+            shown = t("data.turns", **between)
+        facts.append((t("data.fact_turns"), shown, _counts(turns["roles"], t)))
+    for name in ("writing", "languages"):
+        if found := about.get(name):
+            facts.append((t(f"data.fact_{name}"), t.number(len(found)), _counts(found, t)))
+    twice = {name: about.get(name, 0) for name in ("in_two_splits", "shared_prompts")}
+    if any(twice.values()):
+        known = {name: t.number(count) for name, count in twice.items()}
+        total = t.number(sum(twice.values()))
+        facts.append((t("data.fact_overlap"), total, t("data.overlap", **known)))
+    return facts
+
+
+def _counts(counts: dict[str, int], t: Texts) -> str:
+    shown = [f"{name} {t.number(count)}" for name, count in list(counts.items())[:_MAX_LABELS]]
+    return ", ".join(shown) + (" \u2026" if len(counts) > _MAX_LABELS else "")
+
+
+def _labels(numbers: dict[str, Any], t: Texts) -> list[tuple[str, list[str], float]]:
+    """Returns the labels of training rows: name, rows of each split, share of the most frequent."""
+    by_split = numbers.get("statistics", {}).get("label_counts", {})
+    train = by_split.get("train", {})
+    most = max(train.values(), default=1)
+    # Also labels that only other splits have.
+    names = list(dict.fromkeys(name for counts in by_split.values() for name in counts))
+    return [
+        (
+            name,
+            [t.number(by_split.get(split, {}).get(name, 0)) for split in ("train", "validation")],
+            100 * train.get(name, 0) / most,
+        )
+        for name in names[:_MAX_LABEL_ROWS]
+    ]
+
+
+def _longest_rows(numbers: dict[str, Any], t: Texts) -> list[tuple[str, list[str]]]:
+    found = numbers.get("statistics", {}).get("longest_rows", [])
+    return [(t("new.row", row=one["row"]), [t.number(one["length"]), one["text"]]) for one in found]

@@ -1,0 +1,94 @@
+"""What rows contain, counted while they are prepared: roles, turns, writing, languages."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.data.samples import Sample
+
+# Stored with the prepared rows.
+FILE = "content.json"
+# Characters of a row by which its writing is told.
+_WRITING_CHARACTERS = 300
+_WRITING = {"CJK": "Han", "HIRAGANA": "Kana", "KATAKANA": "Kana"}
+
+
+class ContentCounter:
+    """Counts roles, turns, languages and writing systems of the rows that are used."""
+
+    def __init__(self) -> None:
+        self._roles: Counter[str] = Counter()
+        self._turns: Counter[int] = Counter()
+        self._writing: Counter[str] = Counter()
+        self._languages: Counter[str] = Counter()
+
+    def add(self, sample: Sample) -> None:
+        """Counts a row."""
+        if sample.messages:
+            self._turns[len(sample.messages)] += 1
+            self._roles.update(str(turn.get("role")) for turn in sample.messages)
+        self._languages.update(name for name, text in (sample.translation or {}).items() if text)
+        writing = writing_system("".join(_texts(sample)))
+        if writing:
+            self._writing[writing] += 1
+
+    def write(self, folder: Path) -> None:
+        """Writes what was counted to a folder."""
+        turns = sum(self._turns.values())
+        content: dict[str, Any] = {"writing": dict(self._writing.most_common())}
+        if self._languages:
+            content["languages"] = dict(self._languages.most_common())
+        if turns:
+            total = sum(number * rows for number, rows in self._turns.items())
+            content["turns"] = {
+                "conversations": turns,
+                "least": min(self._turns),
+                "most": max(self._turns),
+                "mean": round(total / turns, 1),
+                "roles": dict(self._roles.most_common()),
+            }
+        (folder / FILE).write_text(json.dumps(content), encoding="utf-8")
+
+
+def _texts(sample: Sample) -> Iterator[str]:
+    """Yields the beginnings of a row's texts, as many as its writing is told by."""
+    texts = [turn.get("content") for turn in sample.messages]
+    texts += [sample.text, sample.text_pair, *(sample.translation or {}).values(), *sample.tokens]
+    left = _WRITING_CHARACTERS
+    for text in texts:
+        if isinstance(text, str) and left > 0:
+            yield text[:left]
+            left -= len(text)
+
+
+def writing_system(text: str) -> str:
+    """Returns the writing system of most letters of a text, such as ``"Latin"``; or ``""``.
+
+    Japanese is ``"Kana"`` and Chinese is ``"Han"``. Languages that share an alphabet are not told
+    apart.
+    """
+    counts = Counter(filter(None, map(_system_of, text)))
+    if counts["Kana"]:
+        counts["Kana"] += counts.pop("Han", 0)
+    return min(counts, key=lambda name: (-counts[name], name)) if counts else ""
+
+
+@lru_cache(maxsize=4096)
+def _system_of(character: str) -> str:
+    if not character.isalpha():
+        return ""
+    first = unicodedata.name(character, "").partition(" ")[0].partition("-")[0]
+    return _WRITING.get(first, first.capitalize())
+
+
+def read_content(folder: Path) -> dict[str, Any]:
+    """Returns what was counted of the rows that were prepared in a folder, if anything."""
+    file = folder / FILE
+    found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    return found

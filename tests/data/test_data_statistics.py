@@ -1,0 +1,107 @@
+"""Numbers on all of the data: counted by hand here."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from lightning_peft import ImageData, SupervisedData, TextClassificationData
+from lightning_peft.data.preview import preview
+from lightning_peft.data.row_content import writing_system
+from lightning_peft.demo.run import BASE
+
+
+def chat(*texts, system=None):
+    turns = [{"role": "system", "content": system}] if system else []
+    roles = ("user", "assistant")
+    turns += [{"role": roles[place % 2], "content": text} for place, text in enumerate(texts)]
+    return {"messages": turns}
+
+
+def data_of(folder, rows, cls=SupervisedData, **options):
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = {"cache_dir": str(folder / "cache"), "validation_share": 0, **options}
+    return cls(str(folder / "rows.jsonl"), tokenizer=str(BASE), **given)
+
+
+@pytest.mark.parametrize(
+    ("text", "system"),
+    [
+        ("Straße 12, okay", "Latin"),
+        ("Привет, GPU", "Cyrillic"),
+        ("東京は大きい", "Kana"),
+        ("北京很大", "Han"),
+        ("123 + 4 = \ud800?", ""),
+    ],
+)
+def test_writing_is_that_of_most_letters(text, system):
+    assert writing_system(text) == system
+
+
+def test_roles_turns_writing_and_rows_that_are_there_twice(tmp_path):
+    long = chat("Two?", "Two.", "More?", "Three, four, " + "and so on, " * 30)
+    rows = [chat("One?", "Yes.", system="Be short."), long, chat("Да?", "Нет"), long]
+    data = data_of(tmp_path, rows, chat_template="plain", max_length=60, over_long="truncate")
+    numbers = preview(data, 2).numbers
+    found = numbers["statistics"]
+    assert found["turns"] == {
+        "conversations": 3,
+        "least": 2,
+        "most": 4,
+        "mean": 3.0,
+        "roles": {"user": 4, "assistant": 4, "system": 1},
+    }
+    assert found["writing"] == {"Latin": 2, "Cyrillic": 1}
+    assert (found["duplicates"], found["in_two_splits"], found["shared_prompts"]) == (1, 0, 0)
+    assert [one["row"] for one in found["longest_rows"]][0] == 2
+    assert found["longest_rows"][0]["length"] == numbers["lengths"]["longest"] == 60
+    assert len(found["longest_rows"]) == numbers["splits"]["train"]["rows"] == 3
+    assert found["tokens"] == sum(one["length"] for one in found["longest_rows"])
+    middle = sorted(one["length"] for one in found["longest_rows"])[1]
+    assert (numbers["lengths"]["median"], numbers["lengths"]["percentile_95"]) == (middle, middle)
+    *kept, cut = numbers["lengths"]["buckets"]
+    more = numbers["splits"]["train"]["tokens_cut"]
+    assert cut == {"from": 61, "to": 60 + more, "rows": 1, "cut": True}
+    assert kept[-1]["to"] == 60
+    assert [one["cut"] for one in kept] == [False] * len(kept)
+    assert sum(one["rows"] for one in kept) == 2
+
+
+def test_rows_are_found_by_their_text_whether_used_or_not(tmp_path):
+    rows = [chat(f"What is {n}?", f"It is the number {n}.") for n in range(30)]
+    rows += [chat("A lone NUMBER 7", "")]
+    data = data_of(tmp_path, rows, chat_template="plain", validation_share=0.3)
+    shown = preview(data, 2, search="Number 7")
+    assert shown.numbers["search"] == {"text": "Number 7", "rows": 2}
+    assert [one.row for one in shown.rows] == [8]
+    assert preview(data, 2, search="the number").numbers["search"]["rows"] == 30
+    assert len(preview(data, 2, search="the number").rows) == 2
+    splits = {one.split for one in preview(data, 30, search="what is").rows}
+    assert splits == {"train", "validation"}
+    assert preview(data, 2, search="nowhere").rows == []
+
+
+def test_labels_are_counted_by_split(tmp_path):
+    rows = [{"text": f"row {n}", "label": "bad" if n % 3 else "good"} for n in range(9)]
+    data = data_of(tmp_path, rows, TextClassificationData)
+    found = preview(data, 1).numbers["statistics"]
+    assert found["label_counts"] == {"train": {"bad": 6, "good": 3}}
+    assert "turns" not in found
+    assert len(found["longest_rows"]) == 5
+
+
+def test_images_have_labels_and_no_lengths(tmp_path):
+    for number, label in enumerate(("cat", "cat", "dog")):
+        (tmp_path / "images" / label).mkdir(parents=True, exist_ok=True)
+        color = (80 * number, 0, 0)
+        Image.new("RGB", (8, 8), color).save(tmp_path / "images" / label / f"{number}.png")
+    data = ImageData(
+        str(tmp_path / "images"),
+        processor={"image_processor_type": "ViTImageProcessor"},
+        cache_dir=str(tmp_path / "cache"),
+        validation_share=0,
+    )
+    shown = preview(data, 1)
+    assert shown.numbers["statistics"]["label_counts"] == {"train": {"cat": 2, "dog": 1}}
+    assert "lengths" not in shown.numbers
+    assert shown.rows[0].runs[0].image.startswith("data:image/png;base64,")
