@@ -1,4 +1,4 @@
-"""What is equal as JSON, for rewards, the demo and the page."""
+"""Reading JSON texts, and what is equal as JSON: for rewards, chat, the demo and the page."""
 
 from __future__ import annotations
 
@@ -21,6 +21,16 @@ def parse_json(text: str) -> Any:
         return json.loads(text, parse_constant=refused)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def json_object(line: str) -> dict[str, Any] | None:
+    """Returns the JSON object on a line; ``None`` where there is something else."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        # The second of a line that nests a thousand times: no request, and no reason to end.
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def equal_values(one: Any, other: Any) -> bool:

@@ -12,7 +12,8 @@ from gradio_app.errors import UserError
 from gradio_app.runs.files import read_json_object, read_rows
 from gradio_app.runs.types import Run
 
-MAX_PROMPTS = 3
+# Questions that are offered, and rows that are scored.
+MAX_PROMPTS, MAX_SCORED = 3, 100
 Turns = tuple[tuple[str, str], ...]
 
 
@@ -60,12 +61,25 @@ def system_prompt(run: Run) -> SystemPrompt:
     return SystemPrompt(text, rows, of) if len(text) <= MAX_TEXT else SystemPrompt(of=of)
 
 
-def held_out_prompts(run: Run) -> list[HeldOutPrompt]:
-    """Returns up to three validation rows, of older runs those that it has shown samples of."""
+def held_out_prompts(run: Run, most: int = MAX_PROMPTS) -> list[HeldOutPrompt]:
+    """Returns up to ``most`` validation rows, of older runs those that it has shown samples of."""
     known = read_json_object(run.folder.prompts).get("held_out")
     rows = [_row(turns) for turns in known] if isinstance(known, list) else []
     found = {(row.turns, row.prompt): row for row in rows if row is not None}
-    return list(found.values())[:MAX_PROMPTS] or _sampled(run)
+    return list(found.values())[:most] or _sampled(run)
+
+
+def scored_rows(run: Run, most: int = MAX_SCORED) -> list[dict[str, Any]]:
+    """Returns the validation rows whose turns are known, as ``chat --serve`` scores them."""
+    rows = [row for row in held_out_prompts(run, most) if row.turns is not None]
+    opening = [[{"role": "system", "content": row.system}] if row.system else [] for row in rows]
+    return [
+        {
+            "messages": [*first, *row.earlier, {"role": "user", "content": row.prompt}],
+            "reference": row.reference,
+        }
+        for first, row in zip(opening, rows, strict=True)
+    ]
 
 
 def _row(turns: Any) -> HeldOutPrompt | None:

@@ -7,8 +7,8 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gradio_app.chat.command import (
@@ -81,6 +81,21 @@ class AnswerChunk:
     def speed(self) -> float:
         """Tokens per second; 0 where that is not known."""
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class ScoreProgress:
+    """How far rows are answered.
+
+    ``answers`` of ``total`` are given, and ``rows`` are those that base and checkpoint have
+    answered, as ``chat --serve`` writes them.
+    """
+
+    total: int
+    answers: int = 0
+    rows: tuple[Mapping[str, Any], ...] = ()
+    done: bool = False
+    stopped: bool = False
 
 
 @dataclass
@@ -211,18 +226,72 @@ class ChatSessions:
         ``checkpoint`` is ``None`` for the base. Raises UserError if the model is not loaded any
         more, may not be used now, or cannot answer.
         """
+        request = {"messages": list(messages), **sampling.as_dict()}
+        text, begun = "", time.monotonic()
+        for row, pending in self._replies(owner, run, checkpoint, "adapter", request):
+            if row.get("done"):
+                names = ("tokens", "ended", "stopped", "dropped")
+                facts = {name: row.get(name, 0) for name in names}
+                yield AnswerChunk(
+                    text.strip(), done=True, seconds=time.monotonic() - begun, **facts
+                )
+                return
+            text += str(row.get("text", ""))
+            # Who reads slower than the model writes gets more at a time, and can still stop it.
+            if not pending:
+                yield AnswerChunk(text)
+
+    def score(
+        self,
+        owner: str,
+        run: Run,
+        checkpoint: str,
+        rows: Sequence[Mapping[str, Any]],
+        sampling: Sampling,
+    ) -> Iterator[ScoreProgress]:
+        """Yields how far the base and a checkpoint have answered rows, and the answers so far.
+
+        ``rows`` have ``messages`` and ``reference``. Raises UserError as :meth:`answer` does.
+        """
+        request = {"rows": list(rows), **sampling.as_dict()}
+        now = ScoreProgress(total=2 * len(rows))
+        yield now
+        for row, pending in self._replies(owner, run, checkpoint, "adapters", request):
+            answered, progress = row.get("row"), row.get("progress")
+            if isinstance(answered, dict):
+                now = replace(now, rows=(*now.rows, answered))
+            elif isinstance(progress, dict):
+                now = replace(now, answers=int(progress.get("done", 0)))
+            elif row.get("done"):
+                now = replace(now, done=True, stopped=bool(row.get("stopped")))
+            if now.done or not pending:
+                yield now
+
+    def _replies(
+        self, owner: str, run: Run, checkpoint: str | None, key_of_names: str, fields: Any
+    ) -> Iterator[tuple[dict[str, Any], bool]]:
+        """Yields the lines that answer a request, and whether the next one is there already.
+
+        The request is for one name (``"adapter"``), or for the base too (``"adapters"``).
+        """
         loaded, key = self._reserve(owner, run, checkpoint)
         whole = False
         try:
             name = "base" if checkpoint is None else loaded.names[checkpoint]
-            asked = {"id": key, "adapter": name, "messages": list(messages), **sampling.as_dict()}
+            names = name if key_of_names == "adapter" else ["base", name]
             try:
-                loaded.process.send(asked)
+                loaded.process.send({"id": key, key_of_names: names, **fields})
             except ProcessExited:
                 raise self._end_of(loaded) from None
-            for piece in self._chunks(loaded, key):
-                whole = piece.done
-                yield piece
+            while not whole:
+                row = self._next(loaded, self.timeouts.silence)
+                # Others are the rest of an answer that was abandoned.
+                if row.get("id") == key:
+                    whole = "error" in row or bool(row.get("done"))
+                    if "error" in row:
+                        why = redact_message(row["error"], self.settings)
+                        raise UserError("playground.refused_answer", why=why)
+                    yield row, loaded.process.has_pending
         except UserError:
             whole = True
             raise
@@ -242,26 +311,6 @@ class ChatSessions:
                 raise UserError("playground.was_unloaded")
             loaded.phase, loaded.answering = "answering", next(self._keys)
             return loaded, loaded.answering
-
-    def _chunks(self, loaded: _LoadedModel, key: int) -> Iterator[AnswerChunk]:
-        text, begun = "", time.monotonic()
-        while True:
-            row = self._next(loaded, self.timeouts.silence)
-            if row.get("id") != key:
-                # The rest of an answer that was abandoned.
-                continue
-            if "error" in row:
-                why = redact_message(row["error"], self.settings)
-                raise UserError("playground.refused_answer", why=why)
-            if not row.get("done"):
-                text += str(row.get("text", ""))
-                # Who reads slower than the model writes gets more at a time, and can still stop it.
-                if not loaded.process.has_pending:
-                    yield AnswerChunk(text)
-                continue
-            facts = {name: row.get(name, 0) for name in ("tokens", "ended", "stopped", "dropped")}
-            yield AnswerChunk(text.strip(), done=True, seconds=time.monotonic() - begun, **facts)
-            return
 
     def prompt_affixes(self, owner: str) -> list[str] | None:
         """Returns the template's text before and after a first question."""

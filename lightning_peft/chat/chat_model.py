@@ -244,19 +244,26 @@ class ChatModel:
         stopped = not ended and stop()
         return Answer(streamer.text.strip(), len(new) - ended, ended, dropped, stopped)
 
-    def answers(self, conversations: Sequence[Messages]) -> list[Answer]:
+    def answers(
+        self, conversations: Sequence[Messages], stop: Callable[[], bool] = lambda: False
+    ) -> list[Answer]:
         """Generates the next turn of each conversation, for several at a time.
+
+        Args:
+            conversations: As ``messages`` of :meth:`answer`.
+            stop: Is asked after each token whether all answers are to end there.
 
         Raises:
             ConfigError: If even the last turn of one is too long for the model.
         """
         if any(map(images_of, conversations)):
-            return [self.answer(messages) for messages in conversations]
+            return [self.answer(messages, stop=stop) for messages in conversations]
         options, longest = self._options(), self.sampling.max_new_tokens
         fitted = [self._fit_context(messages) for messages in conversations]
         # The others would be cut at lengths of their own.
         roomy = [place for place, (*_, room) in enumerate(fitted) if room >= longest]
         prompts = [fitted[place][1][0].tolist() for place in roomy]
+        options["stopping_criteria"] = StoppingCriteriaList([_StopRequested(stop)])
         with self.activated() as model:
             found = continuations(
                 model, prompts, options.pop("pad_token_id"), max_new_tokens=longest, **options
@@ -267,7 +274,7 @@ class ChatModel:
             text = self.loaded.tokenizer.decode(new, skip_special_tokens=True).strip()
             answers[place] = Answer(text, len(new), len(new) < len(tokens), fitted[place][2])
         return [
-            answers[place] if place in answers else self.answer(messages)
+            answers[place] if place in answers else self.answer(messages, stop=stop)
             for place, messages in enumerate(conversations)
         ]
 

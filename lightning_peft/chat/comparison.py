@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.chat.chat_model import ChatModel
-from lightning_peft.chat.protocol import json_object
+from lightning_peft.chat.answer_scores import score_answer
+from lightning_peft.chat.chat_model import Answer, ChatModel
 from lightning_peft.data.batching import pad
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.data.row_keys import KeyCount, check_column, unread_columns
 from lightning_peft.data.validation import describe
 from lightning_peft.errors import ConfigError, itemize
+from lightning_peft.json_equality import json_object
+from lightning_peft.runs.integrity import run_of
 
 if TYPE_CHECKING:
     from lightning_peft.data.supervised import SupervisedData
@@ -34,10 +36,46 @@ TOGETHER = 8
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question, and what a good answer would be where that is known."""
+    """A question, and what a good answer would be where that is known.
+
+    Attributes:
+        text: The question.
+        reference: The expected answer.
+        earlier: Turns before the question, perhaps a system turn first.
+    """
 
     text: str
     reference: str | None = None
+    earlier: Sequence[dict[str, Any]] = ()
+
+
+def held_out_prompts(folder: Path, limit: int | None = None) -> list[Prompt]:
+    """Returns the validation rows that a run kept, with system prompt and earlier turns.
+
+    Args:
+        folder: Of the run, or of an adapter in it.
+        limit: Most rows.
+
+    Raises:
+        ConfigError: If there is no such run, or it kept none.
+    """
+    run = run_of(folder)
+    file = run.prompts if run is not None else None
+    rows = _held_out_rows(file) if file is not None and file.is_file() else []
+    if not rows:
+        raise ConfigError(
+            f"{str(folder)!r} has no held-out rows: they are in prompts.json of a run that was "
+            "validated on conversations. Give rows with --prompts FILE.jsonl."
+        )
+    return [
+        Prompt(turns[-2]["content"], turns[-1]["content"], turns[:-2]) for turns in rows[:limit]
+    ]
+
+
+def _held_out_rows(file: Path) -> list[list[dict[str, Any]]]:
+    content = json_object(file.read_text(encoding="utf-8")) or {}
+    rows = content.get("held_out")
+    return [turns for turns in rows if len(turns) > 1] if isinstance(rows, list) else []
 
 
 def read_prompts(file: str) -> list[Prompt]:
@@ -86,24 +124,62 @@ def read_prompts(file: str) -> list[Prompt]:
 
 
 def answers(
-    chat_model: ChatModel, prompts: Sequence[Prompt], system: str | None, progress: Progress
+    chat_model: ChatModel,
+    prompts: Sequence[Prompt],
+    system: str | None,
+    progress: Progress,
+    stop: Callable[[], bool] = lambda: False,
+    names: Sequence[str] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yields the answers of the base and of every adapter; a prompt begins a new conversation."""
+    """Yields the answers to each prompt, and their scores; each begins a new conversation.
+
+    Args:
+        chat_model: Who answers.
+        prompts: What is asked.
+        system: System turn of prompts that bring none.
+        progress: Takes what is done, and how many answers of how many.
+        stop: Is asked after each token whether to end; answers that are not whole are left out.
+        names: Who is asked; by default the base and every adapter.
+
+    Yields:
+        Rows with ``prompt``, ``answers`` by name and ``cut``, the names of those whose answers
+        ended at the most tokens; where a reference is known, it and by name the ``scores``, as
+        :class:`AnswerScore <lightning_peft.chat.answer_scores.AnswerScore>` names them.
+    """
+    asked = list(chat_model.names if names is None else names)
     opening = [{"role": "system", "content": system}] if system else []
-    names, done, total = chat_model.names, 0, len(prompts) * len(chat_model.names)
+    done, total = 0, len(prompts) * len(asked)
     for start in range(0, len(prompts), TOGETHER):
         some = prompts[start : start + TOGETHER]
-        talks = [[*opening, {"role": "user", "content": prompt.text}] for prompt in some]
-        texts: list[dict[str, str]] = [{} for _ in some]
-        for name in names:
+        talks = []
+        for prompt in some:
+            own = bool(prompt.earlier) and prompt.earlier[0]["role"] == "system"
+            question = {"role": "user", "content": prompt.text}
+            talks.append([*([] if own else opening), *prompt.earlier, question])
+        found: list[dict[str, Answer]] = [{} for _ in some]
+        for name in asked:
             chat_model.switch(name)
-            for found, answer in zip(texts, chat_model.answers(talks), strict=True):
-                found[name] = answer.text
+            for by_name, answer in zip(found, chat_model.answers(talks, stop), strict=True):
+                by_name[name] = answer
+            if stop():
+                return
             done += len(some)
             progress("answering", done, total)
-        for prompt, found in zip(some, texts, strict=True):
-            row: dict[str, Any] = {"prompt": prompt.text, "answers": found}
-            yield row | ({"reference": prompt.reference} if prompt.reference else {})
+        for prompt, by_name in zip(some, found, strict=True):
+            yield _row(prompt, by_name)
+
+
+def _row(prompt: Prompt, answers: dict[str, Answer]) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "prompt": prompt.text,
+        "answers": {name: answer.text for name, answer in answers.items()},
+        "cut": [name for name, answer in answers.items() if not answer.ended],
+    }
+    if not prompt.reference:
+        return row
+    scores = {name: score_answer(text, prompt.reference) for name, text in row["answers"].items()}
+    by_name = {name: score.as_dict() for name, score in scores.items()}
+    return row | {"reference": prompt.reference, "scores": by_name}
 
 
 @dataclass

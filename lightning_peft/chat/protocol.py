@@ -13,6 +13,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lightning_peft.errors import ConfigError, LightningPeftError, similar_names
+from lightning_peft.json_equality import json_object
 
 if TYPE_CHECKING:
     from lightning_peft.chat.chat_model import ChatModel
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
 SendReply = Callable[[str], None]
 ROLES = ("system", "user", "assistant", "tool")
 FIELDS = (
-    *("id", "adapter", "messages", "tools", "chat_template_kwargs"),
+    *("id", "adapter", "messages", "tools", "chat_template_kwargs", "rows", "adapters"),
     *("max_new_tokens", "temperature", "top_p", "seed"),
 )
+# Of a request, how tokens are chosen.
+SAMPLING = ("max_new_tokens", "temperature", "top_p")
 # Of a turn, besides its role and content.
 TURN_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
 # A program that waits for a model wants to know that it is still being loaded.
@@ -102,7 +105,9 @@ class Server:
         row = json_object(line)
         key = _id_of(row)
         try:
-            self._answer(chat_model, key, _checked(row, key, chat_model.names))
+            checked = _checked(row, key, chat_model.names)
+            with self._prepared(chat_model, checked):
+                (self._score if "rows" in checked else self._answer)(chat_model, key, checked)
         except BrokenPipeError:
             raise
         except LightningPeftError as error:
@@ -114,19 +119,15 @@ class Server:
             self._open.discard(key)
             self._stopped.discard(key)
 
-    def _answer(self, chat_model: ChatModel, key: Any, row: Mapping[str, Any]) -> None:
-        usual = chat_model.sampling
-        messages = row["messages"]
-        if self._system and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self._system}, *messages]
+    @contextmanager
+    def _prepared(self, chat_model: ChatModel, row: Mapping[str, Any]) -> Iterator[None]:
+        """Within the body, the model answers as a request says."""
         # Not who answered last: a request means the same whatever came before it.
         chat_model.switch(row.get("adapter", self._first))
         import_module("torch").manual_seed(row.get("seed", self._seed))
-        options = {
-            name: row[name] for name in ("max_new_tokens", "temperature", "top_p") if name in row
-        }
-        chat_model.sampling = replace(usual, **options)
-        before = chat_model.tools, chat_model.variables_override
+        before = chat_model.sampling, chat_model.tools, chat_model.variables_override
+        options = {name: row[name] for name in SAMPLING if name in row}
+        chat_model.sampling = replace(chat_model.sampling, **options)
         inputs = import_module("lightning_peft.chat.template_inputs")
         try:
             for name in ("tools", "chat_template_kwargs"):
@@ -135,16 +136,48 @@ class Server:
                     chat_model.tools = context.get("tools", [])
                 elif context is not None:
                     chat_model.variables_override = context
-            answer = chat_model.answer(
-                list(map(inputs.turn_of, messages)),
-                lambda text: self._write({"id": key, "text": text}),
-                lambda: key in self._stopped,
-            )
+            yield
         finally:
-            chat_model.sampling = usual
-            chat_model.tools, chat_model.variables_override = before
+            chat_model.sampling, chat_model.tools, chat_model.variables_override = before
+
+    def _answer(self, chat_model: ChatModel, key: Any, row: Mapping[str, Any]) -> None:
+        inputs = import_module("lightning_peft.chat.template_inputs")
+        messages = row["messages"]
+        if self._system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self._system}, *messages]
+        answer = chat_model.answer(
+            list(map(inputs.turn_of, messages)),
+            lambda text: self._write({"id": key, "text": text}),
+            lambda: key in self._stopped,
+        )
         done = {"tokens": answer.tokens, "ended": answer.ended, "stopped": answer.stopped}
         self._write({"id": key, "done": True, **done, "dropped": answer.dropped})
+
+    def _score(self, chat_model: ChatModel, key: Any, row: Mapping[str, Any]) -> None:
+        comparison = import_module("lightning_peft.chat.comparison")
+        inputs = import_module("lightning_peft.chat.template_inputs")
+        prompts = []
+        for one in row["rows"]:
+            *earlier, question = map(inputs.turn_of, one["messages"])
+            prompts.append(comparison.Prompt(question["content"], one.get("reference"), earlier))
+        names = row.get("adapters", chat_model.names)
+        state = {"done": 0, "total": len(prompts) * len(names)}
+        said = time.monotonic()
+
+        def progress(_: str, done: int, total: int) -> None:
+            nonlocal said
+            state["done"], said = done, time.monotonic()
+            self._write({"id": key, "progress": state})
+
+        def stop() -> bool:
+            # A long answer must not look like a process that hangs.
+            if time.monotonic() - said > _HEARTBEAT_SECONDS:
+                progress("", state["done"], state["total"])
+            return key in self._stopped
+
+        for found in comparison.answers(chat_model, prompts, self._system, progress, stop, names):
+            self._write({"id": key, "row": found})
+        self._write({"id": key, "done": True, "stopped": key in self._stopped})
 
     def _described(self, chat_model: ChatModel) -> dict[str, Any]:
         model = chat_model.loaded.model
@@ -190,16 +223,6 @@ class Server:
             print(json.dumps(row), file=self._out, flush=True)
 
 
-def json_object(line: str) -> dict[str, Any] | None:
-    """Returns the JSON object on a line; ``None`` where there is something else."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        # The second of a line that nests a thousand times: no request, and no reason to end.
-        return None
-    return row if isinstance(row, dict) else None
-
-
 def _id_of(row: Mapping[str, Any] | None) -> str | int | None:
     key = (row or {}).get("id")
     return key if isinstance(key, (str, int)) and not isinstance(key, bool) else None
@@ -220,10 +243,41 @@ def _checked(row: dict[str, Any] | None, key: Any, names: list[str]) -> dict[str
     adapter = row.get("adapter", names[0])
     if adapter not in names:
         problems.append(f"adapter={adapter!r}: there are {', '.join(names)}")
-    problems += [*_problems_of_messages(row.get("messages")), *_problems_of_numbers(row)]
+    problems += [*_problems_of_questions(row, names), *_problems_of_numbers(row)]
     if problems:
         raise ConfigError("; ".join(problems))
     return row
+
+
+def _problems_of_questions(row: dict[str, Any], names: list[str]) -> Iterator[str]:
+    if "rows" not in row:
+        yield from _problems_of_messages(row.get("messages"))
+        if "adapters" in row:
+            yield "adapters: it is for a request with `rows`; one with `messages` has `adapter`"
+        return
+    for key in ("messages", "adapter"):
+        if key in row:
+            yield f"{key}: a request with `rows` has none"
+    asked = row.get("adapters", names)
+    if not isinstance(asked, list) or not asked or any(name not in names for name in asked):
+        yield f"adapters={asked!r}: a list of {', '.join(names)}"
+    rows = row["rows"]
+    if not isinstance(rows, list) or not rows:
+        yield 'rows: a list of objects, each {"messages": [...], "reference": ...}'
+        return
+    for place, one in enumerate(rows):
+        known = isinstance(one, dict) and set(one) <= {"messages", "reference"}
+        if not known or not isinstance(one.get("reference", ""), str):
+            yield f"rows[{place}]: an object of `messages` and perhaps the text `reference`"
+            continue
+        yield from (f"rows[{place}].{text}" for text in _problems_of_messages(one.get("messages")))
+        messages = one.get("messages")
+        if isinstance(messages, list) and messages and _role(messages[-1]) == "tool":
+            yield f"rows[{place}].messages: the last turn is of 'tool', and is to be the user's"
+
+
+def _role(turn: Any) -> Any:
+    return turn.get("role") if isinstance(turn, dict) else None
 
 
 def _problems_of_messages(messages: Any) -> Iterator[str]:

@@ -33,6 +33,11 @@ def _parser() -> OptionParser:
     parser.add_argument("adapters", metavar="ADAPTER", nargs="+")
     on = parser.add_mutually_exclusive_group(required=True)
     on.add_argument("--prompts", help="text file, one a line, or JSONL with prompt and reference")
+    on.add_argument(
+        "--held-out",
+        action="store_true",
+        help="the validation rows that the run of the first adapter kept",
+    )
     on.add_argument("--data", help="data as for SupervisedData: losses instead of answers")
     add_model_options(parser)
     data = parser.add_argument_group("with --data")
@@ -46,7 +51,7 @@ def _parser() -> OptionParser:
     data.add_argument("--validation-share", type=float)
     data.add_argument("--split-seed", type=int, default=0)
     data.add_argument("--max-length", type=int)
-    data.add_argument("--limit", type=int, help="most rows that are read")
+    data.add_argument("--limit", type=int, help="most rows that are read, also of --held-out")
     data.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--output", help="JSONL file to make, with a line for each prompt or row")
     return parser
@@ -54,13 +59,18 @@ def _parser() -> OptionParser:
 
 def _compare(args: argparse.Namespace) -> dict[str, Any]:
     from lightning_peft.chat import comparison
+    from lightning_peft.chat.answer_scores import summarize_rows
 
     if args.output and Path(args.output).exists():
         raise ConfigError(f"--output {args.output!r} is there already. Remove it, or name another.")
     prompts = comparison.read_prompts(args.prompts) if args.prompts else None
+    if args.held_out:
+        prompts = comparison.held_out_prompts(_first_folder(args.adapters), args.limit)
     columns = _columns(args.columns)
     if args.data and args.tools:
         raise ConfigError("--tools is for --prompts; rows of --data bring their own tools.")
+    if args.limit is not None and args.limit < 1:
+        raise ConfigError(f"--limit {args.limit}: at least 1.")
     if args.data and not Path(args.data).exists() and "/" not in args.data:
         raise ConfigError(f"--data {args.data!r} is not a file or folder here.")
     chat_model = load_chat_model(args)
@@ -71,7 +81,9 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
                 rows.append(row)
                 # At once: what is there survives an interrupt.
                 _append(args.output, [row])
-            return {"compared": chat_model.names, "answers": rows}
+            found = summarize_rows(rows)
+            summary = {name: one.as_dict() for name, one in found.items()}
+            return {"compared": chat_model.names, "answers": rows, "summary": summary}
         scores = comparison.scores(
             chat_model, _data(args, chat_model, columns), args.split, progress
         )
@@ -83,6 +95,12 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
         "rows": len(scores[0].rows),
         "scores": [score.as_dict() for score in scores],
     }
+
+
+def _first_folder(adapters: Sequence[str]) -> Path:
+    from lightning_peft.export.adapters import find_adapter
+
+    return find_adapter(adapters[0]).folder
 
 
 def _columns(options: list[str] | None) -> dict[str, str] | None:
@@ -146,6 +164,7 @@ def _show(report: dict[str, Any]) -> None:
             for name, answer in row["answers"].items():
                 print(f"{name:<10} {answer}")
             print()
+        _show_summary(report["summary"])
         return
     from rich.markup import escape
     from rich.table import Table
@@ -158,6 +177,19 @@ def _show(report: dict[str, Any]) -> None:
         more = [row.get("reference", "")] if reference else []
         table.add_row(*(escape(x) for x in (row["prompt"], *more, *row["answers"].values())))
     console.print(table)
+    _show_summary(report["summary"])
+
+
+def _show_summary(summary: dict[str, Any]) -> None:
+    if not summary:
+        return
+    width = max(map(len, summary)) + 2
+    rows = next(iter(summary.values()))["rows"]
+    print(f"{f'{rows:,} rows':<{width}}{'exact match':>13}{'valid JSON':>14}{'token overlap':>15}")
+    for name, one in summary.items():
+        valid = f"{one['valid_json']:,} of {one['json_rows']:,}" if one["json_rows"] else "-"
+        overlap = f"{one['token_overlap']:.1%}"
+        print(f"{name:<{width}}{one['exact']:>13,}{valid:>14}{overlap:>15}")
 
 
 def _show_scores(report: dict[str, Any]) -> None:

@@ -11,8 +11,8 @@ from lightning_peft.data.samples import UNDESIRABLE, Message, Sample
 
 # Stored with the prepared rows; never in a record that goes with an adapter, as it holds rows.
 FILE = "prompts.json"
-# Validation rows that are kept, and their longest conversation in characters.
-MAX_HELD_OUT, MAX_CHARACTERS = 3, 20_000
+# Validation rows that are kept, the longest conversation of them, and all, in characters.
+MAX_HELD_OUT, MAX_CHARACTERS, MAX_ALL_CHARACTERS = 100, 20_000, 400_000
 # Different system prompts that are counted; data with more has no typical one.
 MAX_SYSTEM_PROMPTS = 1_000
 _ROLES = frozenset({"system", "user", "assistant"})
@@ -25,6 +25,7 @@ class PromptCollector:
         self._systems: Counter[str] = Counter()
         self._conversations = 0
         self._held_out: list[list[Message]] = []
+        self._characters = 0
 
     def add(self, sample: Sample, split: str) -> None:
         """Counts a row of ``train``, or keeps one of ``validation``."""
@@ -47,8 +48,10 @@ class PromptCollector:
             and len(self._held_out) < MAX_HELD_OUT
         ):
             turns = _plain(sample.messages)
-            if turns is not None:
+            size = sum(len(turn["content"]) for turn in turns or ())
+            if turns is not None and self._characters + size <= MAX_ALL_CHARACTERS:
                 self._held_out.append(turns)
+                self._characters += size
 
     def write(self, folder: Path) -> None:
         """Writes what was found to a folder, if there was a conversation at all."""

@@ -1,7 +1,10 @@
 """A ``chat --serve`` without a model: it says who is asked what, or does what a question tells it.
 
 ``fake.json`` in the first adapter's folder says how it loads: ``{"loading": "error" | "die" |
-"hang"}``. The questions ``die``, ``hang``, ``fail`` and ``long`` do what they say.
+"hang"}``.
+
+The questions ``die``, ``hang``, ``fail`` and ``long`` do what they say. Rows to score are
+answered with their own questions; one that is called ``wait`` waits until it is stopped.
 """
 
 from __future__ import annotations
@@ -56,7 +59,26 @@ def main(words: list[str]) -> None:
         answer(rows.get(), stopped)
 
 
+def score(row: dict, stopped: set[int]) -> None:
+    key, names = row["id"], row["adapters"]
+    for number, one in enumerate(row["rows"]):
+        question, wanted = one["messages"][-1]["content"], one["reference"]
+        while question == "wait" and key not in stopped:
+            time.sleep(0.005)
+        if key in stopped:
+            break
+        say(id=key, progress={"done": len(names) * (number + 1), "total": 0})
+        found = {"exact": question == wanted, "valid_json": None, "token_overlap": 0.5}
+        answers, scores = dict.fromkeys(names, question), dict.fromkeys(names, found)
+        known = {"prompt": question, "reference": wanted, "cut": []}
+        say(id=key, row={**known, "answers": answers, "scores": scores})
+    say(id=key, done=True, stopped=key in stopped)
+
+
 def answer(row: dict, stopped: set[int]) -> None:
+    if "rows" in row:
+        score(row, stopped)
+        return
     key, question = row["id"], row["messages"][-1]["content"]
     if question == "die":
         os._exit(9)

@@ -24,6 +24,7 @@ from gradio_app.chat.prompts import (
     extract_question,
     held_out_prompts,
     labels,
+    scored_rows,
     system_prompt,
 )
 from gradio_app.chat.sessions import AnswerChunk, ChatSessions, Timeouts
@@ -33,6 +34,7 @@ from gradio_app.runs.summaries import summary_of
 from gradio_app.runs.types import Run
 from gradio_app.settings import Settings
 from gradio_app.texts import LANGUAGES, Texts
+from lightning_peft.chat.answer_scores import summarize_rows
 from lightning_peft.runs.status import write_json
 from lightning_peft.task_registry import TASKS
 from tests.app.runs import settings, until
@@ -190,6 +192,40 @@ def test_an_answer_is_stopped(speak, store):
     answer = speakers.answer("local", run, "best", request.build_messages("", [], "long"), USUAL)
     next(answer)
     answer.close()
+    assert ask(speakers, run).text == "checkpoint-1 heard Hello"
+
+
+def scored(*questions: str) -> list[dict]:
+    return [
+        {"messages": [{"role": "user", "content": text}], "reference": "right"}
+        for text in questions
+    ]
+
+
+def test_rows_are_scored_and_the_score_is_stopped(speak, store):
+    speakers, run = speak(), with_adapters(store)
+    loaded(speakers, run)
+    rows = scored("right", "wrong")
+    first, *_, last = speakers.score("local", run, "best", rows, USUAL)
+    assert (first.total, first.answers, first.rows, first.done) == (4, 0, (), False)
+    assert (last.answers, last.done, last.stopped) == (4, True, False)
+    found = summarize_rows(last.rows)
+    assert list(found) == ["base", "checkpoint-1"]
+    assert (found["base"].rows, found["base"].exact) == (2, 1)
+    # What is known stays when it is stopped.
+    score = speakers.score("local", run, "best", scored("right", "wait", "wrong"), USUAL)
+    while not next(score).rows:
+        pass
+    assert speakers.model_status("local").phase == "answering"
+    with refused("refused_answering"):
+        ask(speakers, run)
+    speakers.stop("local")
+    *_, last = score
+    assert (last.done, last.stopped, len(last.rows)) == (True, True, 1)
+    # One that nobody waits for any more is stopped too.
+    score = speakers.score("local", run, "best", scored("wait"), USUAL)
+    next(score)
+    score.close()
     assert ask(speakers, run).text == "checkpoint-1 heard Hello"
 
 
@@ -399,10 +435,18 @@ def test_rows_whose_turns_are_known_are_asked_as_they_are(store):
     assert extract_question(first, None) == "c"
     assert labels([first, second]) == ["c", "a"]
     assert system_prompt(run) == SystemPrompt("S", 4, 9)
+    asked = [turns[0], *turns[1:3], {"role": "user", "content": "c"}]
+    short = [turns[0], turns[1]]
+    assert scored_rows(run) == [
+        {"messages": asked, "reference": "d"},
+        {"messages": short, "reference": "b"},
+    ]
+    assert len(scored_rows(run, 1)) == 1
     # What is not a conversation is passed over, and the samples are there.
     for strange in ({"held_out": [3, [], [{}], turns[:2]], "system": 7}, {"system": {"text": 1}}):
         write_json(run.folder.prompts, strange)
         assert [one.prompt for one in held_out_prompts(run)] == ["as text"]
+        assert scored_rows(run) == []
         assert system_prompt(run) == SystemPrompt()
 
 

@@ -120,8 +120,29 @@ def test_ask_compare_vote_and_unload(space, store, run, visit):
     page.get_by_label("Your question").press("Enter")
     page.get_by_text("Tuned (step 8):").wait_for()
     blind(page, run)
+    score(page)
     page.get_by_role("button", name="Unload").click()
     page.get_by_text("No model is loaded").wait_for()
+
+
+def score(page) -> None:
+    page.get_by_label("Rows", exact=True).fill("2")
+    page.get_by_role("button", name="Score", exact=True).click()
+    scores = page.get_by_role("region", name="Score on held-out rows")
+    answers = page.get_by_role("region", name="Answers to held-out rows")
+    answers.wait_for()
+    heads = [text.strip() for text in scores.locator("thead th").all_inner_texts()]
+    assert heads == ["Base", "Tuned (step 8)"]
+    rows = scores.locator("tbody th").all_inner_texts()
+    assert rows == ["Exact match", "Token overlap"]
+    assert scores.get_by_text("0 of 2 (0%)").count() == 2
+    assert answers.locator("tbody tr").count() == 2
+    assert answers.get_by_text(QUESTION).count() == 1
+    assert answers.locator("tbody td").filter(has_text=ANSWER).count() >= 2
+    assert page.locator("#try-score-stop").is_disabled()
+    page.locator("#try-score").scroll_into_view_if_needed()
+    screenshot(page, "playground-score")
+    assert violations(page) == []
 
 
 def blind(page, run: Run) -> None:

@@ -32,6 +32,7 @@ ROOMS: dict[str, set[str]] = {
 LIGHT = {
     "lightning_peft.compat.gradio",
     "lightning_peft.arguments",
+    "lightning_peft.chat.answer_scores",
     "lightning_peft.cli",
     "lightning_peft.cli.options",
     "lightning_peft.data.charsets",

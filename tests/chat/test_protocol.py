@@ -14,6 +14,8 @@ import pytest
 from finished import ROOT
 from program import Program
 
+from lightning_peft.chat.answer_scores import score_answer
+
 SPEAK = ("--chat-template", "plain", "--max-new-tokens", "12")
 QUESTION = [{"role": "user", "content": "What does `len` do?"}]
 
@@ -139,6 +141,45 @@ def test_an_answer_is_stopped_and_so_is_one_that_waits(client: Client) -> None:
     assert not done["stopped"]
 
 
+ROWS = [{"messages": QUESTION, "reference": "It counts."}, {"messages": QUESTION}]
+
+
+def scored(client: Client, key: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Any]:
+    rows, progress = [], []
+    while not (row := client.read()).get("done"):
+        assert row["id"] == key
+        (rows if "row" in row else progress).append(row.get("row") or row["progress"])
+    return rows, progress, row
+
+
+def test_rows_are_answered_by_all_and_scored(client: Client) -> None:
+    client.send({"id": 21, "rows": ROWS, "max_new_tokens": 5})
+    rows, progress, done = scored(client, 21)
+    assert done == {"id": 21, "done": True, "stopped": False}
+    assert progress[-1] == {"done": 4, "total": 4}
+    texts = {name: client.ask(22, adapter=name, max_new_tokens=5)[0] for name in ("base", "mine")}
+    assert texts["base"] != texts["mine"]
+    for row in rows:
+        assert row["answers"] == texts
+    expected = {name: score_answer(text, "It counts.").as_dict() for name, text in texts.items()}
+    assert rows[0]["scores"] == expected
+    assert "scores" not in rows[1]
+    assert rows[0]["prompt"] == QUESTION[0]["content"]
+    client.send({"id": 23, "rows": ROWS[:1], "adapters": ["mine"], "max_new_tokens": 2})
+    (row,), _, _ = scored(client, 23)
+    assert row["cut"] == list(row["answers"]) == ["mine"]
+
+
+def test_a_score_that_waits_is_stopped(client: Client) -> None:
+    client.send({"id": 24, "messages": QUESTION, "max_new_tokens": 200})
+    client.send({"id": 25, "rows": ROWS})
+    client.send({"stop": 25})
+    client.send({"stop": 24})
+    client.answer(24)
+    rows, _, done = scored(client, 25)
+    assert (rows, done["stopped"]) == ([], True)
+
+
 @pytest.mark.parametrize(
     ("row", "key", "said"),
     [
@@ -183,6 +224,17 @@ def test_an_answer_is_stopped_and_so_is_one_that_waits(client: Client) -> None:
             "temperature=-1: 0 or more; top_p=0: more than 0, and at most 1; seed=0.5: a whole",
         ),
         ({"id": 1, "messages": [{"role": "user", "content": "x " * 9_000}]}, 1, "Shorten it"),
+        ({"id": 1, "rows": []}, 1, "rows: a list of objects"),
+        ({"id": 1, "rows": ROWS, "messages": QUESTION}, 1, "messages: a request with `rows` has"),
+        ({"id": 1, "rows": ROWS, "adapters": ["other"]}, 1, "adapters=['other']: a list of base"),
+        ({"id": 1, "messages": QUESTION, "adapters": ["mine"]}, 1, "one with `messages` has `ada"),
+        ({"id": 1, "rows": [*ROWS, {"reference": 3}]}, 1, "rows[2]: an object of `messages`"),
+        ({"id": 1, "rows": [{"messages": []}]}, 1, "rows[0].messages: a list of turns"),
+        (
+            {"id": 1, "rows": [{"messages": [{"role": "tool", "content": "x"}]}]},
+            1,
+            "rows[0].messages: the last turn is of 'tool'",
+        ),
     ],
 )
 def test_a_bad_request_is_answered_and_ends_nothing(client: Client, row, key, said) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from peft import PeftModel
 from trainer_fixtures import _one_thread  # noqa: F401
 from transformers import AutoModelForCausalLM
 
+from lightning_peft.chat.answer_scores import score_answer
 from lightning_peft.cli import main
 from lightning_peft.data.supervised import SupervisedData
 
@@ -89,6 +92,36 @@ def test_answers_side_by_side(
     assert written[0]["answers"]["base"] != written[0]["answers"]["mine"]
     assert "reference  It counts." in said
     assert "mine       " in said
+    assert set(written[0]["scores"]) == {"base", "mine"}
+    assert "scores" not in written[1]
+    assert re.search(r"^1 rows +exact match +valid JSON +token overlap$", said, re.M)
+
+
+def test_the_rows_that_a_run_kept_are_scored(
+    lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = tmp_path / "checkpoints" / "adapters" / "best"
+    shutil.copytree(adapter_in(lora_run), adapter)
+    words = ["compare", f"mine={adapter}", "--held-out", *PLAIN]
+    assert main(words) == 2
+    assert "has no held-out rows" in capsys.readouterr().err
+    row = [("system", "Be kind."), ("user", "What does `len` do?"), ("assistant", "It counts.")]
+    turns = [{"role": role, "content": text} for role, text in row]
+    (tmp_path / "provenance.json").write_text("{}")
+    (tmp_path / "recipe.yaml").write_text("{}")
+    (tmp_path / "prompts.json").write_text(json.dumps({"held_out": [turns, turns[1:]]}))
+    assert main([*words, "--max-new-tokens", "6", "--limit", "0"]) == 2
+    assert "--limit 0: at least 1" in capsys.readouterr().err
+    assert main([*words, "--max-new-tokens", "6", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    with_system, without = found["answers"]
+    assert with_system["prompt"] == without["prompt"] == "What does `len` do?"
+    assert with_system["answers"]["mine"] != without["answers"]["mine"]
+    for name in ("base", "mine"):
+        scores = [answer["scores"][name]["token_overlap"] for answer in found["answers"]]
+        assert scores[0] == score_answer(with_system["answers"][name], "It counts.").token_overlap
+        assert found["summary"][name]["token_overlap"] == pytest.approx(sum(scores) / 2)
+        assert found["summary"][name]["rows"] == 2
 
 
 def test_bad_input(

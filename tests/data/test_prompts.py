@@ -6,7 +6,9 @@ import pytest
 
 from lightning_peft.data.prompts import (
     FILE,
+    MAX_ALL_CHARACTERS,
     MAX_CHARACTERS,
+    MAX_HELD_OUT,
     MAX_SYSTEM_PROMPTS,
     PromptCollector,
     read_prompts,
@@ -52,11 +54,24 @@ def test_rows_are_kept_that_can_be_asked_as_text(tmp_path):
     for number in range(5):
         prompts.add(conversation("first", "one", f"second {number}", "two"), "validation")
     found = kept(tmp_path, prompts)
-    assert [row[3]["content"] for row in found["held_out"]] == ["second 0", "second 1", "second 2"]
+    assert [row[3]["content"] for row in found["held_out"]] == [f"second {n}" for n in range(5)]
     assert [turn["role"] for turn in found["held_out"][0]] == [
         "system", "user", "assistant", "user", "assistant",
     ]  # fmt: skip
     assert found["system"] == {"text": "", "rows": 0, "of": 0}
+
+
+def test_held_out_rows_are_bounded(tmp_path):
+    prompts = PromptCollector()
+    for number in range(MAX_HELD_OUT + 5):
+        prompts.add(conversation(f"q{number}", "a"), "validation")
+    assert len(kept(tmp_path, prompts)["held_out"]) == MAX_HELD_OUT
+    prompts = PromptCollector()
+    for number in range(MAX_ALL_CHARACTERS // MAX_CHARACTERS + 5):
+        prompts.add(conversation("q", "a" * (MAX_CHARACTERS - 500 - number)), "validation")
+    found = kept(tmp_path, prompts)["held_out"]
+    assert len(found) == MAX_ALL_CHARACTERS // MAX_CHARACTERS
+    assert sum(len(turn["content"]) for row in found for turn in row) <= MAX_ALL_CHARACTERS
 
 
 def test_many_different_system_prompts_take_bounded_memory(tmp_path):
@@ -76,7 +91,8 @@ def test_data_has_its_prompts_and_its_record_no_rows(make, write, given):
     trained = data.read().summary["splits"]["train"]["rows"]
     found = data.prompts
     assert found["system"] == {"text": given or "", "rows": trained if given else 0, "of": trained}
-    assert [len(row) for row in found["held_out"]] == [3 if given else 2] * 3
+    held_out = len(data.read().splits["validation"])
+    assert [len(row) for row in found["held_out"]] == [3 if given else 2] * held_out
     # In the order in which samples are taken of them.
     first = data.render_row(data.read().splits["validation"][0])
     assert found["held_out"][0][-1]["content"] in "".join(run.text for run in first)

@@ -87,13 +87,22 @@ def parse_request(run: Run, question: Any, inputs: ChatInputs) -> ChatRequest:
     # A row of the data is asked as it is there.
     if isinstance(asked, HeldOutPrompt) and asked.turns is not None:
         system = asked.system
+    checkpoint, sampling = parse_settings(run, inputs)
     return ChatRequest(
         question=asked,
         mode=inputs.mode if inputs.mode in MODES else "both",
-        checkpoint=find_checkpoint(run, inputs.checkpoint),
+        checkpoint=checkpoint,
         system=validate_text(system, "system"),
-        sampling=validate_sampling(*inputs[3:]),
+        sampling=sampling,
     )
+
+
+def parse_settings(run: Run, inputs: ChatInputs) -> tuple[Checkpoint, Sampling]:
+    """Returns the checkpoint and how tokens are drawn.
+
+    Raises UserError if there is no such checkpoint, or a setting is out of range.
+    """
+    return find_checkpoint(run, inputs.checkpoint), validate_sampling(*inputs[3:])
 
 
 def find_checkpoint(run: Run, name: Any) -> Checkpoint:

@@ -20,7 +20,7 @@ from gradio_app.runs.formatting import (
 from gradio_app.runs.health import HealthWarning
 from gradio_app.runs.metrics import Metrics
 from gradio_app.texts import Texts
-from lightning_peft.json_equality import equal_texts
+from lightning_peft.chat.answer_scores import is_exact
 
 ARROWS = {-1: "\u2193", 0: "\u2192", 1: "\u2191"}
 TREND_KEYS = {-1: "falling", 0: "steady", 1: "rising"}
@@ -211,7 +211,7 @@ def _row(
 ) -> dict[str, Any]:
     first = next(row for (_, sample), row in said.items() if sample == place)
     prompt, expected = str(first.get("prompt", "")), str(first.get("expected", ""))
-    answers = [_answer(said.get((step, place))) for step in steps]
+    answers = [answer_cell(said.get((step, place))) for step in steps]
     return {
         "turns": _turns(prompt, expected, known),
         "expected": shortened_cell(expected),
@@ -235,19 +235,20 @@ def _turns(
 
 
 def _is_correct(row: Row) -> bool:
-    said, expected = (str(row.get(name, "")) for name in ("generated", "expected"))
-    same = said.split() == expected.split() or equal_texts(said, expected)
-    return bool(expected.strip()) and same
+    return is_exact(*(str(row.get(name, "")) for name in ("generated", "expected")))
 
 
-def _answer(row: Row | None) -> dict[str, Any] | None:
-    """Returns an answer by its words, and which of them the expected one does not have."""
+def answer_cell(row: Row | None, most: int = _MAX_CELL) -> dict[str, Any] | None:
+    """Returns an answer for ``live.samples``: its words, and which the expected one has not.
+
+    Texts of more than ``most`` characters are shortened, and their words not compared.
+    """
     if row is None:
         return None
     correct = _is_correct(row)
     text, expected = str(row.get("generated", "")).strip(), str(row.get("expected", ""))
-    compared = not correct and len(text) <= _MAX_CELL
-    words = _differences(text, expected) if compared else [(shortened_cell(text), False)]
+    compared = not correct and len(text) <= most
+    words = _differences(text, expected) if compared else [(shortened_cell(text, most), False)]
     return {"words": words, "correct": correct, "cut": row.get("cut") is True and not correct}
 
 
@@ -261,10 +262,10 @@ def _differences(text: str, expected: str) -> list[tuple[str, bool]]:
     return [(word, place not in same and bool(word.strip())) for place, word in enumerate(words)]
 
 
-def shortened_cell(text: object) -> str:
+def shortened_cell(text: object, most: int = _MAX_CELL) -> str:
     """Returns text of a run for a cell of a table, its lines kept."""
     words = str(text).strip()
-    return words if len(words) <= _MAX_CELL else words[:_MAX_CELL] + "\u2026"
+    return words if len(words) <= most else words[:most] + "\u2026"
 
 
 def _select_steps(steps: list[int]) -> list[int]:

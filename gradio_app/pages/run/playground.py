@@ -10,7 +10,13 @@ import gradio as gr
 
 from gradio_app.chat import votes
 from gradio_app.chat.command import unsupported_task
-from gradio_app.chat.prompts import MAX_PROMPTS, held_out_prompts, labels, system_prompt
+from gradio_app.chat.prompts import (
+    MAX_PROMPTS,
+    MAX_SCORED,
+    held_out_prompts,
+    labels,
+    system_prompt,
+)
 from gradio_app.errors import UserError
 from gradio_app.pages.components import Update, changed_updates, on_event, timer_options
 from gradio_app.pages.error_reporting import localized_message
@@ -23,6 +29,7 @@ from gradio_app.pages.run.conversation import (
     stream_answers,
 )
 from gradio_app.pages.run.playground_view import PlaygroundView
+from gradio_app.pages.run.score import score_handler
 from gradio_app.pages.run_state import checkpoint_label
 from gradio_app.pages.templating import render
 from gradio_app.runs.types import Checkpoint, Run
@@ -65,7 +72,12 @@ class PlaygroundTab:
         checkpoint = [self.run_id, p.checkpoint]
         on_event(t, p.load.click, self._load, checkpoint, p.model_status, **every)
         on_event(t, p.unload.click, self._unload, self.run_id, p.model_status, **every)
-        on_event(t, p.stop.click, self._stop, self.run_id, p.model_status, **every)
+        stops = (p.stop.click, p.score.stop.click)
+        on_event(t, stops, self._stop, self.run_id, p.model_status, **every)
+        score = score_handler(self.studio, p.score, self._model_status, self._warn)
+        scored = [self.run_id, p.score.rows, *p.settings]
+        shows = [*p.score.outputs, p.model_status]
+        on_event(t, p.score.start.click, score, scored, shows, **every)
         resets = (p.reset.click, p.mode.input, p.checkpoint.input, p.left.clear, p.right.clear)
         on_event(t, resets, self._reset, [self.run_id, *p.settings], talk, **calm)
         for name, button in p.votes.items():
@@ -217,7 +229,9 @@ class PlaygroundTab:
         )
         phase, free = chat.model_status(run.owner).phase, there and chat.reason(run.owner) is None
         resting = free and phase in ("none", "ready")
-        shown = labels(held_out_prompts(run)) if there else []
+        rows = held_out_prompts(run, MAX_SCORED) if there else []
+        shown = labels(rows[:MAX_PROMPTS])
+        scored = sum(row.turns is not None for row in rows)
         texts = [playground_view.button_label(text) for text in shown]
         prompts: list[Update] = [
             (gr.Button(text, visible=True, interactive=resting), (text, resting)) for text in texts
@@ -240,4 +254,5 @@ class PlaygroundTab:
             self._vote_summary(run, chosen) if chosen else "",
             (system.text if system else gr.skip(), system_key),
             (playground_view.system_note(system, t) if system else gr.skip(), system_key),
+            *self.parts.score.polled_updates(scored, resting),
         ]

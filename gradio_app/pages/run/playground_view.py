@@ -13,6 +13,7 @@ from gradio_app.chat.sessions import AnswerChunk, ModelStatus
 from gradio_app.chat.votes import VOTES
 from gradio_app.pages.components import field, html
 from gradio_app.pages.run.conversation import MODES, Conversation, Turns
+from gradio_app.pages.run.score import ScoreView
 from gradio_app.pages.run_state import checkpoint_label
 from gradio_app.pages.templating import message, render
 from gradio_app.runs.formatting import format_bytes, format_count, format_duration
@@ -46,6 +47,7 @@ class PlaygroundView:
             self._build_columns()
             self._build_question()
             sampling = self._build_sampling()
+            self.score = ScoreView(t)
             self.vote_summary = html(elem_id="try-tally")
         self.settings: list[Any] = [self.mode, self.checkpoint, self.system, *sampling]
         self.conversation_outputs: list[Any] = [
@@ -56,6 +58,7 @@ class PlaygroundView:
             *(self.empty, self.body, self.model_status, self.load, self.unload, self.checkpoint),
             *(self.held_out, *self.prompts, self.ask),
             *(self.vote_summary, self.system, self.system_note),
+            *self.score.polled_outputs,
         ]
 
     def _button(self, key: str, name: str, size: Any = "md", **options: Any) -> gr.Button:
