@@ -21,7 +21,7 @@ _SHOWN_CHARACTERS = 160
 
 
 def statistics(data: RowDataModule, prepared: Prepared, longest: int) -> dict[str, Any]:
-    """Returns what prepared data is like as a whole, ready for JSON, with its ``longest`` rows.
+    """Returns numbers on all of prepared data, ready for JSON, with its ``longest`` rows.
 
     Returns:
         ``duplicates``, ``in_two_splits`` and ``over_long``: numbers of rows; ``shared_prompts``;

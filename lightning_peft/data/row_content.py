@@ -14,7 +14,7 @@ from lightning_peft.data.samples import Sample
 
 # Stored with the prepared rows.
 FILE = "content.json"
-# Characters of a row by which its writing is told.
+# Characters of a row that decide on its writing.
 _WRITING_CHARACTERS = 300
 _WRITING = {"CJK": "Han", "HIRAGANA": "Kana", "KATAKANA": "Kana"}
 
@@ -57,7 +57,7 @@ class ContentCounter:
 
 
 def _texts(sample: Sample) -> Iterator[str]:
-    """Yields the beginnings of a row's texts, as many as its writing is told by."""
+    """Yields the beginnings of a row's texts, as many as decide on its writing."""
     texts = [turn.get("content") for turn in sample.messages]
     texts += [sample.text, sample.text_pair, *(sample.translation or {}).values(), *sample.tokens]
     left = _WRITING_CHARACTERS
@@ -70,8 +70,8 @@ def _texts(sample: Sample) -> Iterator[str]:
 def writing_system(text: str) -> str:
     """Returns the writing system of most letters of a text, such as ``"Latin"``; or ``""``.
 
-    Japanese is ``"Kana"`` and Chinese is ``"Han"``. Languages that share an alphabet are not told
-    apart.
+    Japanese is ``"Kana"`` and Chinese is ``"Han"``. Languages that share an alphabet are not
+    distinguished.
     """
     counts = Counter(filter(None, map(_system_of, text)))
     if counts["Kana"]:
@@ -88,7 +88,7 @@ def _system_of(character: str) -> str:
 
 
 def read_content(folder: Path) -> dict[str, Any]:
-    """Returns what was counted of the rows that were prepared in a folder, if anything."""
+    """Returns the counts of the rows that were prepared in a folder; none of older data."""
     file = folder / FILE
     found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     return found
