@@ -78,6 +78,9 @@ class LoRAArguments(LoRAFields):
             the first batch before that step, ``"off"`` checks nothing.
         ddp_kwargs: For the strategies, further arguments of Lightning's ``DDPStrategy``, such as
             ``{"find_unused_parameters": True}``.
+        sharding: For the strategies: ``"fsdp2"`` leaves ``1/N`` of the frozen base in each of ``N``
+            processes, and gathers a block when it computes; ``None`` leaves all of it in each. What
+            trains is whole in each process either way.
 
     Raises:
         ConfigError: If the arguments cannot work; all problems at once.
@@ -91,6 +94,7 @@ class LoRAArguments(LoRAFields):
     announce: bool = True
     verify: Literal["cheap", "full", "off"] = "cheap"
     ddp_kwargs: dict[str, Any] | None = None
+    sharding: Literal["fsdp2"] | None = None
 
     def __post_init__(self) -> None:
         """Calls that of the strategy or callback that derives from the arguments."""

@@ -168,7 +168,8 @@ YAML_ONLY = frozenset(
             for name in ("validation_data", "validation_rows", "test_data", "cache_dir")
         ),
         *(f"{_DATA}{name}" for name in ("reasoning", "chat_template_kwargs", "ignored_keys")),
-        *(f"{STRATEGY}{name}" for name in ("peft_config", "quantization_config", "ddp_kwargs")),
+        *(f"{STRATEGY}{name}" for name in ("peft_config", "quantization_config")),
+        *(f"{STRATEGY}{name}" for name in ("ddp_kwargs", "sharding")),
         *("trainer.logger", "trainer.callbacks.BestCheckpoint.init_args.filename"),
     }
 )

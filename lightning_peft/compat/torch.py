@@ -218,3 +218,11 @@ def stop_workers(loader: Any) -> None:
     stop = getattr(loader, "_shutdown_workers", None)
     if stop is not None:
         stop()
+
+
+def leave_out_of_ddp(module: nn.Module, names: list[str]) -> None:
+    """Makes DDP, and Lightning's own broadcast, leave parameters of ``module`` alone.
+
+    Public alternative: none; torch documents the attribute for this.
+    """
+    module._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]

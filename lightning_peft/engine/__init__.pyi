@@ -70,6 +70,9 @@ from .selection.parts import inside as inside
 from .selection.planning import InjectionRequest as InjectionRequest
 from .selection.planning import recorded_selection as recorded_selection
 from .selection.targets import resolve_targets as resolve_targets
+from .sharding import check_shardable as check_shardable
+from .sharding import reshard_base as reshard_base
+from .sharding import shard_base as shard_base
 from .training.activation_budget import read_budget as read_budget
 from .training.activation_checkpointing import checkpoint_activations as checkpoint_activations
 from .training.activation_checkpointing import has_activation_budget as has_activation_budget

@@ -145,7 +145,7 @@ class _ReadyForward:
         if ready is None:
             return self._usual(x)
         rows = x.to(key[0]).reshape(-1, x.shape[-1])
-        out = ready.frozen.matmul(rows, self.layer._parameters["weight"], ready.bias)
+        out = ready.frozen.matmul(rows, self.layer.stored_weight(), ready.bias)
         if ready.down is not None:
             out.addmm_(rows @ ready.down.t(), ready.up)
         return out.view(*x.shape[:-1], out.shape[-1])
@@ -267,7 +267,7 @@ class _Group:
 
 def _fill(layer: Any, place: Tensor) -> None:
     """Writes the weight of a layer to its place in a matrix."""
-    stored = layer._parameters["weight"]
+    stored = layer.stored_weight()
     if not isinstance(layer, QuantizedLinear):
         place.copy_(as_rows(layer, stored))
         return

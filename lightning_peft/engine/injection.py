@@ -51,6 +51,7 @@ from lightning_peft.engine.record import (
     AdapterInfo,
     Record,
     record_of,
+    refuse_sharded,
     require_record,
     set_record,
 )
@@ -204,6 +205,7 @@ def add_adapters(
     Raises:
         ConfigError, TargetModulesError, LifecycleError, UnsupportedError: See :func:`inject`.
     """
+    refuse_sharded(module, "Adding adapters")
     record = record_of(module) or Record()
     momentum_copies = record.momentum_copies if record.parts else find_momentum_copies(module)
     plans = make_plans(module, request, adapt, record, momentum_copies)

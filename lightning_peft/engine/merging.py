@@ -39,7 +39,7 @@ from lightning_peft.engine.mergeable import (
     check_values,
     outermost,
 )
-from lightning_peft.engine.record import Record, require_record
+from lightning_peft.engine.record import Record, refuse_sharded, require_record
 from lightning_peft.engine.rollback import floating_tensors, restored_on_error
 from lightning_peft.engine.selection.parts import inside
 from lightning_peft.errors import UnsupportedError, itemize
@@ -138,6 +138,7 @@ def merge(module: nn.Module, *, dtype: torch.dtype | None = None) -> MergeReport
             merged weights are not finite; or if PEFT refuses to merge a layer that it wrapped.
     """
     record = require_record(module)
+    refuse_sharded(module, "Merging")
     layers = adapted_layers_of(module, record)
     check_mergeable(module, layers)
     layers = outermost(layers)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_peft.engine.fingerprint import Fingerprint
-from lightning_peft.errors import LifecycleError
+from lightning_peft.errors import LifecycleError, UnsupportedError
 
 
 @dataclass
@@ -113,6 +113,7 @@ class Record:
             is not decided yet.
         eval_modules: Names of the submodules that stay in eval mode, as the user set them.
         unoptimized: Names of the adapted layers that are frozen since no optimizer holds them.
+        shards: How many processes share the frozen parameters.
     """
 
     parts: dict[str, AdaptedModuleRecord] = field(default_factory=dict)
@@ -121,6 +122,7 @@ class Record:
     left: dict[str, str] | None = None
     eval_modules: set[str] = field(default_factory=set)
     unoptimized: list[str] = field(default_factory=list)
+    shards: int = 1
 
     @property
     def frozen(self) -> set[str]:
@@ -152,6 +154,21 @@ def require_record(module: nn.Module) -> Record:
             "first, or let the strategy do it by trainer.fit."
         )
     return record
+
+
+def refuse_sharded(module: nn.Module, what: str) -> None:
+    """Refuses ``what`` while the frozen base is spread over processes.
+
+    Raises:
+        UnsupportedError: If it is.
+    """
+    record = record_of(module)
+    if record is not None and record.shards > 1:
+        raise UnsupportedError(
+            f"{what} needs the whole frozen base, and sharding='fsdp2' left 1/{record.shards} of "
+            "it in this process. Load the checkpoint in one process: "
+            "lightning_peft.load_from_checkpoint(cls, path)."
+        )
 
 
 def set_record(module: nn.Module, record: Record | None) -> None:

@@ -19,7 +19,7 @@ from lightning_peft.engine.backends.registry import (
 )
 from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.methods.registry import method_of
-from lightning_peft.engine.record import AdaptedModuleRecord, require_record
+from lightning_peft.engine.record import AdaptedModuleRecord, refuse_sharded, require_record
 from lightning_peft.engine.selection.parts import inside as lies_inside
 
 
@@ -157,6 +157,7 @@ def report(module: nn.Module) -> Report:
         LifecycleError: If the module has no adapters.
     """
     record = require_record(module)
+    refuse_sharded(module, "A report")
     # Means and accuracies hold no parameters that could have been adapted.
     left = {
         name: why

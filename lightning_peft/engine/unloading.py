@@ -16,7 +16,7 @@ from lightning_peft.engine.layers.adapter import AdapterLayer, detach
 from lightning_peft.engine.layers.attention import AttentionMixin
 from lightning_peft.engine.mergeable import outermost
 from lightning_peft.engine.momentum_copies import unlink_copies
-from lightning_peft.engine.record import require_record, set_record
+from lightning_peft.engine.record import refuse_sharded, require_record, set_record
 from lightning_peft.engine.training.causal_lm_loss import restore_causal_lm_loss
 from lightning_peft.errors import LifecycleError, itemize
 
@@ -36,6 +36,7 @@ def unload(module: nn.Module) -> nn.Module:
             are not.
     """
     record = require_record(module)
+    refuse_sharded(module, "Unloading")
     layers = outermost(adapted_layers_of(module, record))
     merged = [layer for layer in layers.values() if is_merged(layer)]
     rest = [name for name, layer in layers.items() if _is_running(layer)]

@@ -68,6 +68,11 @@ class AdapterStrategy(_Base):
     _names_before_hooks: tuple[str, ...] = ()
 
     @property
+    def shards_base(self) -> bool:
+        """Whether each process keeps a part of the frozen base."""
+        return False
+
+    @property
     def _module(self) -> Any:
         assert self.lightning_module is not None
         return self.lightning_module
@@ -92,8 +97,6 @@ class AdapterStrategy(_Base):
         self.lifecycle.check_restored(self._restored)
         self.lifecycle.checks.new_run()
         self._automatic = None
-        if enable_activation_checkpointing(self, self.lifecycle.injection.gradient_checkpointing):
-            self._automatic = AutomaticCheckpointing(self)
         if trainer.state.fn == "fit":
             self._loops.attach()
             advice = float32_advice(self._module, self.root_device, trainer.precision)
@@ -107,6 +110,9 @@ class AdapterStrategy(_Base):
         masters = [*engine.all_adapter_parameters(self._module), *trained]
         self._master_weights = [(p, p.data) for p in masters]
         super().setup(trainer)
+        # Last: it extends the class that sharding gives to blocks, and takes that away again.
+        if enable_activation_checkpointing(self, self.lifecycle.injection.gradient_checkpointing):
+            self._automatic = AutomaticCheckpointing(self)
 
     def model_to_device(self) -> None:
         """Moves the module; adapters that a precision plugin cast down get their values back."""

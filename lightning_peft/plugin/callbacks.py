@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_peft.arguments import LoRAArguments, QLoRAArguments
 from lightning_peft.errors import ConfigError, UnsupportedError
@@ -38,6 +38,7 @@ class _AdapterCallback(_Base, metaclass=LateBoundMeta):
 
     if TYPE_CHECKING:
         ddp_kwargs: dict[str, Any] | None
+        sharding: Literal["fsdp2"] | None
 
     def __post_init__(self) -> None:
         """Validates the arguments."""
@@ -45,6 +46,11 @@ class _AdapterCallback(_Base, metaclass=LateBoundMeta):
             raise ConfigError(
                 f"ddp_kwargs={self.ddp_kwargs!r}: a callback makes no strategy. Put them into your "
                 "own DDPStrategy."
+            )
+        if self.sharding:
+            raise ConfigError(
+                f"sharding={self.sharding!r}: only a strategy can spread the base over processes. "
+                "Use LoRAStrategy or QLoRAStrategy in place of the callback."
             )
         self.lifecycle = Lifecycle(self)  # type: ignore[arg-type]
 

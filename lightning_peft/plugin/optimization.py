@@ -127,7 +127,8 @@ def enable_activation_checkpointing(strategy: Any, setting: bool | float | str) 
         return False
     active = engine.checkpoint_activations(module, setting, partial(log_info, strategy))
     strategy._checkpointing = active
-    if setting == "auto" and (active.blocks or active.attributes):
+    # Predictions are for whole weights. Where they do not fit, memory is scarce.
+    if setting == "auto" and not strategy.shards_base and (active.blocks or active.attributes):
         active.keep_all()
         return True
     if active.descriptions:

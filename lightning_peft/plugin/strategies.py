@@ -6,14 +6,16 @@ from lightning_peft.arguments import LoRAArguments, QLoRAArguments
 from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.adapter_strategy import AdapterStrategy
 from lightning_peft.plugin.lifecycle import Lifecycle
+from lightning_peft.plugin.sharding import ShardedBaseStrategy, check_sharding
 from lightning_peft.plugin.single_or_ddp import SingleOrDDPStrategy
 
 
-class _ArgumentsStrategy(AdapterStrategy, SingleOrDDPStrategy):
+class _ArgumentsStrategy(ShardedBaseStrategy, AdapterStrategy, SingleOrDDPStrategy):
     """A strategy whose constructor and attributes are those of :class:`LoRAArguments`."""
 
     def __post_init__(self) -> None:
         """Validates the arguments."""
+        check_sharding(self)
         self.lifecycle = Lifecycle(self)  # type: ignore[arg-type]
         ddp_kwargs = self.ddp_kwargs or {}
         if ddp_kwargs.get("start_method", "popen") != "popen":

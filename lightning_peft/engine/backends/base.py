@@ -36,6 +36,7 @@ class QuantizationBackend(ABC, Generic[Config]):
         quantizes_on_load: Whether weights may be quantized while ``from_pretrained`` reads them.
         compute_dtypes: Dtypes that :meth:`matmul` takes.
         peft_modules: Names of PEFT's modules with wrappers for layers of the library.
+        can_be_packed: Whether codes and constants may be views of the bytes of one parameter.
         bits: Bits of a value, for reports.
         vllm_quantization: vLLM's ``--quantization`` by which it quantizes a 16-bit base alike.
     """
@@ -54,6 +55,7 @@ class QuantizationBackend(ABC, Generic[Config]):
         {torch.float16, torch.bfloat16, torch.float32}
     )
     peft_modules: ClassVar[tuple[str, ...]] = ()
+    can_be_packed: ClassVar[bool] = False
     bits: ClassVar[int]
     vllm_quantization: ClassVar[str | None] = None
 

@@ -62,6 +62,7 @@ class FourBit(BitsAndBytesBackend):
     module_classes = (bnb.nn.Linear4bit,)
     layer_attributes = LINEAR4BIT_ATTRIBUTES
     bits = 4
+    can_be_packed = True
     vllm_quantization = bnb_config.NAME
 
     def accepts(self, config: BitsAndBytesConfig) -> bool:

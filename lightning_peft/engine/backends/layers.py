@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lightning_peft.compat.torch import save_to_state_dict
 from lightning_peft.engine.backends.base import QuantizationBackend
+from lightning_peft.engine.backends.packed import PackedWeight
 from lightning_peft.engine.layers.convolution import convolution_geometry, frozen_convolution
 from lightning_peft.engine.layers.kinds import as_rows, from_rows
 from lightning_peft.engine.layers.mixin import ClassKey, LayerMixin
@@ -40,6 +41,7 @@ class QuantizedLayer(LayerMixin):
     Attributes:
         backend: The handler of the stored weight.
         compute_dtype: Dtype of the product; ``None`` follows the input or autocast.
+        packed: How to read the stored parameter, where it is one of bytes.
     """
 
     standard_forward = True
@@ -47,6 +49,7 @@ class QuantizedLayer(LayerMixin):
 
     bias: Tensor | None
     compute_dtype: torch.dtype | None
+    packed: PackedWeight | None = None
     _buffers: dict[str, Any]
 
     def register_parameter(self, name: str, param: Any) -> None:
@@ -64,14 +67,32 @@ class QuantizedLayer(LayerMixin):
         """``False``: the stored parameter holds codes, not weights."""
         return False
 
+    def pack_weight(self, device: torch.device) -> nn.Parameter:
+        """Stores codes and constants as the bytes of one parameter, to be read on ``device``."""
+        self.packed = PackedWeight(self.backend, self._parameters["weight"], device)
+        octets, self.packed.octets = self.packed.octets, None
+        assert octets is not None
+        self._parameters["weight"] = octets
+        return octets
+
+    def stored_weight(self) -> Any:
+        """The quantized weight.
+
+        Raises:
+            LifecycleError: If only some of its bytes are in this process.
+        """
+        stored = self._parameters.get("weight")
+        return stored if self.packed is None else self.packed.open(stored)
+
     def weight_info(self) -> tuple[torch.Size, torch.dtype]:
         """Shape and dtype from before quantization."""
-        shape, dtype = self.backend.weight_info(self._parameters["weight"])
+        known = self._parameters["weight"] if self.packed is None else self.packed.template
+        shape, dtype = self.backend.weight_info(known)
         return from_rows(self, torch.empty(shape, device="meta")).shape, dtype
 
     def effective_weight(self) -> Tensor:
         """The dequantized weight, in the layout and dtype from before quantization."""
-        return from_rows(self, self.backend.dequantize(self._parameters["weight"]))
+        return from_rows(self, self.backend.dequantize(self.stored_weight()))
 
     def dense_output(self, input: Tensor) -> Tensor:
         """The product of ``input`` with the effective weight, in float32, by torch."""
@@ -81,6 +102,9 @@ class QuantizedLayer(LayerMixin):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         # Not that of the library's class below, which may change the stored weight.
         save_to_state_dict(self, destination, prefix, keep_vars)  # type: ignore[arg-type]
+        if self.packed is not None:
+            # The constants are among the bytes.
+            return
         for key, value in self.backend.state_tensors(self._parameters["weight"]).items():
             if key != "codes":
                 destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
@@ -109,12 +133,12 @@ class QuantizedLinear(QuantizedLayer):
 
     def dense_copy(self, dtype: torch.dtype) -> Tensor | None:
         """The dequantized weight in ``dtype``, where copies are kept."""
-        if self.dense_copies is None:
+        if self.dense_copies is None or self.packed is not None:
             return None
         if dtype not in self.dense_copies:
             # Training may come after: it saves no tensors of inference mode.
             with torch.inference_mode(False), torch.no_grad():
-                copy = self.backend.dequantize(self._parameters["weight"], dtype)
+                copy = self.backend.dequantize(self.stored_weight(), dtype)
             self.dense_copies[dtype] = copy
         return self.dense_copies[dtype]
 
@@ -141,7 +165,7 @@ class QuantizedLinear(QuantizedLayer):
             RuntimeError: If the last size is another one than ``in``. bitsandbytes would take
                 ``out`` for it too, and multiply by the transposed weight.
         """
-        stored = self._parameters["weight"]
+        stored = self.stored_weight()
         out_features, in_features = self.backend.weight_info(stored)[0]
         if input.shape[-1] != in_features:
             raise RuntimeError(

@@ -109,8 +109,8 @@ def drop_frozen_base(module: nn.Module, state: Mapping[str, Any]) -> dict[str, A
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...] | None:
-    """Identifies a tensor's memory; ``None`` where it has none."""
-    if tensor.is_meta or not tensor.numel():
+    """Identifies a tensor's memory; ``None`` where it has none, or is spread over processes."""
+    if tensor.is_meta or not tensor.numel() or hasattr(tensor, "device_mesh"):
         return None
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 

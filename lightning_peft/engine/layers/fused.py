@@ -88,7 +88,7 @@ def fused_output(layer: Any, names: list[str], args: Any, kwargs: Any) -> Tensor
     frozen = frozen_matmul(layer, names, x) if len(names) == 1 else None
     if x is None or frozen is None:
         return None
-    dropout, stored = layer.lora_dropout[names[0]], layer._parameters["weight"]
+    dropout, stored = layer.lora_dropout[names[0]], layer.stored_weight()
     a, b = layer.factors(names[0])
     p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
     scaling = layer.adapter_settings[names[0]].scaling
@@ -253,7 +253,7 @@ def frozen_matmul(layer: Any, names: list[str], x: Any) -> FrozenMatmul | None:
     """
     if len(names) > 1 or not isinstance(x, Tensor) or not _is_supported_class(type(layer), layer):
         return None
-    stored = layer._parameters.get("weight")
+    stored = layer.stored_weight()
     standard = all(_has_standard_dropout(layer.lora_dropout[name]) for name in names)
     if is_transformed() or not standard or stored is None or stored.requires_grad:
         return None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.engine.layers.weight_view import WeightView, replacement_error
+from lightning_peft.errors import LifecycleError
 
 
 class DynamicMixin:
@@ -39,6 +40,8 @@ class LayerMixin(DynamicMixin):
 
     # Whether `forward` is the product with the weight, whatever class lies below.
     standard_forward: ClassVar[bool] = False
+    # Whether the stored weight is spread over processes, outside of the forward pass.
+    is_sharded = False
 
     _parameters: dict[str, Any]
 
@@ -51,7 +54,9 @@ class LayerMixin(DynamicMixin):
         itself within ``torch.compile``.
         """
         stored = self._parameters["weight"]
-        if self.__dict__.get("in_own_forward") or self.weight_is_stored():
+        # FSDP looks for its own parameter, which has a part of the weight.
+        apart = self.is_sharded and hasattr(stored, "device_mesh")
+        if apart or self.__dict__.get("in_own_forward") or self.weight_is_stored():
             return stored
         if torch.compiler.is_compiling():
             # The compiler knows no tensors that are not there yet; it drops what is not used.
@@ -75,6 +80,10 @@ class LayerMixin(DynamicMixin):
             raise replacement_error(name)
         super().__delattr__(name)
 
+    def stored_weight(self) -> Any:
+        """The stored weight as the layer's backend takes it; ``None`` where there is none."""
+        return self._parameters.get("weight")
+
     def weight_is_stored(self) -> bool:
         """Whether the stored parameter is the weight that the layer computes with."""
         return True
@@ -87,6 +96,7 @@ class LayerMixin(DynamicMixin):
     def effective_weight(self) -> Tensor:
         """Returns the weight that the layer computes with, in the layout of its class."""
         stored: Tensor = self._parameters["weight"]
+        require_whole(stored)
         return stored
 
     @contextmanager
@@ -98,6 +108,21 @@ class LayerMixin(DynamicMixin):
             yield
         finally:
             self.__dict__["in_own_forward"] = outer
+
+
+def require_whole(stored: Any) -> None:
+    """Refuses to read a frozen weight that is spread over processes.
+
+    Raises:
+        LifecycleError: If only a part of it is in this process.
+    """
+    if hasattr(stored, "device_mesh"):
+        raise LifecycleError(
+            "A frozen weight is read outside of the forward pass of its block, and "
+            f"sharding='fsdp2' keeps 1/{stored.device_mesh.size()} of it in this process then. "
+            "Call the module instead, in all processes; to read, merge or export weights, load "
+            "the checkpoint in one process by lightning_peft.load_from_checkpoint."
+        )
 
 
 ClassKey = tuple[tuple[type[DynamicMixin], ...], type[nn.Module], type[nn.Module]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,11 +31,9 @@ from lightning_peft.engine.adapters import adapted_layers
 from lightning_peft.engine.layers.mixin import DynamicMixin, add_mixin, class_key, remove_mixin
 from lightning_peft.engine.record import require_record
 from lightning_peft.engine.training.activation_budget import ActivationBudget, read_budget
+from lightning_peft.engine.training.blocks import repeated_blocks
 from lightning_peft.errors import UnsupportedError
 
-_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
-# The blocks inside of a block are taken instead of it where they hold about all of it.
-_NEARLY_ALL = 0.8
 # Elements up to which a buffer is always kept: batch norm changes its own without a trace.
 _SMALL = 1 << 16
 _FLAGS = ("gradient_checkpointing", "grad_checkpointing")
@@ -122,7 +120,7 @@ def checkpoint_activations(
             done.descriptions.append(f"{label} does it already, by your own switch")
             continue
         library = _enable_in_transformers(part, done, budget)
-        own = _repeated_blocks(part)
+        own = repeated_blocks(part)
         for block in own:
             add_mixin(block, CheckpointedBlock)
             done.blocks.append(block)
@@ -192,50 +190,6 @@ def _enable_in_transformers(
             done.set(config, _CACHE, False)
     layers: list[nn.Module] = [m for m in switched if isinstance(m, GradientCheckpointingLayer)]
     return layers or switched
-
-
-def _repeated_blocks(part: nn.Module) -> list[nn.Module]:
-    """Returns the repeated blocks with adapters inside that are not of transformers."""
-    holders = {id(layer) for layer in adapted_layers(part).values()}
-    foreign = {
-        id(child)
-        for m in part.modules()
-        if isinstance(m, (PreTrainedModel, GradientCheckpointingLayer))
-        for child in m.modules()
-    }
-    return list({id(b): b for b in _blocks_in(part, holders, foreign)}.values())
-
-
-def _blocks_in(module: nn.Module, adapted: set[int], foreign: set[int]) -> Iterator[nn.Module]:
-    children = [child for child in module._modules.values() if child is not None]
-    repeated: set[int] = set()
-    if isinstance(module, _CONTAINERS):
-        candidates = [child for child in children if _can_be_block(child, adapted, foreign)]
-        counts = Counter(type(child) for child in candidates)
-        repeated = {id(child) for child in candidates if counts[type(child)] > 1}
-    for child in children:
-        if id(child) in foreign:
-            continue
-        deeper = list(_blocks_in(child, adapted, foreign))
-        if id(child) in repeated and _parameters(deeper) < _NEARLY_ALL * _parameters([child]):
-            yield child
-        else:
-            yield from deeper
-
-
-def _can_be_block(block: nn.Module, adapted: set[int], foreign: set[int]) -> bool:
-    """A block holds adapted layers, is none itself, and computes in its class's ``forward``."""
-    return (
-        id(block) not in adapted
-        and id(block) not in foreign
-        and "forward" not in block.__dict__
-        and not isinstance(block, (nn.ModuleList, nn.ModuleDict))
-        and any(id(child) in adapted for child in block.modules())
-    )
-
-
-def _parameters(blocks: list[nn.Module]) -> int:
-    return sum(p.numel() for p in {id(p): p for b in blocks for p in b.parameters()}.values())
 
 
 class CheckpointedBlock(DynamicMixin):

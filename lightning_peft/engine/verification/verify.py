@@ -16,7 +16,7 @@ from lightning_peft.engine.adapters import (
 )
 from lightning_peft.engine.fingerprint import exact_checksum
 from lightning_peft.engine.layers.adapter import AdapterLayer
-from lightning_peft.engine.record import require_record
+from lightning_peft.engine.record import refuse_sharded, require_record
 from lightning_peft.engine.verification.evaluation import adapters_act_in_evaluation, recorded_usage
 from lightning_peft.engine.verification.gradients import (
     active_tensors,
@@ -71,6 +71,7 @@ def verify(module: nn.Module, batch: Any, step: Step | None = None) -> Verificat
         LifecycleError: If the module has no adapters, or merged ones.
     """
     require_record(module)
+    refuse_sharded(module, "Checking")
     refuse_merged(module, "Checking")
     # Code that torch.compile made before the check has no room for its hooks.
     with torch.compiler.set_stance("force_eager"), preserved_state(module):

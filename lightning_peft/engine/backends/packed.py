@@ -1,0 +1,76 @@
+"""Codes and constants of a quantized weight as the bytes of one parameter, which can be cut up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_peft.engine.backends.base import QuantizationBackend
+from lightning_peft.engine.layers.mixin import require_whole
+
+# Every tensor starts where any dtype may.
+_ALIGNMENT = 16
+
+
+class PackedWeight:
+    """The way from the bytes of a parameter back to a quantized weight, without a copy.
+
+    Bytes, not bfloat16: whoever casts, averages or normalizes numbers leaves them alone. Tables
+    that are the same for all weights stay outside.
+
+    Args:
+        backend: The backend of the weight.
+        stored: The weight.
+        device: Where its bytes will be read.
+
+    Attributes:
+        octets: The parameter, uint8 of shape ``(n,)``; whoever takes it sets it to ``None`` here.
+        template: The weight without values.
+    """
+
+    def __init__(
+        self, backend: QuantizationBackend[Any], stored: Any, device: torch.device
+    ) -> None:
+        self.backend = backend
+        pieces: list[Tensor] = []
+        tables = {id(table) for table in backend.tables(stored)}
+
+        def take(tensor: Tensor) -> Tensor:
+            if id(tensor) in tables:
+                return tensor.to(device)
+            octets = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+            pieces.append(F.pad(octets, (0, -octets.numel() % _ALIGNMENT)))
+            return tensor.detach().to("meta")
+
+        self.template = backend.map_tensors(stored, take)
+        self.octets: nn.Parameter | None = nn.Parameter(torch.cat(pieces), requires_grad=False)
+        self._opened: tuple[Tensor, Any] | None = None
+
+    def open(self, octets: Any) -> Any:
+        """The quantized weight whose bytes are ``octets``: views of them.
+
+        Raises:
+            LifecycleError: If only some of the bytes are in this process.
+        """
+        require_whole(octets)
+        # The same object each time, whose memory is given back in between.
+        if self._opened is None or self._opened[0] is not octets:
+            self._opened = octets, self._views(octets)
+        return self._opened[1]
+
+    def _views(self, octets: Tensor) -> Any:
+        start = 0
+
+        def view(tensor: Tensor) -> Tensor:
+            nonlocal start
+            if not tensor.is_meta:
+                return tensor
+            size = tensor.numel() * tensor.element_size()
+            piece = octets.detach()[start : start + size]
+            start += size + -size % _ALIGNMENT
+            return piece.view(tensor.dtype).view(tensor.shape)
+
+        return self.backend.map_tensors(self.template, view)

@@ -1,0 +1,139 @@
+"""The frozen base spread over processes by FSDP2; what trains stays whole in each of them.
+
+Between steps a process holds ``1/N`` of every frozen parameter. A block is gathered for its forward
+pass and again for its backward pass; what is outside of the blocks, such as embeddings, is gathered
+for the whole step. Frozen parameters have no gradients, so nothing is scattered: the gradients of
+the adapters are averaged by DDP, as without sharding. The adapters, their gradients and optimizer
+states are therefore plain tensors, which every optimizer, clipping and checkpoint takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lightning_peft.compat.torch import is_traced, leave_out_of_ddp
+from lightning_peft.engine.backends.layers import QuantizedLayer
+from lightning_peft.engine.layers.mixin import LayerMixin, stored_parameter
+from lightning_peft.engine.record import require_record
+from lightning_peft.engine.training.blocks import all_blocks
+from lightning_peft.errors import UnsupportedError, itemize
+
+
+def shard_base(module: nn.Module, device: torch.device) -> None:
+    """Leaves ``1/N`` of each frozen parameter in each of the ``N`` processes of the default group.
+
+    From then on the module computes only when it is called, by all processes and equally often.
+    Another time nothing happens.
+
+    Args:
+        module: A module with adapters.
+        device: Where the process computes.
+    """
+    # Imported here, since few runs need it and it takes a second.
+    distributed = import_module("torch.distributed")
+    fully_shard = import_module("torch.distributed.fsdp").fully_shard
+    record = require_record(module)
+    if record.shards > 1:
+        return
+    mesh = distributed.device_mesh.DeviceMesh.from_group(distributed.group.WORLD, device.type)
+    layers = _layers_with_frozen_weight(module)
+    _pack([layer for layer in layers if isinstance(layer, QuantizedLayer)], device)
+    for layer in layers:
+        layer.is_sharded = True
+    # Numbers cannot be cut up.
+    frozen = {n: p for n, p in _frozen(module) if p.ndim}
+    ids = {id(param) for param in frozen.values()}
+    kept = {param for param in module.parameters() if id(param) not in ids}
+    blocks = [b for name in record.parts for b in all_blocks(module.get_submodule(name))]
+    for block in reversed({id(block): block for block in blocks}.values()):
+        fully_shard(block, mesh=mesh, ignored_params=kept)
+    fully_shard(module, mesh=mesh, ignored_params=kept)
+    # DDP would broadcast the first process's part to the others.
+    leave_out_of_ddp(module, list(frozen))
+    for child in module.modules():
+        if isinstance(child, PreTrainedModel):
+            child.__dict__["generate"] = _refuse_generating
+    record.shards = mesh.size()
+
+
+def _refuse_generating(*args: Any, **kwargs: Any) -> None:
+    raise UnsupportedError(
+        "generate() with sharding='fsdp2': each process would stop at another token, and the "
+        "others would wait for its part of the weights. Leave out what generates while training "
+        "(LogSamples, validation by generated text, reward tuning), or use sharding=None; "
+        "afterwards load the checkpoint in one process by lightning_peft.load_from_checkpoint."
+    )
+
+
+def reshard_base(module: nn.Module) -> None:
+    """Gives the memory back of what a forward pass without a backward pass left gathered."""
+    for child in module.modules():
+        if isinstance(child, import_module("torch.distributed.fsdp").FSDPModule):
+            child.reshard()
+
+
+def check_shardable(module: nn.Module) -> None:
+    """Looks for what cannot work, or was never tried, with a sharded base.
+
+    Raises:
+        UnsupportedError: With all that was found.
+    """
+    record = require_record(module)
+    problems = []
+    if is_traced(module):
+        problems.append("torch.compile, which was never tried with it: leave it out")
+    for name, part in record.parts.items():
+        methods = {info.config.get("peft_type") for info in part.adapters.values()}
+        if not all(info.in_place for info in part.adapters.values()):
+            problems.append(
+                f"{name or type(module).__name__}: adapters in PEFT's own layers "
+                f"({', '.join(sorted(map(str, methods)))}), which were never tried with it: use "
+                "LoRA without use_dora"
+            )
+    whole = {
+        (layer.backend.name, layer.backend.bits)
+        for layer in _layers_with_frozen_weight(module)
+        if isinstance(layer, QuantizedLayer) and not layer.backend.can_be_packed
+    }
+    problems += [
+        f"{bits}-bit weights of {name}, whose scales are not sharded: use 4 bits (NF4, FP4)"
+        for name, bits in sorted(whole)
+    ]
+    if record.momentum_copies:
+        copies = ", ".join(repr(pair.copy) for pair in record.momentum_copies)
+        problems.append(f"momentum copies ({copies}), which were never tried with it: use DDP")
+    if problems:
+        raise UnsupportedError("sharding='fsdp2' does not go together with:" + itemize(problems))
+
+
+def _layers_with_frozen_weight(module: nn.Module) -> list[Any]:
+    frozen = require_record(module).frozen
+    return [
+        child
+        for name, child in module.named_modules()
+        if isinstance(child, LayerMixin) and f"{name}.weight".lstrip(".") in frozen
+    ]
+
+
+def _frozen(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    frozen = require_record(module).frozen
+    for name, param in module.named_parameters(remove_duplicate=False):
+        if name in frozen:
+            yield name, param
+
+
+def _pack(layers: list[Any], device: torch.device) -> None:
+    """Packs the weights of layers; those that share one continue to do so."""
+    sharing: dict[int, list[Any]] = {}
+    for layer in layers:
+        sharing.setdefault(id(stored_parameter(layer, "weight")), []).append(layer)
+    for first, *others in sharing.values():
+        octets = first.pack_weight(device)
+        for layer in others:
+            layer.packed, layer._parameters["weight"] = first.packed, octets

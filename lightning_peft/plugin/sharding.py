@@ -1,0 +1,108 @@
+"""``sharding="fsdp2"``: several devices, with ``1/N`` of the frozen base on each."""
+
+from __future__ import annotations
+
+from abc import ABC
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning_peft import engine
+from lightning_peft.errors import ConfigError, itemize
+
+if TYPE_CHECKING:
+    from pytorch_lightning.strategies import DDPStrategy as _Base
+else:
+    # As AdapterStrategy does.
+    _Base = ABC
+
+_FSDP2 = "fsdp2"
+_CONTEXTS = {"validation_step": "val_step_context"}
+
+
+class ShardedBaseStrategy(_Base):
+    """Shards the frozen base once it is injected, restored, cast and on its device.
+
+    Everything else is DDP: it averages the gradients of what trains, which every process holds.
+    """
+
+    if TYPE_CHECKING:
+        sharding: Literal["fsdp2"] | None
+
+    @property
+    def shards_base(self) -> bool:
+        """Whether each process keeps a part of the frozen base."""
+        return self.sharding == _FSDP2 and self.world_size > 1
+
+    def setup(self, trainer: Any) -> None:
+        """Checks what sharding cannot serve, before anything is spread."""
+        module: Any = self.lightning_module
+        if self.shards_base:
+            engine.check_shardable(module)
+            loops = (trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
+            for loop in (trainer.fit_loop.epoch_loop.val_loop, *loops):
+                # Gathered in inference mode, weights could not be saved for a backward pass later.
+                loop.inference_mode = False
+        super().setup(trainer)
+
+    def model_to_device(self) -> None:
+        """Moves the module, then leaves a part of its frozen base in each process."""
+        super().model_to_device()
+        module: Any = self.lightning_module
+        if self.shards_base:
+            engine.shard_base(module, self.root_device)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's step, through its own call."""
+        return self._called("validation_step", super().validation_step, *args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's step, through its own call."""
+        return self._called("test_step", super().test_step, *args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's step, through its own call."""
+        return self._called("predict_step", super().predict_step, *args, **kwargs)
+
+    def _called(self, step: str, usual: Any, *args: Any, **kwargs: Any) -> Any:
+        """Outside of a fit no DDP calls the module, and FSDP gathers when it is called."""
+        module = self.lightning_module
+        if not self.shards_base or self.model is not module:
+            return usual(*args, **kwargs)
+        assert module is not None
+        context = getattr(self.precision_plugin, _CONTEXTS.get(step, f"{step}_context"))
+        with context():
+            return self._forward_redirection(module, module, step, *args, **kwargs)
+
+    def on_validation_end(self) -> None:
+        """Gives the memory of gathered weights back, which no backward pass does here."""
+        super().on_validation_end()
+        module: Any = self.lightning_module
+        if self.shards_base:
+            engine.reshard_base(module)
+
+
+def check_sharding(arguments: Any) -> None:
+    """Checks ``sharding`` and what it does not go together with.
+
+    Raises:
+        ConfigError: With all that was found.
+    """
+    value = arguments.sharding
+    if value is None:
+        return
+    if value != _FSDP2:
+        raise ConfigError(f"sharding={value!r}: choose 'fsdp2', or None for a whole base each.")
+    problems = []
+    if arguments.verify == "full":
+        problems.append(
+            "verify='full', which calls the module's step past the gathering of its weights. Use "
+            "'cheap' here, and lightning_peft.verify in one process"
+        )
+    if arguments.gradient_checkpointing not in (True, False, "auto"):
+        problems.append(
+            f"gradient_checkpointing={arguments.gradient_checkpointing!r}: what a budget keeps is "
+            "measured with whole weights. Use True, False or 'auto'"
+        )
+    if getattr(arguments, "load_in_8bit", False):
+        problems.append("load_in_8bit=True, whose scales are not sharded. Use 4 bits")
+    if problems:
+        raise ConfigError("sharding='fsdp2' cannot be used with:" + itemize(problems))

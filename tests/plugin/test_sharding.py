@@ -1,0 +1,194 @@
+"""Processes that share a frozen base by FSDP2 train what processes with a whole base train."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from modules import differing, loader, strategy, task, trainer
+from two_sharded_processes import ROOT, SETTINGS, local_bytes, trained
+
+import lightning_peft
+from lightning_peft.engine.backends.packed import PackedWeight
+from lightning_peft.errors import ConfigError, UnsupportedError
+from lightning_peft.plugin.checkpoint_content import CHECKPOINT_KEY
+
+HERE = Path(__file__).parent
+PATHS = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
+
+
+def run_processes(folder, count, *cases):
+    """Runs the script in a process group of its own, which is ended in any case."""
+    script = [sys.executable, str(HERE / "two_sharded_processes.py"), str(folder), str(count)]
+    process = subprocess.Popen(
+        [*script, *cases],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(PATHS)},
+        start_new_session=True,
+    )
+    try:
+        _, errors = process.communicate(timeout=600)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(timeout=60)
+    assert process.returncode == 0, errors[-6000:]
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(count)]
+
+
+def check_case(ranks, case, folder):
+    """A shared base changes no bit of what is trained or written, and no process has all of it."""
+    kind, method = case.split(":")
+    for rank in ranks:
+        seen = rank[case]
+        assert len(seen["sharded"]["losses"]) == 6
+        assert seen["sharded"]["losses"] == seen["whole"]["losses"]
+        assert seen["sharded"]["weights"]
+        assert not differing(seen["sharded"]["weights"], seen["whole"]["weights"])
+        share = seen["bytes"] * len(ranks) / seen["whole bytes"]
+        # Of these small tensors, the padding is a part.
+        assert 0.99 < share < 1.1, share
+        assert {*seen["refusals"]} >= {"merge", "report", "weight"}
+    first, second = ranks[0][case], ranks[1][case]
+    assert first["sharded"]["losses"] != second["sharded"]["losses"]
+    assert not differing(first["sharded"]["weights"], second["sharded"]["weights"])
+    files = {}
+    for name in ("whole", "sharded"):
+        path = folder / f"{kind} {method}" / f"{name}.ckpt"
+        files[name] = torch.load(path, weights_only=True)
+        adapters = path.parent / "adapters" / name
+        files[f"{name} adapter"] = (adapters / "adapter_model.safetensors").read_bytes()
+        files[f"{name} config"] = (adapters / "adapter_config.json").read_bytes()
+    whole, sharded = files["whole"], files["sharded"]
+    assert list(whole["state_dict"]) == list(sharded["state_dict"])
+    assert not differing(whole["state_dict"], sharded["state_dict"])
+    assert repr(whole["optimizer_states"]) == repr(sharded["optimizer_states"])
+    assert repr(whole[CHECKPOINT_KEY]) == repr(sharded[CHECKPOINT_KEY])
+    assert files["whole adapter"] == files["sharded adapter"]
+    assert files["whole config"] == files["sharded config"]
+
+
+def in_one_process(folder, kind, ckpt_path=None, **given):
+    """Trains with the same rows in each step, in this process."""
+    torch.manual_seed(7)
+    module = task(ROOT, kind=kind)
+    ours = strategy("qlora", ROOT, sharding="fsdp2")
+    run = trainer(folder / "one", ours, ROOT, **{**SETTINGS[kind], **given})
+    torch.manual_seed(8)
+    run.fit(module, loader(kind), loader(kind), ckpt_path=ckpt_path)
+    return module
+
+
+def test_two_processes_share_a_base(tmp_path):
+    cases = ("llama:qlora", "llama_tied:lora")
+    ranks = run_processes(tmp_path, 2, *cases)
+    for case in cases:
+        check_case(ranks, case, tmp_path)
+
+    for rank in ranks:
+        # Each from the checkpoint of the other.
+        assert len(rank["resumed sharded"]["losses"]) == 6
+        assert rank["resumed sharded"]["losses"] == rank["resumed whole"]["losses"]
+        assert not differing(rank["resumed sharded"]["weights"], rank["resumed whole"]["weights"])
+        stages = rank["llama:qlora"]["stages"]
+        assert stages["after fit"] == stages["fresh"]
+        assert torch.isfinite(stages["predicted"]).all()
+        refused = rank["llama:qlora"]["refusals"]
+        assert refused["merge"].startswith("Merging needs the whole frozen base")
+        assert "left 1/2 of it in this process" in refused["report"]
+        assert "each process would stop at another token" in refused["generate"]
+        assert "sharding='fsdp2' keeps 1/2 of it" in refused["weight"]
+
+    # One process has nothing to share, trains the same and takes the checkpoint of two.
+    module = in_one_process(tmp_path, "llama")
+    both = torch.tensor([rank["llama:qlora"]["sharded"]["losses"] for rank in ranks]).mean(0)
+    torch.testing.assert_close(both, torch.tensor(module.losses), rtol=0, atol=1e-5)
+    assert local_bytes(module) == ranks[0]["llama:qlora"]["whole bytes"]
+    path = tmp_path / "llama qlora" / "sharded.ckpt"
+    loaded = lightning_peft.load_from_checkpoint(type(module), path)
+    expected = ranks[0]["llama:qlora"]["sharded"]["weights"]
+    found = {n: p for n, p in loaded.named_parameters() if n in expected}
+    assert not differing(found, expected)
+    for name, value in trained(module)["weights"].items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-3)
+    resumed = in_one_process(tmp_path, "llama", ckpt_path=path, max_epochs=2)
+    assert len(resumed.losses) == 6
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("count", [2, 4])
+def test_models_share_a_base(count, tmp_path):
+    kinds = ("llama", "llama_tied", "gpt2", "residuals")
+    cases = [f"{kind}:{method}" for kind in kinds for method in ("qlora", "lora")]
+    ranks = run_processes(tmp_path, count, *cases)
+    for case in cases:
+        check_case(ranks, case, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [True, False])
+def test_codes_and_constants_are_views_of_bytes(kind, double):
+    config = lightning_peft.engine.quantization_config(
+        bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double
+    )
+    backend = lightning_peft.engine.backend_for(config)
+    # Neither the codes nor the blocks of constants fill their last unit.
+    rows = torch.randn(67, 65, generator=torch.Generator().manual_seed(0))
+    stored = backend.quantize(rows, config, torch.device("cpu"))
+    packed = PackedWeight(backend, stored, torch.device("cpu"))
+    assert packed.octets.dtype == torch.uint8
+    assert not packed.octets.requires_grad
+    assert packed.octets.numel() <= stored.numel() + stored.numel() // 8 + 64
+    opened = packed.open(packed.octets)
+    assert opened.data_ptr() == packed.octets.data_ptr()
+    assert torch.equal(opened, stored)
+    assert torch.equal(backend.dequantize(opened), backend.dequantize(stored))
+    assert backend.weight_info(packed.template) == backend.weight_info(stored)
+    assert packed.open(packed.octets) is opened
+
+
+REFUSED = {
+    "fsdp1": ({"sharding": "fsdp1"}, "sharding='fsdp1': choose 'fsdp2'"),
+    "verify": ({"sharding": "fsdp2", "verify": "full"}, "verify='full', which calls the module's"),
+    "budget": (
+        {"sharding": "fsdp2", "gradient_checkpointing": "2GB"},
+        "gradient_checkpointing='2GB': what a budget keeps",
+    ),
+    "8 bits": ({"sharding": "fsdp2", "load_in_8bit": True}, "load_in_8bit=True, whose scales"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_arguments_that_do_not_go_together(name):
+    given, message = REFUSED[name]
+    with pytest.raises(ConfigError, match="(?s)sharding=.*") as error:
+        strategy("qlora", ROOT, **given)
+    assert message in str(error.value)
+
+
+def test_a_callback_cannot_shard():
+    with pytest.raises(ConfigError, match="only a strategy can spread the base over processes"):
+        lightning_peft.LoRACallback(sharding="fsdp2")
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        ("lora", {"use_dora": True}, r"adapters in PEFT's own layers \(LORA\)"),
+        ("qlora", {"quantization_config": {"load_in_8bit": True}}, "8-bit weights of bitsandbytes"),
+    ],
+)
+def test_modules_that_cannot_be_sharded(method, given, message, tmp_path):
+    module = task(ROOT, kind="llama")
+    run = trainer(tmp_path, strategy(method, ROOT, **given), ROOT, enable_checkpointing=False)
+    run.fit(module, loader("llama"))
+    with pytest.raises(UnsupportedError, match=message):
+        lightning_peft.engine.check_shardable(module)

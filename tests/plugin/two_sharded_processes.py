@@ -1,0 +1,130 @@
+"""Script of processes that share a base: `python two_sharded_processes.py FOLDER COUNT KIND...`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from modules import loader, strategy, task, trainer
+from torch import distributed
+from torch.utils.data import DataLoader, DistributedSampler
+
+import lightning_peft
+from lightning_peft.errors import LightningPeftError
+
+ROOT = "lightning.pytorch"
+# Settings that have to go together with sharding, one set for each model.
+SETTINGS = {
+    "llama": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "val_check_interval": 2},
+    "llama_tied": {"precision": "bf16-mixed", "val_check_interval": 3},
+}
+
+
+def fit(folder, count, kind, method="qlora", sharding="fsdp2", ckpt_path=None, ours=None, **given):
+    """Trains in all processes, four rows each step; returns Trainer and module."""
+    torch.manual_seed(7)
+    module = task(ROOT, kind=kind)
+    chosen = strategy(method, ROOT, sharding=sharding, **(ours or {}))
+    run = trainer(
+        folder / "root", chosen, ROOT, devices=count, **{**SETTINGS.get(kind, {}), **given}
+    )
+    torch.manual_seed(8 + run.global_rank)
+    rows = loader(kind).dataset
+    order = DistributedSampler(rows, count, run.global_rank, shuffle=False)
+    data = DataLoader(rows, batch_size=4 // count, sampler=order)
+    run.fit(module, data, loader(kind), ckpt_path=ckpt_path)
+    return run, module
+
+
+def trained(module):
+    """Losses, and copies of what trains."""
+    values = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
+    return {"losses": module.losses, "weights": values}
+
+
+def local_bytes(module):
+    """Bytes of the frozen parameters in this process; storages are counted once."""
+    frozen = [p for p in module.parameters() if not p.requires_grad]
+    parts = [p.to_local() if hasattr(p, "to_local") else p.data for p in frozen]
+    constants = [
+        one
+        for layer in module.modules()
+        if hasattr(layer, "quantization_keys") and layer.packed is None
+        for one in layer.backend.constants(layer.stored_weight())
+    ]
+    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in parts + constants)}
+    return sum(storages.values())
+
+
+def refusals(module):
+    """What cannot be asked of a sharded module, and the message of each."""
+    found = {}
+    adapted = next(m for m in module.modules() if hasattr(m, "adapter_settings"))
+    asked = {
+        "merge": lambda: lightning_peft.merge(module),
+        "report": lambda: lightning_peft.report(module),
+        "weight": adapted.effective_weight,
+    }
+    if hasattr(module.model, "generate"):
+        asked["generate"] = lambda: module.model.generate(torch.zeros(1, 1, dtype=torch.long))
+    for name, ask in asked.items():
+        try:
+            ask()
+        except LightningPeftError as error:
+            found[name] = str(error)
+    return found
+
+
+def stages(run, module, folder):
+    """Validates and predicts with a checkpoint, without a fit, in a fresh module."""
+    fresh = task(ROOT, kind=module.kind)
+    path = folder / "sharded.ckpt"
+    again = trainer(
+        folder / "root", strategy("qlora", ROOT, sharding="fsdp2"), ROOT, devices=run.world_size
+    )
+    data = loader(module.kind)
+    predicted = again.predict(fresh, data, ckpt_path=path)
+    return {
+        "after fit": run.validate(module, loader(module.kind), verbose=False)[0]["val_loss"],
+        "fresh": again.validate(fresh, data, ckpt_path=path, verbose=False)[0]["val_loss"],
+        "predicted": predicted[0],
+    }
+
+
+def compare(folder, count, kind, method):
+    """Trains with a whole base in each process and with a part of it."""
+    whole_run, whole = fit(folder, count, kind, method, sharding=None)
+    whole_run.save_checkpoint(folder / f"{kind} {method}" / "whole.ckpt")
+    seen = {"whole": trained(whole), "whole bytes": local_bytes(whole)}
+    run, module = fit(folder, count, kind, method)
+    run.save_checkpoint(folder / f"{kind} {method}" / "sharded.ckpt")
+    seen |= {"sharded": trained(module), "bytes": local_bytes(module)}
+    if method == "qlora" and kind == "llama":
+        seen["stages"] = stages(run, module, folder / f"{kind} {method}")
+    seen["refusals"] = refusals(module)
+    return seen
+
+
+def main(folder: Path, count: int, cases: list[str]) -> None:
+    torch.set_num_threads(1)
+    seen = {}
+    for case in cases:
+        kind, method = case.split(":")
+        seen[case] = compare(folder, count, kind, method)
+    kind, method = cases[0].split(":")
+    place, more = folder / f"{kind} {method}", {"max_epochs": 2}
+    for name in ("whole", "sharded"):
+        # Each goes on from the other's.
+        other = {"whole": "sharded", "sharded": "whole"}[name]
+        _, module = fit(
+            folder, count, kind, method, None if name == "whole" else "fsdp2",
+            ckpt_path=place / f"{other}.ckpt", **more,
+        )  # fmt: skip
+        seen[f"resumed {name}"] = trained(module)
+    torch.save(seen, folder / f"rank{distributed.get_rank()}.pt")
+    distributed.barrier()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
