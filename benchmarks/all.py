@@ -37,11 +37,13 @@ SCRIPTS: tuple[tuple[str, tuple[str, ...], float, tuple[str, ...] | None], ...] 
     ("prequantized_folder", (), 3, None),
     ("process_memory", ("measure",), 15, None),
     ("quality", (), 30, None),
+    ("real_quality", (), 150, None),
 )
 # Scripts that write tables of their own.
 TABLES = (
     *("training_step", "real_step", "generation", "scaling", "activation_budget"),
     "process_memory",
+    "real_quality",
 )
 
 

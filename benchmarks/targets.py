@@ -220,7 +220,17 @@ TARGETS: tuple[Target, ...] = (
         "activation_budget.py",
     ),
     Target(
-        "held-out loss at equal tokens; errors of 4-bit weights",
+        "held-out loss of SmolLM2-135M at equal tokens",
+        "QLoRA at most 1.01 of LoRA, LoRA at most 1.01 of full",
+        tuple(
+            Bound("real_quality", f"ratios // {task}: {pair}", 1.01, f"{task}, {pair}")
+            for task in ("documentation", "orders")
+            for pair in ("qlora / lora", "lora / full")
+        ),
+        "real_quality.py",
+    ),
+    Target(
+        "held-out loss of small bases at equal tokens; errors of 4-bit weights",
         "QLoRA at most 1.01 of LoRA, LoRA at most 1.01 of full; NF4 < FP4 < int4; two families",
         (
             Bound("quality", "shipped_base // ratios // qlora_to_lora", 1.01, "QLoRA / LoRA"),
