@@ -4,18 +4,22 @@
 #   VENV      folder of the environment                     make test VENV=.venv312
 #   ARGS      extra arguments for the demo or for pytest    make demo ARGS="--method lora"
 #   PIP_ARGS  extra arguments for every `pip install`
+#   SPACE     OWNER/NAME of a Space on the hub                  make space SPACE=me/studio
+#   SDK       gradio or docker, for that Space
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup demo app test test-long test-published test-min bench bench-check screenshots \
-	browser lint docs clean
+	browser lint docs clean space
 
 PYTHON ?= python3
 VENV ?= .venv
 MIN_VENV ?= .venv-min
 ARGS ?=
 PIP_ARGS ?=
+SPACE ?=
+SDK ?= gradio
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
@@ -46,6 +50,9 @@ demo: $(READY)  ## Fine-tune a small model on the CPU, and show what happened
 
 app: $(READY_APP)  ## Open the web page: recipes, data checks, live runs, chat, export
 	$(BIN)/lightning-peft app $(ARGS)
+
+space: $(READY_APP)  ## Write build/space, the repository of a Hugging Face Space or a Docker image
+	$(BIN)/python -m tools.space --space "$(SPACE)" --sdk $(SDK) $(ARGS)
 
 # pytest-timeout raises in Python, and cannot end a test that waits in C, or whose clean-up waits.
 # This ends its process with the stacks of all threads: the test fails, and the other process goes on

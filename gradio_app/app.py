@@ -1,4 +1,4 @@
-"""What a Hugging Face Space starts: this folder, as it is, is the repository of the Space."""
+"""What a Hugging Face Space starts, in the folder that ``make space`` writes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 # Where a bucket is mounted if the Space has one. Without, runs end with the machine of the Space.
 STORAGE = Path("/data")
+# Packages that come with the repository: the model of the two-minute run.
+PACKAGES = HERE / "packages"
 
 
 def this_folder_as_package() -> Any:
@@ -33,6 +35,11 @@ def this_folder_as_package() -> Any:
 def main() -> int:
     """Serves the page: with a Space's rules on a Space, else as ``lightning-peft app`` does."""
     this_folder_as_package()
+    if PACKAGES.is_dir():
+        sys.path.append(str(PACKAGES))
+        # Runs are processes of their own.
+        found = (os.environ.get("PYTHONPATH"), str(PACKAGES))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, found))
     from gradio_app.serving import serve
     from gradio_app.settings import Settings, is_space
 
@@ -41,7 +48,10 @@ def main() -> int:
 
         return command_line(["app", *sys.argv[1:]])
     storage = STORAGE if os.access(STORAGE, os.W_OK) else HERE / "storage"
-    return serve(Settings.on_a_space(storage / "studio"), "0.0.0.0", 7860)
+    # As Gradio calls them.
+    host = os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0")
+    port = int(os.environ.get("GRADIO_SERVER_PORT", "7860"))
+    return serve(Settings.on_a_space(storage / "studio"), host, port)
 
 
 if __name__ == "__main__":

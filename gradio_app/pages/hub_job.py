@@ -19,8 +19,6 @@ from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from gradio_app.visitors import token_of, username_of
 
-# What a job installs. It trains with the release that is on the index, not with this page.
-PACKAGE = "lightning-peft"
 MAX_MINUTES = 24 * 60
 
 
@@ -115,12 +113,13 @@ def _start_handler(studio: Studio) -> Any:
         machine = _find_hardware(inputs.flavor, token)
         asked = _validate_minutes(inputs.minutes)
         repository, recipe = checked_hub_name(inputs.repository), str(inputs.recipe)
+        packages = hf_jobs.job_packages()
         owner = studio.owner(request)
         # What the visitor pays for needs no limits of this machine.
         validate_recipe(recipe, replace(studio.settings, limits=Limits()), owner)
         run = studio.store.create(owner, recipe, shortened(inputs.name))
         try:
-            hf_jobs.start_job(run.folder, token, machine.flavor, asked, repository, PACKAGE)
+            hf_jobs.start_job(run.folder, token, machine.flavor, asked, repository, packages)
             studio.store.update_metadata(run, where=hf_jobs.EXECUTOR, launched=run.created)
         except Exception as error:
             studio.store.delete(owner, run.id)

@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -37,6 +38,9 @@ EXECUTOR = "hf_jobs"
 TOKEN_SECONDS = 120.0
 # An image that has uv, which installs the rest into a container of its own.
 IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
+# On a Space, this package is the root of its repository.
+SPACE = Path(__file__).resolve().parents[1]
+_WHEEL = re.compile(r"lightning-peft(\[[\w,]+\])? @ https://\S+\.whl#sha256=[0-9a-f]{64}$")
 _SCRIPT = Path(__file__).with_name("job_script.py")
 # How the hub calls the states of jobs, and what the page calls them.
 _ENDED = {"COMPLETED": "finished", "CANCELED": "stopped", "ERROR": "failed", "DELETED": "stopped"}
@@ -88,8 +92,28 @@ def max_cost(machine: Hardware, minutes: float) -> float:
     return machine.dollars_per_hour * minutes / 60
 
 
+def job_packages(folder: Path = SPACE) -> list[str]:
+    """Returns the lines that the Space itself installs: its wheel, by address and hash, and pins.
+
+    Raises:
+        UserError: If ``requirements.txt`` names no wheel by address, which a job could fetch. A
+            bare name would install whatever an index has under it.
+    """
+    file = folder / "requirements.txt"
+    lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
+    packages = [line for line in lines if line and not line.startswith("#")]
+    if not any(_WHEEL.match(line) for line in packages):
+        raise UserError("hub_job.no_wheel")
+    return packages
+
+
 def start_job(
-    folder: RunFolder, token: str, flavor: str, minutes: float, repository: str, package: str
+    folder: RunFolder,
+    token: str,
+    flavor: str,
+    minutes: float,
+    repository: str,
+    packages: Sequence[str],
 ) -> Job:
     """Hands a run to the hub; raises UserError if its recipe needs files of this machine.
 
@@ -99,7 +123,7 @@ def start_job(
         flavor: One of :func:`list_hardware`.
         minutes: After how many minutes the hub ends it.
         repository: ``namespace/name`` on the hub for the adapter.
-        package: What the job installs, as pip takes it.
+        packages: What the job installs, as pip takes it: :func:`job_packages`.
     """
     repository = checked_hub_name(repository)
     recipe = folder.recipe.read_text(encoding="utf-8")
@@ -108,9 +132,10 @@ def start_job(
         raise UserError("errors.only_here", paths=", ".join(Path(path).name for path in local))
     api = _api(token)
     namespace = str(api.whoami()["name"])
+    installed = [word for package in packages for word in ("--with", package)]
     info = api.run_job(
         image=IMAGE,
-        command=["uv", "run", "--with", package, "python", "-c", _SCRIPT.read_text("utf-8")],
+        command=["uv", "run", *installed, "python", "-c", _SCRIPT.read_text("utf-8")],
         env={"RECIPE": recipe, "PUSH_TO": repository},
         secrets={"HF_TOKEN": token},
         flavor=flavor,

