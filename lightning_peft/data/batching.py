@@ -77,17 +77,15 @@ class LengthGroupedSampler(DistributedSampler[int]):
         """Yields the rows of this process in the order of the epoch."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         together = self.batch_size * self.num_replicas
-        batches: list[Tensor] = []
-        for part in torch.randperm(len(self.lengths), generator=generator).split(
+        parts = torch.randperm(len(self.lengths), generator=generator).split(
             together * BATCHES_SORTED_TOGETHER
-        ):
-            # Stable: rows of one length stay in random order.
-            order = part[self.lengths[part].argsort(stable=True)]
-            batches += order.split(together)
+        )
+        # Stable: rows of one length stay in random order.
+        order = torch.cat([part[self.lengths[part].argsort(stable=True)] for part in parts])
         # A smaller batch would shift the borders of all that come after it.
-        full = [batch for batch in batches if len(batch) == together]
-        rest = [batch for batch in batches if len(batch) < together]
-        mixed = [full[i] for i in torch.randperm(len(full), generator=generator)] + rest
-        rows = torch.cat(mixed).tolist()
-        rows += (rows * self.total_size)[: self.total_size - len(rows)]
-        return iter(rows[self.rank : self.total_size : self.num_replicas])
+        full = order[: len(order) // together * together].view(-1, together)
+        mixed = full[torch.randperm(len(full), generator=generator)].flatten()
+        rows = torch.cat([mixed, order[len(mixed) :]])
+        # The first ones come once more where the processes would have unequal numbers of rows.
+        places = torch.arange(self.rank, self.total_size, self.num_replicas) % len(rows)
+        return iter(rows[places].tolist())

@@ -11,7 +11,7 @@ import pyarrow as pa
 from lightning_peft.data.row_content import read_content
 
 if TYPE_CHECKING:
-    from lightning_peft.data.preparation import Prepared
+    from lightning_peft.data.prepared import Prepared
     from lightning_peft.data.row_data_module import RowDataModule
 
 BUCKETS = 8

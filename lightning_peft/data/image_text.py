@@ -152,7 +152,7 @@ class ImageTextRows(ConversationRows):
     )
     writer_batch_size: ClassVar[int | None] = 32
     # The processor holds more than other processes can be given.
-    parallelizable = False
+    parallelizable = resumable = False
 
     def __init__(self, encoder: Encoder, system_prompt: str | None = None) -> None:
         super().__init__(encoder, system_prompt)

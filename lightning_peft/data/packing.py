@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,20 +27,25 @@ class PackedRows(Dataset[list[dict[str, Any]]]):
 
     def __init__(self, examples: Any, lengths: Sequence[int], capacity: int) -> None:
         self.examples = examples
-        self.rows = plan_rows(lengths, capacity)
+        rows = plan_rows(lengths, capacity)
+        # Not as lists, of which each worker of a loader would come to hold a copy.
+        self._places = torch.tensor([place for row in rows for place in row], dtype=torch.int64)
+        self._starts = torch.tensor([0, *accumulate(map(len, rows))])
         self.tokens = sum(lengths)
         self.capacity = capacity
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._starts) - 1
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
-        return [self.examples[place] for place in self.rows[index]]
+        row = range(len(self))[index]
+        first, last = self._starts[row : row + 2].tolist()
+        return [self.examples[place] for place in self._places[first:last].tolist()]
 
     @property
     def efficiency(self) -> float:
         """Share of the rows' capacity that holds tokens."""
-        return self.tokens / (len(self.rows) * self.capacity)
+        return self.tokens / (len(self) * self.capacity)
 
 
 def collate(rows: Sequence[Sequence[dict[str, Any]]], pad_token_id: int) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -12,18 +11,27 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
-from datasets import Dataset, Features, Value
+from datasets import Features, Value
 
-from lightning_peft.compat.datasets import ArrowWriter, tqdm
+from lightning_peft.compat.datasets import tqdm
 from lightning_peft.data.file_format import Row
+from lightning_peft.data.first_rows import FirstRows, FirstSeen
 from lightning_peft.data.parallel_encoding import (
     MAX_WORKERS,
     Outcome,
     WorkersFailed,
     encode_rows,
     usable_cores,
+)
+from lightning_peft.data.prepared import Prepared, open_prepared
+from lightning_peft.data.prepared_parts import (
+    PART_ROWS,
+    PartStore,
+    PartWriter,
+    join,
+    outcome_in,
 )
 from lightning_peft.data.progress import counted_rows
 from lightning_peft.data.prompts import PromptCollector
@@ -41,15 +49,13 @@ from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.row_keys import KeyCount, check_ignored
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout, detect_layout
-from lightning_peft.data.validation import Problem
 from lightning_peft.engine import cache_entries
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, LightningPeftError
 
 log = logging.getLogger(__name__)
 
 # Raised whenever the same input is prepared in another way.
 FORMAT = 6
-REJECTED = "rejected.jsonl"
 # Rows that are looked at to recognise their shape.
 SCHEMA_SAMPLE_ROWS = 100
 DEFAULT_SPLIT_FRACTIONS = {"validation": 0.05}
@@ -76,31 +82,6 @@ class PreparationSettings:
 
 
 EncoderFor = Callable[[Layout], RowEncoder]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Data that is ready to be trained on.
-
-    Attributes:
-        splits: The encoded rows of ``train``, ``validation`` and ``test``, with their ``file`` and
-            ``row``, memory-mapped; only splits with rows.
-        problems: The problems of the rows that are left out.
-        summary: Counts, shape, template, split and settings, as stored with the data.
-        folder: Where it is on disk.
-    """
-
-    splits: dict[str, Dataset]
-    problems: list[Problem]
-    summary: dict[str, Any]
-    folder: Path
-
-    def lengths(self, split: str) -> list[int]:
-        """Returns the column ``length`` of every row, its tokens or frames; ``[]`` without one."""
-        if split not in self.splits or "length" not in self.splits[split].column_names:
-            return []
-        found: list[int] = self.splits[split].data.column("length").to_pylist()
-        return found
 
 
 def draw_split(digest: bytes, seed: int, shares: dict[str, float]) -> str:
@@ -135,10 +116,13 @@ def prepare(
         settings=asdict(settings),
     )
 
-    def build(working: Path, processes: int) -> dict[str, Any]:
-        run = _PreparationPass(sources, settings, encoder_for, working, processes)
-        summary = run.run()
+    def unchanged() -> None:
         check_unchanged(before, file_stamps(sources))
+
+    def build(working: Path, processes: int) -> dict[str, Any]:
+        run = _PreparationPass(sources, settings, encoder_for, working, processes, store, unchanged)
+        summary = run.run()
+        unchanged()
         return summary
 
     folder = folder or cache_entries.cache_root() / "data"
@@ -147,36 +131,34 @@ def prepare(
         using = partial(build, processes=processes)
         return cache_entries.entry(folder, key, using, "prepared data", "cache_dir")
 
+    with closing(PartStore(folder / f".{key}-parts")) as store:
+        try:
+            final = _entry_by_workers(entry)
+        except LightningPeftError:
+            # Rows that are refused once are refused again.
+            store.discard()
+            raise
+        store.discard()
+    for source in sources:
+        if source.left_out():
+            names = ", ".join(source.left_out())
+            log.warning(f"Not read as data in {source.data!r}: {names}")
+    prepared = open_prepared(final)
+    log_formats(prepared.summary["read_as"])
+    return prepared
+
+
+def _entry_by_workers(entry: Callable[[int], Path]) -> Path:
+    """Returns an entry that several processes make, or one where they fail."""
     try:
-        final = entry(min(usable_cores(), MAX_WORKERS))
+        return entry(min(usable_cores(), MAX_WORKERS))
     except (WorkersFailed, RuntimeError) as error:
         # The other is what torch raises wherever this process is when a worker dies.
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         reason = str(error).partition("\n")[0]
         log.warning(f"The rows are prepared again, in one process ({reason}).")
-        final = entry(1)
-    for source in sources:
-        if source.left_out():
-            names = ", ".join(source.left_out())
-            log.warning(f"Not read as data in {source.data!r}: {names}")
-    summary = json.loads((final / cache_entries.SUMMARY).read_text(encoding="utf-8"))
-    log_formats(summary["read_as"])
-    splits = {
-        split: Dataset.from_file(str(final / f"{split}.arrow"))
-        for split in SPLITS
-        if summary["splits"][split]["rows"]
-    }
-    return Prepared(splits, _read_problems(final / REJECTED), summary, final)
-
-
-def _read_problems(file: Path) -> list[Problem]:
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return [
-        Problem(reason["kind"], row["file"], row["row"], reason["detail"])
-        for row in rows
-        for reason in row["reasons"]
-    ]
+    return entry(1)
 
 
 @dataclass(frozen=True)
@@ -199,12 +181,15 @@ class _PreparationPass:
         encoder_for: EncoderFor,
         working: Path,
         processes: int,
+        store: PartStore,
+        check_sources: Callable[[], None],
     ) -> None:
-        self.processes = processes
+        self.processes, self.store, self.check_sources = processes, store, check_sources
         self.sources, self.settings = sources, settings
         self.encoder_for, self.working = encoder_for, working
-        self.seen: dict[bytes, tuple[str, str, int]] = {}
-        self.prompts: dict[bytes, str] = {}
+        self.first_rows = FirstRows(keep_duplicates=settings.duplicates == "keep")
+        # The split that a prompt was first in.
+        self.prompts = FirstSeen("B")
         self.prompt_collector = PromptCollector()
         self.content = ContentCounter()
         self.counts: Counter[str] = Counter()
@@ -241,29 +226,10 @@ class _PreparationPass:
             ignored=frozenset(settings.ignored_keys),
         )
         features = Features({**self.encoder.features, **_ORIGIN})
-        writers = {
-            split: ArrowWriter(
-                features=features,
-                path=str(self.working / f"{split}.arrow"),
-                writer_batch_size=self.encoder.writer_batch_size,
-            )
-            for split in SPLITS
-        }
-        with (self.working / REJECTED).open("w", encoding="utf-8") as rejected:
-            # A terminal shows a progress bar if it takes seconds.
-            name = Path(str(self.sources[0].data)).name
-            bar = {"desc": f"Preparing {name}", "unit": " rows", "delay": 2, "disable": None}
-            parsed = map(self._parse, tqdm(counted_rows(rows), **bar))
-            encoded = encode_rows(self.encoder, parsed, lambda one: one.sample, self.processes)
-            with closing(encoded):
-                for parsed_row, outcome in encoded:
-                    self._write(parsed_row, outcome, writers, rejected)
-        for split, writer in writers.items():
-            if self.splits[split]["rows"]:
-                writer.finalize()
-            else:
-                writer.close()
-                (self.working / f"{split}.arrow").unlink(missing_ok=True)
+        # A terminal shows a progress bar if it takes seconds.
+        name = Path(str(self.sources[0].data)).name
+        bar = {"desc": f"Preparing {name}", "unit": " rows", "delay": 2, "disable": None}
+        self._write_parts(map(self._parse, tqdm(counted_rows(rows), **bar)), features)
         check_ignored(settings.ignored_keys, self.layout.seen_keys)
         self.prompt_collector.write(self.working)
         self.content.write(self.working)
@@ -297,33 +263,80 @@ class _PreparationPass:
             return _ParsedRow(row, None, "", [*problems, *sample])
         digest = sample.digest()
         split = split or draw_split(digest, self.settings.split_seed, self._split_fractions())
-        problems += self._duplicate_problems(row, digest, split)
+        found, again = self.first_rows.problems(row.file, row.number, digest, split)
+        self.splits[split]["duplicates"] += again
+        problems += found
         return _ParsedRow(row, sample, split, problems)
 
-    def _write(
-        self,
-        parsed_row: _ParsedRow,
-        outcome: Outcome,
-        writers: dict[str, ArrowWriter],
-        rejected: TextIO,
-    ) -> None:
+    def _write_parts(self, parsed: Iterator[_ParsedRow], features: Features) -> None:
+        """Writes all rows, those that an interrupted pass has not written to new parts."""
+        size, resumable = self.encoder.writer_batch_size, self.encoder.resumable
+        parts: list[Path] = []
+        for part, summary in self.store.found() if resumable else []:
+            self._resume(summary, parsed)
+            parts.append(part)
+        if parts:
+            log.info(
+                f"{self.counts['rows']:,} rows were prepared before an interruption; the "
+                "preparation continues behind them."
+            )
+        most = PART_ROWS if resumable else None
+        encoded = encode_rows(self.encoder, parsed, lambda one: one.sample, self.processes)
+        with closing(encoded):
+            while True:
+                number = len(parts)
+                writer = PartWriter(self.working / f"part-{number}", features, size)
+                with closing(writer):
+                    for parsed_row, outcome in islice(encoded, most):
+                        self._write(parsed_row, outcome, writer)
+                    summary = writer.finish()
+                parts.append(writer.folder)
+                if writer.rows != most:
+                    break
+                # Rows of two versions of a file would be those of neither.
+                self.check_sources()
+                parts[-1] = self.store.keep(writer.folder, number, summary)
+        join(parts, self.working, features, size)
+
+    def _resume(self, summary: dict[str, Any], parsed: Iterator[_ParsedRow]) -> None:
+        """Counts the rows of a part that is finished, without encoding them."""
+        for number, parsed_row in enumerate(islice(parsed, summary["rows"])):
+            self._note(parsed_row, outcome_in(summary, number))
+        for split, counts in summary["counts"].items():
+            self.splits[split].update(counts)
+
+    def _write(self, parsed_row: _ParsedRow, outcome: Outcome, part: PartWriter) -> None:
         """Writes a row, or why it cannot be used."""
-        row, sample = parsed_row.row, parsed_row.sample
-        origin = {"file": row.file, "row": row.number}
+        row, split = parsed_row.row, parsed_row.split
+        problems = self._note(parsed_row, outcome)
+        part.add(outcome)
+        if problems:
+            part.reject(row, problems)
+            return
+        for one in outcome.rows:
+            counts = {"rows": 1, **self.encoder.count(one)}
+            part.counts[split].update(counts)
+            self.splits[split].update(counts)
+            part.write(split, {**one, "file": row.file, "row": row.number})
+
+    def _note(self, parsed_row: _ParsedRow, outcome: Outcome) -> list[tuple[str, str]]:
+        """Counts a row, but for what it is encoded to, and returns its problems."""
+        row, sample, split = parsed_row.row, parsed_row.sample, parsed_row.split
         problems = [*parsed_row.problems, *outcome.problems]
         if sample is not None:
             keys = [*sample.unused, *map(self.layout.with_column_name, outcome.unused)]
             self.unused.add(dict.fromkeys(keys), row.file, row.number)
         if problems:
             self.counts["rejected"] += 1
-            reasons = [{"kind": kind, "detail": detail} for kind, detail in problems]
-            record = {**origin, "reasons": reasons, "value": row.value}
-            rejected.write(json.dumps(record, default=_json_default, skipkeys=True) + "\n")
-            return
+            return problems
         assert sample is not None
-        self._count(sample, parsed_row.split, outcome.rows)
-        for one in outcome.rows:
-            writers[parsed_row.split].write({**one, **origin})
+        system = getattr(self.encoder, "system_prompt", None)
+        self.prompt_collector.add(sample.with_system(system), split)
+        self.content.add(sample)
+        prompt, place = sample.prompt_digest(), SPLITS.index(split)
+        if prompt is not None and self.prompts.setdefault(prompt, place) != (place,):
+            self.counts["shared_prompts"] += 1
+        return problems
 
     def _split_fractions(self) -> dict[str, float]:
         if self.has_splits:
@@ -338,31 +351,6 @@ class _PreparationPass:
         name = row.value.get(self.layout.split_column or "")
         found = split_named(name)
         return found, [] if found else [("split", f"has {name!r} as split")]
-
-    def _duplicate_problems(self, row: Row, digest: bytes, split: str) -> list[tuple[str, str]]:
-        before = self.seen.setdefault(digest, (split, row.file, row.number))
-        if before == (split, row.file, row.number):
-            return []
-        file = f" of {before[1]}" if before[1] != row.file else ""
-        if before[0] != split:
-            text = f"is for {split} and the same as row {before[2]}{file}, which is for {before[0]}"
-            return [("leak", text)]
-        if self.settings.duplicates == "keep":
-            self.splits[split]["duplicates"] += 1
-            return []
-        return [("duplicate", f"is the same as row {before[2]}{file}")]
-
-    def _count(self, sample: Sample, split: str, encoded: Sequence[dict[str, Any]]) -> None:
-        counts = self.splits[split]
-        system = getattr(self.encoder, "system_prompt", None)
-        self.prompt_collector.add(sample.with_system(system), split)
-        self.content.add(sample)
-        prompt = sample.prompt_digest()
-        if prompt is not None and self.prompts.setdefault(prompt, split) != split:
-            self.counts["shared_prompts"] += 1
-        for one in encoded:
-            counts["rows"] += 1
-            counts.update(self.encoder.count(one))
 
     def _summary(self) -> dict[str, Any]:
         names = ("rows", "duplicates", *self.encoder.counts)
@@ -391,8 +379,3 @@ class _PreparationPass:
             "seed": self.settings.split_seed,
             "shares": self._split_fractions(),
         }
-
-
-def _json_default(value: object) -> str:
-    # The bytes of an image are of no use to a reader.
-    return f"<{len(value):,} bytes>" if isinstance(value, bytes) else repr(value)

@@ -11,7 +11,7 @@ from datasets import Features, Value
 from lightning_peft.data.data_statistics import LONGEST_ROWS, length_histogram, statistics
 from lightning_peft.data.encoding import TextSpan
 from lightning_peft.data.packing import PackedRows
-from lightning_peft.data.preparation import Prepared
+from lightning_peft.data.prepared import Prepared
 from lightning_peft.data.row_data_module import RowDataModule
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample

@@ -17,11 +17,11 @@ from lightning_peft.data.encoding import TextSpan
 from lightning_peft.data.file_format import Row
 from lightning_peft.data.preparation import (
     DEFAULT_SPLIT_FRACTIONS,
-    REJECTED,
     PreparationSettings,
-    Prepared,
     prepare,
 )
+from lightning_peft.data.prepared import Prepared
+from lightning_peft.data.prepared_parts import REJECTED
 from lightning_peft.data.prompts import read_prompts
 from lightning_peft.data.reading import Source, TextUnit
 from lightning_peft.data.row_encoder import RowEncoder

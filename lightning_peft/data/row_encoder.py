@@ -31,6 +31,8 @@ class RowEncoder(ABC):
             file. ``None`` is the default of ``datasets``.
         parallelizable: Whether rows may be encoded in several processes, with copies of this
             object: only where ``encode`` does not change it.
+        resumable: Whether an interrupted preparation continues behind the rows that were written:
+            only where ``encode`` and ``count`` depend on nothing but their row.
         end: Id of the end-of-sequence token; ``None`` where labels have none.
         variables: Names that the chat template reads next to the turns; ``None`` without one.
     """
@@ -39,6 +41,7 @@ class RowEncoder(ABC):
     counts: ClassVar[tuple[str, ...]] = ()
     writer_batch_size: ClassVar[int | None] = None
     parallelizable: ClassVar[bool] = False
+    resumable: ClassVar[bool] = False
     end: int | None = None
     variables: frozenset[str] | None = None
 

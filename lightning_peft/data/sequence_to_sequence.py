@@ -36,7 +36,7 @@ class PairRows(RowEncoder):
             "tokens_cut": Value("int32"),
         }
     )
-    parallelizable = True
+    parallelizable = resumable = True
     counts = (
         *("tokens", "trained_tokens", "ends_trained", "ends_added"),
         *("truncated", "tokens_cut", "unknown_tokens"),

@@ -25,7 +25,7 @@ from lightning_peft.errors import ConfigError
 class ConversationRows(RowEncoder):
     """Encodes conversations; those without a system turn get ``system_prompt``."""
 
-    parallelizable = True
+    parallelizable = resumable = True
     # Of what `columns` returns.
     token_features = {
         "input_ids": ListOf(Value("int32")),

@@ -83,19 +83,27 @@ def make(final: Path, build: Callable[[Path], dict[str, Any]]) -> None:
     """
     working = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
     try:
-        summary = build(working)
-        summary["files"] = {path.name: path.stat().st_size for path in sorted(working.iterdir())}
-        (working / SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
-        for path in working.iterdir():
-            _to_disk(path)
-        try:
-            working.rename(final)
-        except OSError:
-            # Another process was faster.
-            if damage_of(final) is not None:
-                raise
+        publish(working, final, build(working))
     finally:
         shutil.rmtree(working, ignore_errors=True)
+
+
+def publish(working: Path, final: Path, summary: dict[str, Any]) -> None:
+    """Makes an entry of a folder of files, unless another process was faster.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    summary["files"] = {path.name: path.stat().st_size for path in sorted(working.iterdir())}
+    (working / SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    for path in working.iterdir():
+        _to_disk(path)
+    try:
+        working.rename(final)
+    except OSError:
+        # Another process was faster.
+        if damage_of(final) is not None:
+            raise
 
 
 def entry(

@@ -77,6 +77,12 @@ def test_processes_share_the_rows_and_the_lengths(lengths):
     assert len(list(sampler([3, 4], processes=3, rank=2))) == 1
 
 
+def test_many_rows_take_little_memory():
+    # As many numbers as rows times rows would not fit into the memory of any machine.
+    order = list(sampler([1 + i % 900 for i in range(300_000)], processes=7, rank=6))
+    assert len(set(order)) == len(order) == -(-300_000 // 7)
+
+
 class Recorded(CausalLM):
     """Remembers the tokens of each batch."""
 

@@ -121,6 +121,8 @@ def test_every_example_is_in_one_row_that_holds_it():
     packed = PackedRows([{"input_ids": [0] * n} for n in lengths], lengths, 100)
     assert packed.efficiency > 0.97
     assert packed.efficiency == pytest.approx(sum(lengths) / (100 * len(rows)))
+    assert [len(row[0]["input_ids"]) for row in packed] == [lengths[row[0]] for row in rows]
+    assert packed[-1] == packed[len(rows) - 1]
     assert plan_rows([100, 1, 100], 100) == [[0], [2], [1]]
     assert plan_rows([], 100) == []
 
