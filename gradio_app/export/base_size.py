@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradio_app.recipe.gguf_header import gguf_sizes
+from gradio_app.recipe.gguf_header import gguf_header
 from gradio_app.recipe.model_files import cached_folder, tensor_sizes
 from gradio_app.runs.files import read_json_object
 from lightning_peft.errors import LightningPeftError
@@ -80,7 +80,7 @@ def base_size(checkpoint: Path, root: Path | None = None) -> BaseSize | None:
     except LightningPeftError:
         return None
     files = [folder / file] if file else list(folder.glob("*.safetensors"))
-    sizes = [gguf_sizes(one) if file else tensor_sizes(one) for one in files]
+    sizes = [gguf_header(one).sizes if file else tensor_sizes(one) for one in files]
     if not sizes or not all(sizes):
         return None
     return BaseSize(sum(map(sum, sizes)), max(map(max, sizes)))

@@ -14,6 +14,7 @@ from typing import Any
 
 from gradio_app.errors import UserError
 from gradio_app.guards import shortened
+from gradio_app.recipe.gguf_header import gguf_header
 from gradio_app.runs.files import read_json_object, read_tensor_entries
 from lightning_peft.demo.real_base import SMOLLM2_PLACE, absence_of_smollm2
 
@@ -140,7 +141,12 @@ class ModelInfo:
 
 
 def model_info(folder: Path) -> ModelInfo:
-    """Returns the properties of a model by the files in its folder."""
+    """Returns the properties of a model by the files in its folder, or by its GGUF file."""
+    if folder.is_file():
+        header = gguf_header(folder)
+        values = sum(header.sizes) or None
+        named = shortened(header.architecture)
+        return ModelInfo(named, values, header.context, "GGUF", header.has_chat_template)
     config = read_json_object(folder / "config.json")
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
     names = _as_list(config.get("architectures") or config.get("model_type") or "")

@@ -47,8 +47,8 @@ def _other(name: str, parameters: int, family: str) -> Model:
 
 _CHAT = ("causal-lm",)
 MODELS = (
-    Model(DEMO_BASE, 4_262_144, "Apache 2.0", ("causal-lm", "encoder"), has_chat_template=False),
     Model(SMOLLM2_PLACE, 134_515_008, "Apache 2.0", _CHAT),
+    Model(DEMO_BASE, 4_262_144, "Apache 2.0", ("causal-lm", "encoder"), has_chat_template=False),
     Model("HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008, "Apache 2.0", _CHAT),
     Model("HuggingFaceTB/SmolLM2-360M-Instruct", 361_821_120, "Apache 2.0", _CHAT),
     Model("Qwen/Qwen2.5-0.5B-Instruct", 494_032_768, "Apache 2.0", _CHAT),

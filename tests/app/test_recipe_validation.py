@@ -18,7 +18,7 @@ from gradio_app.pages.error_reporting import localized_message
 from gradio_app.recipe.content import value_at, with_value
 from gradio_app.recipe.edits import base_recipe, load_recipe
 from gradio_app.recipe.form import apply_form
-from gradio_app.recipe.gguf_header import gguf_sizes
+from gradio_app.recipe.gguf_header import gguf_header
 from gradio_app.recipe.model_files import model_places
 from gradio_app.recipe.paths import data_files
 from gradio_app.recipe.presets import MODELS
@@ -326,7 +326,7 @@ def test_the_real_model_of_the_demo_can_be_named(here, space):
     assert problems(changed(path, outside), here) == ["errors.outside"]
     (one,) = [model for model in MODELS if model.name == SMOLLM2_PLACE]
     assert one.title == "SmolLM2-135M-Instruct.Q4_1.gguf"
-    assert sum(gguf_sizes(smollm2())) == one.parameters
+    assert sum(gguf_header(smollm2()).sizes) == one.parameters
 
 
 def test_a_folder_of_models_can_be_named(here):

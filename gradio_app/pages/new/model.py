@@ -26,7 +26,7 @@ from gradio_app.recipe.presets import DEMO_BASE, MODELS, Model
 from gradio_app.recipe.validation import check_files
 from gradio_app.runs.formatting import format_bytes
 from gradio_app.texts import Texts
-from lightning_peft.demo.real_base import SMOLLM2_PLACE
+from lightning_peft.demo.real_base import SMOLLM2_PLACE, smollm2
 from lightning_peft.task_registry import task_of_config
 
 SOURCES = ("preset", "hub", "folder")
@@ -197,10 +197,12 @@ def _facts(session: Session, t: Texts) -> str:
         if name == DEMO_BASE:
             lines.append(t("new.demo_about"))
         elif Path(name).is_absolute():
-            if Path(name).is_dir():
-                lines.append(_folder_summary(Path(name), t))
+            if Path(name).exists():
+                lines.append(_model_summary(Path(name), t))
             lines.append(t("new.model_files", size=format_bytes(weight_bytes(Path(name)), t)))
         elif is_cached(name):
+            file = smollm2() if name == SMOLLM2_PLACE else None
+            lines += [_model_summary(file, t)] if file is not None else []
             lines.append(t("new.model_here"))
         else:
             lines.append(t("new.model_fetched"))
@@ -213,8 +215,8 @@ def _facts(session: Session, t: Texts) -> str:
     return render("new.chosen_model", t, lines=lines, offline=is_offline())
 
 
-def _folder_summary(folder: Path, t: Texts) -> str:
-    """Returns in a sentence what a model in a folder is."""
+def _model_summary(folder: Path, t: Texts) -> str:
+    """Returns the properties of a model in a folder, or in a GGUF file, as a sentence."""
     found = model_info(folder)
     words = []
     if found.parameters:
