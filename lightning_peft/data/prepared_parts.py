@@ -57,7 +57,7 @@ class PartWriter:
         self._rejected.write(json.dumps(record, default=_json_default, skipkeys=True) + "\n")
 
     def finish(self) -> dict[str, Any]:
-        """Completes the files, and returns what has to be known of the part to go on behind it."""
+        """Completes the files, and returns the entry of the part, behind which work continues."""
         for split, writer in self._writers.items():
             if self.counts[split]["rows"]:
                 writer.finalize()
