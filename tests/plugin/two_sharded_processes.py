@@ -22,7 +22,7 @@ SETTINGS = {
 
 
 def fit(folder, count, kind, method="qlora", sharding="fsdp2", ckpt_path=None, ours=None, **given):
-    """Trains in all processes, four rows each step; returns Trainer and module."""
+    """Trains in all processes, four rows each step or more; returns Trainer and module."""
     torch.manual_seed(7)
     module = task(ROOT, kind=kind)
     chosen = strategy(method, ROOT, sharding=sharding, **(ours or {}))
@@ -32,7 +32,10 @@ def fit(folder, count, kind, method="qlora", sharding="fsdp2", ckpt_path=None, o
     torch.manual_seed(8 + run.global_rank)
     rows = loader(kind).dataset
     order = DistributedSampler(rows, count, run.global_rank, shuffle=False)
-    data = DataLoader(rows, batch_size=4 // count, sampler=order)
+    # Batch norm needs two rows.
+    data = DataLoader(
+        rows, batch_size=max(4 // count, 2 if kind == "residuals" else 1), sampler=order
+    )
     run.fit(module, data, loader(kind), ckpt_path=ckpt_path)
     return run, module
 
