@@ -30,6 +30,7 @@ SCRIPTS: tuple[tuple[str, tuple[str, ...], float, tuple[str, ...] | None], ...] 
     ("base_loading", (), 3, ("--check", "--repeats", "2")),
     ("data_path", (), 5, None),
     ("encoding_with_datasets", (), 15, None),
+    ("million_rows", (), 35, None),
     ("scaling", ("measure",), 5, None),
     ("activation_budget", ("measure",), 3, None),
     ("selective_checkpointing", (), 5, None),

@@ -252,6 +252,16 @@ TARGETS: tuple[Target, ...] = (
         ),
         "quality.py",
     ),
+    Target(
+        "preparing a million chats, two processes, against TRL's `datasets.map` on 100,000",
+        "at most TRL's time a row; at most 150 bytes of memory a row; found again within 2 s",
+        (
+            Bound("million_rows", "ours / trl, seconds", 1.0, "time"),
+            Bound("million_rows", "bytes of peak memory for each further row", 150, "bytes"),
+            Bound("million_rows", "seconds to find all rows in the cache", 2.0, "found"),
+        ),
+        "million_rows.py",
+    ),
 )
 
 # Looser than what is aimed at: few steps on whatever machine, and only a regression shall fail.

@@ -35,7 +35,7 @@ def test_the_page_says_what_the_records_say(load):
 def test_every_target_has_its_row_and_every_ratio_is_measured_somewhere(load):
     targets, steps = load("targets"), load("training_step")
     assert [line.split("|")[1].strip() for line in targets.summary()[2:]] == [
-        str(number) for number in range(1, 14)
+        str(number) for number in range(1, 16)
     ]
     made = {f"{case}: {one} / {other}, {what}" for case, one, other, what in steps.RATIOS}
     bounds = [*targets.CHECKS, *(bound for target in targets.TARGETS for bound in target.bounds)]
