@@ -23,6 +23,7 @@ from gradio_app.pages.new.method import (
     normalize_decimal,
     unset_text,
 )
+from gradio_app.pages.new.model import _model_label
 from gradio_app.pages.new.review import forms
 from gradio_app.recipe import edits
 from gradio_app.recipe.commands import command_line, python_code
@@ -452,6 +453,17 @@ def test_models_are_reported_once_and_each_task_knows_its_own():
     families = {task.family for task in TASKS.values()}
     assert all(set(model.families) <= families for model in MODELS)
     assert edits.METHODS.keys() == {"lora", "qlora"}
+
+
+def test_the_list_says_what_cannot_be_fetched_offline(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    (model,) = [one for one in MODELS if one.name == "Qwen/Qwen2.5-0.5B-Instruct"]
+    row = "Qwen/Qwen2.5-0.5B-Instruct: 494 M parameters, Apache 2.0, "
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert _model_label(model, Texts("en")) == f"{row}download 988 MB"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    said = "not on this machine, and the page is offline"
+    assert _model_label(model, Texts("en")) == row + said
 
 
 def test_downloads_are_as_large_as_the_files_on_the_hub():

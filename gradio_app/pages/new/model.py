@@ -170,7 +170,8 @@ def _model_label(model: Model, t: Texts) -> str:
     )
     if model.name != DEMO_BASE:
         fetched = t("new.not_here", size=format_bytes(model.download_bytes, t))
-        row += ", " + (t("new.here") if is_cached(model.name) else fetched)
+        absent = t("new.not_offline") if is_offline() else fetched
+        row += ", " + (t("new.here") if is_cached(model.name) else absent)
     return row
 
 
