@@ -104,7 +104,7 @@ def train(count: int, method: str, quick: bool, target: Path) -> None:
 
 
 def measure(count: int, method: str, quick: bool) -> list[dict[str, int]]:
-    """Returns what each of ``count`` fresh processes holds."""
+    """Returns the bytes that each of ``count`` fresh processes holds."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "held.json"
         words = ["--processes", str(count), "--method", method, "--target", str(target)]
