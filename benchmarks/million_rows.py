@@ -137,7 +137,7 @@ def killed(file: Path, cache: Path, parts: int) -> None:
 
 
 def measure(rows: int, small: int, repeats: int) -> dict[str, Any]:
-    """Returns what is measured and its ratios."""
+    """Returns the measurements and their ratios."""
     from lightning_peft.data.prepared_parts import PART_ROWS
 
     with tempfile.TemporaryDirectory() as place:
