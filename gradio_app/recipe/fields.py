@@ -155,6 +155,7 @@ OTHER_STEPS = frozenset(
         *("model.class_path", "data.class_path", "trainer.strategy.class_path"),
         *(f"{_MODEL}{name}" for name in ("model", "revision", "trust_remote_code")),
         *(f"{_DATA}{name}" for name in ("data", "tokenizer", "columns", "skip_bad_rows")),
+        *(f"{_DATA}{name}" for name in ("validation_data", "test_data")),
         *(f"{_DATA}{name}" for name in ("hub_config", "hub_splits", "hub_revision")),
         *(f"{_DATA}{name}_revision" for name in ("tokenizer", "processor")),
     }
@@ -163,10 +164,7 @@ OTHER_STEPS = frozenset(
 YAML_ONLY = frozenset(
     {
         *(f"{_MODEL}{name}" for name in ("config", "average_across_step")),
-        *(
-            f"{_DATA}{name}"
-            for name in ("validation_data", "validation_rows", "test_data", "cache_dir")
-        ),
+        *(f"{_DATA}{name}" for name in ("validation_rows", "cache_dir")),
         *(f"{_DATA}{name}" for name in ("reasoning", "chat_template_kwargs", "ignored_keys")),
         *(f"{STRATEGY}{name}" for name in ("peft_config", "quantization_config")),
         *(f"{STRATEGY}{name}" for name in ("ddp_kwargs", "sharding")),

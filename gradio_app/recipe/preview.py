@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gradio_app.errors import UserError
 from gradio_app.guards import redacted
 from gradio_app.recipe.command_worker import CommandResult, CommandWorker
 from gradio_app.recipe.content import data_of, is_series, value_at, with_value
@@ -73,10 +74,12 @@ def preview_data(
     space: bool,
     still_needed: Callable[[], bool] | None = None,
     on_rows: Callable[[int], None] | None = None,
+    search: str = "",
 ) -> DataReport:
     """Returns the preview of training on the rows of a checked recipe.
 
-    ``still_needed`` is polled, and ``on_rows`` is called with the number of rows read so far.
+    ``still_needed`` is polled, and ``on_rows`` is called with the number of rows read so far. With
+    ``search``, the rows that are shown are those in which that text occurs.
     """
     place = data_of(content)
     skipping = value_at(content, "data.init_args.skip_bad_rows", None)
@@ -90,6 +93,7 @@ def preview_data(
             skipped_rows_file = str(Path(folder) / "left-out.jsonl")
             content = with_value(content, "data.init_args.skip_bad_rows", skipped_rows_file)
         words = ["preview", "--json", f"--rows={SAMPLE_ROWS}"]
+        words += [f"--search={search}"] if search else []
         words += [_config(folder, {"data": content["data"]})]
         answer = worker.run(words, SPACE_SECONDS if space else SECONDS, still_needed, on_rows)
     if answer.cancelled:
@@ -102,6 +106,19 @@ def preview_data(
         "problems": worker.redactor.value(numbers.get("problems", []), worker.redactor.record)
     }
     return DataReport(numbers | redacted_rows, table, skipping=skipping is not None)
+
+
+def search_rows(
+    content: dict[str, Any], worker: CommandWorker, space: bool, text: str
+) -> DataReport:
+    """Returns the preview of a checked recipe with the rows in which ``text`` occurs.
+
+    Raises UserError where there are none to search.
+    """
+    found = preview_data(content, worker, space, search=text)
+    if "search" not in found.numbers:
+        raise UserError("checks.search_refused", reason=found.refusal or "-")
+    return found
 
 
 def _config(folder: str, content: dict[str, Any]) -> str:

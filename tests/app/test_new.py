@@ -83,9 +83,19 @@ def test_own_data_with_bad_rows_is_put_right_and_started(visit, site):
     for label, column in (("Prompt", "question"), ("Completion", "reply")):
         page.locator("#mapping-columns").get_by_label(label, exact=True).click()
         page.get_by_role("option", name=column).last.click()
+    mapped = page.locator("#mapped-rows table")
+    mapped.get_by_role("cell", name="It is 2.").wait_for()
+    assert mapped.locator("thead th").all_inner_texts() == ["Prompt", "Completion"]
     page.get_by_role("button", name="Apply and read again").click()
     report = page.locator("#data-report")
     report.get_by_text("3 of 63 rows have problems").wait_for()
+    assert "What is 3 and 3?" in report.inner_text()
+    page.get_by_role("button", name="Search the rows").click()
+    page.locator("#search-text textarea, #search-text input").fill("is 58 AND")
+    page.get_by_role("button", name="Search", exact=True).click()
+    found = page.locator("#found-rows")
+    found.get_by_text("Rows with “is 58 AND”: 1.").wait_for()
+    found.locator("mark").get_by_text("It is 116.").wait_for()
     assert {"Row 4", "Row 63"} <= set(report.locator(".problem strong").all_inner_texts())
     screenshot(page, "new-data-problems")
     page.get_by_role("link", name="Next: Method").click()
@@ -152,6 +162,8 @@ def test_a_large_file_is_counted_and_stopped_and_holds_up_no_other(visit, site):
 def test_what_is_refused_is_said_where_it_was_typed(visit, site):
     rows = [{"prompt": row["question"], "completion": row["reply"]} for row in GOOD]
     (site.data / "train.jsonl").write_bytes(lines(rows))
+    held = [{"prompt": f"What is {n}?", "completion": "A number."} for n in range(3)]
+    (site.data / "held.jsonl").write_bytes(lines(held))
     page = opened(visit, site, "#data")
     wait_for_report(page)
     page.get_by_label("File on this machine").check()
@@ -167,6 +179,10 @@ def test_what_is_refused_is_said_where_it_was_typed(visit, site):
     page.locator("#data-report").get_by_text("All 60 rows").wait_for()
     assert page.evaluate(opacity, report) == 1
     assert not page.locator("#data-path-problem").is_visible()
+    page.get_by_role("button", name="Validation and test files").click()
+    page.locator("#validation-file input").click()
+    page.get_by_role("option", name=re.compile("held.jsonl")).click()
+    page.locator("#data-report").get_by_text("All 63 rows").wait_for()
     page.get_by_role("link", name="Next: Method").click()
     rate = page.get_by_role("textbox", name="Learning rate")
     rate.fill("500")

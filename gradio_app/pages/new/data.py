@@ -15,7 +15,7 @@ from gradio_app.assets import CLICK_DELEGATE
 from gradio_app.errors import UserError
 from gradio_app.guards import checked_hub_name, checked_revision, shortened
 from gradio_app.pages.components import field, html, on_event, show_one
-from gradio_app.pages.new import data_html, file_format
+from gradio_app.pages.new import data_html, file_format, held_out, row_search
 from gradio_app.pages.new.data_check import check_data
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.pages.templating import message
@@ -198,12 +198,15 @@ def _build_report(editor: Editor) -> None:
                 gr.Dropdown([], label=str(place), interactive=True, elem_id=f"mapping-{place}")
                 for place in range(MAX_FIELDS)
             ]
+        mapped = html(elem_id="mapped-rows")
         use = gr.Button(t("new.use_mapping"), elem_id="use-mapping")
     file_format.build(editor)
+    held_out.build(editor)
+    row_search.build(editor)
     again = gr.Button(t("new.check_again"), size="sm", elem_id="check-again")
     skips = _DATA + "skip_bad_rows"
     editor.show([skip], lambda session: [value_at(session.content, skips, None) is not None])
-    outputs = [editor.session, report, stop, mapping, shape, *columns]
+    outputs = [editor.session, report, stop, mapping, shape, *columns, mapped]
 
     def look(session: Any, request: gr.Request) -> Iterator[list[Any]]:
         yield from _check_updates(editor, session, request)
@@ -213,7 +216,11 @@ def _build_report(editor: Editor) -> None:
     editor.bind_event(report.click, lambda session, _: _skip_bad_rows(session, True))
     editor.bind(use.click, _map_columns, [shape, *columns])
     shown = partial(_dropdowns, editor)
-    on_event(t, shape.input, shown, [editor.session, shape], columns)
+    preview = partial(_mapped_rows, editor)
+    given = [editor.session, shape, *columns]
+    on_event(t, [one.input for one in columns], preview, given, mapped)
+    changed = on_event(t, shape.input, shown, [editor.session, shape], columns)
+    on_event(t, changed.then, preview, given, mapped)
 
     def forget(session: Session) -> dict[str, Any]:
         session.report = None
@@ -230,10 +237,10 @@ def _build_report(editor: Editor) -> None:
 def _check_updates(editor: Editor, session: Any, request: gr.Request) -> Iterator[list[Any]]:
     """Yields what the step shows while the data is looked at, and then of it."""
     session, t = editor.of(session, request), editor.t
-    nothing, quiet = [gr.skip()] * (5 + MAX_FIELDS), [gr.skip()] * (2 + MAX_FIELDS)
+    nothing, quiet = [gr.skip()] * (6 + MAX_FIELDS), [gr.skip()] * (3 + MAX_FIELDS)
     if not data_of(session.content):
         off, none = gr.update(visible=False), message("note", t("new.data_then"), t, role="")
-        yield [session, none, off, off, *[gr.skip()] * (1 + MAX_FIELDS)]
+        yield [session, none, off, off, *[gr.skip()] * (2 + MAX_FIELDS)]
         return
     if session.report is None:
         data, read = session.content.get("data"), -1
@@ -265,6 +272,7 @@ def _check_updates(editor: Editor, session: Any, request: gr.Request) -> Iterato
         gr.update(visible=bool(shapes and session.report.columns)),
         gr.update(choices=names, value=chosen),
         *_dropdowns(editor, session, chosen),
+        data_html.mapped_rows(session.report, session.report.numbers.get("columns", {}), t),
     ]
 
 
@@ -302,15 +310,25 @@ def _skip_bad_rows(session: Session, on: Any) -> dict[str, Any]:
     return with_value(session.content, _DATA + "skip_bad_rows", _SKIPPED_ROWS if on else MISSING)
 
 
-def _map_columns(session: Session, shape: Any, *columns: Any) -> dict[str, Any]:
+def _chosen_columns(session: Session, shape: Any, columns: tuple[Any, ...]) -> dict[str, str]:
     task = task_of_config(session.content)
     fields = dict(task.shapes).get(str(shape), ()) if task else ()
     known = session.report.columns if session.report else []
-    chosen = {
+    return {
         name: str(column)
         for name, column in zip(fields, columns, strict=False)
         if column and column in known
     }
+
+
+def _mapped_rows(editor: Editor, session: Any, shape: Any, *columns: Any) -> str:
+    report = session.report or DataReport()
+    return data_html.mapped_rows(report, _chosen_columns(session, shape, columns), editor.t)
+
+
+def _map_columns(session: Session, shape: Any, *columns: Any) -> dict[str, Any]:
+    task = task_of_config(session.content)
+    chosen = _chosen_columns(session, shape, columns)
     content = session.content
     if task is not None and len(task.shapes) > 1:
         content = with_value(content, _DATA + "shape", str(shape))

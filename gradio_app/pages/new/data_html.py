@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from gradio_app.pages.new import file_format
@@ -16,6 +17,7 @@ from gradio_app.uploads import original_name
 MAX_PROBLEMS = 20
 _MAX_LABELS = 12
 _MAX_LABEL_ROWS = 30
+_MAPPED_ROWS = 3
 
 
 def selected_data(place: str, t: Texts) -> str:
@@ -51,6 +53,30 @@ def report(found: DataReport, t: Texts) -> str:
         problems=[_problem(one, t) for one in found.problems],
         unvalidated=splits.get("train") and not splits.get("validation"),
     )
+
+
+def found_rows(found: DataReport, t: Texts) -> str:
+    """Returns the rows of a search, and in how many its text occurs."""
+    search, rows = found.numbers["search"], found.numbers["first_rows"]
+    known = {"text": search["text"], "rows": t.number(search["rows"])}
+    said = t("data.found", **known) if search["rows"] else t("data.not_found", **known)
+    if len(rows) < search["rows"]:
+        said = t("data.found_more", shown=t.number(len(rows)), **known)
+    return render("data.found_rows", t, text=said, rows=rows)
+
+
+def mapped_rows(found: DataReport, columns: Mapping[str, str], t: Texts) -> str:
+    """Returns the first rows of the file under the names of the fields they are mapped to."""
+    table = found.table
+    shown = {ours: theirs for ours, theirs in columns.items() if theirs}
+    if table is None or not shown or not set(shown.values()) <= set(table.columns):
+        return ""
+    places = [table.columns.index(theirs) for theirs in shown.values()]
+    rows = [
+        (t("new.row", row=number), [row[place] for place in places])
+        for number, row in enumerate(table.rows[:_MAPPED_ROWS], start=1)
+    ]
+    return render("data.mapped", t, names=[t(f"new.field_{name}") for name in shown], rows=rows)
 
 
 def _problem(one: dict[str, Any], t: Texts) -> dict[str, Any]:
