@@ -32,12 +32,14 @@ class TextSpan:
         text: What is shown.
         tokens: Its tokens in the tokenizer's own spelling, if any.
         image: A small copy of the image that it is, as a ``data:`` URL, if it is one.
+        audio: The beginning of the recording that it is, as a ``data:`` URL, if it is one.
     """
 
     trained: bool
     text: str
     tokens: list[str]
     image: str | None = None
+    audio: str | None = None
 
 
 def token_spans(

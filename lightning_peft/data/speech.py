@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,9 +14,9 @@ from transformers import AutoFeatureExtractor
 from transformers.models.auto.feature_extraction_auto import feature_extractor_class_from_name
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
-from lightning_peft.data.audio import Recording, can_resample, decode
+from lightning_peft.data.audio import Recording, can_resample, clip, decode
 from lightning_peft.data.batching import pad_to_longest
-from lightning_peft.data.encoding import IGNORED
+from lightning_peft.data.encoding import IGNORED, TextSpan, token_spans
 from lightning_peft.data.media_source import AudioSource
 from lightning_peft.data.reading import digest_of_rows
 from lightning_peft.data.row_data_module import RowDataModule
@@ -177,6 +178,17 @@ class SpeechData(RowDataModule):
 
     def collator(self) -> Callable[[list[Any]], Any]:
         return SpeechBatch(self.extractor)
+
+    def render_row(self, row: dict[str, Any]) -> list[TextSpan]:
+        """Returns a prepared row as it is shown: recording and transcript."""
+        name = f" {Path(row['path']).name}" if row["path"] else ""
+        shown = f"[recording{name}: {row['seconds']:.1f} seconds]\n"
+        sound = clip(Recording(row["path"], row["content"]).found)
+        labels = row["labels"]
+        return [
+            TextSpan(False, shown, [], audio=sound),
+            *token_spans(self.tokenizer, labels, labels),
+        ]
 
 
 class SpeechBatch:

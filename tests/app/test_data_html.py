@@ -16,11 +16,13 @@ def test_data_is_requested_where_none_is_chosen():
         assert place.rpartition("/")[2] in made
 
 
-def test_images_of_rows_are_shown_and_none_from_an_address():
+def test_images_and_sounds_of_rows_are_shown_and_none_from_an_address():
     inside = "data:image/png;base64,aGk="
     runs = [
         {"trained": False, "text": "[image of 3 x 2 <pixels>]", "image": inside},
         {"trained": False, "text": "[other]", "image": "https://example.org/1.png"},
+        {"trained": False, "text": "[<recording>]", "audio": "data:audio/wav;base64,aGk="},
+        {"trained": False, "text": "[other]", "audio": "https://example.org/1.wav"},
         {"trained": True, "text": "A cat.", "image": None},
     ]
     numbers = {
@@ -32,6 +34,8 @@ def test_images_of_rows_are_shown_and_none_from_an_address():
     made = str(report(DataReport(numbers), Texts("en")))
     shown = f'<img class="row-image" src="{inside}" alt="[image of 3 x 2 &lt;pixels&gt;]">'
     assert made.count("<img") == made.count(shown) == 1
+    sound = 'src="data:audio/wav;base64,aGk=" aria-label="[&lt;recording&gt;]"'
+    assert made.count("<audio") == made.count(sound) == 1
     assert "example.org" not in made
 
 

@@ -146,7 +146,8 @@ def test_a_large_file_is_counted_and_stopped_and_holds_up_no_other(visit, site):
     upload(page, "large.jsonl", lines(rows))
     report = page.locator("#data-report")
     report.get_by_text(re.compile(r"Checking every row: [\d,]+ of about 60,000")).wait_for()
-    # Rows can be seen meanwhile.
+    # Rows can be seen meanwhile, and what the first ones are like.
+    report.get_by_text("Of the first 1,000 rows:").wait_for()
     report.locator("details.rows").get_by_text("What is 7?").wait_for()
     page.get_by_role("button", name="Stop checking").click()
     report.get_by_text("Checking was stopped").wait_for(timeout=10_000)

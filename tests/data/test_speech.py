@@ -1,5 +1,6 @@
 """Recordings and transcripts: what is read, checked, tokenized, and computed for a batch."""
 
+import base64
 import json
 
 import numpy as np
@@ -203,3 +204,18 @@ def test_labels_begin_with_language_and_task(asked, before, folder, make, whispe
 def test_languages_that_the_tokenizer_lacks_are_refused(language, folder, make, whisper):
     with pytest.raises(ConfigError, match=r"has no token <\|"):
         make(folder, processor=whisper, language=language).setup("fit")
+
+
+def test_a_row_is_shown_with_the_beginning_of_its_sound(tmp_path, make):
+    (tmp_path / "long.wav").write_bytes(tone(300, seconds=12))
+    (tmp_path / "rows.csv").write_text("file_name,transcription\nlong.wav,low\n")
+    data = make(tmp_path / "rows.csv", feature_extractor={**HEARD, "chunk_length": 15})
+    recording, transcript = data.render_row(data.read().splits["train"][0])
+    assert recording.text == "[recording long.wav: 12.0 seconds]\n"
+    assert (recording.trained, transcript.trained) == (False, True)
+    assert transcript.text == "<s>low</s>"
+    start = "data:audio/wav;base64,"
+    assert str(recording.audio).startswith(start)
+    sound, rate = audio.decode(base64.b64decode(str(recording.audio).removeprefix(start)))
+    assert (rate, len(sound)) == (8_000, 80_000)
+    assert audio.clip(tone(300, rate=16_000, seconds=0.00007)).startswith(start)

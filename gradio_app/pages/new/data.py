@@ -253,7 +253,7 @@ def _check_updates(editor: Editor, session: Any, request: gr.Request) -> Iterato
                 yield [gr.skip(), data_html.checking(t), gr.update(visible=True), *quiet]
                 first, of = first_rows(place, session.content), count_rows(place)
             elif rows != read:
-                shown = data_html.checking(t, rows, of, first)
+                shown = data_html.checking(t, rows, of, first, session.early_report)
                 yield [gr.skip(), shown, gr.update(visible=True), *quiet]
             read = rows
         if session.report is None:

@@ -11,14 +11,16 @@ from typing import Any
 from gradio_app.errors import UserError
 from gradio_app.pages.error_reporting import as_gradio_error, localized_message
 from gradio_app.pages.new.editor import Editor, Session
-from gradio_app.recipe.content import data_of, value_at
+from gradio_app.recipe.content import data_of, value_at, with_value
 from gradio_app.recipe.edits import base_recipe
 from gradio_app.recipe.model_files import is_cached
-from gradio_app.recipe.preview import DataReport, preview_data
+from gradio_app.recipe.preview import DataReport, local_path, preview_data
 from gradio_app.recipe.validation import validate_content, with_revision
 from lightning_peft.task_registry import task_of_config
 
 _POLL_SECONDS = 0.5
+# Of a file of more bytes, so many rows are looked at and shown before all of them.
+_LARGE_BYTES, EARLY_ROWS = 2_000_000, 1_000
 
 
 def is_offline() -> bool:
@@ -64,6 +66,7 @@ def check_data(editor: Editor, session: Session) -> Iterator[int]:
     if session.report is not None or _data_section(session) != data:
         return
     session.checking, session.stopped, session.rows_read = data, False, 0
+    session.early_report = None
     found: list[DataReport] = []
     thread = threading.Thread(target=lambda: found.append(_check(editor, session, data)))
     thread.start()
@@ -95,11 +98,21 @@ def _check(editor: Editor, session: Session, data: Any) -> DataReport:
     try:
         content = {**base_recipe("sft"), "data": data}
         content = validate_content(content, settings, session.owner)
-        return preview_data(content, editor.studio.worker, settings.space, still_needed, on_rows)
+        given = (editor.studio.worker, settings.space, still_needed, on_rows)
+        if _is_large(content):
+            first = with_value(content, "data.init_args.limit", EARLY_ROWS)
+            session.early_report = preview_data(first, *given)
+        return preview_data(content, *given)
     except UserError as refused:
         return DataReport(refusal=localized_message(refused, t))
     except Exception as error:
         return DataReport(refusal=str(as_gradio_error(error, t).message))
+
+
+def _is_large(content: dict[str, Any]) -> bool:
+    path = local_path(data_of(content))
+    unlimited = value_at(content, "data.init_args.limit", None) is None
+    return unlimited and path.is_file() and path.stat().st_size > _LARGE_BYTES
 
 
 def _data_section(session: Session) -> Any:

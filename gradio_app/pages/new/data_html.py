@@ -30,13 +30,31 @@ def selected_data(place: str, t: Texts) -> str:
     return message("chosen", t("new.data_chosen", name=shown), t)
 
 
-def checking(t: Texts, rows: int = 0, of: int | None = None, first: Table | None = None) -> str:
-    """Returns the progress while the data is checked: rows read, of how many, and the first."""
+def checking(
+    t: Texts,
+    rows: int = 0,
+    of: int | None = None,
+    first: Table | None = None,
+    early: DataReport | None = None,
+) -> str:
+    """Returns the progress while the data is checked: rows read, of how many, and the first.
+
+    ``early`` is what is known of the first rows of a large file.
+    """
     text = t("new.checking")
     if rows:
         known = {"rows": t.number(rows), "of": t.number(max(rows, of or 0))}
         text = t("new.checking_of" if of else "new.checking_rows", **known)
-    return render("data.checking", t, text=text, first=first)
+    numbers = early.numbers if early else {}
+    shown = numbers and {
+        "rows": numbers.get("rows", 0),
+        "facts": _facts(numbers, t),
+        "labels": _labels(numbers, t),
+        "lengths": numbers.get("lengths"),
+        "max_length": numbers.get("max_length", 0),
+        "shown": numbers.get("first_rows"),
+    }
+    return render("data.checking", t, text=text, first=first, early=shown)
 
 
 def report(found: DataReport, t: Texts) -> str:

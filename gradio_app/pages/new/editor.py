@@ -47,6 +47,7 @@ class Session:
         checking: The data that is being looked at; ``None`` if none is.
         stopped: Whether the visitor has stopped that.
         rows_read: How many rows of it have been read.
+        early_report: What is known of the first rows of large data that is being looked at.
         from_draft: Whether it was opened with the draft of the browser.
         undo: Recipe and what it was made of before the task was changed; ``None`` for none.
         starting: Whether a run is being started.
@@ -67,6 +68,7 @@ class Session:
     checking: Any = None
     stopped: bool = False
     rows_read: int = 0
+    early_report: Any = None
     from_draft: bool = False
     undo: Any = None
     starting: bool = False
