@@ -162,13 +162,16 @@ def test_a_visitor_trains_smollm2_on_a_space_of_the_folder_alone(tmp_path, free_
             page = visit(f"http://127.0.0.1:{free_port}", HERS)
             page.get_by_role("button", name="Start the demo").click()
             page.wait_for_url(re.compile(r"/run\?run="))
-            page.get_by_role("status").get_by_text("Finished").wait_for(timeout=30 * 60_000)
+            ended = page.get_by_role("status").get_by_text(re.compile("Finished|Stopped"))
+            ended.first.wait_for(timeout=30 * 60_000)
+            run = folder / "storage/studio/runs" / page.url.partition("run=")[2]
+            if json.loads((run / "status.json").read_text())["state"] == "stopped":
+                pytest.skip("this machine was too busy for the 10 minutes of a Space")
             page.get_by_text("step 24 of 24").wait_for()
-            run = page.url.partition("run=")[2]
         finally:
             process.terminate()
             process.wait(60)
-    base = json.loads((folder / f"storage/studio/runs/{run}/provenance.json").read_text())["base"]
+    base = json.loads((run / "provenance.json").read_text())["base"]
     assert base["model"]["name_or_path"] == str(model)
 
 
