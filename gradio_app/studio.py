@@ -14,6 +14,7 @@ from gradio_app.runs.local import LocalExecutor
 from gradio_app.runs.metadata import LOCAL
 from gradio_app.runs.run_queue import RunQueue
 from gradio_app.runs.store import RunStore
+from gradio_app.runs.summaries import Summaries
 from gradio_app.runs.types import Executor, Run
 from gradio_app.settings import Settings
 from gradio_app.visitors import owner_of
@@ -36,6 +37,7 @@ class Studio:
     Attributes:
         settings: The same.
         store: All runs.
+        summaries: What the list of runs says of each.
         queue: The runs that wait, and the one that is carried out.
         chat: The model that is talked to, if one is loaded.
         exports: What is taken along of runs.
@@ -48,6 +50,7 @@ class Studio:
         for folder in (settings.runs, settings.uploads):
             folder.mkdir(parents=True, exist_ok=True)
         self.store = RunStore(settings, create_executors(settings))
+        self.summaries = Summaries()
         self.queue = RunQueue(settings, self.store)
         self.chat = ChatSessions(settings, self.queue.active)
         self.exports = ExportManager(settings, self.store, self.queue.active)
@@ -63,8 +66,11 @@ class Studio:
         return self.store.get(self.owner(request), run_id)
 
     def start(self, owner: str, recipe: str, name: str) -> Run:
-        """Queues a new run of a recipe. Raises UserError if it cannot wait; then it is not kept."""
-        run = self.store.create(owner, recipe, name)
+        """Queues a new run of a recipe, under a name that no other run of its owner has.
+
+        Raises UserError if it cannot wait; then it is not kept.
+        """
+        run = self.store.create(owner, recipe, self.store.distinct_name(owner, name))
         try:
             self.queue.add(run)
         except UserError:

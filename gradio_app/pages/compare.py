@@ -12,10 +12,8 @@ from gradio_app.compare.recipe_diff import differences
 from gradio_app.compare.results import (
     AXES,
     LOSSES,
-    Outcome,
     compare_answers,
     loss_curve,
-    outcome_of,
     same_validation_rows,
 )
 from gradio_app.compare.selection import MAX_RUNS, RunSelection, parse_ids, select_runs
@@ -28,6 +26,7 @@ from gradio_app.pages.templating import render
 from gradio_app.recipe.fields import BY_PATH
 from gradio_app.runs.formatting import format_bytes, format_duration, format_number, metric
 from gradio_app.runs.metrics import Metrics, MetricsCache
+from gradio_app.runs.outcomes import Outcome, outcome_of
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 

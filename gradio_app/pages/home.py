@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -18,11 +17,11 @@ from gradio_app.pages.components import (
 )
 from gradio_app.pages.layout import heading
 from gradio_app.pages.run_state import percent_done, phase_text, state_badge, time_left
+from gradio_app.pages.run_table import RunTable
 from gradio_app.pages.templating import render
 from gradio_app.recipe.edits import demo_recipe
-from gradio_app.runs.formatting import format_bytes, format_number, time_ago
+from gradio_app.runs.formatting import format_bytes
 from gradio_app.runs.machine import Machine, this_machine
-from gradio_app.runs.summaries import summary_of
 from gradio_app.runs.types import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
@@ -30,7 +29,6 @@ from lightning_peft.compat.gradio import event_data
 from lightning_peft.demo.real_base import absence_of_smollm2
 
 SECONDS = 2.0
-PER_PAGE = 10
 
 
 def build(studio: Studio, t: Texts) -> None:
@@ -39,50 +37,47 @@ def build(studio: Studio, t: Texts) -> None:
     heading(t("home.heading"), t, t(below))
     machine, now = markup(elem_id="machine"), markup(elem_id="running-now")
     _cards(studio, t)
-    lists = markup(elem_id="runs", js_on_load=CLICK_DELEGATE)
-    page, seen = gr.State(1), gr.Textbox(visible=False)
-    outputs = [now, lists, page, seen]
+    line = markup(elem_id="line", js_on_load=CLICK_DELEGATE)
+    table, seen = RunTable(studio, t), gr.Textbox(visible=False)
+    outputs = [now, line, seen]
 
-    def look(number: Any, before: Any, request: gr.Request) -> list[Any]:
-        return _changed(studio, t, studio.owner(request), number, before)
+    def look(request: gr.Request, before: Any, *given: Any) -> list[Any]:
+        owner = studio.owner(request)
+        return [*_changed(studio, t, owner, before), *table.updates(owner, *given)]
 
     def first(request: gr.Request) -> list[Any]:
         lent = studio.settings.limits.minutes if studio.settings.zero_gpu else None
-        return [machine_summary(this_machine(), t, lent), *look(1, "", request)]
+        owner, summary = studio.owner(request), machine_summary(this_machine(), t, lent)
+        return [summary, *_changed(studio, t, owner, ""), *table.updates(owner)]
 
-    def act(number: Any, request: gr.Request, event: gr.EventData) -> list[Any]:
+    def act(request: gr.Request, event: gr.EventData) -> list[Any]:
         owner = studio.owner(request)
-        number = _act(studio, owner, number, event)
-        return _changed(studio, t, owner, number, "")
+        _act(studio, owner, event)
+        return _changed(studio, t, owner, "")
 
-    on_load(first, None, [machine, *outputs])
-    gr.Timer(SECONDS).tick(look, [page, seen], outputs, **timer_options())
-    on_event(t, lists.click, act, page, outputs)
+    shown = [*outputs, *table.outputs]
+    on_load(first, None, [machine, *shown])
+    gr.Timer(SECONDS).tick(look, [seen, *table.inputs], shown, **timer_options())
+    on_event(t, line.click, act, None, outputs)
+    table.bind()
 
 
-def _changed(studio: Studio, t: Texts, owner: str, number: Any, before: Any) -> list[Any]:
+def _changed(studio: Studio, t: Texts, owner: str, before: Any) -> list[Any]:
     """Returns the updates that a browser does not have yet."""
-    runs = studio.store.list(owner)
-    page = RunPage.of(runs, number if isinstance(number, int) else 1)
     line = [(run if run.owner == owner else None) for run in studio.queue.order()]
-    shown = (active_runs(runs, t), run_lists(page, line, t))
-    known, values = changed_updates(shown, before)
-    return [*values, page.number, known]
+    queue = render("home.queue", t, runs=line) if line else ""
+    known, values = changed_updates((active_runs(studio.store.list(owner), t), queue), before)
+    return [*values, known]
 
 
-def _act(studio: Studio, owner: str, number: Any, event: Any) -> Any:
-    """Does what a button of a list asks for, and returns the page to show."""
+def _act(studio: Studio, owner: str, event: Any) -> None:
+    """Does what a button of the queue asks for."""
     data = event_data(event)
     act, run = data.get("act"), str(data.get("run"))
-    if act == "page":
-        return int(run) if run.isdecimal() and len(run) < 6 else 1
-    if act == "delete":
-        studio.store.delete(owner, run)
-    elif act in ("earlier", "later"):
+    if act in ("earlier", "later"):
         studio.queue.move(owner, run, -1 if act == "earlier" else 1)
     elif act == "leave":
         studio.queue.cancel(owner, run)
-    return number
 
 
 def _cards(studio: Studio, t: Texts) -> None:
@@ -104,29 +99,6 @@ def _cards(studio: Studio, t: Texts) -> None:
 
     go = "(url) => { if (url) window.location.href = url; }"
     on_event(t, start.click, begin, None, to).success(None, to, None, js=go)
-
-
-@dataclass(frozen=True)
-class RunPage:
-    """One page of the list of runs.
-
-    Attributes:
-        runs: The runs on it.
-        number: Which page it is, from 1.
-        pages: How many there are.
-    """
-
-    runs: Sequence[Run]
-    number: int
-    pages: int
-
-    @classmethod
-    def of(cls, runs: Sequence[Run], wanted: int) -> RunPage:
-        """Returns a page of the runs that do not wait, the nearest to the one that is wanted."""
-        resting = [run for run in runs if not run.waiting]
-        pages = max(1, -(-len(resting) // PER_PAGE))
-        page = min(max(wanted, 1), pages)
-        return cls(resting[(page - 1) * PER_PAGE : page * PER_PAGE], page, pages)
 
 
 def machine_summary(found: Machine, t: Texts, lent_minutes: float | None = None) -> str:
@@ -158,27 +130,3 @@ def _active_run(run: Run, t: Texts) -> dict[str, Any]:
     if done is not None:
         facts = ", ".join(filter(None, [t("run.percent", percent=done), time_left(run, t)]))
     return {"run": run, "badge": state_badge(run, t), "facts": facts, "percent": done or 0}
-
-
-def run_lists(page: RunPage, line: Sequence[Run | None], t: Texts) -> str:
-    """Returns the queue, in which ``None`` is a run of somebody else, and a page of the runs."""
-    queue = render("home.queue", t, runs=line) if line else ""
-    if not page.runs and line:
-        return queue
-    rows = [_row(run, t) for run in page.runs]
-    return queue + render("home.run_table", t, rows=rows, page=page)
-
-
-def _row(run: Run, t: Texts) -> dict[str, Any]:
-    found = summary_of(run)
-    loss = ""
-    if found.loss is not None:
-        kind = "validation" if found.validated else "training"
-        loss = t(f"home.loss_{kind}", value=format_number(found.loss, t))
-    return {
-        "run": run,
-        "state": state_badge(run, t),
-        "task": " ".join(filter(None, [found.task, found.method])),
-        "loss": loss,
-        "when": time_ago(run.created, t) if run.created else "",
-    }

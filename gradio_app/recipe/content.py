@@ -7,6 +7,7 @@ that class.
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 from lightning_peft.task_registry import TASKS
@@ -14,6 +15,7 @@ from lightning_peft.task_registry import TASKS
 # Distinct from a value that is `null`.
 MISSING: Any = object()
 CALLBACKS = "lightning_peft.tasks"
+_UPLOADED = re.compile(r"^\d{8}-[0-9a-f]{8}-")
 
 
 def class_name(part: object) -> str:
@@ -47,6 +49,12 @@ def value_at(content: Any, path: str, default: Any = MISSING) -> Any:
 def data_of(content: Any) -> str:
     """Returns where the rows of a recipe are; empty if none were chosen."""
     return str(value_at(content, "data.init_args.data", None) or "")
+
+
+def short_name(place: object) -> str:
+    """Returns the last name of where a model or data is; of an upload, that of its file."""
+    name = str(place or "").replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return _UPLOADED.sub("", name).removesuffix(".gguf")
 
 
 def with_value(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]:

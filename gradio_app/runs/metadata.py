@@ -32,6 +32,8 @@ class RunMetadata:
         stop_asked: When it was asked to stop and save since then.
         kill_asked: When it got the request to stop at once since then.
         out_of_time: Whether it was stopped because it took longer than a run may take.
+        tags: Words by which its owner finds it.
+        notes: What its owner writes about it.
     """
 
     owner: str = LOCAL
@@ -46,6 +48,8 @@ class RunMetadata:
     stop_asked: float | None = None
     kill_asked: float | None = None
     out_of_time: bool = False
+    tags: tuple[str, ...] = ()
+    notes: str = ""
 
 
 def parse(text: str) -> RunMetadata:
@@ -55,9 +59,12 @@ def parse(text: str) -> RunMetadata:
         raise ValueError("app.json holds no object")
     known = {field.name for field in fields(RunMetadata)}
     metadata = RunMetadata(**{name: value for name, value in content.items() if name in known})
-    words = (metadata.owner, metadata.name, metadata.command, metadata.where)
+    if not isinstance(metadata.tags, (list, tuple)):
+        raise ValueError("app.json holds values of other kinds")
+    metadata = replace(metadata, tags=tuple(metadata.tags))
+    words = (metadata.owner, metadata.name, metadata.command, metadata.where, metadata.notes)
     times = (metadata.created, metadata.waiting, metadata.from_step, metadata.launched)
-    if not all(isinstance(word, str) for word in words) or not all(
+    if not all(isinstance(word, str) for word in (*words, *metadata.tags)) or not all(
         number is None or isinstance(number, (int, float)) for number in times
     ):
         raise ValueError("app.json holds values of other kinds")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 from gradio_app.errors import UserError
@@ -21,6 +22,8 @@ from lightning_peft.runs.folder import RunFolder
 from lightning_peft.runs.status import Status, write_json
 
 NAME_LENGTH = 80
+MAX_TAGS, TAG_LENGTH = 10, 30
+NOTES_LENGTH = 2_000
 COMMANDS = frozenset({"fit"})
 # A run is said to be launched just before its process is there.
 _LAUNCHING_SECONDS = 3.0
@@ -68,9 +71,22 @@ class RunStore:
         run_metadata.update(folder.path, metadata)
         return self.get(owner, folder.path.name)
 
+    def distinct_name(self, owner: str, name: str) -> str:
+        """Returns a name, with a number if another run of the owner has it."""
+        name, taken = checked_name(name), {run.name for run in self.list(owner)}
+        if name not in taken:
+            return name
+        return next_name(name[: NAME_LENGTH - 5], taken)
+
     def rename(self, owner: str, run_id: str, name: str) -> Run:
         """Gives a run another name; its id stays."""
         return self.update_metadata(self.get(owner, run_id), name=checked_name(name))
+
+    def describe(self, owner: str, run_id: str, name: str, tags: str, notes: str) -> Run:
+        """Gives a run a name, tags separated by commas, and notes; its id stays."""
+        run = self.get(owner, run_id)
+        name, notes = checked_name(name), checked_notes(notes)
+        return self.update_metadata(run, name=name, tags=checked_tags(tags), notes=notes)
 
     def delete(self, owner: str, run_id: str) -> None:
         """Deletes a run and everything it has saved, unless it or an export of it is active."""
@@ -139,6 +155,29 @@ def checked_name(text: object) -> str:
     if not name:
         raise UserError("run.refused_name")
     return name
+
+
+def checked_tags(text: object) -> tuple[str, ...]:
+    """Returns tags that are separated by commas, each once; raises UserError for too many."""
+    words = ("-".join(one.strip().lstrip("#").split()) for one in str(text or "").split(","))
+    shown = ("".join(c for c in redacted(one) if c.isprintable())[:TAG_LENGTH] for one in words)
+    tags = tuple(dict.fromkeys(filter(None, shown)))
+    if len(tags) > MAX_TAGS:
+        raise UserError("run.refused_tags", most=MAX_TAGS)
+    return tags
+
+
+def checked_notes(text: object) -> str:
+    """Returns ``text`` as the notes of a run: lines without what no browser should be sent."""
+    shown = "".join(c for c in str(text or "") if c.isprintable() or c == "\n")
+    return redacted(shown)[:NOTES_LENGTH].strip()
+
+
+def next_name(name: str, taken: Collection[str]) -> str:
+    """Returns the name of a copy: the name with the next number that is not taken."""
+    stem, dash, number = name.rpartition("-")
+    stem = stem if dash and number.isdecimal() and len(number) < 4 else name
+    return next(f"{stem}-{n}" for n in count(2) if f"{stem}-{n}" not in taken)
 
 
 def _derive_status(folder: RunFolder, metadata: RunMetadata, executor: Executor) -> Status:

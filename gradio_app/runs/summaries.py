@@ -2,38 +2,141 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
 import re
 from dataclasses import dataclass
+from typing import Any
 
-from gradio_app.runs.files import number, read_json_object, read_rows
-from gradio_app.runs.loss_increase import validation_losses
+import yaml
+
+from gradio_app.recipe.content import data_of, short_name, value_at
+from gradio_app.recipe.fields import BY_PATH
+from gradio_app.recipe.form import display_value
+from gradio_app.recipe.presets import DEMO_BASE
+from gradio_app.runs.files import read_json_object
+from gradio_app.runs.metrics import Metrics, MetricsCache
+from gradio_app.runs.outcomes import outcome_of
 from gradio_app.runs.types import Run
-from lightning_peft.task_registry import TaskSpec, tasks_of_module
+from lightning_peft.task_registry import TaskSpec, task_of_config, tasks_of_module
 
-# The lists show many runs, and a YAML parser would take much longer.
+KEY_SETTINGS = (
+    "trainer.strategy.init_args.r",
+    "model.init_args.learning_rate",
+    "data.init_args.batch_size",
+    "trainer.accumulate_grad_batches",
+    "trainer.max_epochs",
+    "trainer.max_steps",
+)
 _CLASS_PATH = re.compile(r"class_path:\s*(\S+)")
-_METHOD = re.compile(r"class_path:\s*lightning_peft\.(QLoRA|LoRA)Strategy")
-_TAIL_BYTES = 20_000
+_METHOD = re.compile(r"lightning_peft\.(QLoRA|LoRA)Strategy")
+_MOST_RUNS = 5_000
+# Many runs are listed; written in C it takes a tenth of the time.
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A run in a line; task and method are empty where they are unknown.
+    """A run in a line; texts are empty where they are unknown.
 
-    The loss is the last validation loss, else the last training loss, if there is one.
+    Attributes:
+        task: Name of the task.
+        method: Its method.
+        model: Last name of the base's place, or :data:`DEMO_BASE`.
+        data: Last name of the data's place.
+        settings: Paths and values of :data:`KEY_SETTINGS` in the recipe.
+        metric: What ``best`` is a value of: the task's own, else the training loss.
+        best: The best value after training has begun; of the training loss, the last one.
+        mode: ``"min"`` or ``"max"``, the better value of the metric.
+        seconds: How long it has trained, in all sessions.
+        memory: Peak memory in bytes.
     """
 
-    task: str
-    method: str
-    loss: float | None
-    validated: bool
+    task: str = ""
+    method: str = ""
+    model: str = ""
+    data: str = ""
+    settings: tuple[tuple[str, str], ...] = ()
+    metric: str = ""
+    best: float | None = None
+    mode: str = "min"
+    seconds: float | None = None
+    memory: float | None = None
 
 
-def summary_of(run: Run) -> Summary:
+class Summaries:
+    """Summaries of runs; files are read again only when they have changed."""
+
+    def __init__(self) -> None:
+        self._metrics = MetricsCache()
+        self._known: dict[str, tuple[Any, Summary]] = {}
+
+    def of(self, run: Run) -> Summary:
+        """Returns the summary of a run as it is now."""
+        folder = run.folder
+        files = (folder.recipe, folder.provenance, folder.result, folder.metrics)
+        stamp = (run.status.updated, run.status.started, *map(_stamp, files))
+        known = self._known.get(run.id)
+        if known is None or known[0] != stamp:
+            if len(self._known) >= _MOST_RUNS:
+                self._known.clear()
+            known = self._known[run.id] = (stamp, summarize(run, self._metrics.of(folder.metrics)))
+        return known[1]
+
+
+def _stamp(file: Any) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):
+        found = os.stat(file)
+        return found.st_mtime_ns, found.st_size
+    return None
+
+
+def summarize(run: Run, metrics: Metrics) -> Summary:
     """Returns the summary of a run."""
-    task, method = task_of_run(run), _METHOD.search(run.recipe_text)
-    name = task.class_name if task is not None else ""
-    return Summary(name, method.group(1) if method else "", *_loss(run))
+    content = _content(run)
+    task, outcome = task_of_config(content) or task_of_run(run), outcome_of(run, metrics)
+    name, mode = task.metric if task is not None else ("val_loss", "min")
+    # The base before training is not a result.
+    values = [value for step, value in metrics.curve(name) if step and math.isfinite(value)]
+    if not values and name in outcome.after:
+        values = [outcome.after[name]]
+    best = (min(values) if mode == "min" else max(values)) if values else None
+    if best is None:
+        name, mode = "train_loss", "min"
+        best = next((value for _, value in reversed(metrics.curve(name))), None)
+    model = str(value_at(content, "model.init_args.model", None) or "")
+    method = _METHOD.fullmatch(str(value_at(content, "trainer.strategy.class_path", "")))
+    return Summary(
+        task=task.name if task is not None else "",
+        method=method.group(1) if method else "",
+        model=model if model == DEMO_BASE else short_name(model),
+        data=short_name(data_of(content)),
+        settings=_settings(content),
+        metric=name,
+        best=best,
+        mode=mode,
+        seconds=outcome.seconds,
+        memory=outcome.memory,
+    )
+
+
+def _content(run: Run) -> dict[str, Any]:
+    try:
+        found = yaml.load(run.redactor.portable(run.recipe_text), Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _settings(content: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    given = [(path, value_at(content, path, None)) for path in KEY_SETTINGS]
+    # -1 and an empty text stand for values that are not set.
+    return tuple(
+        (path, str(display_value(BY_PATH[path], content)))
+        for path, value in given
+        if isinstance(value, (int, float, str)) and value not in (-1, "")
+    )
 
 
 def task_of_run(run: Run) -> TaskSpec | None:
@@ -44,15 +147,3 @@ def task_of_run(run: Run) -> TaskSpec | None:
     recorded = read_json_object(run.folder.provenance).get("task")
     paths = [recorded] if isinstance(recorded, str) else _CLASS_PATH.findall(run.recipe_text)
     return next((spec for path in paths for spec in tasks_of_module(path)), None)
-
-
-def _loss(run: Run) -> tuple[float | None, bool]:
-    after = validation_losses(run)[1]
-    if after is not None:
-        return after, True
-    rows = list(read_rows(run.folder.metrics, _TAIL_BYTES))
-    for name in ("val_loss", "train_loss"):
-        values = [value for row in rows if (value := number(row.get(name))) is not None]
-        if values:
-            return values[-1], name == "val_loss"
-    return None, False

@@ -30,7 +30,7 @@ from gradio_app.chat.prompts import (
 from gradio_app.chat.sessions import AnswerChunk, ChatSessions, Timeouts
 from gradio_app.errors import UserError
 from gradio_app.runs.store import RunStore
-from gradio_app.runs.summaries import summary_of
+from gradio_app.runs.summaries import task_of_run
 from gradio_app.runs.types import Run
 from gradio_app.settings import Settings
 from gradio_app.texts import LANGUAGES, Texts
@@ -332,9 +332,10 @@ def test_a_run_whose_task_cannot_talk_is_refused(speak, store):
     run.folder.recipe.write_text(
         f"{callback}model:\n  class_path: lightning_peft.tasks.RewardModel\n"
     )
-    assert command.unsupported_task(run) == summary_of(run).task == "RewardModel"
+    assert command.unsupported_task(run) == task_of_run(run).class_name == "RewardModel"
     run.folder.recipe.write_text(f"{callback}model:\n  class_path: mine.RewardModel\n")
-    assert command.unsupported_task(run) == summary_of(run).task == ""
+    assert command.unsupported_task(run) == ""
+    assert task_of_run(run) is None
 
 
 def test_visitors_take_turns(speak, store):

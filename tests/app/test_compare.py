@@ -8,10 +8,11 @@ import sys
 import pytest
 
 from gradio_app.compare.recipe_diff import differences
-from gradio_app.compare.results import compare_answers, loss_curve, outcome_of, same_validation_rows
+from gradio_app.compare.results import compare_answers, loss_curve, same_validation_rows
 from gradio_app.compare.selection import MAX_RUNS, parse_ids, select_runs
 from gradio_app.pages import compare
 from gradio_app.runs.metrics import Metrics
+from gradio_app.runs.outcomes import outcome_of
 from gradio_app.runs.store import RunStore
 from gradio_app.texts import Texts
 from tests.app.browsing import PHONE, assert_readable, screenshot, violations

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 
 import pytest
 import yaml
 
-from gradio_app.pages import home
+from gradio_app.pages import home, run_table
 from gradio_app.pages.templating import render
 from gradio_app.recipe import edits
 from gradio_app.recipe.edits import demo_recipe
 from gradio_app.runs.formatting import format_bytes
+from gradio_app.runs.listing import Query, list_runs
 from gradio_app.runs.machine import Machine
 from gradio_app.runs.store import RunStore
+from gradio_app.runs.summaries import Summaries
 from gradio_app.texts import LANGUAGES, Texts
 from lightning_peft.demo.real_base import SMOLLM2_PLACE, absence_of_smollm2
-from tests.app.browsing import PHONE, assert_readable, screenshot, violations
+from lightning_peft.runs.status import Status, write_json
+from tests.app.browsing import DESKTOP, PHONE, assert_readable, not_german, screenshot, violations
 from tests.app.runs import queued, recipe, settings
 
 HOSTILE = '<img src=x onerror="window.hacked=1">'
@@ -44,8 +48,9 @@ def test_from_the_card_to_the_end_of_the_run_and_back(site, store, visit):
     page.get_by_role("link", name="Runs", exact=True).click()
     row = page.get_by_role("row", name="Two-minute demo")
     row.get_by_text("Finished").wait_for()
-    assert row.get_by_text("CausalLM QLoRA").is_visible()
-    assert row.get_by_text("0.7634").is_visible()
+    for shown in ("QLoRA", "Chat and instructions", "0.7634", "Validation loss", "991 MB"):
+        assert row.get_by_text(shown, exact=True).is_visible(), shown
+    assert row.get_by_text(re.compile("^Rank 16, Learning rate ")).is_visible()
     (run,) = store.list("local")
     row.get_by_role("button", name="Delete Two-minute demo").click()
     # The question names the run and its size, and stays while the list is sent again.
@@ -98,6 +103,129 @@ def test_the_line_is_put_in_order_and_left(site, store, visit):
     assert store.get("local", first.id).can_resume
 
 
+def finished(store, name, seconds, loss, metric="val_loss"):
+    """Returns a run that is over, with a recipe of the form's settings."""
+    content = {
+        "model": {"class_path": "lightning_peft.tasks.CausalLM", "init_args": {"model": "a/Tiny"}},
+        "data": {"init_args": {"data": f"{name}.jsonl", "batch_size": 4}},
+        "trainer": {
+            "strategy": {"class_path": "lightning_peft.LoRAStrategy", "init_args": {"r": 8}}
+        },
+    }
+    run = store.create("local", yaml.safe_dump(content), name)
+    rows = [{"step": 0, metric: 0.1}, {"step": 5, metric: loss}, {"step": 9, metric: loss + 1}]
+    for row in rows:
+        run.folder.append(run.folder.metrics, row)
+    run.folder.write(
+        run.folder.result, {"seconds": seconds, "peak_memory": {"process_bytes": 10**9}}
+    )
+    write_json(run.folder.status_file, asdict(Status(state="finished", started=1.0, updated=2.0)))
+    return store.update_metadata(run, launched=0.0)
+
+
+def test_runs_are_searched_sorted_named_and_tagged(serve, visit):
+    site = serve(trainer="fake")
+    store = RunStore(settings(site.folder))
+    runs = [
+        finished(store, name, *facts) for name, *facts in (("bees", 90, 2.5), ("Ants", 30, 0.5))
+    ]
+    stopped = store.create("local", recipe(), "cats")
+    store.update_metadata(stopped, launched=0.0, kill_asked=1.0)
+    page = visit(site.url)
+    names = page.locator("table.runs tbody th a")
+    page.get_by_role("row", name="bees").get_by_text("Rank 8, Batch size 4").wait_for()
+    assert names.all_inner_texts() == ["cats", "Ants", "bees"]
+    for column, wanted in (
+        ("Name", ["Ants", "bees", "cats"]),
+        ("Best", ["Ants", "bees", "cats"]),
+        ("Time", ["Ants", "bees", "cats"]),
+    ):
+        page.get_by_role("button", name=column, exact=True).click()
+        page.get_by_role("columnheader", name=column).locator("[aria-hidden]").wait_for()
+        assert names.all_inner_texts() == wanted, column
+    page.get_by_role("button", name="Time").click()
+    page.locator("th[aria-sort=descending]").wait_for()
+    # Without a time it is the last one either way.
+    assert names.all_inner_texts() == ["bees", "Ants", "cats"]
+    page.wait_for_function("document.activeElement.dataset.run === 'time'")
+    page.get_by_role("row", name="bees").get_by_role("button", name="Edit bees").click()
+    page.wait_for_function("document.activeElement.value === 'bees'")
+    page.get_by_label("Name", exact=True).fill("Bees, rank 8")
+    page.get_by_label("Tags").fill("good run, base,good run")
+    page.get_by_label("Notes").fill(f"{HOSTILE}\nsecond line")
+    page.get_by_role("button", name="Save", exact=True).click()
+    row = page.get_by_role("row", name="Bees, rank 8")
+    row.get_by_text(HOSTILE).wait_for()
+    kept = store.get("local", runs[0].id).metadata
+    assert (kept.name, kept.tags) == ("Bees, rank 8", ("good-run", "base"))
+    assert kept.notes == f"{HOSTILE}\nsecond line"
+    assert page.evaluate("window.hacked") is None
+    row.get_by_role("button", name="#good-run").click()
+    page.get_by_role("link", name="Ants").wait_for(state="hidden")
+    assert names.all_inner_texts() == ["Bees, rank 8"]
+    assert page.get_by_label("Search").input_value() == "#good-run"
+    page.get_by_label("Search").fill("tiny ants.jsonl")
+    page.get_by_role("link", name="Ants").wait_for()
+    assert names.all_inner_texts() == ["Ants"]
+    page.get_by_label("Search").fill("nothing of this")
+    page.get_by_text("No run matches the search.").wait_for()
+    page.get_by_label("Search").fill("")
+    page.get_by_role("link", name="Ants").wait_for()
+    page.get_by_label("Show", exact=True).click()
+    page.get_by_role("option", name="Stopped").click()
+    page.get_by_role("link", name="Ants").wait_for(state="hidden")
+    assert names.all_inner_texts() == ["cats"]
+    page.goto(f"{site.url}/de?__theme=dark")
+    page.get_by_role("link", name="Ants").wait_for()
+    assert_readable(page)
+    assert not_german(page, "table.runs tbody th") == []
+    scroll = "document.querySelector('#runs-title').scrollIntoView()"
+    page.evaluate(scroll)
+    screenshot(page, "home-runs-dark")
+    page.set_viewport_size(PHONE)
+    assert_readable(page)
+    page.evaluate(scroll)
+    screenshot(page, "home-runs-phone-dark")
+    page.set_viewport_size(DESKTOP)
+    page.goto(site.url)
+    page.get_by_role("link", name="Ants").wait_for()
+    assert violations(page) == []
+    page.evaluate(scroll)
+    screenshot(page, "home-runs")
+
+
+def test_what_a_run_is_best_at_and_what_it_is_sorted_by(tmp_path):
+    store, summaries = RunStore(settings(tmp_path)), Summaries()
+    low, high = finished(store, "low", 5, 0.25), finished(store, "high", 50, 0.75)
+    found = summaries.of(low)
+    assert (found.model, found.data, found.method, found.task) == (
+        "Tiny",
+        "low.jsonl",
+        "LoRA",
+        "sft",
+    )
+    # The value before training, 0.1, is not one of the run.
+    assert (found.metric, found.best, found.seconds, found.memory) == ("val_loss", 0.25, 5, 10**9)
+    assert found.settings == (
+        ("trainer.strategy.init_args.r", "8"),
+        ("data.init_args.batch_size", "4"),
+    )
+    low.folder.append(low.folder.metrics, {"step": 12, "val_loss": 0.125})
+    assert summaries.of(low).best == 0.125
+    images = "model: {class_path: lightning_peft.tasks.ImageClassifier}\n"
+    for run, accuracy in ((low, 0.5), (high, 0.875)):
+        run.folder.recipe.write_text(images)
+        for step in (0, 3):
+            row = {"step": 20 + step, "val_accuracy": accuracy - step / 100}
+            run.folder.append(run.folder.metrics, row)
+    assert (summaries.of(high).metric, summaries.of(high).best) == ("val_accuracy", 0.875)
+    query = Query().sorted_by("best")
+    for asked, wanted in ((query, ["high", "low"]), (query.sorted_by("best"), ["low", "high"])):
+        shown = list_runs(store.list("local"), summaries, asked)
+        assert [run.name for run, _ in shown.rows] == wanted
+    assert query.sorted_by("owner") == query
+
+
 def test_other_languages_phones_and_the_dark(site, store, visit):
     store.create("local", recipe(), "a name that is so long that it has to be broken into lines")
     page = visit(f"{site.url}/de?__theme=dark", viewport=PHONE)
@@ -145,12 +273,17 @@ def test_what_is_said_of_machines(language):
 
 
 def test_the_list_comes_in_pages(tmp_path):
-    store = RunStore(settings(tmp_path))
+    store, summaries, t = RunStore(settings(tmp_path)), Summaries(), Texts()
     for place in range(23):
         store.create("local", recipe(), f"run {place}")
-    runs, t = store.list("local"), Texts()
-    assert [len(home.RunPage.of(runs, page).runs) for page in (1, 2, 3)] == [10, 10, 3]
-    assert home.RunPage.of(runs, 99).number == 3
-    assert home.RunPage.of(runs, -1).number == 1
-    assert "Page 2 of 3" in home.run_lists(home.RunPage.of(runs, 2), [], t)
-    assert "Someone else" in home.run_lists(home.RunPage.of([], 1), [None], t)
+    runs = store.list("local")
+    pages = [list_runs(runs, summaries, Query(page=page)) for page in (1, 2, 3, 99, -1)]
+    assert [(len(one.rows), one.page) for one in pages] == [
+        (10, 1),
+        (10, 2),
+        (3, 3),
+        (3, 3),
+        (10, 1),
+    ]
+    assert "Page 2 of 3" in run_table.run_table(pages[1], t)
+    assert "Someone else" in render("home.queue", t, runs=[None])

@@ -10,12 +10,12 @@ from html import unescape
 
 import pytest
 
-from gradio_app.compare.results import outcome_of
 from gradio_app.pages.plot import Axis, Series, linear, logarithmic, plot
 from gradio_app.pages.run import live_html
 from gradio_app.pages.run_state import phase_progress, time_left
 from gradio_app.runs.loss_increase import find_loss_increase, finished_worse
 from gradio_app.runs.metrics import Metrics
+from gradio_app.runs.outcomes import outcome_of
 from gradio_app.runs.store import RunStore
 from gradio_app.texts import Texts
 from tests.app.runs import recipe, settings

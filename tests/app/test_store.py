@@ -56,6 +56,7 @@ def test_what_belongs_to_others_is_refused_like_what_does_not_exist(store):
     asks = {
         "get": lambda: store.get("v-two", run.id),
         "delete": lambda: store.delete("v-two", run.id),
+        "describe": lambda: store.describe("v-two", run.id, "yours", "a", "b"),
         "rename": lambda: store.rename("v-two", run.id, "yours"),
         "mark": lambda: store.mark_stopped("v-two", run.id),
     }
@@ -145,6 +146,27 @@ def test_names_are_one_line_without_secrets():
     assert "hf_" not in checked_name("hf_abcdefghijk")
     with pytest.raises(UserError):
         checked_name(" \n ")
+
+
+def test_names_of_new_runs_tags_and_notes(store):
+    assert store.distinct_name("local", "demo") == "demo"
+    first = store.create("local", recipe(), "demo")
+    second = store.create("local", recipe(), store.distinct_name("local", "demo"))
+    assert (second.name, store.distinct_name("local", "demo")) == ("demo-2", "demo-3")
+    assert store.distinct_name("v-one", "demo") == "demo"
+    long = store.create("local", recipe(), "x" * 80)
+    assert store.distinct_name("local", long.name) == "x" * 75 + "-2"
+    tags = " #Good  run, base ,,base, hf_abcdefghijk, \u202e"
+    kept = store.describe("local", first.id, "demo", tags, "one\r\ntwo\x00 hf_abcdefghijk").metadata
+    assert kept.tags == ("Good-run", "base", "[hidden]")
+    assert kept.notes == "one\ntwo [hidden]"
+    assert RunStore(store.settings).get("local", first.id).metadata == kept
+    with pytest.raises(UserError) as refusal:
+        store.describe("local", first.id, "demo", ",".join(map(str, range(11))), "")
+    assert refusal.value.key == "run.refused_tags"
+    for text in ('{"tags": 3}', '{"tags": [3]}', '{"notes": []}'):
+        (second.folder.path / "app.json").write_text(text)
+        assert [run.id for run in store.list("local")] == [long.id, first.id]
 
 
 def test_checkpoints_are_those_with_adapters_the_best_first(store):

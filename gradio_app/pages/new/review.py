@@ -20,7 +20,7 @@ from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.pages.new.starting_point import validate_pasted
 from gradio_app.pages.templating import message, render
 from gradio_app.recipe.commands import FILE, command_line, python_code
-from gradio_app.recipe.content import data_of, value_at
+from gradio_app.recipe.content import data_of, short_name, value_at
 from gradio_app.recipe.edits import limit_steps
 from gradio_app.recipe.fields import BY_PATH
 from gradio_app.recipe.form import format_value, method_of
@@ -221,10 +221,8 @@ def _data_error(report: DataReport) -> UserError:
 
 def _default_title(content: dict[str, Any]) -> str:
     """Returns the default name of a run: data and model."""
-    data = data_of(content).rpartition("/")[2]
-    model = str(value_at(content, "model.init_args.model", "")).rpartition("/")[2]
-    words = data.split("-")
-    data = "-".join(words[2:]) if len(words) > 2 and words[0].isdigit() else data
+    data = short_name(data_of(content))
+    model = short_name(value_at(content, "model.init_args.model", ""))
     return shortened(f"{data.partition('.')[0]} {model}", 80) or "run"
 
 

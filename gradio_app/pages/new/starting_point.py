@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from gradio_app.recipe.content import MISSING, value_at, with_value
 from gradio_app.recipe.edits import base_recipe, load_recipe, recipe_of_run, with_method, with_task
 from gradio_app.recipe.validation import validate_content
 from gradio_app.recipe.yaml_text import MAX_CHARACTERS, parse_yaml
+from gradio_app.runs.store import next_name
 from gradio_app.texts import Texts
 from lightning_peft.recipe_files import recipe_files
 from lightning_peft.task_registry import TASKS, task_of_config
@@ -97,13 +96,6 @@ def _requested_recipe(
     else:
         return session.content
     return require_known_task(content)
-
-
-def next_name(name: str, taken: Collection[str]) -> str:
-    """Returns the name of a copy: the name with the next number that is not taken."""
-    stem, dash, number = name.rpartition("-")
-    stem = stem if dash and number.isdecimal() and len(number) < 4 else name
-    return next(f"{stem}-{n}" for n in count(2) if f"{stem}-{n}" not in taken)
 
 
 def copied_from(session: Session, t: Texts) -> str:
