@@ -14,6 +14,16 @@ MAX_TEXT = 20_000
 MAX_TURNS = 60
 MAX_NEW_TOKENS = 1_024
 MAX_TEMPERATURE = 2.0
+MAX_TOP_K = 1_000
+MAX_REPETITION_PENALTY = 5.0
+# Stop texts, and the longest of them.
+MAX_STOP, MAX_STOP_LENGTH = 8, 100
+# What is set at a click: temperature, top-p, top-k and repetition penalty.
+PRESETS: dict[str, tuple[float, float, int, float]] = {
+    "greedy": (0.0, 1.0, 0, 1.0),
+    "balanced": (0.7, 0.9, 0, 1.0),
+    "creative": (1.0, 0.95, 50, 1.05),
+}
 
 
 @dataclass(frozen=True)
@@ -24,20 +34,43 @@ class Sampling:
     top_p: float = 1.0
     max_new_tokens: int = 128
     seed: int = 0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the fields of a request."""
         return asdict(self)
 
 
-def validate_sampling(temperature: Any, top_p: Any, tokens: Any, seed: Any) -> Sampling:
+def validate_sampling(
+    temperature: Any,
+    top_p: Any,
+    tokens: Any,
+    seed: Any,
+    top_k: Any = 0,
+    repetition: Any = 1.0,
+    stop: Any = "",
+) -> Sampling:
     """Returns the settings that a visitor has chosen; raises UserError if one is out of range."""
     return Sampling(
         temperature=_number("temperature", temperature, 0, MAX_TEMPERATURE),
         top_p=_number("top_p", top_p, 0.01, 1),
         max_new_tokens=int(_number("length", tokens, 1, MAX_NEW_TOKENS)),
         seed=int(_number("seed", seed, 0, 2**53)),
+        top_k=int(_number("top_k", top_k, 0, MAX_TOP_K)),
+        repetition_penalty=_number("repetition", repetition, 0.1, MAX_REPETITION_PENALTY),
+        stop=_stop_texts(stop),
     )
+
+
+def _stop_texts(text: Any) -> tuple[str, ...]:
+    """Returns the texts, one a line; backslash and n stand for a line break."""
+    lines = text.splitlines() if isinstance(text, str) else []
+    found = tuple(line.replace("\\n", "\n") for line in lines if line.strip())
+    if len(found) > MAX_STOP or any(len(one) > MAX_STOP_LENGTH for one in found):
+        raise UserError("playground.refused_stop", most=MAX_STOP, longest=MAX_STOP_LENGTH)
+    return found
 
 
 def _number(name: str, value: Any, least: float, most: float) -> float:

@@ -10,10 +10,12 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import StoppingCriteriaList
 
 from lightning_peft import engine
 from lightning_peft.chat.images import images_of, with_marks, with_tokens
+from lightning_peft.chat.sampling import Sampling
+from lightning_peft.chat.streaming import AnswerStreamer, StopRequested, StopTexts
 from lightning_peft.data.end_tokens import end_tokens
 from lightning_peft.data.image_templates import ImageRendering, image_template
 from lightning_peft.data.image_tokens import ImageTokens
@@ -28,21 +30,6 @@ from lightning_peft.generation import continuations, generate, kept_ready
 Messages = Sequence[dict[str, Any]]
 # Nothing that a template would say itself.
 _MARK = "question7240"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        max_new_tokens: Most tokens of an answer.
-        temperature: 0 always takes the likeliest token.
-        top_p: Share of the probability from which is drawn.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
 
 
 @dataclass
@@ -231,18 +218,21 @@ class ChatModel:
             ConfigError: If even the last turn is too long for the model.
         """
         kept, ids, dropped, room = self._fit_context(messages)
-        streamer = _TextStreamer(self.loaded.tokenizer, write)
+        tokenizer, texts = self.loaded.tokenizer, self.sampling.stop
+        streamer = AnswerStreamer(tokenizer, write, texts)
+        stop_texts = StopTexts(tokenizer, texts, ids.shape[1])
         options = self._options() | {
             "max_new_tokens": min(self.sampling.max_new_tokens, room),
             "streamer": streamer,
-            "stopping_criteria": StoppingCriteriaList([_StopRequested(stop)]),
+            "stopping_criteria": StoppingCriteriaList([StopRequested(stop), stop_texts]),
         }
         with self.activated() as model:
             out = generate(model, self._inputs_of(kept, ids), **options)
         new = out[0, ids.shape[1] :].tolist()
-        ended = bool(new) and new[-1] in options["eos_token_id"]
+        by_token = bool(new) and new[-1] in options["eos_token_id"]
+        ended = by_token or stop_texts.found
         stopped = not ended and stop()
-        return Answer(streamer.text.strip(), len(new) - ended, ended, dropped, stopped)
+        return Answer(streamer.text.strip(), len(new) - by_token, ended, dropped, stopped)
 
     def answers(
         self, conversations: Sequence[Messages], stop: Callable[[], bool] = lambda: False
@@ -256,14 +246,16 @@ class ChatModel:
         Raises:
             ConfigError: If even the last turn of one is too long for the model.
         """
-        if any(map(images_of, conversations)):
+        # Padding would be penalized as part of the prompt; each ends at texts of its own.
+        alone = self.sampling.repetition_penalty != 1 or bool(self.sampling.stop)
+        if alone or any(map(images_of, conversations)):
             return [self.answer(messages, stop=stop) for messages in conversations]
         options, longest = self._options(), self.sampling.max_new_tokens
         fitted = [self._fit_context(messages) for messages in conversations]
         # The others would be cut at lengths of their own.
         roomy = [place for place, (*_, room) in enumerate(fitted) if room >= longest]
         prompts = [fitted[place][1][0].tolist() for place in roomy]
-        options["stopping_criteria"] = StoppingCriteriaList([_StopRequested(stop)])
+        options["stopping_criteria"] = StoppingCriteriaList([StopRequested(stop)])
         with self.activated() as model:
             found = continuations(
                 model, prompts, options.pop("pad_token_id"), max_new_tokens=longest, **options
@@ -282,12 +274,8 @@ class ChatModel:
         """Returns how tokens are chosen, and what ends an answer."""
         ends = _end_tokens(self.loaded.model, self.loaded.tokenizer)
         filler = self.loaded.tokenizer.pad_token_id
-        drawing = self.sampling.temperature > 0
         return {
-            "do_sample": drawing,
-            "temperature": self.sampling.temperature if drawing else None,
-            "top_p": self.sampling.top_p if drawing else None,
-            "top_k": None,
+            **self.sampling.options(),
             "eos_token_id": ends,
             "pad_token_id": ends[0] if filler is None else filler,
         }
@@ -344,28 +332,3 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
             "answer would end. Set eos_token_id in its generation_config.json."
         )
     return tokens
-
-
-class _TextStreamer(TextStreamer):
-    """Hands finished pieces of text to a function."""
-
-    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.write, self.text = write, ""
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Takes one piece."""
-        self.text += text
-        if text:
-            self.write(text)
-
-
-class _StopRequested(StoppingCriteria):
-    """Ends a generation when a function says so."""
-
-    def __init__(self, stop: Callable[[], bool]) -> None:
-        self.stop = stop
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        """Says for each row, ``(rows,)``, whether it ends."""
-        return torch.full((input_ids.shape[0],), self.stop(), device=input_ids.device)

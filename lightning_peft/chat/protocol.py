@@ -12,6 +12,7 @@ from importlib import import_module
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TextIO
 
+from lightning_peft.chat.sampling import NAMES, broken_rules, is_whole
 from lightning_peft.errors import ConfigError, LightningPeftError, similar_names
 from lightning_peft.json_equality import json_object
 
@@ -22,10 +23,8 @@ SendReply = Callable[[str], None]
 ROLES = ("system", "user", "assistant", "tool")
 FIELDS = (
     *("id", "adapter", "messages", "tools", "chat_template_kwargs", "rows", "adapters"),
-    *("max_new_tokens", "temperature", "top_p", "seed"),
+    *(*NAMES, "seed"),
 )
-# Of a request, how tokens are chosen.
-SAMPLING = ("max_new_tokens", "temperature", "top_p")
 # Of a turn, besides its role and content.
 TURN_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
 # A program that waits for a model wants to know that it is still being loaded.
@@ -126,7 +125,9 @@ class Server:
         chat_model.switch(row.get("adapter", self._first))
         import_module("torch").manual_seed(row.get("seed", self._seed))
         before = chat_model.sampling, chat_model.tools, chat_model.variables_override
-        options = {name: row[name] for name in SAMPLING if name in row}
+        options = {name: row[name] for name in NAMES if name in row}
+        if "stop" in options:
+            options["stop"] = tuple(options["stop"])
         chat_model.sampling = replace(chat_model.sampling, **options)
         inputs = import_module("lightning_peft.chat.template_inputs")
         try:
@@ -303,20 +304,7 @@ def _problems_of_messages(messages: Any) -> Iterator[str]:
 
 
 def _problems_of_numbers(row: Mapping[str, Any]) -> Iterator[str]:
-    rules: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
-        ("max_new_tokens", "a whole number, 1 at least", lambda n: _whole(n) and n >= 1),
-        ("temperature", "0 or more", lambda n: _number(n) and 0 <= n < float("inf")),
-        ("top_p", "more than 0, and at most 1", lambda n: _number(n) and 0 < n <= 1),
-        ("seed", "a whole number from 0 to 2**63 - 1", lambda n: _whole(n) and 0 <= n < 1 << 63),
-    )
-    for name, rule, holds in rules:
-        if name in row and not holds(row[name]):
-            yield f"{name}={row[name]!r}: {rule}"
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    broken = broken_rules(row)
+    if "seed" in row and not (is_whole(row["seed"]) and 0 <= row["seed"] < 1 << 63):
+        broken["seed"] = "a whole number from 0 to 2**63 - 1"
+    yield from (f"{name}={row[name]!r}: {rule}" for name, rule in broken.items())

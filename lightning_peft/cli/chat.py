@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from lightning_peft.chat.sampling import NAMES, Sampling, broken_rules
 from lightning_peft.cli.merge import add_base_options
 from lightning_peft.cli.options import OptionParser, command_parser
 from lightning_peft.cli.output import quiet_libraries, to_stderr
@@ -97,30 +98,47 @@ def _parser() -> OptionParser:
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="sampling temperature; 0 = greedy"
     )
-    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-p", type=float, default=1.0, help="share that is drawn from")
+    parser.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="tokens that are drawn from; 0 = all"
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="for tokens that are there already; 1 = none",
+    )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="text before which an answer ends; repeatable",
+    )
     parser.add_argument("--seed", type=int, default=0, help="random seed for sampling")
     return parser
 
 
 def load_chat_model(
-    args: argparse.Namespace,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    progress: Callable[[str], None] = lambda what: None,
+    args: argparse.Namespace, progress: Callable[[str], None] = lambda what: None
 ) -> Any:
     """Returns the model that the options of :func:`add_model_options` describe.
+
+    Those of sampling that a command does not have are as by default.
 
     Raises:
         ConfigError: If options contradict each other, or nothing says what the base is.
     """
-    _check_options(args, temperature, top_p)
+    values = {name: getattr(args, name) for name in NAMES if hasattr(args, name)}
+    _check_options(args, values)
     progress("loading the libraries")
     from lightning_peft.chat.template_inputs import read_tools_file, read_variables
 
     tools = read_tools_file(args.tools)
     variables = read_variables(args.chat_template_kwargs)
     quiet_libraries()
-    from lightning_peft.chat.chat_model import ChatModel, Sampling
+    from lightning_peft.chat.chat_model import ChatModel
     from lightning_peft.chat.images import find_images, note_of_processor
 
     progress("finding the base")
@@ -140,7 +158,7 @@ def load_chat_model(
         loaded,
         adapters,
         args.chat_template,
-        Sampling(args.max_new_tokens, temperature, top_p),
+        Sampling(**{**values, "stop": tuple(values.get("stop", ()))}),
         variables_override=variables,
         tools=tools,
         images=images,
@@ -207,14 +225,11 @@ def load_model(
     return loaded
 
 
-def _check_options(args: argparse.Namespace, temperature: float, top_p: float) -> None:
-    problems = []
-    if args.max_new_tokens < 1:
-        problems.append(f"--max-new-tokens {args.max_new_tokens}: at least 1")
-    if temperature < 0:
-        problems.append(f"--temperature {temperature}: 0 or more")
-    if not 0 < top_p <= 1:
-        problems.append(f"--top-p {top_p}: more than 0, and at most 1")
+def _check_options(args: argparse.Namespace, values: dict[str, Any]) -> None:
+    problems = [
+        f"--{name.replace('_', '-')} {values[name]}: {rule}"
+        for name, rule in broken_rules(values).items()
+    ]
     if not args.adapters and not args.base:
         problems.append("neither an ADAPTER nor --base is given")
     if problems:
@@ -226,7 +241,7 @@ def _load(args: argparse.Namespace) -> Conversation:
 
     from lightning_peft.chat.conversation import Conversation
 
-    chat_model = load_chat_model(args, args.temperature, args.top_p)
+    chat_model = load_chat_model(args)
     manual_seed(args.seed)
     conversation: Conversation = Conversation(chat_model, args.system)
     for path in args.image:
@@ -240,7 +255,7 @@ def _serve(args: argparse.Namespace) -> int:
     out = sys.stdout
 
     def make(progress: Callable[[str], None]) -> Any:
-        return load_chat_model(args, args.temperature, args.top_p, progress)
+        return load_chat_model(args, progress)
 
     # A byte that is not UTF-8 makes a bad request, and no end.
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]

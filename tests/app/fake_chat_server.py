@@ -48,7 +48,7 @@ def main(words: list[str]) -> None:
     def read() -> None:
         for line in sys.stdin:
             row = json.loads(line)
-            if "stop" in row:
+            if set(row) == {"stop"}:
                 stopped.add(row["stop"])
             else:
                 rows.put(row)

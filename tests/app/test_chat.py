@@ -29,6 +29,7 @@ from gradio_app.chat.prompts import (
 )
 from gradio_app.chat.sessions import AnswerChunk, ChatSessions, Timeouts
 from gradio_app.errors import UserError
+from gradio_app.pages.run.conversation import Conversation, without_last
 from gradio_app.runs.store import RunStore
 from gradio_app.runs.summaries import task_of_run
 from gradio_app.runs.types import Run
@@ -380,6 +381,10 @@ def test_it_is_ended_when_it_is_not_used_and_with_the_server(speak, store):
         ((0, 1, 10**6, 0), "length"),
         ((0, 1, 10, -1), "seed"),
         ((0, 1, 10, True), "seed"),
+        ((0, 1, 10, 0, -1), "top_k"),
+        ((0, 1, 10, 0, 0, 0), "repetition"),
+        ((0, 1, 10, 0, 0, 1, "a\n" * 9), "stop"),
+        ((0, 1, 10, 0, 0, 1, "a" * 101), "stop"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(values, key):
@@ -389,6 +394,14 @@ def test_settings_that_cannot_be_are_refused(values, key):
 
 def test_questions_are_checked():
     assert request.validate_sampling(0.5, 0.9, 12.0, 3.0) == request.Sampling(0.5, 0.9, 12, 3)
+    asked = request.validate_sampling(0, 1, 12, 0, 40.0, 1.2, "###\n\n\\nUser:\n")
+    assert (asked.top_k, asked.repetition_penalty) == (40, 1.2)
+    assert asked.stop == ("###", "\nUser:")
+    for values in request.PRESETS.values():
+        temperature, top_p, top_k, repetition = values
+        known = request.validate_sampling(temperature, top_p, 12, 0, top_k, repetition)
+        assert (known.temperature, known.top_p) == (temperature, top_p)
+        assert (known.top_k, known.repetition_penalty) == (top_k, repetition)
     for text in ("", "  ", None, 3):
         with refused("refused_empty"):
             request.validate_text(text)
@@ -449,6 +462,22 @@ def test_rows_whose_turns_are_known_are_asked_as_they_are(store):
         assert [one.prompt for one in held_out_prompts(run)] == ["as text"]
         assert scored_rows(run) == []
         assert system_prompt(run) == SystemPrompt()
+
+
+def test_the_last_question_is_taken_back():
+    def turn(role: str, text: str) -> dict[str, str]:
+        return {"role": role, "content": text}
+
+    first = [turn("user", "a"), turn("assistant", "b")]
+    left = [*first, turn("user", "c"), turn("assistant", "d")]
+    for right in (left, [*first, turn("user", "c")], first):
+        shorter, question = without_last(Conversation(left=left, right=right, reference="r"))
+        assert (shorter.left, shorter.right, shorter.reference) == (first, first, "")
+        assert question == "c"
+    # Of the base alone, there is one column.
+    shorter, question = without_last(Conversation(left=first))
+    assert (shorter.left, shorter.right, question) == ([], [], "a")
+    assert without_last(Conversation()) == (Conversation(), "")
 
 
 # Votes

@@ -119,10 +119,34 @@ def test_ask_compare_vote_and_unload(space, store, run, visit):
     page.get_by_label("Your question").fill("And `max`?")
     page.get_by_label("Your question").press("Enter")
     page.get_by_text("Tuned (step 8):").wait_for()
+    ask_again(page)
     blind(page, run)
     score(page)
     page.get_by_role("button", name="Unload").click()
     page.get_by_text("No model is loaded").wait_for()
+
+
+def ask_again(page) -> None:
+    """The last question with other settings, once more, and changed."""
+    page.get_by_text("Settings", exact=True).click()
+    page.get_by_role("button", name="Balanced").click()
+    page.wait_for_function("document.querySelector('[aria-label*=\"Top-p\"]').value === '0.9'")
+    page.get_by_label("Repetition penalty").fill("1.5")
+    before = said(page, "left")
+    page.get_by_role("button", name="Regenerate").click()
+    page.wait_for_function(
+        "before => (document.querySelector('#try-left .bot')?.innerText ?? before) !== before",
+        arg=before,
+    )
+    page.get_by_text("Tuned (step 8):").wait_for()
+    asked = page.locator("#try-left .user").all_inner_texts()
+    assert [text.strip() for text in asked] == ["And `max`?"]
+    assert page.get_by_label("Seed").input_value() == "1"
+    page.get_by_role("button", name="Greedy").click()
+    page.get_by_role("button", name="Edit question").click()
+    page.wait_for_function("!document.querySelector('#try-left .user')")
+    assert page.get_by_label("Your question").input_value() == "And `max`?"
+    assert page.get_by_role("button", name="Regenerate").is_disabled()
 
 
 def score(page) -> None:

@@ -12,8 +12,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lightning_peft import engine
-from lightning_peft.chat.chat_model import ChatModel, Sampling
+from lightning_peft.chat.chat_model import ChatModel
 from lightning_peft.chat.conversation import Conversation, is_command, question_of
+from lightning_peft.chat.sampling import Sampling
 from lightning_peft.errors import BaseMismatchError, ConfigError, UnsupportedError
 from lightning_peft.export.adapters import Adapter, find_adapters
 from lightning_peft.export.base import find_base

@@ -9,7 +9,8 @@ import torch
 from finished import BASE
 
 from lightning_peft import engine, generation
-from lightning_peft.chat.chat_model import ChatModel, Sampling
+from lightning_peft.chat.chat_model import ChatModel
+from lightning_peft.chat.sampling import Sampling
 from lightning_peft.demo.exercises import smollm2
 from lightning_peft.engine import inference
 from lightning_peft.export.adapters import find_adapters

@@ -170,6 +170,16 @@ def test_rows_are_answered_by_all_and_scored(client: Client) -> None:
     assert row["cut"] == list(row["answers"]) == ["mine"]
 
 
+def test_a_request_says_how_tokens_are_chosen(client: Client) -> None:
+    whole, _ = client.ask(31)
+    word = whole.split(" ")[1]
+    text, done = client.ask(32, stop=[word], top_k=1, temperature=2.0)
+    assert text == whole[: whole.index(word)].strip()
+    assert done["ended"]
+    assert client.ask(33, repetition_penalty=3.0)[0] != whole
+    assert client.ask(34)[0] == whole
+
+
 def test_a_score_that_waits_is_stopped(client: Client) -> None:
     client.send({"id": 24, "messages": QUESTION, "max_new_tokens": 200})
     client.send({"id": 25, "rows": ROWS})
@@ -217,7 +227,8 @@ def test_a_score_that_waits_is_stopped(client: Client) -> None:
             1,
             "has no variable 'a'",
         ),
-        ({"id": 1, "messages": QUESTION, "top_k": 1}, 1, "no field 'top_k'; near names: top_p"),
+        ({"id": 1, "messages": QUESTION, "topk": 1}, 1, "no field 'topk'; near names: top_"),
+        ({"id": 1, "messages": QUESTION, "stop": "x"}, 1, "stop='x': a list of texts"),
         (
             {"id": 1, "messages": QUESTION, "temperature": -1, "top_p": 0, "seed": 0.5},
             1,

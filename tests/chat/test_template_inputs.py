@@ -10,8 +10,9 @@ import pytest
 import torch
 from finished import BASE, adapter_in
 
-from lightning_peft.chat.chat_model import ChatModel, Sampling
+from lightning_peft.chat.chat_model import ChatModel
 from lightning_peft.chat.comparison import Prompt, read_prompts
+from lightning_peft.chat.sampling import Sampling
 from lightning_peft.chat.template_inputs import read_tools_file, read_variables
 from lightning_peft.data.encoding import Encoder
 from lightning_peft.data.samples import Sample

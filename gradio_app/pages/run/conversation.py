@@ -40,6 +40,24 @@ class Conversation:
     ballot: Ballot | None = None
 
 
+def without_last(talk: Conversation) -> tuple[Conversation, str]:
+    """Returns a conversation without its last question, and that question; none is empty."""
+    known = {"left": talk.left, "right": talk.right}
+    places = {name: _questions(turns) for name, turns in known.items()}
+    count, question = max(map(len, places.values())), ""
+    shorter: dict[str, Any] = {}
+    # A column without the last question was stopped before it, or has no answers at all.
+    for name, turns in known.items():
+        if count and len(places[name]) == count:
+            question = turns[places[name][-1]]["content"]
+            shorter[name] = turns[: places[name][-1]]
+    return replace(talk, **shorter, ends={}, reference="", ballot=None), question
+
+
+def _questions(turns: Turns) -> list[int]:
+    return [place for place, turn in enumerate(turns) if turn["role"] == "user"]
+
+
 class ChatInputs(NamedTuple):
     """Values of the settings, in the order in which they are sent; a browser can send anything."""
 
@@ -50,6 +68,9 @@ class ChatInputs(NamedTuple):
     top_p: Any
     max_new_tokens: Any
     seed: Any
+    top_k: Any
+    repetition: Any
+    stop: Any
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -17,6 +18,7 @@ from gradio_app.chat.prompts import (
     labels,
     system_prompt,
 )
+from gradio_app.chat.request import PRESETS
 from gradio_app.errors import UserError
 from gradio_app.pages.components import Update, changed_updates, on_event, timer_options
 from gradio_app.pages.error_reporting import localized_message
@@ -27,6 +29,7 @@ from gradio_app.pages.run.conversation import (
     find_checkpoint,
     parse_request,
     stream_answers,
+    without_last,
 )
 from gradio_app.pages.run.playground_view import PlaygroundView
 from gradio_app.pages.run.score import score_handler
@@ -69,6 +72,10 @@ class PlaygroundTab:
             handler = self._prompt_handler(place)
             on_event(t, button.click, handler, given, [p.system, *shown], **every)
         on_event(t, p.clear_system.click, lambda: "", None, p.system, **calm)
+        on_event(t, p.again.click, self._again, given, [p.seed, *shown], **every)
+        on_event(t, p.edit.click, self._edit, [self.talk, p.mode], [p.question, *talk], **calm)
+        for name, button in p.presets.items():
+            on_event(t, button.click, partial(list, PRESETS[name]), None, p.preset_outputs, **calm)
         checkpoint = [self.run_id, p.checkpoint]
         on_event(t, p.load.click, self._load, checkpoint, p.model_status, **every)
         on_event(t, p.unload.click, self._unload, self.run_id, p.model_status, **every)
@@ -111,6 +118,30 @@ class PlaygroundTab:
                 system = gr.skip()
 
         return ask
+
+    def _again(
+        self, request: gr.Request, run_id: Any, talk: Any, *values: Any
+    ) -> Iterator[tuple[Any, ...]]:
+        """Asks the last question again; where chance decides, with the next seed."""
+        before = talk if isinstance(talk, Conversation) else Conversation()
+        talk, question = without_last(before)
+        inputs = ChatInputs(*values)
+        drawn = isinstance(inputs.seed, (int, float)) and inputs.temperature not in (0, None)
+        seed: Any = inputs.seed + 1 if drawn else gr.skip()
+        if drawn:
+            inputs = inputs._replace(seed=seed)
+        for taken, shown in self._answer(request, question, run_id, talk, inputs):
+            if taken:
+                yield (seed, *shown)
+            else:
+                updates = self.parts.updates(before, str(inputs.mode))
+                yield (gr.skip(), before, *updates, shown[-1])
+
+    def _edit(self, talk: Any, mode: Any) -> tuple[Any, ...]:
+        """Takes the last question back into the field."""
+        before = talk if isinstance(talk, Conversation) else Conversation()
+        shorter, question = without_last(before)
+        return (question, shorter, *self.parts.updates(shorter, str(mode)))
 
     def _answer(
         self, request: gr.Request, question: Any, run_id: Any, talk: Any, inputs: ChatInputs

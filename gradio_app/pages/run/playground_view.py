@@ -8,7 +8,15 @@ from typing import Any
 import gradio as gr
 
 from gradio_app.chat.prompts import MAX_PROMPTS, SystemPrompt
-from gradio_app.chat.request import MAX_NEW_TOKENS, MAX_TEMPERATURE, MAX_TEXT, Sampling
+from gradio_app.chat.request import (
+    MAX_NEW_TOKENS,
+    MAX_REPETITION_PENALTY,
+    MAX_TEMPERATURE,
+    MAX_TEXT,
+    MAX_TOP_K,
+    PRESETS,
+    Sampling,
+)
 from gradio_app.chat.sessions import AnswerChunk, ModelStatus
 from gradio_app.chat.votes import VOTES
 from gradio_app.pages.components import field, html
@@ -52,7 +60,7 @@ class PlaygroundView:
         self.settings: list[Any] = [self.mode, self.checkpoint, self.system, *sampling]
         self.conversation_outputs: list[Any] = [
             *(self.left, self.right, self.notes, self.reference),
-            *(self.ballot, self.revealed, self.stop),
+            *(self.ballot, self.revealed, self.stop, self.again, self.edit),
         ]
         self.polled_outputs: list[Any] = [
             *(self.empty, self.body, self.model_status, self.load, self.unload, self.checkpoint),
@@ -158,23 +166,37 @@ class PlaygroundView:
             with gr.Row(elem_id="try-actions"):
                 self.ask = self._button("ask", "ask", "lg", variant="primary")
                 self.stop = self._button("stop", "stop", "lg", interactive=False)
+                self.again = self._button("again", "again", "lg", interactive=False)
+                self.edit = self._button("edit", "edit", "lg", interactive=False)
                 self.reset = self._button("reset", "reset", "lg")
 
     def _build_sampling(self) -> list[Any]:
         usual = Sampling()
         fine = {"step": 0.05}
         with gr.Accordion(self.t("playground.settings"), open=False, elem_id="try-settings"):
+            with gr.Row(elem_id="try-presets"):
+                self.presets = {name: self._button(f"preset_{name}", name) for name in PRESETS}
             with gr.Row():
                 temperature = self._number(
                     "temperature", usual.temperature, 0, maximum=MAX_TEMPERATURE, **fine
                 )
                 top_p = self._number("top_p", usual.top_p, 0.05, maximum=1, **fine)
+                top_k = self._number("top_k", usual.top_k, 0, maximum=MAX_TOP_K, precision=0)
             with gr.Row():
+                repetition = self._number(
+                    "repetition",
+                    usual.repetition_penalty,
+                    0.1,
+                    maximum=MAX_REPETITION_PENALTY,
+                    **fine,
+                )
                 length = self._number(
                     "length", usual.max_new_tokens, 1, maximum=MAX_NEW_TOKENS, precision=0
                 )
-                seed = self._number("seed", usual.seed, 0, precision=0)
-        return [temperature, top_p, length, seed]
+                self.seed = self._number("seed", usual.seed, 0, precision=0)
+            stop = field(gr.Textbox, self.t, "playground.stop_texts", "try-stop-texts", lines=2)
+        self.preset_outputs = [temperature, top_p, top_k, repetition]
+        return [temperature, top_p, length, self.seed, top_k, repetition, stop]
 
     def _number(self, name: str, value: float, least: float, **options: Any) -> Any:
         return field(gr.Number, self.t, f"playground.{name}", value=value, minimum=least, **options)
@@ -211,6 +233,7 @@ class PlaygroundView:
             gr.Column(visible=voting),
             revealed,
             gr.Button(interactive=in_progress),
+            *[gr.Button(interactive=bool(talk.left or talk.right) and not in_progress)] * 2,
         )
 
 

@@ -1,0 +1,115 @@
+"""How tokens are chosen, and what ends an answer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from finished import BASE
+from transformers import AutoTokenizer
+
+from lightning_peft.chat.chat_model import ChatModel
+from lightning_peft.chat.sampling import Sampling, broken_rules
+from lightning_peft.chat.streaming import AnswerStreamer, StopTexts
+from lightning_peft.export.base import find_base
+from lightning_peft.export.loading import load_with_adapters
+
+QUESTION = [{"role": "user", "content": "What does `len` do?"}]
+
+
+@pytest.fixture(scope="module")
+def talk() -> ChatModel:
+    loaded = load_with_adapters(find_base(str(BASE)), [], device=torch.device("cpu"))
+    return ChatModel(loaded, [], "plain")
+
+
+def answered(talk: ChatModel, **values) -> tuple[str, bool, list[str]]:
+    talk.sampling = Sampling(max_new_tokens=16, **values)
+    pieces: list[str] = []
+    torch.manual_seed(3)
+    found = talk.answer(QUESTION, pieces.append)
+    # What is written is the answer, whatever is held back on the way.
+    assert "".join(pieces).strip() == found.text
+    return found.text, found.ended, pieces
+
+
+def test_what_is_drawn_from(talk: ChatModel) -> None:
+    greedy, *_ = answered(talk)
+    assert answered(talk, temperature=5.0, top_k=1)[0] == greedy
+    assert answered(talk, temperature=5.0)[0] != greedy
+    # A config in the folder of the base changes nothing.
+    config = talk.loaded.model.generation_config
+    config.repetition_penalty = 1.8
+    try:
+        assert answered(talk)[0] == greedy
+        penalized, *_ = answered(talk, repetition_penalty=1.8)
+    finally:
+        config.repetition_penalty = None
+    assert penalized != greedy
+    ids = talk.tokens_of(QUESTION)
+    options = {"do_sample": False, "max_new_tokens": 16, "pad_token_id": 0}
+    theirs = talk.loaded.model.generate(
+        ids, attention_mask=torch.ones_like(ids), repetition_penalty=1.8, **options
+    )
+    new = theirs[0, ids.shape[1] :]
+    assert talk.loaded.tokenizer.decode(new, skip_special_tokens=True).strip() == penalized
+    # Several at a time are those alone, where padding would count as part of a prompt.
+    other = [{"role": "user", "content": "And what is the sum of several numbers?"}]
+    assert [one.text for one in talk.answers([QUESTION, other])] == [
+        talk.answer(QUESTION).text,
+        talk.answer(other).text,
+    ]
+
+
+def test_a_stop_text_ends_an_answer_before_it(talk: ChatModel) -> None:
+    whole, *_ = answered(talk)
+    words = whole.split(" ")
+    stop = f"{words[2]} {words[3][:1]}"
+    text, ended, _ = answered(talk, stop=(stop, "not there at all"))
+    assert text == whole[: whole.index(stop)].strip()
+    assert ended
+    assert talk.answers([QUESTION])[0].text == text
+    text, ended, pieces = answered(talk, stop=("not there",))
+    assert (text, ended) == (whole, answered(talk)[1])
+    assert len(pieces) > 1
+
+
+def test_half_a_stop_text_is_written_when_it_is_none() -> None:
+    pieces: list[str] = []
+    streamer = AnswerStreamer(AutoTokenizer.from_pretrained(BASE), pieces.append, ("###", "End"))
+    for piece in ("a #", "# b", " c ##", "# d"):
+        streamer.on_finalized_text(piece)
+    streamer.on_finalized_text("e", stream_end=True)
+    assert "".join(pieces) == streamer.text == "a ## b c "
+    assert pieces[0] == "a"
+
+
+def test_a_stop_text_may_be_a_special_token_and_lies_in_the_answer() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    special = tokenizer.eos_token
+    ids = tokenizer("Stop here", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    criterion = StopTexts(tokenizer, ("Stop",), ids.shape[1])
+    assert not criterion(ids, None).any()
+    more = torch.cat([ids, torch.tensor([[tokenizer.eos_token_id]])], 1)
+    criterion = StopTexts(tokenizer, (special,), ids.shape[1])
+    assert not criterion(ids, None).any()
+    assert criterion(more, None).all()
+    assert criterion.found
+
+
+def test_values_that_cannot_be() -> None:
+    good = {"max_new_tokens": 1, "temperature": 0, "top_p": 1, "top_k": 0, "stop": ["x"]}
+    assert broken_rules({**good, "repetition_penalty": 0.5, "other": None}) == {}
+    bad = {"max_new_tokens": 0, "temperature": -1, "top_p": 0, "top_k": 1.5, "stop": ["x", ""]}
+    assert broken_rules({**bad, "repetition_penalty": 0}) == {
+        "max_new_tokens": "a whole number, 1 at least",
+        "temperature": "0 or more",
+        "top_p": "more than 0, and at most 1",
+        "top_k": "a whole number, 0 at least",
+        "repetition_penalty": "more than 0",
+        "stop": "a list of texts that are not empty",
+    }
+    assert set(broken_rules({"top_k": True, "stop": "x", "temperature": float("nan")})) == {
+        "top_k",
+        "stop",
+        "temperature",
+    }
