@@ -38,6 +38,7 @@ from lightning_peft.data.prompts import PromptCollector
 from lightning_peft.data.reading import (
     SPLITS,
     Source,
+    SourceChanged,
     check_unchanged,
     describe_formats,
     file_stamps,
@@ -50,7 +51,7 @@ from lightning_peft.data.row_keys import KeyCount, check_ignored
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout, detect_layout
 from lightning_peft.engine import cache_entries
-from lightning_peft.errors import ConfigError, LightningPeftError
+from lightning_peft.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -134,8 +135,8 @@ def prepare(
     with closing(PartStore(folder / f".{key}-parts")) as store:
         try:
             final = _entry_by_workers(entry)
-        except LightningPeftError:
-            # Rows that are refused once are refused again.
+        except SourceChanged:
+            # Of other errors, such as those of a network, the parts outlive the next attempt.
             store.discard()
             raise
         store.discard()

@@ -137,6 +137,8 @@ class PartStore:
         if not self._own():
             return working
         cache_entries.publish(working, self._part(number), summary)
+        # It stays where another process had kept the part before this one owned the folder.
+        shutil.rmtree(working, ignore_errors=True)
         return self._part(number)
 
     def discard(self) -> None:

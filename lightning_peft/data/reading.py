@@ -230,12 +230,20 @@ def file_stamps(sources: Sequence[Source]) -> dict[str, tuple[int, int]]:
     return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
 
+class SourceChanged(ConfigError):
+    """Files changed while their rows were read, so nothing that was made of them is kept."""
+
+
 def check_unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Refuses rows of files that changed while they were read."""
+    """Refuses rows of files that changed while they were read.
+
+    Raises:
+        SourceChanged: If one did.
+    """
     changed = sorted(path for path in before.keys() | after if before.get(path) != after.get(path))
     if changed:
         names = ", ".join(Path(path).name for path in changed[:5])
-        raise ConfigError(
+        raise SourceChanged(
             f"{names} changed while the rows were read, so some would be of the old file and some "
             "of the new one. Start again once it is written; a file that another program still "
             "writes is copied first."

@@ -10,6 +10,7 @@ from filelock import FileLock
 from pyarrow import ipc
 
 from lightning_peft.data import parallel_encoding, preparation, prepared_parts
+from lightning_peft.data.reading import Source
 from lightning_peft.data.supervised import SupervisedRows
 from lightning_peft.errors import ConfigError
 
@@ -187,3 +188,36 @@ def test_no_part_is_kept_of_a_file_that_changed(make, file, tmp_path, monkeypatc
     # At the end of the part, not of all rows.
     assert len(encoded) <= 2 * PART
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_parts_outlive_a_fault_of_the_network(make, file, whole, tmp_path, encoded):
+    rows = Source.rows
+
+    def broken(self):
+        for row in rows(self):
+            if row.number == 120:
+                raise ConfigError("The hub cannot be read after row 119.")
+            yield row
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Source, "rows", broken)
+        with pytest.raises(ConfigError, match="after row 119"):
+            prepared(make, file, tmp_path / "cache")
+    assert [path.name for path in parts_in(tmp_path / "cache")] == ["000000", "000001"]
+    encoded.clear()
+    assert prepared(make, file, tmp_path / "cache") == whole
+    assert len(encoded) == 80
+
+
+def test_a_part_that_another_process_kept_first_leaves_no_copy(tmp_path):
+    stores = [prepared_parts.PartStore(tmp_path / "parts") for _ in range(2)]
+    # Neither finds a part, so neither owns the folder yet.
+    assert [store.found() for store in stores] == [[], []]
+    for number, store in enumerate(stores):
+        working = tmp_path / f"working-{number}"
+        working.mkdir()
+        (working / "train.arrow").write_bytes(b"rows")
+        kept = store.keep(working, 0, {"rows": 1})
+        assert kept == tmp_path / "parts" / "000000"
+        assert not working.exists()
+        store.close()
