@@ -85,8 +85,12 @@ def length_histogram(prepared: Prepared, limit: int) -> dict[str, Any]:
     """
     lengths = prepared.lengths("train")
     rows = prepared.splits["train"]
-    cut = rows.data.column("tokens_cut").to_pylist() if "tokens_cut" in rows.column_names else []
-    full = [length + more for length, more in zip(lengths, cut or [0] * len(lengths), strict=True)]
+    full = lengths
+    if "full_length" in rows.column_names:
+        full = rows.data.column("full_length").to_pylist()
+    elif "tokens_cut" in rows.column_names:
+        cut = rows.data.column("tokens_cut").to_pylist()
+        full = [length + more for length, more in zip(lengths, cut, strict=True)]
     kept = [length for length in full if length <= limit]
     # Up to the longest row that there is: short data in a long context is the usual case.
     buckets = _buckets(kept if len(kept) == len(full) else [*kept, limit])

@@ -30,6 +30,7 @@ class EmbeddingRows(TextPairRows):
             "digests": ListOf(Value("int64")),
             "score": Value("float64"),
             "length": Value("int32"),
+            "full_length": Value("int32"),
             "tokens_cut": Value("int32"),
         }
     )
@@ -58,6 +59,7 @@ class EmbeddingRows(TextPairRows):
                 ],
                 "score": sample.score,
                 "length": max(len(tokens["input_ids"]) for _, tokens, _ in found),
+                "full_length": max(len(tokens["input_ids"]) + cut for _, tokens, cut in found),
                 "tokens_cut": sum(cut for _, _, cut in found),
             }
         ]

@@ -30,6 +30,7 @@ class PreferenceRows(ConversationRows):
             **{f"{answer}_labels": ListOf(Value("int32")) for answer in ANSWERS},
             "length": Value("int32"),
             "ends_added": Value("int32"),
+            "full_length": Value("int32"),
             "tokens_cut": Value("int32"),
         }
     )
@@ -48,6 +49,7 @@ class PreferenceRows(ConversationRows):
                 **{f"{answer}_labels": row.labels for answer, row in _named(both)},
                 "length": max(lengths),
                 "ends_added": sum(row.end_added for row in both),
+                "full_length": max(len(row.input_ids) + row.cut for row in both),
                 "tokens_cut": sum(row.cut for row in both),
             }
         ]

@@ -56,7 +56,7 @@ from lightning_peft.errors import ConfigError
 log = logging.getLogger(__name__)
 
 # Raised whenever the same input is prepared in another way.
-FORMAT = 6
+FORMAT = 7
 # Rows that are looked at to recognise their shape.
 SCHEMA_SAMPLE_ROWS = 100
 DEFAULT_SPLIT_FRACTIONS = {"validation": 0.05}

@@ -29,6 +29,7 @@ class RerankingRows(TextPairRows):
             "types": ListOf(ListOf(Value("int8"))),
             "labels": ListOf(Value("float64")),
             "length": Value("int32"),
+            "full_length": Value("int32"),
             "tokens_cut": Value("int32"),
         }
     )
@@ -54,6 +55,7 @@ class RerankingRows(TextPairRows):
                 "types": [tokens.get("token_type_ids", []) for tokens, _ in found],
                 "labels": labels,
                 "length": max(len(tokens["input_ids"]) for tokens, _ in found),
+                "full_length": max(len(tokens["input_ids"]) + cut for tokens, cut in found),
                 "tokens_cut": sum(cut for _, cut in found),
             }
         ]

@@ -25,7 +25,8 @@ class RowEncoder(ABC):
 
     Attributes:
         features: Columns of a prepared row. A column ``length`` (int32) is needed for grouping and
-            packing by length, and for the histogram of ``preview``.
+            packing by length, and for the histogram of ``preview``. A column ``full_length`` is
+            what ``length`` would be without a cut, where that is not its sum with ``tokens_cut``.
         counts: Names of the numbers that :meth:`count` returns.
         writer_batch_size: Prepared rows in memory before they are written: few, where each holds a
             file. ``None`` is the default of ``datasets``.

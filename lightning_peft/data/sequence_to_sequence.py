@@ -33,6 +33,7 @@ class PairRows(RowEncoder):
             "target": Value("string"),
             "length": Value("int32"),
             "end_added": Value("bool"),
+            "full_length": Value("int32"),
             "tokens_cut": Value("int32"),
         }
     )
@@ -73,6 +74,7 @@ class PairRows(RowEncoder):
                 "target": target,
                 "length": len(ids),
                 "end_added": added,
+                "full_length": len(ids) + source_cut,
                 "tokens_cut": source_cut + target_cut,
             }
         ]

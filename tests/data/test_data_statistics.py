@@ -5,7 +5,15 @@ import json
 import pytest
 from PIL import Image
 
-from lightning_peft import ImageData, SupervisedData, TextClassificationData
+from lightning_peft import (
+    EmbeddingData,
+    ImageData,
+    PreferenceData,
+    RerankingData,
+    Seq2SeqData,
+    SupervisedData,
+    TextClassificationData,
+)
 from lightning_peft.data.preview import preview
 from lightning_peft.data.row_content import writing_system
 from lightning_peft.demo.run import BASE
@@ -65,6 +73,39 @@ def test_roles_turns_writing_and_rows_that_are_there_twice(tmp_path):
     assert kept[-1]["to"] == 60
     assert [one["cut"] for one in kept] == [False] * len(kept)
     assert sum(one["rows"] for one in kept) == 2
+
+
+_LONG = {"chosen": "a " * 60, "rejected": "b " * 50}
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "row"),
+    [
+        (PreferenceData, {"chat_template": "plain"}, {"prompt": "Count.", **_LONG}),
+        (Seq2SeqData, {}, {"source": "c " * 60, "target": "d " * 50}),
+        (EmbeddingData, {}, {"anchor": "a " * 60, "positive": "b " * 50}),
+        (RerankingData, {}, {"query": "a", "positive": "b " * 60, "negative": "c " * 50}),
+    ],
+)
+def test_a_row_of_several_texts_is_as_long_as_without_a_cut(tmp_path, cls, options, row):
+    """Not the longest text with what is cut off all of them."""
+    whole = preview(data_of(tmp_path, [row], cls, max_length=256, **options), 0).numbers
+    longest = whole["lengths"]["longest"]
+    assert 60 <= longest < 256
+    cut = preview(
+        data_of(tmp_path, [row], cls, max_length=40, over_long="truncate", **options), 0
+    ).numbers
+    assert cut["splits"]["train"]["tokens_cut"] > longest - 40
+    assert cut["lengths"]["longest"] == 40
+    assert cut["lengths"]["buckets"][-1] == {"from": 41, "to": longest, "rows": 1, "cut": True}
+
+
+def test_the_length_of_a_source_does_not_depend_on_its_target(tmp_path):
+    rows = [{"source": "short", "target": "d " * 50}]
+    options = {"max_length": 40, "max_target_length": 5, "over_long": "truncate"}
+    found = preview(data_of(tmp_path, rows, Seq2SeqData, **options), 0).numbers
+    assert found["splits"]["train"]["tokens_cut"] > 40
+    assert not any(one["cut"] for one in found["lengths"]["buckets"])
 
 
 def test_rows_are_found_by_their_text_whether_used_or_not(tmp_path):
