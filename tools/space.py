@@ -34,6 +34,9 @@ _OF_THE_HUB = {"gradio", "huggingface-hub"}
 _PLATFORM = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64"}
 # What a Docker Space has no use for.
 _GRADIO_KEYS = ("sdk_version", "app_file", "python_version")
+# What a page that ran in the folder has left there, in the patterns of `hf upload`: data of its
+# visitors, their runs, and files of secrets such as .env.
+PRIVATE = ("storage/*", "runs/*/*", ".*", "*/.*")
 
 
 def main() -> int:
@@ -42,10 +45,12 @@ def main() -> int:
     add = parser.add_argument
     add("--space", default="", help="OWNER/NAME of the Space; without, for Docker on a machine")
     add("--sdk", choices=["gradio", "docker"], default="gradio", help="default: gradio")
-    add("--out", type=Path, default=ROOT / "build/space", help="replaced; default: build/space")
+    add("--out", type=Path, default=ROOT / "build/space", help="is replaced; default: build/space")
     add("--model", action=argparse.BooleanOptionalAction, default=True, help=f"include {MODEL}")
     args = parser.parse_args()
     name = checked_hub_name(args.space) if args.space else ""
+    if problem := why_kept(args.out):
+        parser.error(f"--out {args.out} {problem}. The folder is replaced: name another one.")
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
     wheel = build_wheel(args.out)
@@ -55,10 +60,28 @@ def main() -> int:
     print(f"Written: {args.out}")
     if name:
         # `--delete` removes what an earlier upload had and this one has not.
-        print(f"Upload: hf upload {name} {args.out} . --repo-type space --delete '*'")
+        left_out = " ".join(f"--exclude '{pattern}'" for pattern in PRIVATE)
+        print(f"Upload: hf upload {name} {args.out} . --repo-type space --delete '*' {left_out}")
     else:
         print("Without SPACE=OWNER/NAME the wheel is named as a file: for Docker, not for Gradio.")
     return 0
+
+
+def why_kept(folder: Path) -> str:
+    """Returns why a folder must not be replaced; empty if it may be."""
+    place = folder.resolve()
+    if ROOT.is_relative_to(place) or place.is_relative_to(PAGE):
+        return "contains this checkout, or lies in its page"
+    if not place.exists():
+        return ""
+    if not place.is_dir():
+        return "is a file"
+    if (place / ".git").exists():
+        return "is a git repository"
+    # A folder of wheels alone is not one that was written here.
+    written = (place / "requirements.txt").is_file() and any(place.glob("lightning_peft-*.whl"))
+    known = written or place == ROOT / "build/space" or not any(place.iterdir())
+    return "" if known else "holds files that this command has not written"
 
 
 def build_wheel(folder: Path) -> Path:
@@ -93,8 +116,7 @@ def write_folder(
     Raises:
         SystemExit: If the hub would refuse the front matter, with all problems.
     """
-    ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
-    shutil.copytree(PAGE, folder, dirs_exist_ok=True, ignore=ignored)
+    shutil.copytree(PAGE, folder, dirs_exist_ok=True, ignore=_unpublished)
     readme = folder / "README.md"
     matter, text = split_front_matter(readme.read_text("utf-8"))
     python = str(matter["python_version"])
@@ -108,6 +130,17 @@ def write_folder(
     readme.write_text(f"---\n{shown}---\n{text}", "utf-8")
     lines = [_named(wheel, space), *pinned(wheel, constraints, python, sdk)]
     (folder / "requirements.txt").write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def _unpublished(folder: str, names: list[str]) -> set[str]:
+    """Returns the names in a folder of the page that are not copied; see :data:`PRIVATE`."""
+    place = Path(folder)
+    found = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")(folder, names)
+    if place == PAGE:
+        found |= {"storage"}
+    elif place == PAGE / "runs":
+        found |= {name for name in names if (place / name).is_dir()}
+    return found
 
 
 def split_front_matter(text: str) -> tuple[dict[str, Any], str]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import urllib.request
 import zipfile
+from fnmatch import fnmatch
 from importlib import metadata
 
 import pytest
@@ -19,7 +21,8 @@ from gradio_app.visitors import COOKIE
 from lightning_peft.demo.real_base import SMOLLM2
 from tests.app.servers import ROOT, environment
 from tests.app.visitors import HERS
-from tools.space import split_front_matter, write_folder
+from tools import space as space_tool
+from tools.space import split_front_matter, why_kept, write_folder
 from tools.space_front_matter import front_matter_problems
 
 CONSTRAINTS = (ROOT / "constraints.txt").read_text(encoding="utf-8")
@@ -76,6 +79,49 @@ def test_the_folder_of_a_gradio_space_names_its_own_wheel_by_address_and_hash(wr
         copy = folder / file.relative_to(ROOT / "gradio_app")
         assert copy.read_bytes() == file.read_bytes()
     assert not list(folder.rglob("__pycache__"))
+
+
+def test_what_visitors_left_in_the_page_and_secrets_are_not_published(
+    written, tmp_path, monkeypatch
+):
+    page = tmp_path / "gradio_app"
+    shutil.copytree(ROOT / "gradio_app", page, ignore=shutil.ignore_patterns("__pycache__"))
+    left = ("storage/studio/hers.jsonl", "runs/0123/recipe.yaml", ".env", "chat/.env")
+    for name in left:
+        (page / name).parent.mkdir(parents=True, exist_ok=True)
+        (page / name).write_text("HF_TOKEN=secret")
+    monkeypatch.setattr(space_tool, "PAGE", page)
+    folder = written("someone/studio")
+    assert (folder / "runs/store.py").is_file()
+    assert not [path for path in folder.rglob("*") if path.name in ("storage", "0123", ".env")]
+    # Nor uploaded from a folder that has run since it was written, nor packed into the wheel.
+    files = [path.relative_to(page).as_posix() for path in page.rglob("*") if path.is_file()]
+    private = {name for name in files if any(fnmatch(name, one) for one in space_tool.PRIVATE)}
+    assert private == set(left)
+    kept_out = 'exclude = ["/gradio_app/storage", "/gradio_app/runs/*/", ".env*"]'
+    assert kept_out in (ROOT / "pyproject.toml").read_text("utf-8")
+
+
+def test_only_a_folder_that_was_written_here_is_replaced(written, tmp_path):
+    assert why_kept(ROOT / "build/space") == why_kept(tmp_path / "new") == ""
+    for folder in (ROOT, ROOT.parent, ROOT / "gradio_app/copy"):
+        assert why_kept(folder) == "contains this checkout, or lies in its page"
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    assert why_kept(mine) == ""
+    for name in ("thesis.txt", "lightning_peft-0.1.0-py3-none-any.whl"):
+        (mine / name).write_text("x")
+        assert why_kept(mine) == "holds files that this command has not written"
+    assert why_kept(mine / "thesis.txt") == "is a file"
+    command = [sys.executable, "-m", "tools.space", "--out", str(mine)]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 2
+    assert "holds files that this command has not written" in refused.stderr
+    assert (mine / "thesis.txt").read_text() == "x"
+    folder = written()
+    assert why_kept(folder) == ""
+    (folder / ".git").mkdir()
+    assert why_kept(folder) == "is a git repository"
 
 
 def test_the_folder_of_a_docker_space_names_the_wheel_as_a_file(written):
