@@ -117,7 +117,8 @@ def _start_handler(studio: Studio) -> Any:
         owner = studio.owner(request)
         # What the visitor pays for needs no limits of this machine.
         validate_recipe(recipe, replace(studio.settings, limits=Limits()), owner)
-        run = studio.store.create(owner, recipe, shortened(inputs.name))
+        name = studio.store.distinct_name(owner, str(inputs.name))
+        run = studio.store.create(owner, recipe, name)
         try:
             hf_jobs.start_job(run.folder, token, machine.flavor, asked, repository, packages)
             studio.store.update_metadata(run, where=hf_jobs.EXECUTOR, launched=run.created)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -108,11 +109,15 @@ def _key(row: tuple[Run, Summary], sort: str) -> Any:
     run, summary = row
     if sort == "best":
         # Values of one metric stand together, the better ones first.
-        sign = -1 if summary.mode == "max" else 1
-        return None if summary.best is None else (summary.metric, sign * summary.best)
+        sign, best = -1 if summary.mode == "max" else 1, summary.best
+        # Nothing is in order with a loss that is not a number.
+        if best is None or not math.isfinite(best):
+            return None
+        return summary.metric, sign * best
     words = {"name": run.name, "state": run.status.state}
     words |= {name: getattr(summary, name) for name in ("model", "data", "method")}
     if sort in words:
         return words[sort].lower() or None
     numbers = {"time": summary.seconds, "memory": summary.memory, "when": run.created}
-    return numbers[sort] or None
+    number = numbers[sort]
+    return number if number and math.isfinite(number) else None

@@ -169,7 +169,10 @@ def checked_tags(text: object) -> tuple[str, ...]:
 
 def checked_notes(text: object) -> str:
     """Returns ``text`` as the notes of a run: lines without what no browser should be sent."""
-    shown = "".join(c for c in str(text or "") if c.isprintable() or c == "\n")
+    lines = "\n".join(str(text or "").splitlines())
+    # Tabs and spaces of other widths are not printable, and part words all the same.
+    spaced = "".join(c if c == "\n" or not c.isspace() else " " for c in lines)
+    shown = "".join(c for c in spaced if c.isprintable() or c == "\n")
     return redacted(shown)[:NOTES_LENGTH].strip()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict
 
@@ -15,7 +16,7 @@ from gradio_app.recipe.edits import demo_recipe
 from gradio_app.runs.formatting import format_bytes
 from gradio_app.runs.listing import Query, list_runs
 from gradio_app.runs.machine import Machine
-from gradio_app.runs.store import RunStore
+from gradio_app.runs.store import RunStore, checked_notes
 from gradio_app.runs.summaries import Summaries
 from gradio_app.texts import LANGUAGES, Texts
 from lightning_peft.demo.real_base import SMOLLM2_PLACE, absence_of_smollm2
@@ -224,6 +225,27 @@ def test_what_a_run_is_best_at_and_what_it_is_sorted_by(tmp_path):
         shown = list_runs(store.list("local"), summaries, asked)
         assert [run.name for run, _ in shown.rows] == wanted
     assert query.sorted_by("owner") == query
+
+
+def test_a_loss_that_is_not_a_number_comes_last(tmp_path):
+    store, summaries = RunStore(settings(tmp_path)), Summaries()
+    losses = {"three": 3.0, "one": 1.0, "nan": math.nan, "two": 2.0, "inf": math.inf}
+    for name, loss in losses.items():
+        run = store.create("local", recipe(), name)
+        run.folder.append(run.folder.metrics, {"step": 1, "train_loss": loss})
+    query = Query().sorted_by("best")
+    for asked, wanted in (
+        (query, ["one", "two", "three"]),
+        (query.sorted_by("best"), ["three", "two", "one"]),
+    ):
+        rows = list_runs(store.list("local"), summaries, asked).rows
+        names = [run.name for run, _ in rows]
+        assert names[:3] == wanted
+        assert set(names[3:]) == {"nan", "inf"}
+
+
+def test_notes_keep_words_apart_and_no_control_characters():
+    assert checked_notes("10\u00a0% of\tit\u3000end\r\nnext\x1b[1m") == "10 % of it end\nnext[1m"
 
 
 def test_other_languages_phones_and_the_dark(site, store, visit):
