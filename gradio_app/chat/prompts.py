@@ -83,12 +83,15 @@ def scored_rows(run: Run, most: int = MAX_SCORED) -> list[dict[str, Any]]:
 
 
 def _row(turns: Any) -> HeldOutPrompt | None:
-    """Returns a row whose turns are known, if it ends in a question and its answer."""
+    """Returns a row whose turns are known, if it ends in a question and its answer.
+
+    Of older runs, answers may be empty: those that were calls of tools.
+    """
     try:
         said = tuple((str(turn["role"]), str(turn["content"])) for turn in turns)
     except (KeyError, TypeError):
         return None
-    if [role for role, _ in said[-2:]] != ["user", "assistant"]:
+    if [role for role, _ in said[-2:]] != ["user", "assistant"] or not said[-1][1].strip():
         return None
     if any(len(text) > MAX_TEXT for _, text in said):
         return None

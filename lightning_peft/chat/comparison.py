@@ -75,7 +75,10 @@ def held_out_prompts(folder: Path, limit: int | None = None) -> list[Prompt]:
 def _held_out_rows(file: Path) -> list[list[dict[str, Any]]]:
     content = json_object(file.read_text(encoding="utf-8")) or {}
     rows = content.get("held_out")
-    return [turns for turns in rows if len(turns) > 1] if isinstance(rows, list) else []
+    if not isinstance(rows, list):
+        return []
+    # Of older runs, answers may be empty: those that were calls of tools.
+    return [turns for turns in rows if len(turns) > 1 and str(turns[-1]["content"]).strip()]
 
 
 def read_prompts(file: str) -> list[Prompt]:

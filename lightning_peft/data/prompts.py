@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.data.samples import UNDESIRABLE, Message, Sample
+from lightning_peft.data.samples import METADATA_KEYS, UNDESIRABLE, Message, Sample
 
 # Stored with the prepared rows; never in a record that goes with an adapter, as it holds rows.
 FILE = "prompts.json"
@@ -16,6 +16,7 @@ MAX_HELD_OUT, MAX_CHARACTERS, MAX_ALL_CHARACTERS = 100, 20_000, 400_000
 # Different system prompts that are counted; data with more has no typical one.
 MAX_SYSTEM_PROMPTS = 1_000
 _ROLES = frozenset({"system", "user", "assistant"})
+_ASKED_WITHOUT = METADATA_KEYS | {"role", "content", "train"}
 
 
 class PromptCollector:
@@ -67,12 +68,15 @@ class PromptCollector:
 
 def _plain(messages: list[Message]) -> list[Message] | None:
     """Returns turns that can be asked as text, the answer last; ``None`` where they cannot."""
+    # Calls of tools and thoughts are part of the conversation, or of the answer.
+    if any(one[key] for one in messages for key in one.keys() - _ASKED_WITHOUT):
+        return None
     turns = [{"role": one["role"], "content": one["content"]} for one in messages]
     if not all(one["role"] in _ROLES and isinstance(one["content"], str) for one in turns):
         return None
     long = sum(len(one["content"]) for one in turns) > MAX_CHARACTERS
     ends = [one["role"] for one in turns[-2:]] == ["user", "assistant"]
-    return turns if ends and not long else None
+    return turns if ends and not long and turns[-1]["content"].strip() else None
 
 
 def read_prompts(folder: Path) -> dict[str, Any] | None:

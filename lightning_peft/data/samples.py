@@ -20,7 +20,7 @@ DESIRABLE, UNDESIRABLE = "desirable", "undesirable"
 # Keys of the origin of a turn, not of its content.
 # In characters.
 _LONGEST_PATH = 500
-_METADATA_KEYS = {"id", "uuid", "date", "time", "timestamp", "created_at", "url"}
+METADATA_KEYS = {"id", "uuid", "date", "time", "timestamp", "created_at", "url"}
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Sample:
 
 
 def _message_content(turns: Sequence[Message]) -> list[Message]:
-    return [{key: turn[key] for key in turn if key not in _METADATA_KEYS} for turn in turns]
+    return [{key: turn[key] for key in turn if key not in METADATA_KEYS} for turn in turns]
 
 
 def _digest(content: Any) -> bytes:

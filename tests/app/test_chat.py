@@ -457,7 +457,9 @@ def test_rows_whose_turns_are_known_are_asked_as_they_are(store):
     ]
     assert len(scored_rows(run, 1)) == 1
     # What is not a conversation is passed over, and the samples are there.
-    for strange in ({"held_out": [3, [], [{}], turns[:2]], "system": 7}, {"system": {"text": 1}}):
+    unanswered = [turns[1], {"role": "assistant", "content": ""}]
+    strange_rows = [3, [], [{}], turns[:2], unanswered]
+    for strange in ({"held_out": strange_rows, "system": 7}, {"system": {"text": 1}}):
         write_json(run.folder.prompts, strange)
         assert [one.prompt for one in held_out_prompts(run)] == ["as text"]
         assert scored_rows(run) == []

@@ -109,7 +109,9 @@ def test_the_rows_that_a_run_kept_are_scored(
     turns = [{"role": role, "content": text} for role, text in row]
     (tmp_path / "provenance.json").write_text("{}")
     (tmp_path / "recipe.yaml").write_text("{}")
-    (tmp_path / "prompts.json").write_text(json.dumps({"held_out": [turns, turns[1:]]}))
+    # Of an older run, a row that was answered by a call of a tool.
+    empty = [turns[1], {"role": "assistant", "content": ""}]
+    (tmp_path / "prompts.json").write_text(json.dumps({"held_out": [turns, empty, turns[1:]]}))
     assert main([*words, "--max-new-tokens", "6", "--limit", "0"]) == 2
     assert "--limit 0: at least 1" in capsys.readouterr().err
     assert main([*words, "--max-new-tokens", "6", "--json"]) == 0

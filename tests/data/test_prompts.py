@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from lightning_peft.data.conversations import parse_messages
 from lightning_peft.data.prompts import (
     FILE,
     MAX_ALL_CHARACTERS,
@@ -59,6 +60,29 @@ def test_rows_are_kept_that_can_be_asked_as_text(tmp_path):
         "system", "user", "assistant", "user", "assistant",
     ]  # fmt: skip
     assert found["system"] == {"text": "", "rows": 0, "of": 0}
+
+
+def test_rows_are_not_kept_whose_answer_is_more_than_its_text(tmp_path):
+    """A score of the text alone would be of another answer than the one that was trained."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "c"}}}
+    prompts = PromptCollector()
+    question = {"role": "user", "content": "Weather?"}
+    for answer in (
+        {"content": None, "tool_calls": [call]},
+        {"content": "Let me look.", "tool_calls": [call]},
+        {"content": "Rain.", "reasoning_content": "It is autumn."},
+    ):
+        row = parse_messages({"messages": [question, {"role": "assistant", **answer}]})
+        prompts.add(row, "validation")
+    empty = {"role": "assistant", "content": " \n"}
+    prompts.add(Sample(messages=[question, empty]), "validation")
+    assert kept(tmp_path, prompts) is None
+    # Keys without effect.
+    plain = {"role": "assistant", "content": "Rain.", "tool_calls": None, "date": "today"}
+    prompts.add(Sample(messages=[question, {**plain, "train": True}]), "validation")
+    assert kept(tmp_path, prompts)["held_out"] == [
+        [question, {"role": "assistant", "content": "Rain."}]
+    ]
 
 
 def test_held_out_rows_are_bounded(tmp_path):
