@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from lightning_peft import engine
 from lightning_peft.compat.transformers import is_recurrent
@@ -65,6 +66,19 @@ def kept_ready(model: nn.Module, say: Callable[[str], None] = log.info) -> Itera
         )
     with engine.ready_for_inference(model, fits):
         yield
+
+
+@contextmanager
+def without_settings_of_base(model: Any) -> Iterator[None]:
+    """Leaves out the generation config of the base, which fills in what is not given.
+
+    End tokens that it names have to be given then.
+    """
+    before, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def generate(model: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:

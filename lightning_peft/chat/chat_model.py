@@ -25,7 +25,12 @@ from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import ConfigError, similar_names
 from lightning_peft.export.adapters import BASE, Adapter
 from lightning_peft.export.loading import LoadedModel
-from lightning_peft.generation import continuations, generate, kept_ready
+from lightning_peft.generation import (
+    continuations,
+    generate,
+    kept_ready,
+    without_settings_of_base,
+)
 
 Messages = Sequence[dict[str, Any]]
 # Nothing that a template would say itself.
@@ -226,7 +231,7 @@ class ChatModel:
             "streamer": streamer,
             "stopping_criteria": StoppingCriteriaList([StopRequested(stop), stop_texts]),
         }
-        with self.activated() as model:
+        with self.activated() as model, without_settings_of_base(model):
             out = generate(model, self._inputs_of(kept, ids), **options)
         new = out[0, ids.shape[1] :].tolist()
         by_token = bool(new) and new[-1] in options["eos_token_id"]
@@ -256,7 +261,7 @@ class ChatModel:
         roomy = [place for place, (*_, room) in enumerate(fitted) if room >= longest]
         prompts = [fitted[place][1][0].tolist() for place in roomy]
         options["stopping_criteria"] = StoppingCriteriaList([StopRequested(stop)])
-        with self.activated() as model:
+        with self.activated() as model, without_settings_of_base(model):
             found = continuations(
                 model, prompts, options.pop("pad_token_id"), max_new_tokens=longest, **options
             )

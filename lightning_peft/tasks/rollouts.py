@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers import GenerationConfig
 from lightning_peft.data.batching import pad
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.data.end_tokens import end_tokens
-from lightning_peft.generation import continuations
+from lightning_peft.generation import continuations, without_settings_of_base
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,8 @@ def answers_to(task: Any, batch: dict[str, Any], sampling: Sampling) -> Answers:
     ]
     config = _config(ends, filler, sampling)
     devices = [model.device] if model.device.type == "cuda" else []
-    with _without_settings_of_base(model), torch.random.fork_rng(devices):
+    # Drawn from the distribution of the loss: no penalties, no other cuts.
+    with without_settings_of_base(model), torch.random.fork_rng(devices):
         torch.manual_seed(sampling.seed)
         answers = continuations(model, prompts, filler, len(prompts), generation_config=config)
     # Under autocast, casts that were made here would have no gradient.
@@ -119,19 +119,6 @@ def answers_to(task: Any, batch: dict[str, Any], sampling: Sampling) -> Answers:
         tokenizer.batch_decode(ended, skip_special_tokens=True),
         torch.tensor([one[-1] not in ends for one in ended], device=model.device),
     )
-
-
-@contextmanager
-def _without_settings_of_base(model: Any) -> Iterator[None]:
-    """Leaves out the generation config of the base, which fills in what a given one does not set.
-
-    The answers have to be drawn from the distribution of the loss: no penalties, no other cuts.
-    """
-    before, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = before
 
 
 def _config(ends: list[int], filler: int, sampling: Sampling) -> GenerationConfig:

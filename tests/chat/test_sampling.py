@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from finished import BASE
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from lightning_peft.chat.chat_model import ChatModel
 from lightning_peft.chat.sampling import Sampling, broken_rules
@@ -37,13 +37,21 @@ def test_what_is_drawn_from(talk: ChatModel) -> None:
     assert answered(talk, temperature=5.0, top_k=1)[0] == greedy
     assert answered(talk, temperature=5.0)[0] != greedy
     # A config in the folder of the base changes nothing.
-    config = talk.loaded.model.generation_config
-    config.repetition_penalty = 1.8
+    model = talk.loaded.model
+    before = model.generation_config
+    likeliest = talk.loaded.tokenizer(greedy, add_special_tokens=False)["input_ids"]
+    model.generation_config = given = GenerationConfig(
+        repetition_penalty=1.8, min_p=0.99, suppress_tokens=likeliest, no_repeat_ngram_size=1
+    )
     try:
         assert answered(talk)[0] == greedy
+        assert talk.answers([QUESTION])[0].text == greedy
+        # A minimum share would leave the likeliest token alone.
+        assert answered(talk, temperature=5.0)[0] != greedy
         penalized, *_ = answered(talk, repetition_penalty=1.8)
+        assert model.generation_config is given
     finally:
-        config.repetition_penalty = None
+        model.generation_config = before
     assert penalized != greedy
     ids = talk.tokens_of(QUESTION)
     options = {"do_sample": False, "max_new_tokens": 16, "pad_token_id": 0}
