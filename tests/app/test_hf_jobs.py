@@ -16,14 +16,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+import gradio as gr
 import pytest
 from huggingface_hub import HfApi
+from starlette.requests import Request
 
 from gradio_app.errors import UserError
+from gradio_app.pages import hub_job
+from gradio_app.recipe.edits import demo_recipe
 from gradio_app.runs import hf_jobs
 from gradio_app.runs.store import RunStore
 from gradio_app.settings import Settings
-from gradio_app.studio import create_executors
+from gradio_app.studio import Studio, create_executors
+from lightning_peft.demo.real_base import SMOLLM2_PLACE
 from lightning_peft.runs.folder import RunFolder
 from tests.app.servers import ROOT, environment
 
@@ -235,6 +240,22 @@ def test_the_page_shows_a_job_and_ends_it_with_its_owners_token(hub, tmp_path):
     wait(lambda: hub.posted[-1][0].endswith("/cancel"))
     with pytest.raises(UserError, match=r"errors\.no_such_run"):
         store.get("v-somebody", run.id)
+
+
+def test_two_jobs_of_one_name_have_two_names(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_jobs, "job_packages", lambda: [WHEEL])
+    studio = Studio(Settings.on_a_space(tmp_path))
+    signed_in = {"access_token": TOKEN, "expires_at": time.time() + 600}
+    signed_in["userinfo"] = {"preferred_username": "visitor"}
+    scope = {"type": "http", "headers": [], "session": {"oauth_info": signed_in}}
+    request, begin = gr.Request(Request(scope)), hub_job._start_handler(studio)
+    name = "a name of more than sixty characters, which a run of this machine keeps whole"
+    recipe = demo_recipe().replace(SMOLLM2_PLACE, "HuggingFaceTB/SmolLM2-135M-Instruct")
+    for _ in range(2):
+        begin(request, recipe, name, "t4-small", 45, "visitor/mine", True)
+    names = {run.name for run in studio.store.list("hf-visitor")}
+    assert names == {name, f"{name[:75]}-2"}
+    studio.close()
 
 
 def wait(condition):
