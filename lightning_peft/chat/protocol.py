@@ -163,21 +163,22 @@ class Server:
             prompts.append(comparison.Prompt(question["content"], one.get("reference"), earlier))
         names = row.get("adapters", chat_model.names)
         state = {"done": 0, "total": len(prompts) * len(names)}
-        said = time.monotonic()
 
-        def progress(_: str, done: int, total: int) -> None:
-            nonlocal said
-            state["done"], said = done, time.monotonic()
+        def tell() -> None:
             self._write({"id": key, "progress": state})
 
+        def progress(_: str, done: int, total: int) -> None:
+            state["done"] = done
+            tell()
+
         def stop() -> bool:
-            # A long answer must not look like a process that hangs.
-            if time.monotonic() - said > _HEARTBEAT_SECONDS:
-                progress("", state["done"], state["total"])
             return key in self._stopped
 
-        for found in comparison.answers(chat_model, prompts, self._system, progress, stop, names):
-            self._write({"id": key, "row": found})
+        # Long prompts and answers must not look like a process that hangs.
+        with _beating(tell):
+            found = comparison.answers(chat_model, prompts, self._system, progress, stop, names)
+            for one in found:
+                self._write({"id": key, "row": one})
         self._write({"id": key, "done": True, "stopped": key in self._stopped})
 
     def _described(self, chat_model: ChatModel) -> dict[str, Any]:
@@ -194,7 +195,7 @@ class Server:
 
     @contextmanager
     def _loading(self) -> Iterator[SendReply]:
-        begun, ended, current = time.monotonic(), threading.Event(), ["starting"]
+        begun, current = time.monotonic(), ["starting"]
 
         def tell() -> None:
             seconds = round(time.monotonic() - begun, 1)
@@ -204,24 +205,33 @@ class Server:
             current[0] = what
             tell()
 
-        def beat() -> None:
-            # Where nobody reads any more, who loads the model finds out.
-            with suppress(OSError):
-                while not ended.wait(_HEARTBEAT_SECONDS):
-                    tell()
-
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
-        try:
+        with _beating(tell):
             yield say
-        finally:
-            ended.set()
-            # What it says must not come after what the caller says next.
-            thread.join()
 
     def _write(self, row: Mapping[str, Any]) -> None:
         with self._lock:
             print(json.dumps(row), file=self._out, flush=True)
+
+
+@contextmanager
+def _beating(tell: Callable[[], None]) -> Iterator[None]:
+    """Calls ``tell`` every few seconds within the body."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        # Where nobody reads any more, the body finds out.
+        with suppress(OSError):
+            while not ended.wait(_HEARTBEAT_SECONDS):
+                tell()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        # What it says must not come after what the caller says next.
+        thread.join()
 
 
 def _id_of(row: Mapping[str, Any] | None) -> str | int | None:

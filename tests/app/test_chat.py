@@ -30,6 +30,7 @@ from gradio_app.chat.prompts import (
 from gradio_app.chat.sessions import AnswerChunk, ChatSessions, Timeouts
 from gradio_app.errors import UserError
 from gradio_app.pages.run.conversation import Conversation, without_last
+from gradio_app.pages.run.score import checked_rows
 from gradio_app.runs.store import RunStore
 from gradio_app.runs.summaries import task_of_run
 from gradio_app.runs.types import Run
@@ -228,6 +229,15 @@ def test_rows_are_scored_and_the_score_is_stopped(speak, store):
     next(score)
     score.close()
     assert ask(speakers, run).text == "checkpoint-1 heard Hello"
+
+
+def test_a_score_on_a_space_is_bounded():
+    assert checked_rows(100, request.Sampling(max_new_tokens=1_024), space=False) == 100
+    assert checked_rows(20, request.Sampling(max_new_tokens=128), space=True) == 20
+    with refused("refused_score_rows"):
+        checked_rows(21, request.Sampling(max_new_tokens=128), space=True)
+    with refused("refused_length"):
+        checked_rows(20, request.Sampling(max_new_tokens=129), space=True)
 
 
 def test_its_end_is_reported_and_survived(speak, store):

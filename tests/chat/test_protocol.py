@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,10 @@ import pytest
 from finished import ROOT
 from program import Program
 
+from lightning_peft.chat import protocol
 from lightning_peft.chat.answer_scores import score_answer
+from lightning_peft.chat.chat_model import Answer
+from lightning_peft.chat.sampling import Sampling
 
 SPEAK = ("--chat-template", "plain", "--max-new-tokens", "12")
 QUESTION = [{"role": "user", "content": "What does `len` do?"}]
@@ -178,6 +183,35 @@ def test_a_request_says_how_tokens_are_chosen(client: Client) -> None:
     assert done["ended"]
     assert client.ask(33, repetition_penalty=3.0)[0] != whole
     assert client.ask(34)[0] == whole
+
+
+class SlowToRead:
+    """A model that reads its prompts until its server has said twice that it is still there."""
+
+    active, sampling = "base", Sampling()
+    tools, variables_override = (), None
+
+    def __init__(self, out: io.StringIO) -> None:
+        self.out, self.names = out, ["base"]
+
+    def switch(self, name: str) -> None:
+        pass
+
+    def answers(self, talks: list[Any], stop: Any) -> list[Answer]:
+        end = time.monotonic() + 60
+        while self.out.getvalue().count("progress") < 2 and time.monotonic() < end:
+            time.sleep(0.01)
+        return [Answer("It counts.", 3, ended=True) for _ in talks]
+
+
+def test_reading_long_prompts_does_not_look_like_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "_HEARTBEAT_SECONDS", 0.01)
+    out = io.StringIO()
+    model: Any = SlowToRead(out)
+    protocol.Server([], out)._take(model, json.dumps({"id": 1, "rows": ROWS[:1]}))
+    lines = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [line["progress"] for line in lines[:2]] == [{"done": 0, "total": 1}] * 2
+    assert lines[-1] == {"id": 1, "done": True, "stopped": False}
 
 
 def test_a_score_that_waits_is_stopped(client: Client) -> None:

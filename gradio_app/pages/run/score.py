@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from gradio_app.chat.prompts import MAX_SCORED, scored_rows
+from gradio_app.chat.request import Sampling
 from gradio_app.chat.sessions import ScoreProgress
 from gradio_app.errors import UserError
 from gradio_app.pages.components import Update, field, html, markup
@@ -21,6 +22,8 @@ from gradio_app.texts import Texts
 from lightning_peft.chat.answer_scores import ScoreSummary, summarize_rows
 
 USUAL_ROWS = 20
+# On a Space, whose one model others wait for: rows, and tokens of an answer.
+SPACE_ROWS, SPACE_TOKENS = 20, 128
 # Of an answer in the table.
 MAX_CELL = 2_000
 
@@ -79,9 +82,7 @@ def score_handler(
         busy, free = gr.Button(interactive=True), gr.Button(interactive=False)
         try:
             checkpoint, sampling = parse_settings(run, ChatInputs(*values))
-            if not isinstance(rows, (int, float)) or not 1 <= rows <= MAX_SCORED:
-                raise UserError("playground.refused_score_rows", most=MAX_SCORED)
-            asked = scored_rows(run, int(rows))
+            asked = scored_rows(run, checked_rows(rows, sampling, studio.settings.space))
             for _ in studio.chat.load(run.owner, run, checkpoint.name):
                 yield gr.skip(), gr.skip(), status(run)
             names = (t("playground.base"), checkpoint_label(checkpoint, t, short=True))
@@ -93,6 +94,16 @@ def score_handler(
         yield gr.skip(), free, status(run)
 
     return act
+
+
+def checked_rows(rows: Any, sampling: Sampling, space: bool) -> int:
+    """Returns how many rows are scored; raises UserError for too many, or too long answers."""
+    most = SPACE_ROWS if space else MAX_SCORED
+    if not isinstance(rows, (int, float)) or not 1 <= rows <= most:
+        raise UserError("playground.refused_score_rows", most=most)
+    if space and sampling.max_new_tokens > SPACE_TOKENS:
+        raise UserError("playground.refused_length", least=1, most=SPACE_TOKENS)
+    return int(rows)
 
 
 def score_html(now: ScoreProgress, names: tuple[str, str], t: Texts) -> str:
