@@ -37,10 +37,19 @@ def inside(root: Path, path: str | Path) -> Path:
     """Returns ``path`` below ``root``, with all links followed; refuses what leads out."""
     if "\0" in str(path):
         raise UserError("errors.outside", path=shortened(path))
-    found = (root / path).resolve()
-    if not found.is_relative_to(root.resolve()):
+    found = real_path(root / path)
+    if found is None or not found.is_relative_to(root.resolve()):
         raise UserError("errors.outside", path=shortened(path))
     return found
+
+
+def real_path(path: Path) -> Path | None:
+    """Returns a path with all links followed; ``None`` where they lead in a circle."""
+    try:
+        # Twice: links behind a circle that ".." leaves again are not followed the first time.
+        return path.resolve().resolve()
+    except (OSError, RuntimeError):
+        return None
 
 
 def checked_hub_name(text: object) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
 from gradio_app.errors import UserError
-from gradio_app.guards import checked_hub_name, inside, shortened
+from gradio_app.guards import checked_hub_name, inside, real_path, shortened
 from gradio_app.redaction import UPLOAD, Redactor, bundled_folders
 from gradio_app.settings import Settings
 from gradio_app.uploads import Uploads
@@ -53,7 +54,7 @@ class AllowedPaths:
         if path_like or "\\" in text or _FILE.fullmatch(text.lower()):
             if root is None:
                 raise UserError("checks.no_paths", path=shortened(text))
-            near = get_close_matches(text, data_files(root), n=1)
+            near = get_close_matches(text, data_files(root).sizes, n=1)
             hint = UserError("checks.near", near=shortened(near[0])) if near else None
             more = [hint or UserError("checks.not_near")]
             raise UserError("checks.no_data", path=shortened(text), more=more)
@@ -98,27 +99,74 @@ def _is_model(path: Path) -> bool:
     return path.is_dir() or (path.suffix.lower() == ".gguf" and path.is_file())
 
 
-def data_files(root: Path) -> dict[str, int]:
-    """Returns the data files below a root by name, two levels deep, with their bytes.
+@dataclass(frozen=True)
+class DataFiles:
+    """Data files below a root by name, with their bytes, and how many more there are."""
+
+    sizes: dict[str, int] = field(default_factory=dict)
+    left_out: int = 0
+
+
+def data_files(root: Path) -> DataFiles:
+    """Returns the data files below a root, two levels deep.
 
     A folder of several, such as ``train.jsonl`` and ``test.jsonl``, is one more entry: its name
-    ends in ``/``. Hidden files and links that leave the root are not among them.
+    ends in ``/``. Hidden files and links that leave the root are not among them. Where there are
+    too many, files in folders are left out first.
     """
     top = root.resolve()
-    found = sorted(path for pattern in ("*", "*/*") for path in root.glob(pattern))
-    sizes: dict[str, int] = {}
-    folders: dict[str, list[int]] = {}
-    for path in found:
-        parts = path.relative_to(root).parts
-        known = _FILE.fullmatch(path.name.lower()) and not any(p.startswith(".") for p in parts)
-        if not (known and path.resolve().is_relative_to(top) and path.is_file()):
+    first: dict[str, int] = {}
+    nested: dict[str, int] = {}
+    for entry in _entries_in(root, top):
+        if _is_folder(entry):
+            inside_it = _sizes_in(_entries_in(Path(entry.path), top))
+            nested |= {f"{entry.name}/{name}": size for name, size in inside_it.items()}
+            if len(inside_it) > 1:
+                first[f"{entry.name}/"] = sum(inside_it.values())
+        else:
+            first |= _sizes_in([entry])
+    found = [*sorted(first.items()), *sorted(nested.items())]
+    return DataFiles(dict(sorted(found[:MAX_LISTED])), len(found[MAX_LISTED:]))
+
+
+def _entries_in(folder: Path, top: Path) -> list[os.DirEntry[str]]:
+    """Returns the visible entries of a folder, without links that leave ``top``."""
+    try:
+        with os.scandir(folder) as entries:
+            return [
+                entry
+                for entry in entries
+                if not entry.name.startswith(".")
+                # Only links can leave it, and following each path takes long.
+                and (not entry.is_symlink() or _is_below(real_path(Path(entry.path)), top))
+            ]
+    except OSError:
+        # Removed meanwhile, or not this user's.
+        return []
+
+
+def _is_below(path: Path | None, top: Path) -> bool:
+    return path is not None and path.is_relative_to(top)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _sizes_in(entries: Iterable[os.DirEntry[str]]) -> dict[str, int]:
+    """Returns the bytes of each data file among some entries."""
+    sizes = {}
+    for entry in entries:
+        try:
+            if _FILE.fullmatch(entry.name.lower()) and entry.is_file():
+                sizes[entry.name] = entry.stat().st_size
+        except OSError:
+            # Removed meanwhile.
             continue
-        size = path.stat().st_size
-        sizes["/".join(parts)] = size
-        if len(parts) > 1:
-            folders.setdefault(f"{parts[0]}/", []).append(size)
-    several = {name: sum(inside) for name, inside in folders.items() if len(inside) > 1}
-    return dict(sorted({**sizes, **several}.items())[:MAX_LISTED])
+    return sizes
 
 
 def _checked_text(value: object) -> str:
@@ -144,14 +192,10 @@ def _bundled_path(text: str) -> str | None:
 
 def _path_below(text: str, root: Path) -> str | None:
     """Returns an absolute path below ``root`` that exists; ``None`` for everything else."""
-    path = Path(text)
-    if not path.is_absolute():
+    found = real_path(Path(text)) if Path(text).is_absolute() else None
+    if found is None or not found.is_relative_to(root.resolve()):
         return None
-    resolved = path.resolve()
-    below = resolved.is_relative_to(root.resolve())
-    return (
-        resolved.as_posix() if below and (resolved.exists() or resolved.parent.is_dir()) else None
-    )
+    return found.as_posix() if found.exists() or found.parent.is_dir() else None
 
 
 def _path_in_root(text: str, root: Path | None, is_there: Callable[[Path], bool]) -> str | None:

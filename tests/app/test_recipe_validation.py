@@ -14,7 +14,9 @@ import yaml
 from finished import BASE
 
 from gradio_app.errors import UserError
+from gradio_app.guards import inside
 from gradio_app.pages.error_reporting import localized_message
+from gradio_app.recipe import paths
 from gradio_app.recipe.content import value_at, with_value
 from gradio_app.recipe.edits import base_recipe, load_recipe
 from gradio_app.recipe.form import apply_form
@@ -471,7 +473,9 @@ def test_files_to_pick_from_lie_below_the_root(here, tmp_path):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text("12345")
     (root / "outside").symlink_to(tmp_path)
-    found = data_files(root)
+    (root / "loop.jsonl").symlink_to("loop.jsonl")
+    (root / "gone.jsonl").symlink_to("nothing.jsonl")
+    found = data_files(root).sizes
     # link.jsonl leads to a file outside, and so does a folder.
     assert list(found) == [
         *("chats/", "chats/test.csv", "chats/train.jsonl", "one/a.jsonl", "rows.jsonl"),
@@ -479,3 +483,33 @@ def test_files_to_pick_from_lie_below_the_root(here, tmp_path):
     assert found["chats/"] == 10
     made = validate_content(changed(f"{DATA}data", "chats/"), here, "local")
     assert value_at(made, f"{DATA}data") == (root / "chats").as_posix()
+
+
+def test_a_path_through_a_circle_of_links_is_refused(here, tmp_path):
+    loop = tmp_path / "data" / "loop.jsonl"
+    loop.symlink_to("loop.jsonl")
+    for path in (loop.name, loop.as_posix(), f"{loop.name}/../../secret.jsonl"):
+        assert problems(changed(f"{DATA}data", path), here), path
+    with pytest.raises(UserError):
+        inside(tmp_path / "data", f"{loop.name}/../link.jsonl")
+
+
+def test_of_too_many_files_those_in_folders_are_not_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "MAX_LISTED", 5)
+    for name in (*(f"images/{n}.json" for n in range(9)), "zoo/a.csv", "zoo/b.csv", "z.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("123")
+    found = data_files(tmp_path)
+    assert list(found.sizes) == ["images/", "images/0.json", "images/1.json", "z.csv", "zoo/"]
+    assert (found.sizes["images/"], found.left_out) == (27, 9)
+
+
+def test_files_are_not_followed_one_by_one(tmp_path, monkeypatch):
+    """Which takes a second where there are some ten thousand."""
+    (tmp_path / "rows.jsonl").write_text("12345")
+    (tmp_path / "link.jsonl").symlink_to("rows.jsonl")
+    followed = []
+    follow = paths.real_path
+    monkeypatch.setattr(paths, "real_path", lambda path: followed.append(path.name) or follow(path))
+    assert data_files(tmp_path).sizes == {"link.jsonl": 5, "rows.jsonl": 5}
+    assert followed == ["link.jsonl"]

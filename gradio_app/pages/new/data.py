@@ -21,7 +21,6 @@ from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.pages.templating import message
 from gradio_app.recipe.content import MISSING, data_of, value_at, with_value
 from gradio_app.recipe.edits import base_recipe, with_data
-from gradio_app.recipe.paths import data_files
 from gradio_app.recipe.preview import DataReport, local_path
 from gradio_app.recipe.table import count_rows, first_rows
 from gradio_app.redaction import UPLOAD
@@ -112,24 +111,25 @@ def _build_upload(editor: Editor) -> None:
 def _build_path(editor: Editor) -> None:
     t = editor.t
     root = editor.studio.settings.data_root
+    hint = t("new.path_hint", folder=root.name if root else "")
     path = field(
         gr.Dropdown,
         t,
         "new.path",
         "data-path-name",
-        info=t("new.path_hint", folder=root.name if root else ""),
+        info=hint,
         choices=[],
         value=None,
         allow_custom_value=True,
     )
 
     def listed(session: Session) -> list[Any]:
-        # Looked up each time: files come and go while the page is open.
-        sizes = data_files(root) if root else {}
+        sizes = session.data_files.sizes
         rows = [(f"{name} ({format_bytes(count, t)})", name) for name, count in sizes.items()]
         place = data_of(session.content)
         known = next((one for one in sizes if root and (root / one).as_posix() == place), None)
-        return [gr.update(choices=rows, value=known or (place if place.startswith("/") else None))]
+        value = known or (place if place.startswith("/") else None)
+        return [gr.update(choices=rows, value=value, info=editor.files_hint(session, hint))]
 
     editor.show([path], listed)
     use = gr.Button(t("new.use_data"), elem_id="use-path")

@@ -14,7 +14,7 @@ from gradio_app.pages.error_reporting import localized_message
 from gradio_app.pages.templating import message
 from gradio_app.recipe.edits import base_recipe
 from gradio_app.recipe.form import rebase_defaults
-from gradio_app.recipe.paths import AllowedPaths
+from gradio_app.recipe.paths import AllowedPaths, DataFiles, data_files
 from gradio_app.recipe.planner import PlanCache
 from gradio_app.recipe.yaml_text import dump_yaml
 from gradio_app.studio import Studio
@@ -52,6 +52,7 @@ class Session:
         undo: Recipe and what it was made of before the task was changed; ``None`` for none.
         starting: Whether a run is being started.
         plans: Memory plans that are known.
+        data_files: The files below the data root, as they were at the last change.
     """
 
     content: dict[str, Any]
@@ -73,6 +74,7 @@ class Session:
     undo: Any = None
     starting: bool = False
     plans: PlanCache = field(default_factory=PlanCache)
+    data_files: DataFiles = field(default_factory=DataFiles)
 
     def while_current(
         self, name: str, updates: Iterator[Any] | Updates, nothing: Any
@@ -132,6 +134,9 @@ class Editor:
 
     def updates(self, session: Session) -> list[Any]:
         """Returns the values of all components."""
+        root = self.studio.settings.data_root
+        # Looked up each time: files come and go while the page is open.
+        session.data_files = data_files(root) if root else DataFiles()
         found: list[Any] = [session, draft_of(session)]
         for components, update in self._displays:
             values = list(update(session))
@@ -228,6 +233,11 @@ class Editor:
             raise UserError("checks.session")
         session.owner = self.studio.owner(request)
         return session
+
+    def files_hint(self, session: Session, hint: str) -> str:
+        """Returns the help of a field that lists the data files, with how many are not listed."""
+        more = session.data_files.left_out
+        return f"{hint}. {self.t('new.files_cut', count=self.t.number(more))}" if more else hint
 
     def places(self, session: Session) -> AllowedPaths:
         """Returns the places that the owner of a session may read."""

@@ -9,7 +9,6 @@ import gradio as gr
 from gradio_app.pages.components import field
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.recipe.content import MISSING, value_at, with_value
-from gradio_app.recipe.paths import data_files
 from gradio_app.redaction import UPLOAD
 from gradio_app.runs.formatting import format_bytes
 from gradio_app.uploads import Uploads
@@ -54,7 +53,7 @@ def _updates(editor: Editor, session: Session) -> list[Any]:
     t, settings = editor.t, editor.studio.settings
     root = settings.data_root
     uploads = Uploads(settings, session.owner).list()
-    sizes = data_files(root) if root else {}
+    sizes = session.data_files.sizes
     files = [
         (f"{one.title} ({format_bytes(one.size, t)})", f"{UPLOAD}{one.name}") for one in uploads
     ]
@@ -63,10 +62,11 @@ def _updates(editor: Editor, session: Session) -> list[Any]:
     updates = []
     for split in SPLITS:
         place = value_at(session.content, f"{_DATA}{split}_data", None)
-        below = [name for name in sizes if root and (root / name).resolve().as_posix() == place]
+        below = [name for name in sizes if root and (root / name).as_posix() == place]
         place = below[0] if below else place
         # One that a recipe names, such as a data set on the hub, stays.
         more = [(str(place), str(place))] if place and place not in known else []
         choices = [(t(f"data.{split}_none"), ""), *files, *more]
-        updates.append(gr.update(choices=choices, value=place or ""))
+        info = editor.files_hint(session, t(f"data.{split}_file_hint"))
+        updates.append(gr.update(choices=choices, value=place or "", info=info))
     return updates
