@@ -73,7 +73,11 @@ def writing_system(text: str) -> str:
     Japanese is ``"Kana"`` and Chinese is ``"Han"``. Languages that share an alphabet are not
     distinguished.
     """
-    counts = Counter(filter(None, map(_system_of, text)))
+    counts: Counter[str] = Counter()
+    # A text has few different characters.
+    for character, number in Counter(text).items():
+        counts[_system_of(character)] += number
+    counts.pop("", None)
     if counts["Kana"]:
         counts["Kana"] += counts.pop("Han", 0)
     return min(counts, key=lambda name: (-counts[name], name)) if counts else ""
