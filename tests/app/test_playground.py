@@ -76,7 +76,7 @@ def said(page, side: str) -> str:
 
 def test_ask_compare_vote_and_unload(space, store, run, visit):
     page = opened(visit, space, run, HERS)
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(180_000)
     page.get_by_text("No model is loaded").wait_for()
     # The system prompt of the data is there, and goes away at a click.
     system = page.get_by_label("System prompt")
