@@ -65,7 +65,7 @@ def held_out_prompts(run: Run, most: int = MAX_PROMPTS) -> list[HeldOutPrompt]:
     """Returns up to ``most`` validation rows, of older runs those that it has shown samples of."""
     known = read_json_object(run.folder.prompts).get("held_out")
     rows = [_row(turns) for turns in known] if isinstance(known, list) else []
-    found = {(row.turns, row.prompt): row for row in rows if row is not None}
+    found = {(row.turns, row.prompt, row.reference): row for row in rows if row is not None}
     return list(found.values())[:most] or _sampled(run)
 
 
@@ -95,7 +95,7 @@ def _row(turns: Any) -> HeldOutPrompt | None:
         return None
     if any(len(text) > MAX_TEXT for _, text in said):
         return None
-    return HeldOutPrompt(said[-2][1].strip(), said[-1][1], said[:-2])
+    return HeldOutPrompt(said[-2][1], said[-1][1], said[:-2])
 
 
 def _sampled(run: Run) -> list[HeldOutPrompt]:
@@ -118,6 +118,7 @@ def extract_question(row: HeldOutPrompt, around: Sequence[str] | None) -> str:
     of the template before and after. Raises UserError if more than a question is in that text.
     """
     if row.turns is not None:
+        # With its white space, as in training.
         return row.prompt
     if around is None:
         raise UserError("playground.refused_row")

@@ -29,7 +29,13 @@ from gradio_app.chat.prompts import (
 )
 from gradio_app.chat.sessions import AnswerChunk, ChatSessions, Timeouts
 from gradio_app.errors import UserError
-from gradio_app.pages.run.conversation import Conversation, without_last
+from gradio_app.pages.run.conversation import (
+    ChatInputs,
+    Conversation,
+    parse_request,
+    stream_answers,
+    without_last,
+)
 from gradio_app.pages.run.score import checked_rows
 from gradio_app.runs.store import RunStore
 from gradio_app.runs.summaries import task_of_run
@@ -453,13 +459,13 @@ def test_rows_whose_turns_are_known_are_asked_as_they_are(store):
     system = {"text": "S", "rows": 4, "of": 9}
     write_json(run.folder.prompts, {"system": system, "held_out": [turns, turns, turns[:3]]})
     first, second = held_out_prompts(run)
-    assert (first.system, first.prompt, first.reference) == ("S", "c", "d")
+    assert (first.system, first.prompt, first.reference) == ("S", " c ", "d")
     assert first.earlier == turns[1:3]
     assert (second.system, second.prompt, second.earlier) == ("S", "a", [])
-    assert extract_question(first, None) == "c"
+    assert extract_question(first, None) == " c "
     assert labels([first, second]) == ["c", "a"]
     assert system_prompt(run) == SystemPrompt("S", 4, 9)
-    asked = [turns[0], *turns[1:3], {"role": "user", "content": "c"}]
+    asked = turns[:4]
     short = [turns[0], turns[1]]
     assert scored_rows(run) == [
         {"messages": asked, "reference": "d"},
@@ -530,3 +536,28 @@ def test_who_is_a_is_chance():
     assert set(drawn) == {"base", "tuned"}
     assert 150 < drawn.count("base") < 250
     assert set(votes.shuffle_sides().values()) == {"base", "tuned"}
+
+
+@pytest.mark.parametrize("mode", ["both", "blind"])
+def test_a_row_of_the_data_is_asked_again_as_it_is(speak, store, mode):
+    run = with_adapters(store)
+    said = [("system", " S\n"), ("user", "I am Ann"), ("assistant", "Hi"), ("user", " Who am I?\n")]
+    turns = [{"role": role, "content": text} for role, text in [*said, ("assistant", "Ann")]]
+    write_json(run.folder.prompts, {"held_out": [turns]})
+    speakers = speak()
+    loaded(speakers, run)
+    inputs = ChatInputs(mode, "best", "another", 0, 1, 8, 0, 0, 1, "")
+    asked = parse_request(run, 0, inputs)
+    assert asked.system == " S\n"
+    *_, first = stream_answers(speakers, run, Conversation(), asked)
+    assert [turn["content"] for turn in first.right[:-1]] == ["I am Ann", "Hi", " Who am I?\n"]
+    assert first.reference == "Ann"
+    shorter, _ = without_last(first)
+    assert shorter.row is None
+    *_, again = stream_answers(speakers, run, shorter, parse_request(run, first.row, inputs))
+    # Blind, the sides are drawn.
+    for column in (again.left, again.right):
+        assert column[:-1] == first.left[:-1]
+    assert again.reference == "Ann"
+    *_, other = stream_answers(speakers, run, again, parse_request(run, "What else?", inputs))
+    assert (other.row, other.reference) == (None, "")

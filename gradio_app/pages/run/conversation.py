@@ -29,6 +29,7 @@ class Conversation:
         ends: How the last answers ended, by column.
         reference: The answer in the data, where that is known.
         ballot: What can be voted on.
+        row: The last question, if it is a row of the data.
     """
 
     checkpoint: Checkpoint | None = None
@@ -38,6 +39,7 @@ class Conversation:
     ends: Mapping[str, AnswerChunk] = field(default_factory=dict)
     reference: str = ""
     ballot: Ballot | None = None
+    row: HeldOutPrompt | None = None
 
 
 def without_last(talk: Conversation) -> tuple[Conversation, str]:
@@ -51,7 +53,7 @@ def without_last(talk: Conversation) -> tuple[Conversation, str]:
         if count and len(places[name]) == count:
             question = turns[places[name][-1]]["content"]
             shorter[name] = turns[: places[name][-1]]
-    return replace(talk, **shorter, ends={}, reference="", ballot=None), question
+    return replace(talk, **shorter, ends={}, reference="", ballot=None, row=None), question
 
 
 def _questions(turns: Turns) -> list[int]:
@@ -93,13 +95,15 @@ class ChatRequest:
 
 
 def parse_request(run: Run, question: Any, inputs: ChatInputs) -> ChatRequest:
-    """Returns the validated question of a visitor: a text, or the place of a held-out row.
+    """Returns the validated question of a visitor: a text, a held-out row or the place of one.
 
     Raises UserError if it cannot be asked.
     """
-    rows, system = held_out_prompts(run), inputs.system
+    rows = held_out_prompts(run)
     asked: str | HeldOutPrompt
-    if isinstance(question, int):
+    if isinstance(question, HeldOutPrompt):
+        asked = question
+    elif isinstance(question, int):
         if not 0 <= question < len(rows):
             raise UserError("playground.refused_empty")
         asked = rows[question]
@@ -108,12 +112,14 @@ def parse_request(run: Run, question: Any, inputs: ChatInputs) -> ChatRequest:
     # A row of the data is asked as it is there.
     if isinstance(asked, HeldOutPrompt) and asked.turns is not None:
         system = asked.system
+    else:
+        system = validate_text(inputs.system, "system")
     checkpoint, sampling = parse_settings(run, inputs)
     return ChatRequest(
         question=asked,
         mode=inputs.mode if inputs.mode in MODES else "both",
         checkpoint=checkpoint,
-        system=validate_text(system, "system"),
+        system=system,
         sampling=sampling,
     )
 
@@ -150,7 +156,9 @@ def stream_answers(
     if isinstance(asked.question, HeldOutPrompt) and asked.question.turns is not None:
         before = asked.question.earlier
         talk = Conversation(asked.checkpoint, blind, list(before), list(before))
-    talk = replace(talk, checkpoint=asked.checkpoint, ends={}, reference=reference, ballot=None)
+    row = asked.question if isinstance(asked.question, HeldOutPrompt) else None
+    talk = replace(talk, checkpoint=asked.checkpoint, reference=reference, row=row)
+    talk = replace(talk, ends={}, ballot=None)
     who = shuffle_sides() if blind else dict(zip(SIDES, ("base", "tuned"), strict=True))
     columns = dict(zip(SIDES, ("left", "right"), strict=True))
     for side, name in who.items():
@@ -173,8 +181,9 @@ def _question(speakers: ChatSessions, run: Run, asked: ChatRequest) -> tuple[str
         return extract_question(asked.question, around), asked.question.reference
     for row in held_out_prompts(run):
         try:
-            same = row.turns is None or (row.system == asked.system and not row.earlier)
-            if same and extract_question(row, around) == asked.question:
+            own = row.system.strip() == asked.system and not row.earlier
+            same = row.turns is None or own
+            if same and extract_question(row, around).strip() == asked.question:
                 return asked.question, row.reference
         except UserError:
             continue

@@ -227,7 +227,7 @@ def _turns(
         if (
             row.turns is not None
             and row.reference.strip() == expected.strip()
-            and row.prompt in prompt
+            and row.prompt.strip() in prompt
         ):
             turns = [*row.turns, ("user", row.prompt)]
             return [(role, shortened_cell(text)) for role, text in turns]

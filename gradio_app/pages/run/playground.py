@@ -130,7 +130,9 @@ class PlaygroundTab:
         seed: Any = inputs.seed + 1 if drawn else gr.skip()
         if drawn:
             inputs = inputs._replace(seed=seed)
-        for taken, shown in self._answer(request, question, run_id, talk, inputs):
+        # A row of the data has turns before its question, and an answer that is shown.
+        asked = before.row or question
+        for taken, shown in self._answer(request, asked, run_id, talk, inputs):
             if taken:
                 yield (seed, *shown)
             else:
