@@ -224,8 +224,8 @@ class ChatModel:
         """
         kept, ids, dropped, room = self._fit_context(messages)
         tokenizer, texts = self.loaded.tokenizer, self.sampling.stop
-        streamer = AnswerStreamer(tokenizer, write, texts)
         stop_texts = StopTexts(tokenizer, texts, ids.shape[1])
+        streamer = AnswerStreamer(tokenizer, write, stop_texts)
         options = self._options() | {
             "max_new_tokens": min(self.sampling.max_new_tokens, room),
             "streamer": streamer,

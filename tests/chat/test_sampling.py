@@ -81,14 +81,41 @@ def test_a_stop_text_ends_an_answer_before_it(talk: ChatModel) -> None:
     assert len(pieces) > 1
 
 
-def test_half_a_stop_text_is_written_when_it_is_none() -> None:
+@pytest.mark.parametrize("put_first", [True, False])
+@pytest.mark.parametrize(
+    ("said", "stop", "answer"),
+    [
+        ("a ## b c ### d", ("###", "End"), "a ## b c "),
+        ("a ## b", ("###",), "a ## b"),
+        ("It is Paris.</s>user more", ("</s>user",), "It is Paris."),
+        ("It is Paris.</s>user more", ("</s>u",), "It is Paris."),
+        ("It is</s> Paris.</s></s> End", ("never", "is.</s>"), "It is Par"),
+        ("It</s> is.</s>more", ("s>more",), "It is."),
+    ],
+)
+def test_an_answer_is_written_up_to_a_stop_text(put_first, said, stop, answer) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    special = tokenizer.eos_token
+    stop = tuple(one.replace("</s>", special).replace("s>m", f"{special[-2:]}m") for one in stop)
+    tokens = tokenizer(said.replace("</s>", special), add_special_tokens=False)["input_ids"]
     pieces: list[str] = []
-    streamer = AnswerStreamer(AutoTokenizer.from_pretrained(BASE), pieces.append, ("###", "End"))
-    for piece in ("a #", "# b", " c ##", "# d"):
-        streamer.on_finalized_text(piece)
-    streamer.on_finalized_text("e", stream_end=True)
-    assert "".join(pieces) == streamer.text == "a ## b c "
-    assert pieces[0] == "a"
+    criterion = StopTexts(tokenizer, stop, 1)
+    streamer = AnswerStreamer(tokenizer, pieces.append, criterion)
+    known = torch.tensor([[5]])
+    streamer.put(known)
+    for token in map(torch.tensor, tokens):
+        known = torch.cat([known, token.reshape(1, 1)], 1)
+        # Versions of transformers differ in the order.
+        if put_first:
+            streamer.put(token.reshape(1))
+        criterion(known, None)
+        if not put_first:
+            streamer.put(token.reshape(1))
+        if criterion.found:
+            break
+    streamer.end()
+    assert "".join(pieces) == streamer.text == answer
+    assert criterion.found == (answer != said)
 
 
 def test_a_stop_text_may_be_a_special_token_and_lies_in_the_answer() -> None:
