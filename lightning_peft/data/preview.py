@@ -85,20 +85,32 @@ def _search(
 ) -> tuple[dict[str, Any], list[tuple[str, int]]]:
     """Returns in how many rows a text occurs, and the first of those that are used."""
     wanted = text.casefold()
-    places: dict[tuple[str, int], tuple[str, int]] = {}
+    # Several where a row was split, or became a pair.
+    places: dict[tuple[str, int], list[tuple[str, int]]] = {}
     for split, encoded in prepared.splits.items():
         origins = encoded.select_columns(["file", "row"])
         for place, one in enumerate(origins):
-            places.setdefault((one["file"], one["row"]), (split, place))
+            places.setdefault((one["file"], one["row"]), []).append((split, place))
     found = 0
     shown: list[tuple[str, int]] = []
     for row in data.source_rows():
         if any(wanted in one.casefold() for one in _strings(row.value)):
             found += 1
-            place_of = places.get((row.file, row.number))
-            if place_of is not None and len(shown) < rows:
-                shown.append(place_of)
+            parts = places.get((row.file, row.number), [])
+            if parts and len(shown) < rows:
+                shown.append(_part_with(data, prepared, wanted, parts))
     return {"text": text, "rows": found}, shown
+
+
+def _part_with(
+    data: RowDataModule, prepared: Prepared, wanted: str, parts: list[tuple[str, int]]
+) -> tuple[str, int]:
+    """Returns the first part in which a text occurs as it is shown; else the first of all."""
+    for split, place in parts if len(parts) > 1 else []:
+        spans = data.render_row(prepared.splits[split][place])
+        if wanted in "".join(span.text for span in spans).casefold():
+            return split, place
+    return parts[0]
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -122,6 +122,16 @@ def test_rows_are_found_by_their_text_whether_used_or_not(tmp_path):
     assert preview(data, 2, search="nowhere").rows == []
 
 
+def test_of_a_row_that_is_split_the_part_with_the_text_is_shown(tmp_path):
+    (tmp_path / "long.txt").write_text("word " * 100 + "zebra end")
+    options = {"over_long": "split", "max_length": 64, "cache_dir": str(tmp_path / "cache")}
+    data = SupervisedData(str(tmp_path / "long.txt"), str(BASE), validation_share=0, **options)
+    (shown,) = preview(data, 3, search="Zebra").rows
+    assert "zebra" in "".join(span.text for span in shown.runs)
+    (first,) = preview(data, 3, search="word word").rows
+    assert "zebra" not in "".join(span.text for span in first.runs)
+
+
 def test_labels_are_counted_by_split(tmp_path):
     rows = [{"text": f"row {n}", "label": "bad" if n % 3 else "good"} for n in range(9)]
     data = data_of(tmp_path, rows, TextClassificationData)
