@@ -7,6 +7,7 @@ from typing import Any
 
 from gradio_app.chat.sessions import ChatSessions
 from gradio_app.errors import UserError
+from gradio_app.experiments.summaries import Summaries
 from gradio_app.export.manager import ExportManager
 from gradio_app.recipe.command_worker import CommandWorker
 from gradio_app.runs import hf_jobs, zero_gpu
@@ -14,7 +15,6 @@ from gradio_app.runs.local import LocalExecutor
 from gradio_app.runs.metadata import LOCAL
 from gradio_app.runs.run_queue import RunQueue
 from gradio_app.runs.store import RunStore
-from gradio_app.runs.summaries import Summaries
 from gradio_app.runs.types import Executor, Run
 from gradio_app.settings import Settings
 from gradio_app.visitors import owner_of

@@ -13,7 +13,7 @@ from gradio_app.guards import redacted
 from gradio_app.redaction import Redactor
 from gradio_app.runs.environment import training_environment
 from gradio_app.runs.files import read_json_object, tail
-from gradio_app.runs.summaries import task_of_run
+from gradio_app.runs.run_task import task_of_run
 from gradio_app.runs.types import Checkpoint, Run
 from gradio_app.settings import Settings
 from lightning_peft.processes import LineProcess

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gradio_app.errors import UserError
 from gradio_app.guards import checked_hub_name, shortened
-from gradio_app.runs.summaries import task_of_run
+from gradio_app.runs.run_task import task_of_run
 from gradio_app.runs.types import Checkpoint, Run
 
 SENTENCES, GGUF_ADAPTER = "sentence-transformers", "gguf-adapter"

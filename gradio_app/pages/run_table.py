@@ -7,6 +7,8 @@ from typing import Any
 import gradio as gr
 
 from gradio_app.assets import CLICK_DELEGATE, script
+from gradio_app.experiments.listing import STATES, Listing, Query, list_runs
+from gradio_app.experiments.summaries import Summary
 from gradio_app.pages.components import changed_updates, field, markup, on_event
 from gradio_app.pages.run_state import state_badge
 from gradio_app.pages.templating import render
@@ -19,9 +21,7 @@ from gradio_app.runs.formatting import (
     metric,
     time_ago,
 )
-from gradio_app.runs.listing import STATES, Listing, Query, list_runs
 from gradio_app.runs.store import NAME_LENGTH, NOTES_LENGTH
-from gradio_app.runs.summaries import Summary
 from gradio_app.runs.types import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts

@@ -37,8 +37,8 @@ from gradio_app.pages.run.conversation import (
     without_last,
 )
 from gradio_app.pages.run.score import checked_rows
+from gradio_app.runs.run_task import task_of_run
 from gradio_app.runs.store import RunStore
-from gradio_app.runs.summaries import task_of_run
 from gradio_app.runs.types import Run
 from gradio_app.settings import Settings
 from gradio_app.texts import LANGUAGES, Texts

@@ -9,15 +9,15 @@ from dataclasses import asdict
 import pytest
 import yaml
 
+from gradio_app.experiments.listing import Query, list_runs
+from gradio_app.experiments.summaries import Summaries
 from gradio_app.pages import home, run_table
 from gradio_app.pages.templating import render
 from gradio_app.recipe import edits
 from gradio_app.recipe.edits import demo_recipe
 from gradio_app.runs.formatting import format_bytes
-from gradio_app.runs.listing import Query, list_runs
 from gradio_app.runs.machine import Machine
 from gradio_app.runs.store import RunStore, checked_notes
-from gradio_app.runs.summaries import Summaries
 from gradio_app.texts import LANGUAGES, Texts
 from lightning_peft.demo.real_base import SMOLLM2_PLACE, absence_of_smollm2
 from lightning_peft.runs.status import Status, write_json

@@ -27,6 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "chat": {"runs"},
     "export": {"runs", "recipe"},
     "compare": {"runs"},
+    "experiments": {"runs", "recipe"},
 }
 # Of the library, what costs nothing to import.
 LIGHT = {

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lightning_peft.runs import throughput
-from lightning_peft.runs.throughput import Throughput, size_of
+from lightning_peft.runs.throughput import Throughput, rows_and_tokens
 
 IDS = torch.zeros(3, 5, dtype=torch.int64)
 MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])
@@ -20,7 +20,7 @@ MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])
     ],
 )
 def test_rows_and_tokens_of_a_batch(batch, size):
-    assert size_of(batch) == size
+    assert rows_and_tokens(batch) == size
 
 
 def test_rates_and_what_is_left(monkeypatch):

@@ -81,7 +81,7 @@ class QuantizedLayer(LayerMixin):
         Raises:
             LifecycleError: If only some of its bytes are in this process.
         """
-        stored = self._parameters.get("weight")
+        stored = self._parameters["weight"]
         return stored if self.packed is None else self.packed.open(stored)
 
     def weight_info(self) -> tuple[torch.Size, torch.dtype]:

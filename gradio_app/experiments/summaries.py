@@ -9,17 +9,17 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
+from gradio_app.errors import UserError
 from gradio_app.recipe.content import data_of, short_name, value_at
 from gradio_app.recipe.fields import BY_PATH
 from gradio_app.recipe.form import display_value
 from gradio_app.recipe.presets import DEMO_BASE
-from gradio_app.runs.files import read_json_object
+from gradio_app.recipe.yaml_text import parse_yaml
 from gradio_app.runs.metrics import Metrics, MetricsCache
 from gradio_app.runs.outcomes import outcome_of
+from gradio_app.runs.run_task import task_of_run
 from gradio_app.runs.types import Run
-from lightning_peft.task_registry import TaskSpec, task_of_config, tasks_of_module
+from lightning_peft.task_registry import task_of_config
 
 KEY_SETTINGS = (
     "trainer.strategy.init_args.r",
@@ -29,11 +29,8 @@ KEY_SETTINGS = (
     "trainer.max_epochs",
     "trainer.max_steps",
 )
-_CLASS_PATH = re.compile(r"class_path:\s*(\S+)")
 _METHOD = re.compile(r"lightning_peft\.(QLoRA|LoRA)Strategy")
 _MOST_RUNS = 5_000
-# Many runs are listed; written in C it takes a tenth of the time.
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
@@ -123,10 +120,9 @@ def summarize(run: Run, metrics: Metrics) -> Summary:
 
 def _content(run: Run) -> dict[str, Any]:
     try:
-        found = yaml.load(run.redactor.portable(run.recipe_text), Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        return parse_yaml(run.redactor.portable(run.recipe_text))
+    except UserError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _settings(content: dict[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -137,13 +133,3 @@ def _settings(content: dict[str, Any]) -> tuple[tuple[str, str], ...]:
         for path, value in given
         if isinstance(value, (int, float, str)) and value not in (-1, "")
     )
-
-
-def task_of_run(run: Run) -> TaskSpec | None:
-    """Returns the task that a run trains, by its record or, until it begins, by its recipe.
-
-    ``None`` for a user's own task.
-    """
-    recorded = read_json_object(run.folder.provenance).get("task")
-    paths = [recorded] if isinstance(recorded, str) else _CLASS_PATH.findall(run.recipe_text)
-    return next((spec for path in paths for spec in tasks_of_module(path)), None)

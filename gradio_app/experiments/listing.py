@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gradio_app.runs.summaries import Summaries, Summary
+from gradio_app.experiments.summaries import Summaries, Summary
 from gradio_app.runs.types import Run
 
 PER_PAGE = 10
