@@ -35,8 +35,9 @@ MIN_ROWS_FOR_WORKERS = {"fork": 512, "spawn": 4096}
 # Rows that a process gets at once.
 CHUNK = 64
 MAX_WORKERS = 8
-# A forked process can inherit a lock that another thread holds, and would wait for it forever.
-TIMEOUT_SECONDS = 300
+# A forked process can inherit a lock that another thread holds, and would wait for it forever; one
+# that dies at a bad moment of this one can go unnoticed.
+TIMEOUT_SECONDS = 120
 # Of the processes. A tokenizer in each has threads enough, and a spawned one would first import
 # from the current folder, which may be somebody's data.
 _ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "PYTHONSAFEPATH": "1"}

@@ -161,7 +161,7 @@ def test_a_run_that_one_cannot_see(site, store, visit):
         page.get_by_role("heading", name="There is no such run").wait_for()
         assert "secret name" not in page.content()
     page.get_by_role("link", name="To the runs").click()
-    page.get_by_role("heading", name="Recent runs").wait_for()
+    page.get_by_role("heading", name="Runs", exact=True).wait_for()
 
 
 def test_everyone_can_read_it_on_every_screen(site, visit, running):
