@@ -6,6 +6,7 @@ import functools
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -225,4 +226,18 @@ def leave_out_of_ddp(module: nn.Module, names: list[str]) -> None:
 
     Public alternative: none; torch documents the attribute for this.
     """
-    module._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
+    chosen: Any = getattr(module, "_ddp_params_and_buffers_to_ignore", ())
+    module._ddp_params_and_buffers_to_ignore = [*dict.fromkeys([*chosen, *names])]  # type: ignore[assignment]
+
+
+def is_fsdp_asking(frame: Any) -> bool:
+    """Says whether a property is read where FSDP looks for its own parameter on a layer.
+
+    Public alternative: none.
+
+    Args:
+        frame: The one that reads the property, which may be the property of a subclass.
+    """
+    own = import_module("torch.distributed.fsdp._fully_shard._fsdp_param").FSDPParam
+    code = own.reset_sharded_param.__code__
+    return code in (frame.f_code, frame.f_back and frame.f_back.f_code)

@@ -49,6 +49,9 @@ def shard_base(module: nn.Module, device: torch.device) -> None:
     # Numbers cannot be cut up.
     frozen = {n: p for n, p in _frozen(module) if p.ndim}
     ids = {id(param) for param in frozen.values()}
+    for param in frozen.values():
+        # FSDP takes no others.
+        param.data = param.data.contiguous()
     kept = {param for param in module.parameters() if id(param) not in ids}
     blocks = [b for name in record.parts for b in all_blocks(module.get_submodule(name))]
     for block in reversed({id(block): block for block in blocks}.values()):

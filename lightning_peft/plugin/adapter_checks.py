@@ -166,7 +166,8 @@ def check_same_base_on_all_ranks(module: nn.Module) -> None:
     raise BaseMismatchError(
         f"Ranks {others} have another base model than rank 0:"
         + itemize(names, 5)
-        + "\nQuantized weights cannot be broadcast, so each rank would train against its own. "
+        + "\nNeither quantized nor sharded weights are broadcast, so ranks would train against "
+        "different weights. "
         "Load the same checkpoint on every rank, or call seed_everything(...) before a base "
         "with random weights is built."
     )

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from lightning_peft import engine
-from lightning_peft.errors import ConfigError, itemize
+from lightning_peft.compat.lightning import combined_loader
+from lightning_peft.errors import ConfigError, LifecycleError, itemize
+from lightning_peft.plugin.adapter_checks import check_same_base_on_all_ranks
 
 if TYPE_CHECKING:
     from pytorch_lightning.strategies import DDPStrategy as _Base
@@ -37,10 +42,14 @@ class ShardedBaseStrategy(_Base):
         module: Any = self.lightning_module
         if self.shards_base:
             engine.check_shardable(module)
-            loops = (trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
-            for loop in (trainer.fit_loop.epoch_loop.val_loop, *loops):
+            # Put together from pieces of different bases, it would be none of them.
+            check_same_base_on_all_ranks(module)
+            loops = _loops(trainer)
+            for loop, _ in loops[1:]:
                 # Gathered in inference mode, weights could not be saved for a backward pass later.
                 loop.inference_mode = False
+            for loop, numbers in loops:
+                loop.__dict__["setup_data"] = partial(_set_up_data, loop, loop.setup_data, numbers)
         super().setup(trainer)
 
     def model_to_device(self) -> None:
@@ -72,12 +81,56 @@ class ShardedBaseStrategy(_Base):
         with context():
             return self._forward_redirection(module, module, step, *args, **kwargs)
 
+    def teardown(self) -> None:
+        """Gives the loops their own methods back."""
+        if self.shards_base and self.lightning_module is not None:
+            for loop, _ in _loops(self.lightning_module.trainer):
+                loop.__dict__.pop("setup_data", None)
+        super().teardown()
+
     def on_validation_end(self) -> None:
         """Gives the memory of gathered weights back, which no backward pass does here."""
         super().on_validation_end()
         module: Any = self.lightning_module
         if self.shards_base:
             engine.reshard_base(module)
+
+
+def _loops(trainer: Any) -> list[tuple[Any, str]]:
+    """The loops over data, training's first, and where the Trainer has their numbers of batches."""
+    return [
+        (trainer.fit_loop, "num_training_batches"),
+        (trainer.fit_loop.epoch_loop.val_loop, "num_val_batches"),
+        (trainer.validate_loop, "num_val_batches"),
+        (trainer.test_loop, "num_test_batches"),
+        (trainer.predict_loop, "num_predict_batches"),
+    ]
+
+
+def _set_up_data(loop: Any, usual: Any, numbers: str) -> None:
+    """Asks for loaders as usual, and compares the numbers of their batches between processes.
+
+    Raises:
+        LifecycleError: If they differ.
+    """
+    before = combined_loader(loop)
+    usual()
+    if combined_loader(loop) is before:
+        return
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, getattr(loop.trainer, numbers))
+    if all(one == everyone[0] for one in everyone):
+        return
+    limit = {"num_training_batches": "train"}.get(numbers, numbers.split("_")[1])
+    rows = [f"process {rank}: {number}" for rank, number in enumerate(everyone)]
+    raise LifecycleError(
+        f"The processes have different numbers of batches ({numbers}):"
+        + itemize(rows, 8)
+        + "\nWith sharding='fsdp2' each batch needs all processes, so those with more would wait "
+        "for the others until the timeout. Give each process as many: a number of rows that "
+        "batch_size times processes divides, drop_last=True in a sampler of your own, or "
+        f"limit_{limit}_batches. Or use one process, or sharding=None."
+    )
 
 
 def check_sharding(arguments: Any) -> None:

@@ -68,6 +68,7 @@ def refusals(module):
         "merge": lambda: lightning_peft.merge(module),
         "report": lambda: lightning_peft.report(module),
         "weight": adapted.effective_weight,
+        "values": lambda: adapted.weight.float(),
     }
     if hasattr(module.model, "generate"):
         asked["generate"] = lambda: module.model.generate(torch.zeros(1, 1, dtype=torch.long))
@@ -88,7 +89,14 @@ def stages(run, module, folder):
     )
     data = loader(module.kind)
     predicted = again.predict(fresh, data, ckpt_path=path)
+    # Lightning repeats no row for predictions.
+    odd = DataLoader([data.dataset[i] for i in range(again.world_size + 1)], batch_size=1)
+    try:
+        again.predict(fresh, odd)
+    except LightningPeftError as error:
+        unequal = str(error)
     return {
+        "unequal": unequal,
         "after fit": run.validate(module, loader(module.kind), verbose=False)[0]["val_loss"],
         "fresh": again.validate(fresh, data, ckpt_path=path, verbose=False)[0]["val_loss"],
         "predicted": predicted[0],
@@ -106,6 +114,8 @@ def compare(folder, count, kind, method):
     if method == "qlora" and kind == "llama":
         seen["stages"] = stages(run, module, folder / f"{kind} {method}")
     seen["refusals"] = refusals(module)
+    adapted = next(m for m in module.modules() if hasattr(m, "adapter_settings"))
+    seen["read"] = tuple(adapted.weight.shape), adapted.weight.dtype
     return seen
 
 

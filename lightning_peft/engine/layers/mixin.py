@@ -6,6 +6,7 @@ and the names of base parameters. Giving the object a subclass of its own class 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.compat.torch import is_fsdp_asking
 from lightning_peft.engine.layers.weight_view import WeightView, replacement_error
 from lightning_peft.errors import LifecycleError
 
@@ -54,9 +56,10 @@ class LayerMixin(DynamicMixin):
         itself within ``torch.compile``.
         """
         stored = self._parameters["weight"]
-        # FSDP looks for its own parameter, which has a part of the weight.
-        apart = self.is_sharded and hasattr(stored, "device_mesh")
-        if apart or self.__dict__.get("in_own_forward") or self.weight_is_stored():
+        if self.__dict__.get("in_own_forward") or self.weight_is_stored():
+            return stored
+        # FSDP alone gets the part that it left here; others mean the weight.
+        if self.is_sharded and is_fsdp_asking(sys._getframe(1)):
             return stored
         if torch.compiler.is_compiling():
             # The compiler knows no tensors that are not there yet; it drops what is not used.
