@@ -9,7 +9,8 @@ states are therefore plain tensors, which every optimizer, clipping and checkpoi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 from lightning_peft.compat.torch import is_traced, leave_out_of_ddp
 from lightning_peft.engine.backends.layers import QuantizedLayer
+from lightning_peft.engine.called_blocks import CalledBlocks
 from lightning_peft.engine.layers.mixin import LayerMixin, stored_parameter
 from lightning_peft.engine.record import require_record
 from lightning_peft.engine.training.blocks import all_blocks
@@ -53,16 +55,35 @@ def shard_base(module: nn.Module, device: torch.device) -> None:
         # FSDP takes no others.
         param.data = param.data.contiguous()
     kept = {param for param in module.parameters() if id(param) not in ids}
-    blocks = [b for name in record.parts for b in all_blocks(module.get_submodule(name))]
-    for block in reversed({id(block): block for block in blocks}.values()):
+    found = {id(b) for name in record.parts for b in all_blocks(module.get_submodule(name))}
+    blocks = {name: child for name, child in module.named_modules() if id(child) in found}
+    if mesh.get_rank() == 0:
+        warn_of_few_blocks(frozen.values(), blocks.values())
+    # Those inside of others first.
+    for block in reversed(blocks.values()):
         fully_shard(block, mesh=mesh, ignored_params=kept)
     fully_shard(module, mesh=mesh, ignored_params=kept)
+    CalledBlocks(module, blocks, device)
     # DDP would broadcast the first process's part to the others.
     leave_out_of_ddp(module, list(frozen))
     for child in module.modules():
         if isinstance(child, PreTrainedModel):
             child.__dict__["generate"] = _refuse_generating
     record.shards = mesh.size()
+
+
+def warn_of_few_blocks(frozen: Iterable[nn.Parameter], blocks: Iterable[nn.Module]) -> None:
+    """Warns where less than half of the frozen bytes are gathered block by block."""
+    inside = {id(param) for block in blocks for param in block.parameters()}
+    sizes = {id(p): p.numel() * p.element_size() for p in frozen}
+    share = sum(size for one, size in sizes.items() if one in inside) / max(sum(sizes.values()), 1)
+    if share < 0.5:
+        warnings.warn(
+            f"sharding='fsdp2': {100 * share:.0f} % of the frozen bytes are inside of blocks; the "
+            "rest is gathered for the whole step, which saves little memory. Blocks are "
+            "children of one class in a ModuleList or Sequential, with adapters inside.",
+            stacklevel=2,
+        )
 
 
 def _refuse_generating(*args: Any, **kwargs: Any) -> None:
@@ -107,6 +128,14 @@ def check_shardable(module: nn.Module) -> None:
     problems += [
         f"{bits}-bit weights of {name}, whose scales are not sharded: use 4 bits (NF4, FP4)"
         for name, bits in sorted(whole)
+    ]
+    configs = {id(m.config): m.config for m in module.modules() if isinstance(m, PreTrainedModel)}
+    problems += [
+        f"{key}={getattr(config, key)} in the config of the model, by which each process would "
+        "leave out other blocks: set it to 0"
+        for config in configs.values()
+        for key in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+        if getattr(config, key, None)
     ]
     if record.momentum_copies:
         copies = ", ".join(repr(pair.copy) for pair in record.momentum_copies)

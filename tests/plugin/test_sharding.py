@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from modules import differing, loader, strategy, task, trainer
 from two_sharded_processes import ROOT, SETTINGS, local_bytes, trained
 
 import lightning_peft
+from lightning_peft.compat.torch import leave_out_of_ddp
 from lightning_peft.engine.backends.packed import PackedWeight
+from lightning_peft.engine.sharding import warn_of_few_blocks
 from lightning_peft.errors import ConfigError, UnsupportedError
 from lightning_peft.plugin.checkpoint_content import CHECKPOINT_KEY
 
@@ -95,6 +98,10 @@ def test_two_processes_share_a_base(tmp_path):
         check_case(ranks, case, tmp_path)
 
     for rank in ranks:
+        assert "Ranks [1] have another base model than rank 0" in rank["other base"]
+        assert "model.model.layers.1.mlp.up_proj.weight" in rank["other base"]
+        assert "process 0: 'model.0', 'model.2'\n" in rank["other blocks"]
+        assert "process 1: 'model.1', 'model.2'\n" in rank["other blocks"]
         # Each from the checkpoint of the other.
         assert len(rank["resumed sharded"]["losses"]) == 6
         assert rank["resumed sharded"]["losses"] == rank["resumed whole"]["losses"]
@@ -103,7 +110,8 @@ def test_two_processes_share_a_base(tmp_path):
         assert stages["after fit"] == stages["fresh"]
         assert torch.isfinite(stages["predicted"]).all()
         assert "different numbers of batches (num_predict_batches)" in stages["unequal"]
-        assert "process 0: [2]\n" in stages["unequal"] and "process 1: [1]" in stages["unequal"]
+        assert "process 0: [2]\n" in stages["unequal"]
+        assert "process 1: [1]" in stages["unequal"]
         refused = rank["llama:qlora"]["refusals"]
         assert refused["merge"].startswith("Merging needs the whole frozen base")
         assert "left 1/2 of it in this process" in refused["report"]
@@ -156,6 +164,34 @@ def test_codes_and_constants_are_views_of_bytes(kind, double):
     assert torch.equal(backend.dequantize(opened), backend.dequantize(stored))
     assert backend.weight_info(packed.template) == backend.weight_info(stored)
     assert packed.open(packed.octets) is opened
+
+
+def test_what_a_user_leaves_out_of_ddp_stays_out():
+    module = torch.nn.Linear(2, 2)
+    module._ddp_params_and_buffers_to_ignore = {"bias"}
+    for _ in range(2):
+        leave_out_of_ddp(module, ["weight"])
+    assert module._ddp_params_and_buffers_to_ignore == ["bias", "weight"]
+
+
+def test_a_base_outside_of_blocks_is_noticed():
+    module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(1, 3, bias=False))
+    for param in module.parameters():
+        param.requires_grad_(False)
+    frozen = [*module.parameters()]
+    with pytest.warns(UserWarning, match="20 % of the frozen bytes are inside of blocks"):
+        warn_of_few_blocks(frozen, [module[1]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_few_blocks(frozen, [module[0]])
+
+
+def test_layerdrop_cannot_be_sharded(tmp_path):
+    module = task(ROOT, kind="llama")
+    lightning_peft.engine.inject(module)
+    module.model.config.layerdrop = 0.1
+    with pytest.raises(UnsupportedError, match="layerdrop=0.1 in the config of the model"):
+        lightning_peft.engine.check_shardable(module)
 
 
 REFUSED = {

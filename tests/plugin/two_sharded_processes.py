@@ -25,6 +25,10 @@ def fit(folder, count, kind, method="qlora", sharding="fsdp2", ckpt_path=None, o
     """Trains in all processes, four rows each step or more; returns Trainer and module."""
     torch.manual_seed(7)
     module = task(ROOT, kind=kind)
+    if kind == "llama":
+        # Of transposed strides, as some loaders leave weights.
+        embedding = module.model.model.embed_tokens.weight
+        embedding.data = embedding.data.t().contiguous().t()
     chosen = strategy(method, ROOT, sharding=sharding, **(ours or {}))
     run = trainer(
         folder / "root", chosen, ROOT, devices=count, **{**SETTINGS.get(kind, {}), **given}
@@ -119,6 +123,39 @@ def compare(folder, count, kind, method):
     return seen
 
 
+def other_base(folder, count):
+    """Gives the Trainer a module with adapters, and with another base on each rank."""
+    module = task(ROOT, kind="llama")
+    with torch.no_grad():
+        module.model.model.layers[1].mlp.up_proj.weight[0, 0] += distributed.get_rank()
+    lightning_peft.engine.inject(module, r=4, lora_alpha=8)
+    ours = strategy("lora", ROOT, sharding="fsdp2")
+    try:
+        trainer(folder, ours, ROOT, devices=count).fit(module, loader("llama"))
+    except LightningPeftError as error:
+        return str(error)
+
+
+def other_blocks(folder, count):
+    """Fits with blocks whose choice depends on the process, as that of experts may."""
+    module = task(ROOT, kind="residuals")
+    first, second, *others = module.model
+    blocks = [first, second]
+
+    def forward(rows):
+        rows = blocks[distributed.get_rank() % 2](rows)
+        for block in others:
+            rows = block(rows)
+        return rows
+
+    module.model.forward = forward
+    ours = strategy("lora", ROOT, sharding="fsdp2")
+    try:
+        trainer(folder, ours, ROOT, devices=count).fit(module, loader("residuals"))
+    except LightningPeftError as error:
+        return str(error)
+
+
 def main(folder: Path, count: int, cases: list[str]) -> None:
     torch.set_num_threads(1)
     seen = {}
@@ -135,6 +172,8 @@ def main(folder: Path, count: int, cases: list[str]) -> None:
             ckpt_path=place / f"{other}.ckpt", **more,
         )  # fmt: skip
         seen[f"resumed {name}"] = trained(module)
+    seen["other base"] = other_base(folder / "other", count)
+    seen["other blocks"] = other_blocks(folder / "other", count)
     torch.save(seen, folder / f"rank{distributed.get_rank()}.pt")
     distributed.barrier()
 
