@@ -10,12 +10,13 @@ import copy
 import re
 from typing import Any
 
+from gradio_app.redaction import UPLOAD
 from lightning_peft.task_registry import TASKS
 
 # Distinct from a value that is `null`.
 MISSING: Any = object()
 CALLBACKS = "lightning_peft.tasks"
-_UPLOADED = re.compile(r"^\d{8}-[0-9a-f]{8}-")
+_UPLOADED = re.compile(rf"^(?:{UPLOAD})?\d{{8}}-[0-9a-f]{{8}}-")
 
 
 def class_name(part: object) -> str:

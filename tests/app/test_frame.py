@@ -62,7 +62,7 @@ def test_german_pages_are_german(site, visit, page):
         opened.get_by_text("Datei hier ablegen").nth(1).wait_for()
         opened.get_by_label("Datei hochladen").first.wait_for(state="attached")
         assert opened.locator("#f-warmup :is(input, textarea)").input_value() == "0,03"
-    assert not_german(opened, "#data-report, #mapped-rows td") == []
+    assert not_german(opened, "#data-report, #mapped-rows td, table.runs tbody th") == []
     assert opened.evaluate("document.documentElement.lang") == "de"
 
 

@@ -14,6 +14,7 @@ from gradio_app.experiments.summaries import Summaries
 from gradio_app.pages import home, run_table
 from gradio_app.pages.templating import render
 from gradio_app.recipe import edits
+from gradio_app.recipe.content import short_name
 from gradio_app.recipe.edits import demo_recipe
 from gradio_app.runs.formatting import format_bytes
 from gradio_app.runs.machine import Machine
@@ -309,3 +310,8 @@ def test_the_list_comes_in_pages(tmp_path):
     ]
     assert "Page 2 of 3" in run_table.run_table(pages[1], t)
     assert "Someone else" in render("home.queue", t, runs=[None])
+
+
+@pytest.mark.parametrize("folder", ["upload:", "/srv/data/uploads/somebody/"])
+def test_an_upload_is_named_as_its_file(folder):
+    assert short_name(f"{folder}20261130-350ec5f4-mine-b.jsonl") == "mine-b.jsonl"
