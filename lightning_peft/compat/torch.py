@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -29,6 +30,9 @@ from torch.utils._pytree import tree_iter as tree_iter
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils._pytree import tree_unflatten as tree_unflatten
+
+# Public alternative: none.
+from torch.utils.data._utils import signal_handling
 
 # Public alternative: the public subclasses, which classes of users need not derive from.
 BatchNorm = batchnorm._BatchNorm
@@ -211,6 +215,17 @@ def lr_scheduler_step(optimizer: Any) -> Callable[..., Any]:
 def forget_parameter_count(optimizer: torch.optim.LBFGS) -> None:
     """Makes LBFGS count its parameters again."""
     optimizer._numel_cache = None
+
+
+def notice_ended_workers() -> None:
+    """Lets the next DataLoader notice at once that a worker has ended.
+
+    torch sets its handler for that once in a process; a Trainer whose fit began before and ends
+    afterwards puts back the default one, as it does with all signals.
+    """
+    child = getattr(signal, "SIGCHLD", None)
+    if child is not None and not callable(signal.getsignal(child)):
+        signal_handling._SIGCHLD_handler_set = False
 
 
 def stop_workers(loader: Any) -> None:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_peft.compat.torch import stop_workers
+from lightning_peft.compat.torch import notice_ended_workers, stop_workers
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.validation import EncodingProblem
@@ -116,6 +116,7 @@ def encode_rows(
 
     loader: Iterator[list[Outcome]] = iter(())
     try:
+        notice_ended_workers()
         with _conditions_of_start():
             loader = iter(
                 DataLoader(

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 
+from lightning_peft.compat.torch import signal_handling
 from lightning_peft.data import parallel_encoding as home
 from lightning_peft.data import preparation
 from lightning_peft.data.parallel_encoding import Outcome
@@ -158,8 +159,13 @@ def test_a_process_that_dies_changes_nothing(
         return encode(self, sample)
 
     monkeypatch.setattr(SupervisedRows, "encode", dying)
+    # As after a Trainer that put back the handlers that it had found.
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", True)
+    monkeypatch.setattr(home, "TIMEOUT_SECONDS", 3600)
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     several = prepared(make, file, tmp_path / "several")
     assert len(here) == 5 + 120
+    signal.signal(signal.SIGCHLD, before)
     assert "The rows are prepared again, in one process" in caplog.text
     assert several == alone(make, file, tmp_path / "alone")
     assert [path.name for path in (tmp_path / "several").iterdir() if path.name[0] == "."] == []
