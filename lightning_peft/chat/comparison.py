@@ -57,7 +57,7 @@ def held_out_prompts(folder: Path, limit: int | None = None) -> list[Prompt]:
         limit: Most rows.
 
     Raises:
-        ConfigError: If there is no such run, or it kept none.
+        ConfigError: If the folder belongs to no run, or the run kept no rows.
     """
     run = run_of(folder)
     file = run.prompts if run is not None else None

@@ -127,7 +127,7 @@ def parse_request(run: Run, question: Any, inputs: ChatInputs) -> ChatRequest:
 def parse_settings(run: Run, inputs: ChatInputs) -> tuple[Checkpoint, Sampling]:
     """Returns the checkpoint and how tokens are drawn.
 
-    Raises UserError if there is no such checkpoint, or a setting is out of range.
+    Raises UserError if the checkpoint does not exist, or a setting is out of range.
     """
     return find_checkpoint(run, inputs.checkpoint), validate_sampling(*inputs[3:])
 
