@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 # By the names of operations; the first that fits.
@@ -35,10 +36,11 @@ def shares(events: Any) -> dict[str, Any]:
     """Returns shares of the self times: ``groups``, and the eight largest ``operations``."""
     groups: Counter[str] = Counter()
     operations: Counter[str] = Counter()
+    closures = _ends_of_closures(events)
     for event in events:
         # On a GPU the time of its kernels, which is attributed to the operation that launched them.
         spent = float(event.self_device_time_total or event.self_cpu_time_total)
-        groups[group_of(event)] += spent
+        groups[group_of(event, closures)] += spent
         operations[event.name] += spent
     total = sum(groups.values()) or 1.0
     return {
@@ -47,15 +49,34 @@ def shares(events: Any) -> dict[str, Any]:
     }
 
 
-def group_of(event: Any) -> str:
-    """Returns the group of an operation."""
+def group_of(event: Any, closures: Mapping[int, float]) -> str:
+    """Returns the group of an operation.
+
+    Args:
+        event: The operation.
+        closures: When the closure of an optimizer's step ended, by the step's ``id``.
+    """
     for group, names in GROUPS.items():
         if any(name in event.name for name in names):
             return group
     place = event
     while place is not None:
         for start, group in WITHIN.items():
-            if place.name.startswith(start):
+            in_closure = event.time_range.start < closures.get(place.id, 0)
+            if place.name.startswith(start) and not (in_closure and event is not place):
                 return group
         place = place.cpu_parent
     return REST
+
+
+def _ends_of_closures(events: Any) -> dict[int, float]:
+    """Finds where forward and backward passes end in the step of an optimizer (Lightning)."""
+    ends: dict[int, float] = {}
+    for event in events:
+        if event.name.startswith("autograd::engine"):
+            place = event.cpu_parent
+            while place is not None:
+                if place.name.startswith("Optimizer.step"):
+                    ends[place.id] = max(ends.get(place.id, 0), event.time_range.end)
+                place = place.cpu_parent
+    return ends

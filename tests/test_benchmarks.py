@@ -35,7 +35,7 @@ def test_the_page_says_what_the_records_say(load):
 def test_every_target_has_its_row_and_every_ratio_is_measured_somewhere(load):
     targets, steps = load("targets"), load("training_step")
     assert [line.split("|")[1].strip() for line in targets.summary()[2:]] == [
-        str(number) for number in range(1, 16)
+        str(number) for number in range(1, len(targets.TARGETS) + 1)
     ]
     made = {f"{case}: {one} / {other}, {what}" for case, one, other, what in steps.RATIOS}
     bounds = [*targets.CHECKS, *(bound for target in targets.TARGETS for bound in target.bounds)]
@@ -68,6 +68,22 @@ def test_the_time_of_a_profile_is_shared_out(load):
     assert sum(groups.values()) == pytest.approx(1)
     assert all(groups[name] > 0 for name in ("matmul", "cross-entropy", "optimizer", "rest"))
     assert groups["dequantize"] == groups["attention"] == 0
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (torch.randn(64, 256) @ weight).cos().sum()
+        loss.backward()
+        return loss
+
+    with profiles.torch_profiler() as profile:
+        optimizer.step(closure)
+    events = list(profile.events())
+    ends = profiles._ends_of_closures(events)
+    cosine = next(event for event in events if event.name == "aten::cos")
+    assert profiles.group_of(cosine, ends) == "rest"
+    assert profiles.group_of(cosine, {}) == "optimizer"
+    last = max(events, key=lambda event: (event.cpu_parent is not None, event.time_range.start))
+    assert profiles.group_of(last, ends) == "optimizer"
 
 
 def test_methods_of_a_case_differ_where_their_losses_do(load):
