@@ -20,7 +20,7 @@ class LoRAFields:
         lora_dropout: Dropout probability in front of the adapters.
         target_modules: Names of layers, a regular expression, or ``"all-linear"``. By default all
             linear layers of the adapted parts except output heads. A name that matches nothing is
-            an error.
+            an error. Names in a list may end with rows of a fused layer: ``"qkv[q]"``.
         exclude_modules: Names or a regular expression never to adapt.
         modules_to_save: Modules trained in full and stored with the adapter; never quantized.
         use_rslora: Scale by ``lora_alpha / sqrt(r)`` (arXiv 2312.03732).

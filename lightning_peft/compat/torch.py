@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import signal
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -256,3 +256,39 @@ def is_fsdp_asking(frame: Any) -> bool:
     own = import_module("torch.distributed.fsdp._fully_shard._fsdp_param").FSDPParam
     code = own.reset_sharded_param.__code__
     return code in (frame.f_code, frame.f_back and frame.f_back.f_code)
+
+
+class StoredFlatWeights:
+    """Recurrent layers whose attributes may mean other weights than those that they store.
+
+    Their list for the kernel holds the stored ones. Public alternative: none; `RNNBase` makes the
+    list of its attributes, and again where one of them is another object than before.
+    """
+
+    def _update_flat_weights(self) -> None:
+        """Leaves the list to :func:`flat_weights`."""
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        layer: Any = self
+        with layer.own_forward():
+            return super()._apply(*args, **kwargs)  # type: ignore[misc]
+
+    def __setstate__(self, state: Any) -> None:
+        layer: Any = self
+        with layer.own_forward():
+            super().__setstate__(state)  # type: ignore[misc]
+
+
+@contextmanager
+def flat_weights(layer: Any, changed: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the body, the kernel of a recurrent layer gets the weights ``changed``, by name.
+
+    On CUDA cuDNN copies them into one piece first, as for any weights that do not lie in one.
+    """
+    before = layer._flat_weights
+    held = layer._parameters
+    layer._flat_weights = [changed.get(name, held.get(name)) for name in layer._flat_weights_names]
+    try:
+        yield
+    finally:
+        layer._flat_weights = before

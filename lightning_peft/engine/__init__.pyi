@@ -70,6 +70,7 @@ from .selection.parts import inside as inside
 from .selection.planning import InjectionRequest as InjectionRequest
 from .selection.planning import recorded_selection as recorded_selection
 from .selection.targets import resolve_targets as resolve_targets
+from .selection.targets import rows_of as rows_of
 from .sharding import check_shardable as check_shardable
 from .sharding import reshard_base as reshard_base
 from .sharding import shard_base as shard_base

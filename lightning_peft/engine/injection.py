@@ -262,7 +262,7 @@ def _inject_part(
         quantize_layers(plan.part, plan.quantize, request.quantization, where)
         inject_with_peft(plan, config, request.adapter_name)
     info = AdapterInfo(config_to_dict(request.config), plan.targets, plan.in_place is not None)
-    info.heads = plan.heads
+    info.heads, info.rows = plan.heads, plan.rows
     if plan.in_place is not None and plan.in_place.subtracts_from_base(request.config):
         made = adapter_file_tensors(plan.part, plan.targets, request.adapter_name)
         info.initial = {key: tensor.detach().cpu().clone() for key, tensor in made.items()}

@@ -31,7 +31,6 @@ from lightning_peft.engine.backends.conversion import (
 )
 from lightning_peft.engine.backends.layers import QuantizedBackup, QuantizedLayer
 from lightning_peft.engine.layers.adapter import accumulation_dtype, without_adapters
-from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.layers.probes import in_eval_mode, probe_input, rounding_tolerance
 from lightning_peft.engine.mergeable import (
     base_parameters,
@@ -194,7 +193,7 @@ def _merge_layer(layer: Any, name: str, dtype: torch.dtype | None) -> MergedLaye
     if quantized:
         layer.quantized_backup = convert_to_dense(layer, stored.contiguous())
     else:
-        stored_parameter(layer, "weight").copy_(stored)
+        layer.store_weight(stored)
     layer.merged_adapters = (*layer.merged_adapters, *todo)
     return MergedLayer(
         name=name,
@@ -345,7 +344,8 @@ def _unmerge_layer(layer: Any) -> None:
         restore_quantized(layer, layer.quantized_backup)
         layer.quantized_backup, layer.merged_adapters = None, ()
         return
-    weight = stored_parameter(layer, "weight")
+    with without_adapters(layer):
+        weight = layer.effective_weight()
     merged = weight.to(accumulation_dtype(weight))
-    weight.copy_(layer.restored_weight(merged, layer.merged_adapters).to(weight.dtype))
+    layer.store_weight(layer.restored_weight(merged, layer.merged_adapters).to(weight.dtype))
     layer.merged_adapters = ()

@@ -34,6 +34,7 @@ def inject_in_place(
     """Adds adapters to the planned layers, which stay where they are, and quantizes them."""
     to_quantize = {id(plan.part.get_submodule(name)) for name in plan.quantize}
     name = request.adapter_name
+    rows = {id(plan.part.get_submodule(target)): rows for target, rows in plan.rows.items()}
 
     def create(original: Any, layer: nn.Module, options: dict[str, Any]) -> Any:
         with weight_sizes(layer):
@@ -53,6 +54,9 @@ def inject_in_place(
         if request.quantization is not None and id(layer) in to_quantize:
             quantize(layer, request.quantization, device)
         attach(layer, kind, made, name)
+        if id(layer) in rows:
+            limited: Any = layer
+            limited.limit_rows(name, rows[id(layer)])
 
     with hidden_model_type(plan.part) if method.hides_model_type else nullcontext():
         in_place_tuner(config.peft_type)(plan.part, config, name, create, place)

@@ -27,6 +27,7 @@ from lightning_peft.engine.methods.base import InPlaceMethod
 from lightning_peft.engine.methods.lora_config import changes_base
 from lightning_peft.engine.methods.registry import METHODS
 from lightning_peft.engine.selection.parts import inside
+from lightning_peft.engine.selection.rows import written_rows
 from lightning_peft.errors import LifecycleError, UnsupportedError, itemize
 
 log = logging.getLogger(__name__)
@@ -159,6 +160,8 @@ def check_requested_config(
             for key in config_differences(fields, theirs)
             if key not in ("init_lora_weights", "modules_to_save")
         ]
+        if written_rows(getattr(config, "target_modules", None)):
+            problems.append("adapters on all rows, asked for some in target_modules")
     names = sorted(part.name for part in wrapped)
     parts = [adapt] if isinstance(adapt, str) else adapt
     if parts is not None and sorted(parts) != names:

@@ -43,6 +43,7 @@ class AdapterInfo:
             (PiSSA, OLoRA), by their names in an adapter file; else empty.
         heads: Names of the heads that have no layer of this adapter. Those that are trained belong
             to its files.
+        rows: The rows of the output that the adapter adds to, by layer, where it is not all.
     """
 
     config: dict[str, Any]
@@ -50,6 +51,7 @@ class AdapterInfo:
     in_place: bool
     initial: dict[str, Tensor] = field(default_factory=dict)
     heads: list[str] = field(default_factory=list)
+    rows: dict[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
 
 
 @dataclass

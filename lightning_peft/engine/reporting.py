@@ -19,7 +19,12 @@ from lightning_peft.engine.backends.registry import (
 )
 from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.methods.registry import method_of
-from lightning_peft.engine.record import AdaptedModuleRecord, refuse_sharded, require_record
+from lightning_peft.engine.record import (
+    AdaptedModuleRecord,
+    AdapterInfo,
+    refuse_sharded,
+    require_record,
+)
 from lightning_peft.engine.selection.parts import inside as lies_inside
 
 
@@ -207,7 +212,7 @@ def _part_report(part: nn.Module, entry: AdaptedModuleRecord) -> PartReport:
         states[head] = "trainable" if any(p.requires_grad for p in params) else "frozen"
     return PartReport(
         name=entry.name or type(part).__name__,
-        adapted=dict(Counter(target.rpartition(".")[2] for target in info.targets)),
+        adapted=dict(Counter(_with_rows(target, info) for target in info.targets)),
         quantized=len(entry.quantized),
         quantization=_quantization_label(entry),
         heads=states,
@@ -216,6 +221,11 @@ def _part_report(part: nn.Module, entry: AdaptedModuleRecord) -> PartReport:
         method=method_of(info.config).label(info.config),
         dense=_dense_matrices(part, entry) if entry.quantized else {},
     )
+
+
+def _with_rows(target: str, info: AdapterInfo) -> str:
+    rows = ", ".join(f"{first}:{last}" for first, last in info.rows.get(target, ()))
+    return target.rpartition(".")[2] + (f"[{rows}]" if rows else "")
 
 
 def _dense_matrices(part: nn.Module, entry: AdaptedModuleRecord) -> dict[str, int]:

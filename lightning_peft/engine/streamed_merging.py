@@ -124,7 +124,11 @@ class StreamedMerge:
         refuse_residual_base(facts, folder)
 
     def _check_layers(self) -> None:
-        others = [name for name, x in self._layers.items() if not isinstance(x, AdapterLayer)]
+        others = [
+            name
+            for name, layer in self._layers.items()
+            if not isinstance(layer, AdapterLayer) or isinstance(layer, nn.RNNBase)
+        ]
         if others:
             raise UnsupportedError(
                 f"{others[0]} has an adapter of another kind than plain LoRA, and only that is "

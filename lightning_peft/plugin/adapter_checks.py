@@ -64,8 +64,12 @@ def _target_differences(
         sorted({*requested} - {*info.targets}),
         sorted({*info.targets} - {*requested}),
     )
-    return [f"{entry.qualified(name)}: no adapter, asked for one" for name in missing] + [
-        f"{entry.qualified(name)}: has an adapter, not asked for" for name in surplus
+    rows, _ = engine.rows_of(part, info.targets, config)
+    others = sorted(name for name in info.targets if rows.get(name) != info.rows.get(name))
+    return [
+        *(f"{entry.qualified(name)}: no adapter, asked for one" for name in missing),
+        *(f"{entry.qualified(name)}: has an adapter, not asked for" for name in surplus),
+        *(f"{entry.qualified(name)}: other rows were asked for" for name in others),
     ]
 
 

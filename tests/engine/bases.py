@@ -105,23 +105,6 @@ def attention(bias: bool = True, batch_first: bool = False) -> Base:
     return Mixing(bias, batch_first), torch.randn(3, 5, 16)
 
 
-class Recurrent(nn.Module):
-    """A recurrent net and a linear layer."""
-
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
-        super().__init__()
-        self.memory, self.one, self.head = kind(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns ``(N, length, 3)``."""
-        return self.head(self.one(self.memory(x)[0]))
-
-
-def recurrent(kind: type[nn.RNNBase]) -> Base:
-    """A model with an RNN."""
-    return Recurrent(kind), torch.randn(3, 5, 8)
-
-
 def _ids(**more: Tensor) -> dict[str, Tensor]:
     batch = token_batch(2, 5)
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **more}

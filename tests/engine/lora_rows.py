@@ -166,12 +166,6 @@ def lora_rows() -> Iterator[Row]:
             mix = partial(LoraConfig, target_modules=["mix", "one"])
             some = _some("plain", "rslora", "random B", "gaussian")
             yield from rows_of(f"lora on attention {bias}, {batch_first}:", base, mix, some)
-    for kind in (nn.GRU, nn.LSTM, nn.RNN):
-        memory = partial(LoraConfig, target_modules=["memory"])
-        refused = {"plain": {"refused": f"a {kind.__name__} keeps several weights"}}
-        yield from rows_of(
-            f"lora on {kind.__name__}:", partial(bases.recurrent, kind), memory, refused
-        )
 
 
 def _some(*names: str) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lightning_peft
 from lightning_peft import engine
 from lightning_peft.engine.fingerprint import NO_VALUES
-from lightning_peft.errors import UnsupportedError
 
 from .reference import injected
 
@@ -139,12 +138,6 @@ def test_layers_that_were_quantized_before_are_adopted() -> None:
 
 
 # --- other methods, in PEFT's wrappers ----------------------------------------------------------
-
-
-def test_recurrent_layers_are_refused() -> None:
-    model = nn.ModuleDict({"rnn": nn.LSTM(4, 4), "head": nn.Linear(4, 2)})
-    with pytest.raises(UnsupportedError, match=r"rnn: a LSTM keeps(.|\n)*modules_to_save"):
-        lightning_peft.inject(model, r=2, target_modules=["rnn"])
 
 
 def test_the_module_itself_is_not_replaced() -> None:

@@ -50,7 +50,6 @@ SLICE = (
     "lora on llama: head",
     "lora on llama: pissa",
     "lora on attention True, False: plain",
-    "lora on LSTM: plain",
     "lora on bert: task",
     "IA3 on linear: all feedforward",
     "IA3 on torch.bfloat16: keys",

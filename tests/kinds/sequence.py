@@ -309,9 +309,11 @@ KINDS = [
         "LSTM between linear layers",
         lambda: Recurrent(nn.LSTM),
         series,
-        adapted=names("inputs", "0"),
-        note="the linear layers are adapted, the LSTM is frozen; name it in `modules_to_save` to "
-        "train it in full",
+        strategy={"target_modules": ["inputs", "rnn", "0"]},
+        adapted=names("inputs", "rnn", "0"),
+        quantized=names("inputs", "0"),
+        note="without names, the linear layers are adapted and the LSTM is frozen; its own weights "
+        "stay dense under QLoRA",
     ),
     Kind(
         "gru",
@@ -328,11 +330,10 @@ KINDS = [
         "LSTM with nothing but an output layer",
         BareLSTM,
         series,
-        refused={
-            "lora": r"nothing to adapt in BareLSTM(.|\n)*LSTM, Linear(.|\n)*train in full",
-            "qlora": r"nothing to adapt in BareLSTM(.|\n)*LSTM, Linear(.|\n)*train in full",
-        },
-        note="no layer that a low-rank adapter goes on; train it with Lightning's own strategies",
+        strategy={"target_modules": ["lstm"]},
+        adapted=names("lstm"),
+        refused={"qlora": "Nothing to quantize in BareLSTM"},
+        note="by name only, and in no 4-bit form",
     ),
     Kind(
         "tagger",

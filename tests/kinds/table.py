@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lightning_peft.engine.selection.stored_formats import FORMATS
+
 from . import classic, language, sequence, vision
 from .kind import Kind
 from .shapes import SHAPES, Shape
@@ -47,6 +49,40 @@ def shape_table(shapes: list[Shape]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def format_table() -> str:
+    """Returns one Markdown table of the formats that weights may be stored in."""
+    head = (
+        "format",
+        "adapters train",
+        "merged",
+        "cached",
+        "exported",
+        "kept packed, loading takes",
+    )
+    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    exported = "from the 16-bit base"
+    for title, cached in (("4-bit (NF4, FP4)", "where quantized here"), ("8-bit", "no")):
+        cells = (
+            f"bitsandbytes {title}",
+            "yes",
+            "to dense weights",
+            cached,
+            exported,
+            "bitsandbytes",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    for stored in FORMATS.values():
+        answers = ["refused"] * 4
+        if stored.name == "gguf":
+            answers = ["on dense weights, or NF4 of them", "yes", "NF4 of it", "yes"]
+        elif stored.dense is not None:
+            tried = "" if stored.tried else " (not tried here)"
+            loaded = f"where `{stored.dense}` loads it dense, also as NF4{tried}"
+            answers = [loaded, "in Python", "no", exported]
+        lines.append("| " + " | ".join((stored.title, *answers, stored.takes)) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def _names(names: tuple[str, ...]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
@@ -54,7 +90,12 @@ def _names(names: tuple[str, ...]) -> str:
 def page() -> str:
     """Returns the page with the tables as they should be."""
     text = PAGE.read_text(encoding="utf-8")
-    for mark, made in (("kinds", table(KINDS)), ("shapes", shape_table(SHAPES))):
+    tables = {
+        "kinds": table(KINDS),
+        "shapes": shape_table(SHAPES),
+        "formats": format_table(),
+    }
+    for mark, made in tables.items():
         begin, end = MARK.format(mark, "begin") + "\n", MARK.format(mark, "end")
         before, _, rest = text.partition(begin)
         _, _, after = rest.partition(end)

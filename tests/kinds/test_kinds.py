@@ -12,10 +12,10 @@ from .table import KINDS, PAGE, page
 from .training import METHODS, check_refused, check_training
 
 BY_NAME = {kind.name: kind for kind in KINDS}
+ROWS = [(kind.name, method) for kind in KINDS for method in METHODS]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", [kind.name for kind in KINDS if not kind.refused])
+@pytest.mark.parametrize(("name", "method"), [r for r in ROWS if r[1] not in BY_NAME[r[0]].refused])
 def test_it_trains_unedited(name: str, method: str, tmp_path: Any) -> None:
     kind = BY_NAME[name]
     module = check_training(kind, method, tmp_path)
@@ -23,8 +23,7 @@ def test_it_trains_unedited(name: str, method: str, tmp_path: Any) -> None:
     assert verification.passed, verification
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", [kind.name for kind in KINDS if kind.refused])
+@pytest.mark.parametrize(("name", "method"), [r for r in ROWS if r[1] in BY_NAME[r[0]].refused])
 def test_it_is_refused_with_a_fix(name: str, method: str, tmp_path: Any) -> None:
     check_refused(BY_NAME[name], method, tmp_path)
 

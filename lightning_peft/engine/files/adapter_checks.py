@@ -19,6 +19,7 @@ from lightning_peft.engine.files.adapter_format import (
 from lightning_peft.engine.files.base_tensors import base_tensors, differences
 from lightning_peft.engine.files.state_dicts import tensor_problems
 from lightning_peft.engine.fingerprint import Fingerprint, checksum
+from lightning_peft.engine.layers.lora import only_rows
 from lightning_peft.engine.record import AdaptedModuleRecord
 from lightning_peft.engine.selection.parts import inside
 from lightning_peft.errors import BaseMismatchError, CheckpointError, itemize
@@ -114,6 +115,13 @@ def check_fit(
         if key in tensors and tensors[key].is_floating_point() != value.is_floating_point()
     ]
     problems += unusable + _tie_problems(part, tensors)
+    # Rows are of layers whose tensors fit.
+    problems = problems or [
+        f"{target}: the adapter in the module is for the rows {rows}, and the file has more"
+        for target, rows in entry.adapters[name].rows.items()
+        for b in [tensors[f"{target}.lora_B.weight"]]
+        if not torch.equal(only_rows(b, rows), b)
+    ]
     if problems:
         raise CheckpointError(
             f"The adapter in {str(folder.path)!r} does not fit {type(part).__name__}:"

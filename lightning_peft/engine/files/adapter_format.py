@@ -206,6 +206,7 @@ def provenance_of(part: nn.Module, entry: AdaptedModuleRecord, name: str) -> dic
             "part": entry.name,
         },
         "config": to_primitives(entry.adapters[name].config),
+        "rows": to_primitives(entry.adapters[name].rows),
         "modules_to_save": saved,
         "quantization": entry.quantization,
         "versions": versions,

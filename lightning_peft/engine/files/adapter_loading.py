@@ -247,7 +247,12 @@ def _inject_for_file(
     fields["inference_mode"] = False
     try:
         config = config_from_dict(fields)
-        request = InjectionRequest(config, quantization, adapter_name, {folder.part: folder.saved})
+        rows = {
+            layer: tuple(map(tuple, r)) for layer, r in (folder.facts.get("rows") or {}).items()
+        }
+        request = InjectionRequest(
+            config, quantization, adapter_name, {folder.part: folder.saved}, {folder.part: rows}
+        )
         inject_config(module, request, [folder.part])
     except (ConfigError, TargetModulesError) as error:
         raise _unfit(module, folder.path, error) from error

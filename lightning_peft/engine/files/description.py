@@ -49,7 +49,11 @@ def describe(module: nn.Module) -> dict[str, Any]:
 def _describe_part(part: AdaptedModuleRecord) -> dict[str, Any]:
     described: dict[str, Any] = {
         "adapters": {
-            name: {"config": to_primitives(info.config), "targets": list(info.targets)}
+            name: {
+                "config": to_primitives(info.config),
+                "targets": list(info.targets),
+                "rows": to_primitives(info.rows),
+            }
             for name, info in part.adapters.items()
         },
         "quantization": part.quantization,
@@ -118,6 +122,12 @@ def _part_problems(record: Record, described: Mapping[str, Any]) -> list[str]:
             for side, opposite in (("checkpoint", "module"), ("module", "checkpoint")):
                 alone = [name for name in targets[side] if name not in set(targets[opposite])]
                 problems += [f"{where}: layer {n!r} is adapted in the {side} only" for n in alone]
+            rows = to_primitives(info.rows)
+            if rows != saved.get("rows", {}):
+                problems.append(
+                    f"{where}: the rows of layers with adapters are {saved.get('rows')} in the "
+                    f"checkpoint and {rows} now"
+                )
             problems += [
                 f"{where}: {key}={saved['config'].get(key)!r} in the checkpoint and "
                 f"{info.config.get(key)!r} now"

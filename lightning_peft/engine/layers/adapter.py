@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_peft.compat.peft import enable_layer
 from lightning_peft.engine.backends.layers import QuantizedBackup
 from lightning_peft.engine.layers.kinds import has_standard_forward
-from lightning_peft.engine.layers.mixin import LayerMixin, add_mixin, remove_mixin, stored_parameter
+from lightning_peft.engine.layers.mixin import LayerMixin, add_mixin, remove_mixin
 
 _STATE = (
     "adapter_settings",
@@ -202,7 +202,7 @@ def attach(layer: Any, kind: type[AdapterLayer], peft_layer: Any, name: str) -> 
 
 def _moved(made: Any, layer: Any) -> Any:
     """Returns a tensor or module on the layer's device, in its mode and in full precision."""
-    device = stored_parameter(layer, "weight").device
+    device = next(param for param in layer._parameters.values() if param is not None).device
     if isinstance(made, nn.Parameter):
         return nn.Parameter(_full_precision(made.data.to(device)), made.requires_grad)
     for param in made.to(device).train(layer.training).parameters():

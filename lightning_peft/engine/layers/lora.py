@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_peft.engine.layers.adapter import AdapterLayer, accumulation_dtype
@@ -31,11 +31,23 @@ class LoraSettings:
         r: Rank.
         alpha: PEFT's ``lora_alpha``.
         scaling: The factor in front of ``B A``.
+        rows: The rows of the output that the adapter adds to, as ranges in ascending order; empty
+            where it adds to all.
     """
 
     r: int
     alpha: float
     scaling: float
+    rows: tuple[tuple[int, int], ...] = ()
+
+
+def only_rows(matrix: Tensor, rows: tuple[tuple[int, int], ...]) -> Tensor:
+    """Returns ``matrix`` with zeros, which take no gradient, outside of the ranges ``rows``."""
+    pieces, end = [], 0
+    for first, last in rows:
+        pieces += [matrix.new_zeros(first - end, *matrix.shape[1:]), matrix[first:last]]
+        end = last
+    return torch.cat([*pieces, matrix.new_zeros(len(matrix) - end, *matrix.shape[1:])])
 
 
 class LoraLayer(AdapterLayer):
@@ -63,10 +75,18 @@ class LoraLayer(AdapterLayer):
             scaling=float(peft_layer.scaling[name]),
         )
 
-    def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Returns ``A`` and ``B`` of one adapter."""
         a, b = (getattr(self, kind)[name] for kind in self.adapter_layer_names)
-        return a.weight, b.weight
+        rows = self.adapter_settings[name].rows
+        return a.weight, only_rows(b.weight, rows) if rows else b.weight
+
+    @torch.no_grad()
+    def limit_rows(self, name: str, rows: tuple[tuple[int, int], ...]) -> None:
+        """Lets one adapter add to ``rows`` only: the others of ``B`` are zeros and stay so."""
+        self.adapter_settings[name].rows = rows
+        b = getattr(self, self.adapter_layer_names[1])[name].weight
+        b.copy_(only_rows(b, rows))
 
     def adapted_forward(self, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """Returns the layer's own output plus what each adapter adds to it.
@@ -160,7 +180,7 @@ class LoraEmbedding(LoraLayer):
 
     adapter_layer_names = ("lora_embedding_A", "lora_embedding_B")
 
-    def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Returns ``A`` and ``B`` of one adapter."""
         a, b = (getattr(self, kind)[name] for kind in self.adapter_layer_names)
         return a, b

@@ -102,6 +102,10 @@ class LayerMixin(DynamicMixin):
         require_whole(stored)
         return stored
 
+    def store_weight(self, weight: Tensor) -> None:
+        """Writes new values into the stored weight, which is dense."""
+        self._parameters["weight"].copy_(weight)
+
     @contextmanager
     def own_forward(self) -> Iterator[None]:
         """Within the body, the layer's own code reads the stored weight."""

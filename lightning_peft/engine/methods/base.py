@@ -71,6 +71,10 @@ class InPlaceMethod(Method, ABC):
         """Whether it has that form with these settings; else PEFT's wrappers are used."""
         return True
 
+    def limits_rows(self, config: Any) -> bool:
+        """Whether its adapters can be for some rows of the output of a linear layer only."""
+        return False
+
     @abstractmethod
     def layer_class(self, layer: nn.Module) -> type[AdapterLayer] | None:
         """The mixin for ``layer``; ``None`` where it has none, and PEFT's wrappers are used."""

@@ -26,9 +26,11 @@ from lightning_peft.engine.layers.lora import (
     LoraLayer,
     LoraLinear,
 )
+from lightning_peft.engine.layers.recurrent import LoraRecurrent, RecurrentFactors
 from lightning_peft.engine.layers.sizes import shape_unsupported_reason
 from lightning_peft.engine.methods.base import InPlaceMethod
 from lightning_peft.engine.methods.lora_config import (
+    changes_base,
     lora_problems,
     rank_of,
     refuse_extensions,
@@ -54,17 +56,24 @@ class Lora(InPlaceMethod):
     def is_in_place(self, config: Any) -> bool:
         return type(config) is LoraConfig and not (config.use_dora or config.lora_bias)
 
+    def limits_rows(self, config: Any) -> bool:
+        return self.is_in_place(config) and not changes_base(config)
+
     def layer_class(self, layer: nn.Module) -> type[LoraLayer] | None:
         if isinstance(layer, CONVOLUTION_LIKE):
             return LoraConvolution
         if isinstance(layer, nn.Embedding):
             return LoraEmbedding
+        if isinstance(layer, nn.RNNBase):
+            return LoraRecurrent
         return LoraLinear if isinstance(layer, ADAPTABLE) else None
 
     def unsupported_reason(
         self, layer: nn.Module, name: str, config: Any, in_place: bool
     ) -> str | None:
         if isinstance(layer, nn.MultiheadAttention):
+            return None
+        if isinstance(layer, nn.RNNBase) and in_place:
             return None
         reason = _unsupported_reason(layer, rank_of(config, name))
         return reason or shape_unsupported_reason(layer, in_place)
@@ -79,6 +88,8 @@ class Lora(InPlaceMethod):
     ) -> Any:
         if isinstance(layer, TRANSPOSED):
             return TransposedFactors(layer, name, config, options)
+        if isinstance(layer, nn.RNNBase):
+            return RecurrentFactors(layer, name, original)
         # PEFT makes `A` of the class of the layer, which may be ours or the user's own.
         return original(bare_convolution(layer) if isinstance(layer, CONVOLUTIONS) else layer)
 
@@ -109,6 +120,8 @@ class Lora(InPlaceMethod):
         return doubled, {**config, **changed}
 
     def difference_in_peft(self, layer: Any) -> str | None:
+        if isinstance(layer, nn.RNNBase):
+            return "PEFT has no adapters for recurrent layers, and refuses the folder"
         if isinstance(layer, TRANSPOSED):
             return "PEFT has no adapters for transposed convolutions, and refuses the folder"
         if isinstance(layer, CONVOLUTIONS):
@@ -144,8 +157,9 @@ def _unsupported_reason(layer: Any, rank: int) -> str | None:
     kind = type(layer).__name__
     if isinstance(layer, nn.RNNBase):
         return (
-            f"a {kind} keeps several weights and computes past any layer. Train it in full: name "
-            "it in `modules_to_save`"
+            f"a {kind} keeps several weights, which LoRA without `use_dora` and `lora_bias` goes "
+            "on, in place, where they are parameters: without weight norm and the like, and with "
+            "no target that PEFT wraps. Or train it in full: name it in `modules_to_save`"
         )
     if not isinstance(layer, ADAPTABLE):
         return f"a {kind} has no weight to add a low-rank product to"

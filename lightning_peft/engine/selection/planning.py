@@ -16,6 +16,7 @@ from lightning_peft.engine.adapters import trained_heads
 from lightning_peft.engine.backends.registry import backend_for, is_quantized, quantization_to_dict
 from lightning_peft.engine.layers.adapter import AdapterLayer
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, has_quantizable_class
+from lightning_peft.engine.layers.recurrent import stores_weight
 from lightning_peft.engine.methods.base import InPlaceMethod
 from lightning_peft.engine.methods.lora_config import changes_base
 from lightning_peft.engine.methods.registry import in_place_method, method_of
@@ -30,6 +31,7 @@ from lightning_peft.engine.selection.parts import (
     parameter_holders,
     parameter_names,
 )
+from lightning_peft.engine.selection.rows import Rows, without_rows
 from lightning_peft.engine.selection.scope import (
     Selection,
     left_modules,
@@ -37,10 +39,12 @@ from lightning_peft.engine.selection.scope import (
     unused_modules,
 )
 from lightning_peft.engine.selection.self_modified import self_modified_layers
+from lightning_peft.engine.selection.stored_formats import refuse_stored_formats, unread_weights
 from lightning_peft.engine.selection.targets import (
     check_names_match,
     resolve_saved_modules,
     resolve_targets,
+    rows_of,
 )
 from lightning_peft.engine.selection.wrapping import wrapping_problems
 from lightning_peft.errors import (
@@ -62,12 +66,14 @@ class InjectionRequest:
         adapter_name: Name of the new adapter.
         saved: Names of the modules that are trained in full, by part, where they are known
             exactly; else they are those that ``config`` means.
+        rows: The same of rows of layers, by part and layer.
     """
 
     config: PeftConfig
     quantization: Any | None
     adapter_name: str = "default"
     saved: dict[str, list[str]] | None = None
+    rows: dict[str, dict[str, Rows]] | None = None
 
     @property
     def biases(self) -> str:
@@ -88,6 +94,7 @@ class InjectionPlan:
         quantize: Names of the layers to quantize first.
         in_place: The method by which layers are extended in place; ``None`` where PEFT wraps them.
         left: Submodules of the module that stay as they are; some may be inside of the part.
+        rows: The rows of the output that get an adapter, by layer, where it is not all.
     """
 
     name: str
@@ -98,6 +105,7 @@ class InjectionPlan:
     quantize: list[str] = field(default_factory=list)
     in_place: InPlaceMethod | None = None
     left: frozenset[nn.Module] = frozenset()
+    rows: dict[str, Rows] = field(default_factory=dict)
 
 
 def make_plans(
@@ -122,9 +130,8 @@ def make_plans(
     """
     check_adapter_name(request.adapter_name)
     again = list(record.parts) if record.parts and adapt is None else adapt
-    selection = select(
-        module, again, getattr(request.config, "target_modules", None), momentum_copies
-    )
+    wanted = getattr(without_rows(request.config), "target_modules", None)
+    selection = select(module, again, wanted, momentum_copies)
     if record.left is not None:
         selection = recorded_selection(module, record, selection)
     parts, exclusions = selection.parts, selection.exclusions
@@ -133,6 +140,7 @@ def make_plans(
             _check_additional_adapter(record.parts[name], request)
         else:
             _refuse_overlap(name, record)
+    refuse_stored_formats(module, parts)
     targets = resolve_targets(parts, request.config, exclusions)
     saved = request.saved
     if saved is None:
@@ -303,15 +311,17 @@ def _is_own_float(weight: nn.Parameter | None, holders: dict[int, list[str]]) ->
 def _in_place_method(plan: InjectionPlan, config: PeftConfig) -> InPlaceMethod | None:
     method = in_place_method(config)
     layers = [plan.part.get_submodule(name) for name in plan.targets]
-    # A layer whose weight is computed (weight norm, parametrizations) has no such parameter.
-    if method and all(method.layer_class(x) and "weight" in x._parameters for x in layers):
+    if method and all(method.layer_class(layer) and stores_weight(layer) for layer in layers):
         return method
     return None
 
 
 def _check_layers(plan: InjectionPlan, request: InjectionRequest) -> None:
     layers = {name: plan.part.get_submodule(name) for name in plan.targets}
-    problems = initialization_problems(layers, request.config, parameter_holders(plan.part))
+    rows, problems = rows_of(plan.part, plan.targets, request.config)
+    plan.rows = rows if request.rows is None else request.rows.get(plan.name, {})
+    problems += unread_weights(layers)
+    problems += initialization_problems(layers, request.config, parameter_holders(plan.part))
     problems += [
         f"{name}: {rewriter} changes its weight in place while it runs. Leave it out by "
         "`exclude_modules`"

@@ -18,6 +18,7 @@ from torch import nn
 
 from lightning_peft.compat.peft import check_target_module_exists
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, LINEAR_LIKE
+from lightning_peft.engine.methods.registry import in_place_method
 from lightning_peft.engine.selection.parts import (
     NO_EXCLUSIONS,
     Exclusions,
@@ -27,6 +28,7 @@ from lightning_peft.engine.selection.parts import (
     output_embeddings,
     tied_layers,
 )
+from lightning_peft.engine.selection.rows import Rows, requested_rows, without_rows
 from lightning_peft.engine.selection.self_modified import self_modified_layers
 from lightning_peft.errors import TargetModulesError, itemize
 
@@ -59,6 +61,7 @@ def resolve_targets(
             ``exclude_modules``, ``rank_pattern`` or ``alpha_pattern`` matches nothing; all of
             them at once.
     """
+    config = without_rows(config)
     wanted = getattr(config, "target_modules", None)
     excluded = getattr(config, "exclude_modules", None)
     if wanted is None or is_all_linear(wanted):
@@ -87,6 +90,16 @@ def resolve_targets(
             + _note_on_left(parts, exclusions)
         )
     return found
+
+
+def rows_of(
+    part: nn.Module, targets: Iterable[str], config: PeftConfig
+) -> tuple[dict[str, Rows], list[str]]:
+    """Returns the rows that ``config`` adapts of the layers ``targets``, where it is not all.
+
+    See :func:`lightning_peft.engine.selection.rows.requested_rows`.
+    """
+    return requested_rows(part, targets, all_names(part), config, in_place_method(config))
 
 
 def _note_on_left(parts: Parts, exclusions: Exclusions) -> str:
@@ -198,7 +211,7 @@ def _recurrent_note(part: nn.Module) -> str:
     if not any(isinstance(child, nn.RNNBase) for child in part.modules()):
         return ""
     return (
-        ", and recurrent layers cannot have one: where nothing else is worth adapting, train in "
+        ", and recurrent layers only get one by name: give it in `target_modules`, or train in "
         "full, with Lightning's own strategies"
     )
 

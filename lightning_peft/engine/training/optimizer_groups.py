@@ -21,7 +21,6 @@ from lightning_peft.engine.adapters import (
     adapter_parameters,
 )
 from lightning_peft.engine.backends.conversion import layer_of_dense_weight, release_freed_memory
-from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.record import require_record
 from lightning_peft.errors import LifecycleError
 
@@ -93,8 +92,14 @@ def freeze_unoptimized(module: nn.Module, held: Collection[int], freeze: bool = 
     record = require_record(module)
     listed, unoptimized = False, {}
     for name, layer in adapted_layers_of(module, record).items():
-        adapters = [p for p in adapter_parameters(layer).values() if p.requires_grad]
-        base = id(stored_parameter(layer, "weight")) in held
+        own = adapter_parameters(layer)
+        adapters = [param for param in own.values() if param.requires_grad]
+        # One weight, or several in a recurrent layer.
+        base = any(
+            id(param) in held and "weight" in key.rpartition(".")[2]
+            for key, param in layer.named_parameters()
+            if key not in own
+        )
         found = [id(param) in held for param in adapters]
         listed = listed or (base and bool(found) and all(found))
         if adapters and not base and not any(found):

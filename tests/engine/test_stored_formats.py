@@ -1,0 +1,103 @@
+"""Weights in formats of other libraries: loaded dense by transformers, or refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import stack, tiny_llama, token_batch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaForCausalLM
+
+import lightning_peft
+from lightning_peft import engine
+from lightning_peft.errors import UnsupportedError
+
+from .reference import injected, output_of, randomize, refused, relative_error
+
+BLOCK = 128
+
+
+def saved_as(folder: Path, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Writes a tiny Llama whose config says that it is quantized; returns its tensors."""
+    torch.manual_seed(0)
+    tiny_llama().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    return load_file(folder / "model.safetensors")
+
+
+def in_fp8(folder: Path) -> dict[str, torch.Tensor]:
+    """Writes a tiny Llama in FP8 by blocks; returns the values that this stands for, by name."""
+    tensors = saved_as(folder, {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]})
+    stored, meant = {}, {}
+    for name, value in tensors.items():
+        if not name.endswith("_proj.weight"):
+            stored[name] = value
+            continue
+        # Each matrix is smaller than one block.
+        assert max(value.shape) <= BLOCK
+        scale = value.abs().max() / 448
+        stored[name] = (value / scale).to(torch.float8_e4m3fn)
+        stored[f"{name}_scale_inv"] = scale.reshape(1, 1)
+        meant[name] = stored[name].float() * scale
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    return meant
+
+
+def test_fp8_is_loaded_dense_and_trains(tmp_path: Path) -> None:
+    meant, batch = in_fp8(tmp_path / "base"), token_batch()
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    weights = dict(base.named_parameters())
+    assert all(relative_error(weights[name], value) < 1e-2 for name, value in meant.items())
+    model = injected(base, r=4)
+    randomize(model)
+    output_of(model, batch).square().sum().backward()
+    assert all(p.grad is not None for p in engine.adapter_parameters(model).values())
+    expected = output_of(model, batch).detach()
+    lightning_peft.save_adapter(model, tmp_path / "adapter")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    lightning_peft.load_adapter(again, tmp_path / "adapter")
+    assert output_of(again, batch).equal(expected)
+    lightning_peft.merge(again)
+    assert relative_error(output_of(again, batch), expected) < 1e-5
+    four = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    lightning_peft.inject(four, r=4, quantization_config=engine.quantization_config())
+    assert lightning_peft.report(four).parts[0].quantized == 14
+
+
+def test_a_format_without_a_handler_is_refused(tmp_path: Path) -> None:
+    settings = {"linear_class": "autobitlinear", "quantization_mode": "online"}
+    saved_as(tmp_path, {"quant_method": "bitnet", **settings})
+    model = LlamaForCausalLM.from_pretrained(tmp_path)
+    module = nn.ModuleDict({"model": model, "side": nn.Sequential(nn.Linear(4, 4))})
+    with refused(module, UnsupportedError, r"model has weights in BitNet(.|\n)*16 or 32 bits"):
+        lightning_peft.inject(module, r=4, adapt="model.model")
+    with pytest.raises(UnsupportedError, match="LlamaForCausalLM has weights in BitNet"):
+        lightning_peft.inject(model, r=4)
+    # What does not belong to it trains.
+    lightning_peft.inject(module, r=4, adapt="side", target_modules=["0"])
+
+
+class Packed(torch.Tensor):
+    """Stands for the tensor classes by which libraries keep packed weights."""
+
+
+CODES = {
+    "float8": (lambda w: w.to(torch.float8_e4m3fn), "first: its weight is stored as float8_e4m3fn"),
+    "int8": (lambda w: w.mul(100).to(torch.int8), "first: its weight is stored as int8"),
+    "class": (lambda w: w.as_subclass(Packed), "first: its weight is stored as Packed"),
+}
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_codes_are_not_taken_for_weights(kind: str) -> None:
+    change, message = CODES[kind]
+    model = stack()
+    model.first.weight = nn.Parameter(change(model.first.weight.data), requires_grad=False)
+    with refused(model, UnsupportedError, message):
+        lightning_peft.inject(model, r=4, target_modules=["first"])
