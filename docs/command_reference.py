@@ -55,14 +55,3 @@ def _plain() -> Iterator[None]:
                 os.environ.pop(name)
             else:
                 os.environ[name] = value
-
-
-def write() -> None:
-    """Writes the page where it has changed."""
-    content = text()
-    if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != content:
-        PAGE.write_text(content, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    write()

@@ -9,8 +9,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import command_reference
+import method_table
 
-command_reference.write()
+for made in (command_reference, method_table):
+    content = made.text()
+    # Only where it changed, so that a build knows what is up to date.
+    if not made.PAGE.is_file() or made.PAGE.read_text(encoding="utf-8") != content:
+        made.PAGE.write_text(content, encoding="utf-8")
 
 project = "lightning-peft"
 author = "The lightning-peft developers"

@@ -10,11 +10,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, get_peft_config
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftConfig
 
 from lightning_peft.arguments import LoRAFields
 from lightning_peft.engine.methods.lora_config import is_pattern, lora_problems
-from lightning_peft.engine.methods.registry import METHODS, method_of, refuse_method
+from lightning_peft.engine.methods.registry import METHODS, method_of, not_injected, refuse_method
 from lightning_peft.engine.primitives import to_primitives
 from lightning_peft.errors import ConfigError, itemize
 
@@ -132,16 +132,16 @@ def config_class(method: Any) -> Any:
         ConfigError: If there is none.
         UnsupportedError: If the method cannot be injected into a module.
     """
-    try:
-        config = get_peft_config({"peft_type": to_primitives(method)})
-    except (KeyError, TypeError, ValueError) as error:
+    kind = str(to_primitives(method))
+    cls: Any = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+    if cls is None:
         raise ConfigError(
             f"peft_type={method!r} is not a method of PEFT. Those supported here: "
             f"{', '.join(METHODS)}."
-        ) from error
-    if str(to_primitives(config.peft_type)) not in METHODS:
-        refuse_method(config)
-    return type(config)
+        )
+    if kind not in METHODS:
+        raise not_injected(cls.__name__, kind)
+    return cls
 
 
 def config_to_dict(config: PeftConfig) -> dict[str, Any]:

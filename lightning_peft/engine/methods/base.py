@@ -25,6 +25,7 @@ class Method:
         decisive_fields: Fields of the config that decide what the tensors mean; ``None`` for all
             but those that say where adapters go.
         hides_model_type: Whether PEFT would choose other layers by the type of a model.
+        remark: A few words for the table of methods.
     """
 
     peft_type: str
@@ -33,6 +34,7 @@ class Method:
     ignored_properties: tuple[str, ...] = ()
     decisive_fields: tuple[str, ...] | None = None
     hides_model_type: bool = False
+    remark: str = ""
 
     def checked_config(self, config: Any) -> Any:
         """``config``, in PEFT's own spelling.

@@ -17,12 +17,12 @@ from lightning_peft.errors import UnsupportedError
 _CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Those of them that only take the product of the first factors off the base.
 _SUBTRACTING_INITS = ("pissa", "olora")
-_INITS = ("gaussian", "orthogonal", "pissa", "pissa_niter_<number>", "olora", "loftq")
+INITS = ("gaussian", "orthogonal", "pissa", "pissa_niter_<number>", "olora", "loftq")
 # These need data, or a preprocessed model, on every start: PEFT keeps that to its own model class.
-_REFUSED_INITS = ("eva", "mica", "corda", "lora_ga")
+REFUSED_INITS = ("eva", "mica", "corda", "lora_ga")
 
 # Extensions of LoRA that go through PEFT's model class or change the model around the layers.
-_REFUSED_FIELDS = (
+REFUSED_FIELDS = (
     "target_parameters",
     "trainable_token_indices",
     "layer_replication",
@@ -77,14 +77,14 @@ def _init_problems(fields: Mapping[str, Any]) -> list[str]:
     init = fields["init_lora_weights"]
     if isinstance(init, bool) or init is None:
         return []
-    known = "|".join((*_INITS[:3], r"pissa_niter_\d+", *_INITS[4:]))
-    if init in _REFUSED_INITS:
+    known = "|".join((*INITS[:3], r"pissa_niter_\d+", *INITS[4:]))
+    if init in REFUSED_INITS:
         return [
             f"init_lora_weights={init!r}: PEFT prepares it from data with its own model class, "
-            f"which a module that is adapted in place does not have; use one of {', '.join(_INITS)}"
+            f"which a module that is adapted in place does not have; use one of {', '.join(INITS)}"
         ]
     if not re.fullmatch(known, str(init)):
-        return [f"init_lora_weights={init!r}: True, False or one of {', '.join(_INITS)}"]
+        return [f"init_lora_weights={init!r}: True, False or one of {', '.join(INITS)}"]
     scalings = {**_entries(fields, "alpha_pattern"), **_entries(fields, "rank_pattern")}
     if init == "loftq" and (scalings or fields["lora_alpha"] != fields["r"]):
         return [
@@ -135,7 +135,7 @@ def refuse_extensions(config: LoraConfig) -> None:
     Raises:
         UnsupportedError: With all of them.
     """
-    used = [name for name in _REFUSED_FIELDS if getattr(config, name, None)]
+    used = [name for name in REFUSED_FIELDS if getattr(config, name, None)]
     if used:
         raise UnsupportedError(
             f"LoraConfig with {', '.join(x.lstrip('_') for x in used)}: it changes the model "

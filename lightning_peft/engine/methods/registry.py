@@ -52,7 +52,17 @@ METHODS: dict[str, Method] = {
 
 _WRAP = "peft.get_peft_model in your LightningModule"
 _SHARED = "its adapters share tensors between layers, and keep them outside of the layers"
-_REASONS = {
+_VIRTUAL = "it adds virtual tokens in front of a language model's input, and nothing to layers"
+# Why PEFT's other methods are not injected; with METHODS, all that PEFT lists.
+REASONS = {
+    "PROMPT_TUNING": _VIRTUAL,
+    "MULTITASK_PROMPT_TUNING": _VIRTUAL,
+    "P_TUNING": _VIRTUAL,
+    "PREFIX_TUNING": _VIRTUAL,
+    "CPT": _VIRTUAL,
+    "CARTRIDGE": _VIRTUAL,
+    "ADAPTION_PROMPT": "it puts prompts into attention modules by classes for a few model types",
+    "ADALORA": "its budget moves through PEFT's model class in each step",
     "FROD": _SHARED,
     "PVERA": _SHARED,
     "TINYLORA": _SHARED,
@@ -85,6 +95,15 @@ def in_place_method(config: PeftConfig) -> InPlaceMethod | None:
     return method if isinstance(method, InPlaceMethod) and method.is_in_place(config) else None
 
 
+def not_injected(name: str, peft_type: str) -> UnsupportedError:
+    """Returns the error for a config class ``name`` of a method that is not injected."""
+    reason = REASONS.get(peft_type, "it was not compared with PEFT here")
+    return UnsupportedError(
+        f"{name} ({peft_type}) is not among the methods that are injected: {reason}. Use one of "
+        f"{', '.join(METHODS)}, or {_WRAP}."
+    )
+
+
 def refuse_method(config: PeftConfig) -> None:
     """Refuses configs of methods that cannot be injected into a module.
 
@@ -93,24 +112,8 @@ def refuse_method(config: PeftConfig) -> None:
         UnsupportedError: If the method is not one of :data:`METHODS`.
     """
     name, method = type(config).__name__, str(to_primitives(config.peft_type))
-    if config.is_prompt_learning or config.is_adaption_prompt:
-        raise UnsupportedError(
-            f"{name} adds virtual tokens in front of a language model's input; it is not injected "
-            "into layers, so no strategy can add it to an arbitrary module. Wrap the model with "
-            "peft.get_peft_model in your LightningModule and use Lightning's own strategies."
-        )
-    if method == "ADALORA":
-        raise UnsupportedError(
-            "AdaLoRA reallocates ranks during training through its own model wrapper; injected "
-            "into a module its budget would never move and it would silently be plain SVD-LoRA. "
-            "Use LoRA with `rank_pattern`, or peft.get_peft_model in your LightningModule."
-        )
     if method not in METHODS:
-        reason = _REASONS.get(method, "it was not compared with PEFT here")
-        raise UnsupportedError(
-            f"{name} ({method}) is not among the methods that are injected: {reason}. Use one of "
-            f"{', '.join(METHODS)}, or {_WRAP}."
-        )
+        raise not_injected(name, method)
     if getattr(config, "use_asa", False):
         raise UnsupportedError(
             f"{name} with use_asa=True: it moves its budget through PEFT's model class in each "
