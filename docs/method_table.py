@@ -15,33 +15,38 @@ _HEAD = """\
 # Methods of PEFT
 
 Every method that the installed PEFT lists, made from PEFT's list and this package's registry. The
-name is what `peft_type` takes in `peft_config`. *In place* means on the layers themselves, without a
-wrapper; *PEFT's layers* are PEFT's own wrappers, with float32 adapters. Both train, are saved and
-resumed, and are read by PEFT; tests compare each with `peft.get_peft_model`. Exceptions for single
-layers and settings are [here](which-modules.md#methods-besides-lora).
+name is what `peft_type` takes in `peft_config`. *In place* means on the layers themselves, without
+a wrapper; *PEFT's layers* are PEFT's own wrappers, with float32 adapters. Both train, are saved and
+resumed, and PEFT reads their folders; tests compare each with `peft.get_peft_model`. Exceptions for
+single layers and settings are [here](which-modules.md#methods-besides-lora).
 
-| `peft_type` | served | over a 4-bit base | merged | remarks |
+| method | served | over a 4-bit base | merged | remarks |
 | --- | --- | --- | --- | --- |
 """
 _INITS = """
 ## Initialisations of LoRA
 
-`init_lora_weights` is `True`, `False` or one of {served}. Refused: {refused}. PEFT prepares these
-from data with its own model class.
+`init_lora_weights` is `True`, `False` or one of {served}.
+Refused: {refused}. PEFT prepares these from data with its own model class.
 
 ## Fields of LoraConfig that are refused
 
-{fields}. They change the model around the layers, or work through PEFT's model class only.
+{fields}.
+They change the model around the layers, or work through PEFT's model class only.
 """
 
 
 def text() -> str:
     """Returns the page."""
     rows = "".join(f"| {' | '.join(row(str(kind.value)))} |\n" for kind in sorted(PeftType))
-    return (_HEAD + rows).rstrip() + "\n" + _INITS.format(
-        served=_names(INITS),
-        refused=_names(REFUSED_INITS),
-        fields=_names(name.lstrip("_") for name in REFUSED_FIELDS),
+    return (
+        (_HEAD + rows).rstrip()
+        + "\n"
+        + _INITS.format(
+            served=_names(INITS),
+            refused=_names(REFUSED_INITS),
+            fields=_names(name.lstrip("_") for name in REFUSED_FIELDS),
+        )
     )
 
 

@@ -66,6 +66,9 @@ class LoRAArguments(LoRAFields):
             their parameter groups, hyperparameters and LR schedulers. ``"auto"`` gives
             torch's own Adam and AdamW their fused step and leaves others as they are; nothing is
             paged unless its name says so. ``None`` leaves all.
+        lora_plus_lr_ratio: LoRA+ (arXiv 2402.12354): the factors ``B`` train with the learning rate
+            of their parameter group times this number, whatever LR schedulers make of it; ``None``
+            means one rate for both.
         gradient_checkpointing: Keep only the inputs of repeated blocks for the backward pass, and
             recompute the rest (arXiv 1604.06174): the same numbers, less memory, more time.
             ``"auto"`` where everything would not fit on the device by the planner's numbers, or
@@ -90,6 +93,7 @@ class LoRAArguments(LoRAFields):
     _: KW_ONLY
     adapt: str | list[str] | None = None
     optimizer: str | None = None
+    lora_plus_lr_ratio: float | None = None
     gradient_checkpointing: bool | Literal["auto"] | float | str = "auto"
     announce: bool = True
     verify: Literal["cheap", "full", "off"] = "cheap"

@@ -70,7 +70,8 @@ ATTRIBUTES = {
         support_avx512bf16_for_cpu
     """,
     "lightning": """
-        _MockOptimizer _TunerExitException _accelerator_connector _call_callback_hooks
+        _MockOptimizer _TunerExitException _accelerator_connector _average_model
+        _call_callback_hooks
         _call_lightning_module_hook _callback_metrics _checkpoint_io _class_path _combined_loader
         _combined_loader_states_to_load _compiler_ctx _computed _configure_launcher _data_fetcher
         _device _fabric _instantiator _last_global_step_saved _launcher

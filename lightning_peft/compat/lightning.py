@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from torch.optim.swa_utils import AveragedModel
+
 # Keys of the hyperparameters that LightningCLI saves.
 INSTANTIATOR, CLASS_PATH = "_instantiator", "_class_path"
 # The method of the loop over epochs that comes between the setup of the loaders and a fetch.
@@ -56,6 +58,31 @@ def set_checkpoint_io(strategy: Any, io: Any) -> None:
 def pruned_parameters(callback: Any) -> list[tuple[Any, str]]:
     """Returns the modules and names of parameters that a ``ModelPruning`` has chosen."""
     return list(callback._parameters_to_prune)
+
+
+def running_average(callback: Any) -> Any:
+    """Returns the average that a callback keeps of the weights, or ``None``."""
+    return callback._average_model
+
+
+def set_average(callback: Any, average: Any) -> None:
+    """Gives an averaging callback its average; ``None`` takes it away, and when it was updated.
+
+    Lightning keeps that for the next fit, and would then average nothing until it is as long.
+    """
+    callback._average_model = average
+    if average is None and hasattr(callback, "_latest_update_step"):
+        callback._latest_update_step, callback._latest_update_epoch = 0, -1
+
+
+def start_average(callback: Any, model: Any, device: Any) -> None:
+    """Gives a ``WeightAveraging`` an average of ``model``, by its own settings."""
+    callback._average_model = AveragedModel(
+        model=model,
+        device=callback._device or device,
+        use_buffers=callback._use_buffers,
+        **callback._kwargs,
+    )
 
 
 def quiet_exit(root: str) -> Exception:

@@ -82,6 +82,7 @@ from .training.causal_lm_loss import has_default_loss as has_default_loss
 from .training.cross_entropy import cross_entropy_and_gradient as cross_entropy_and_gradient
 from .training.cross_entropy import row_chunks as row_chunks
 from .training.cross_entropy import summed_cross_entropy as summed_cross_entropy
+from .training.lora_plus import scale_b_rates as scale_b_rates
 from .training.optimizer_groups import add_adapters_to_optimizers as add_adapters_to_optimizers
 from .training.optimizer_groups import freeze_unoptimized as freeze_unoptimized
 from .training.optimizer_groups import optimizers_of as optimizers_of
@@ -93,6 +94,8 @@ from .training.optimizers import optimizer_names as optimizer_names
 from .training.optimizers import replace_optimizers as replace_optimizers
 from .training.optimizers import restore_paging as restore_paging
 from .training.packed_attention import PackedMask as PackedMask
+from .training.rank_budget import RankBudget as RankBudget
+from .training.rank_budget import rank_budget as rank_budget
 from .training_mode import set_training_mode as set_training_mode
 from .unloading import unload as unload
 from .verification.probe import default_step as default_step

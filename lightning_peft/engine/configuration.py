@@ -7,6 +7,7 @@ fills them, checks what they let through, and turns them into plain JSON values.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -121,7 +122,15 @@ def _from_mapping(fields: Mapping[str, Any]) -> PeftConfig:
             f"{', '.join(map(repr, unknown))} in peft_config: {cls.__name__} has no such field. "
             f"It has: {', '.join(sorted(known))}."
         )
-    config: PeftConfig = _make_config(cls, fields)
+    left_out = [
+        name
+        for name in METHODS[str(to_primitives(fields["peft_type"]))].from_trainer
+        if fields.get(name) is None
+    ]
+    # PEFT makes no config without them.
+    config: PeftConfig = _make_config(cls, {**fields, **dict.fromkeys(left_out, sys.maxsize)})
+    for name in left_out:
+        setattr(config, name, None)
     return config
 
 
@@ -133,7 +142,8 @@ def config_class(method: Any) -> Any:
         UnsupportedError: If the method cannot be injected into a module.
     """
     kind = str(to_primitives(method))
-    cls: Any = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+    known: Any = PEFT_TYPE_TO_CONFIG_MAPPING
+    cls = known.get(kind)
     if cls is None:
         raise ConfigError(
             f"peft_type={method!r} is not a method of PEFT. Those supported here: "

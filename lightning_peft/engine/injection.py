@@ -36,6 +36,7 @@ from lightning_peft.engine.loading.quantize_on_load import (
     dense_bytes,
 )
 from lightning_peft.engine.methods.lora_config import changes_base
+from lightning_peft.engine.methods.registry import method_of
 from lightning_peft.engine.momentum_copies import find_momentum_copies, link_copies
 from lightning_peft.engine.peft_injection import inject_in_place, inject_with_peft, quantize_layers
 from lightning_peft.engine.peft_wrappers import (
@@ -63,7 +64,7 @@ from lightning_peft.engine.selection.targets import PATTERN_FIELDS, patterns_for
 from lightning_peft.engine.training.causal_lm_loss import patch_causal_lm_loss
 from lightning_peft.engine.training_mode import user_eval_modules
 from lightning_peft.engine.vocabulary import resized_embeddings, vocabulary_size
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, UnsupportedError
 
 # The heads that PEFT trains in full where a config names a task.
 _TASK_HEADS = {
@@ -124,6 +125,7 @@ def inject(
         config = lora_config(LoRAFields(**lora_arguments))
     else:
         config = as_peft_config(peft_config)
+    _refuse_without_trainer(config)
     return inject_config(
         module,
         InjectionRequest(config, quantization_config, adapter_name),
@@ -184,6 +186,15 @@ def _take_over(
         entry.from_peft_wrapper = True
         entry.initial_values |= {key: before[key] for key in entry.initial_values if key in before}
     return made
+
+
+def _refuse_without_trainer(config: PeftConfig) -> None:
+    if method_of(config).from_trainer:
+        raise UnsupportedError(
+            f"{type(config).__name__} by inject: ranks are cut after each optimizer step of a "
+            "Trainer, and would stay as they are here. Give the config to LoRAStrategy, "
+            "QLoRAStrategy or one of the callbacks as `peft_config`."
+        )
 
 
 def _refuse_finished(config: PeftConfig) -> None:

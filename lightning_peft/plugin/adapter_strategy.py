@@ -15,6 +15,7 @@ from lightning_peft.errors import CheckpointError
 from lightning_peft.plugin.adapter_checks import check_frozen, check_optimizers
 from lightning_peft.plugin.adapter_defaults import KEPT_IN_FLOAT32
 from lightning_peft.plugin.automatic_checkpointing import AutomaticCheckpointing
+from lightning_peft.plugin.averaging import averages_in
 from lightning_peft.plugin.checkpoint_content import (
     CHECKPOINT_KEY,
     DATAMODULE_KEY,
@@ -40,7 +41,9 @@ from lightning_peft.plugin.optimization import (
     freeze_unoptimized,
     log_info,
     optimized_parameter_ids,
+    rank_budget,
     replace_optimizers,
+    scale_b_rates,
 )
 
 if TYPE_CHECKING:
@@ -66,6 +69,7 @@ class AdapterStrategy(_Base):
     _checkpointing: Any = None
     _automatic: AutomaticCheckpointing | None = None
     _names_before_hooks: tuple[str, ...] = ()
+    _budget: engine.RankBudget | None = None
 
     @property
     def shards_base(self) -> bool:
@@ -130,12 +134,29 @@ class AdapterStrategy(_Base):
         optimizers = add_adapters_to_optimizers(self)
         held |= optimized_parameter_ids(self)
         replace_optimizers(self, self.lifecycle.injection.optimizer)
+        scale_b_rates(self, self.lifecycle.injection.lora_plus_lr_ratio)
         engine.freeze_unoptimized_copies(self._module, held)
         freeze_unoptimized(self, held)
         if self.lifecycle.checks.mode != "off":
             check_optimizers(self._module, optimizers)
         check_frozen(self._module)
         engine.check_momentum_copies(self._module)
+        self._budget = rank_budget(self)
+
+    def backward(self, closure_loss: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        """Adds the penalty of AdaLoRA to the loss, which PEFT adds in its model class."""
+        if self._budget is not None:
+            batches = self._module.trainer.accumulate_grad_batches
+            closure_loss = closure_loss + self._budget.penalty() / batches
+        return super().backward(closure_loss, optimizer, *args, **kwargs)
+
+    def optimizer_step(self, optimizer: Any, closure: Any, *args: Any, **kwargs: Any) -> Any:
+        """Steps, and lets AdaLoRA cut ranks."""
+        result = super().optimizer_step(optimizer, closure, *args, **kwargs)
+        if self._budget is not None:
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            self._budget.after_step(held)
+        return result
 
     def on_train_start(self) -> None:
         """When resuming: back to what was under way."""
@@ -198,16 +219,19 @@ class AdapterStrategy(_Base):
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
     ) -> None:
         """Writes the checkpoint with its description, and its adapter folder."""
-        if engine.record_of(self._module) is not None:
-            check_frozen(self._module)
-            engine.check_momentum_copies(self._module)
+        if engine.record_of(self._module) is None:
+            super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+            return
+        check_frozen(self._module)
+        engine.check_momentum_copies(self._module)
+        with averages_in(self._module):
             checkpoint = self._with_metadata(checkpoint)
             if self.is_global_zero and is_local(filepath):
                 place = {"epoch": checkpoint["epoch"], "global_step": checkpoint["global_step"]}
                 provenance = {**self.lifecycle.provenance, **place}
                 # First, so that an existing checkpoint is complete.
                 write_adapter_folder(filepath, engine.packed_adapters(self._module, provenance))
-        super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+            super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     def _with_metadata(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         described = engine.describe(self._module)
@@ -215,6 +239,7 @@ class AdapterStrategy(_Base):
         whole = "optimizer_states" in checkpoint
         described["processes"] = self._gather_process_states() if whole else []
         described["optimizers"] = engine.optimizer_names(self.optimizers) if whole else None
+        described["rank_budget"] = self._budget.state() if self._budget and whole else None
         checkpoint, _ = strip_objects(checkpoint, DATAMODULE_KEY)
         checkpoint, described["left_out"] = strip_objects(checkpoint)
         if described["left_out"] and not self._warned_hyperparameters:
@@ -289,11 +314,13 @@ class AdapterStrategy(_Base):
         super().load_optimizer_state_dict(checkpoint)
         for optimizer in self.optimizers:
             engine.restore_paging(optimizer)
+        if self._budget is not None:
+            self._budget.load_state(checkpoint[CHECKPOINT_KEY]["rank_budget"])
 
     def teardown(self) -> None:
         """Gives the module its own ``configure_model`` and blocks back, also after errors."""
         disable_activation_checkpointing(self)
-        self._automatic = None
+        self._automatic = self._budget = None
         if self._training_loops is not None:
             self._training_loops.detach()
         self.lifecycle.uninstall()

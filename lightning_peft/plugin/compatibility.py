@@ -10,10 +10,8 @@ from lightning_peft.errors import UnsupportedError, itemize
 
 # By name, since each Lightning package has its own classes.
 REFUSED_CALLBACKS = {
-    "WeightAveraging": "it averages packed 4-bit codes as if they were numbers, and restores its "
-    "full model past the strategy",
-    "StochasticWeightAveraging": "its state in the checkpoint is the full model",
-    "BaseFinetuning": "it unfreezes base weights, which an adapter checkpoint does not hold",
+    "BaseFinetuning": "it unfreezes base weights, which an adapter checkpoint does not hold. "
+    "Name what is to train in full in `modules_to_save`, or merge the adapters and fit again",
     "QuantizationAwareTraining": "it replaces layers of the frozen base, which no checkpoint holds",
 }
 PRUNING_CALLBACK = "ModelPruning"

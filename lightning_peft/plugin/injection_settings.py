@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -28,6 +29,7 @@ class InjectionSettings:
         optimizer: Name of the optimizer that replaces the user's, or ``None``.
         gradient_checkpointing: Whether to keep only the inputs of blocks for the backward pass, or
             how much the blocks may keep.
+        lora_plus_lr_ratio: How much faster ``B`` trains than ``A``, or ``None``.
         cache_quantized_base: Whether the cache of quantized bases is used.
     """
 
@@ -37,6 +39,7 @@ class InjectionSettings:
     adapters_configured: bool = True
     optimizer: str | None = None
     gradient_checkpointing: bool | float | str = "auto"
+    lora_plus_lr_ratio: float | None = None
     cache_quantized_base: bool = False
 
 
@@ -65,6 +68,7 @@ def injection_settings(arguments: LoRAArguments) -> InjectionSettings:
             bnb_4bit_compute_dtype=arguments.bnb_4bit_compute_dtype,
         )
     engine.check_optimizer_name(arguments.optimizer)
+    _check_ratio(arguments.lora_plus_lr_ratio)
     engine.read_budget(arguments.gradient_checkpointing)
     adapt = arguments.adapt
     return InjectionSettings(
@@ -74,8 +78,17 @@ def injection_settings(arguments: LoRAArguments) -> InjectionSettings:
         adapters_configured=bool(changed & {*_LORA, "peft_config"}),
         optimizer=arguments.optimizer,
         gradient_checkpointing=arguments.gradient_checkpointing,
+        lora_plus_lr_ratio=arguments.lora_plus_lr_ratio,
         cache_quantized_base=cached,
     )
+
+
+def _check_ratio(ratio: float | None) -> None:
+    if ratio is not None and not (not isinstance(ratio, bool) and 0 < ratio < math.inf):
+        raise ConfigError(
+            f"lora_plus_lr_ratio={ratio!r}: the learning rate of B over that of A, a positive "
+            "number; its authors recommend 16."
+        )
 
 
 def _check_exclusive(name: str, config: Any, fields: set[str]) -> None:

@@ -24,6 +24,7 @@ from lightning_peft.plugin.adapter_checks import (
     warn_unregistered_copies,
 )
 from lightning_peft.plugin.adapter_defaults import with_adapter_defaults
+from lightning_peft.plugin.averaging import serve_averages
 from lightning_peft.plugin.compatibility import check_compatibility, check_pruning
 from lightning_peft.plugin.injection_settings import injection_settings
 from lightning_peft.plugin.training_checks import TrainingChecks
@@ -65,6 +66,7 @@ class Lifecycle:
             return
         self.uninstall()
         check_compatibility(module, strategy, self.injection.quantization_config is not None)
+        serve_averages(module)
         self._original_hook = module.__dict__.get("configure_model")
 
         # A function, not a callable object: Lightning compares code objects to see an override.
@@ -83,6 +85,7 @@ class Lifecycle:
                 module.configure_model()
             # Again: the module may have brought callbacks of its own since.
             check_compatibility(module, strategy, requested.quantization_config is not None)
+            serve_averages(module)
             with _default_dtype_and_device():
                 self._inject(module, strategy)
             self._store_quantized(module, strategy, loading)

@@ -85,6 +85,31 @@ def replace_optimizers(strategy: Any, name: str | None) -> None:
         log_info(strategy, f"optimizer={name!r}: {'; '.join(notes)}.")
 
 
+def scale_b_rates(strategy: Any, ratio: float | None) -> None:
+    """Gives the factors ``B`` their learning rate of LoRA+.
+
+    Raises:
+        ConfigError: If an optimizer cannot have two rates, or there is no ``B``.
+    """
+    if ratio is not None:
+        own = real_optimizers(strategy) or engine.optimizers_of(strategy.lightning_module)
+        count = engine.scale_b_rates(strategy.lightning_module, own, ratio)
+        log_info(strategy, f"lora_plus_lr_ratio={ratio:g}: {count} factors B train {ratio:g}-fold.")
+
+
+def rank_budget(strategy: Any) -> engine.RankBudget | None:
+    """Returns the budget of AdaLoRA, for as many steps as the config or the Trainer says.
+
+    Raises:
+        ConfigError: If that number is not known, or leaves no steps to cut ranks in.
+    """
+    module = strategy.lightning_module
+    configured = getattr(strategy.lifecycle.injection.peft_config, "total_step", None)
+    return engine.rank_budget(
+        module, lambda: configured or module.trainer.estimated_stepping_batches
+    )
+
+
 def float32_advice(module: Any, device: torch.device, precision: Any) -> str | None:
     """Returns a hint where a GPU computes the products of 4-bit weights in float32, else ``None``.
 

@@ -117,9 +117,9 @@ def test_callbacks_that_inject_stay_and_others_go(user, capsys):
 
 
 def test_a_refusal_is_reported_as_in_training(user, capsys):
-    averaging = {"class_path": "pytorch_lightning.callbacks.EMAWeightAveraging"}
-    assert main(["verify", *user(callbacks=[averaging])]) == 1
-    assert "callback EMAWeightAveraging" in capsys.readouterr().err
+    unfreezing = {"class_path": "pytorch_lightning.callbacks.BackboneFinetuning"}
+    assert main(["verify", *user(callbacks=[unfreezing])]) == 1
+    assert "callback BackboneFinetuning" in capsys.readouterr().err
     assert main(["verify", *user(), "--trainer.strategy.init_args.target_modules=[boby]"]) == 1
     assert "boby" in capsys.readouterr().err
 

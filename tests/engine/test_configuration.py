@@ -121,7 +121,7 @@ def test_a_wrong_mapping_is_a_config_error(fields: dict, message: str) -> None:
     ("config", "message"),
     [
         (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "virtual tokens"),
-        (peft.AdaLoraConfig(total_step=10), "its budget moves through"),
+        (peft.OSFConfig(), "it rewrites the base weights"),
         (LoraConfig(target_modules=["q"], trainable_token_indices=[1]), "trainable_token_indices"),
         (LoraConfig(target_modules=["q"], layer_replication=[(0, 1)]), "layer_replication"),
     ],

@@ -120,7 +120,7 @@ def test_methods_for_dense_weights_refuse_quantized_ones(method: str) -> None:
 
 def test_all_methods_that_are_offered_are_compared() -> None:
     types = {str(config_of(name).peft_type.value) for name in OPTIONS}
-    assert types | {"LORA", "TRAINABLE_TOKENS"} == set(METHODS)
+    assert types | {"LORA", "ADALORA", "TRAINABLE_TOKENS"} == set(METHODS)
 
 
 def test_decisive_settings() -> None:

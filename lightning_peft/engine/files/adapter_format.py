@@ -152,7 +152,7 @@ def exported_config(part: nn.Module, entry: AdaptedModuleRecord, name: str) -> d
     config["base_model_name_or_path"] = entry.base_id["name_or_path"]
     config["revision"] = entry.base_id["revision"]
     for field in PATTERN_FIELDS:
-        if field in config:
+        if config.get(field):
             config[field] = patterns_for(info.targets, config[field])
     if "fan_in_fan_out" in config:
         layers = [part.get_submodule(target) for target in info.targets]

@@ -25,6 +25,7 @@ class Method:
         decisive_fields: Fields of the config that decide what the tensors mean; ``None`` for all
             but those that say where adapters go.
         hides_model_type: Whether PEFT would choose other layers by the type of a model.
+        from_trainer: Fields that PEFT needs, and a Trainer fills where they are left out.
         remark: A few words for the table of methods.
     """
 
@@ -34,6 +35,7 @@ class Method:
     ignored_properties: tuple[str, ...] = ()
     decisive_fields: tuple[str, ...] | None = None
     hides_model_type: bool = False
+    from_trainer: tuple[str, ...] = ()
     remark: str = ""
 
     def checked_config(self, config: Any) -> Any:

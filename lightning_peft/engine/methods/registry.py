@@ -7,6 +7,7 @@ from typing import Any
 
 from peft import PeftConfig
 
+from lightning_peft.engine.methods.adalora import ADALORA
 from lightning_peft.engine.methods.base import InPlaceMethod, Method
 from lightning_peft.engine.methods.lora import LORA
 from lightning_peft.engine.primitives import to_primitives
@@ -19,6 +20,7 @@ METHODS: dict[str, Method] = {
     method.peft_type: method
     for method in (
         LORA,
+        ADALORA,
         Method("ADAMSS"),
         Method("BEFT"),
         Method("BOFT", ignored_properties=_EVERY),
@@ -62,7 +64,6 @@ REASONS = {
     "CPT": _VIRTUAL,
     "CARTRIDGE": _VIRTUAL,
     "ADAPTION_PROMPT": "it puts prompts into attention modules by classes for a few model types",
-    "ADALORA": "its budget moves through PEFT's model class in each step",
     "FROD": _SHARED,
     "PVERA": _SHARED,
     "TINYLORA": _SHARED,
