@@ -24,6 +24,8 @@ from .engine.verification.verify import verify as verify
 from .plan.prediction import plan_memory as plan_memory
 from .plugin.callbacks import LoRACallback as LoRACallback
 from .plugin.callbacks import QLoRACallback as QLoRACallback
+from .plugin.fabric_checkpoints import load_fabric_checkpoint as load_fabric_checkpoint
+from .plugin.fabric_checkpoints import save_fabric_checkpoint as save_fabric_checkpoint
 from .plugin.loading import load_from_checkpoint as load_from_checkpoint
 from .plugin.namespace import use_namespace as use_namespace
 from .plugin.strategies import LoRAStrategy as LoRAStrategy

@@ -27,6 +27,7 @@ FLOORS: dict[str, set[str]] = {
     "cli": {
         "demo",
         "doctor",
+        "migration",
         "chat",
         "evaluation",
         "export",
@@ -39,6 +40,7 @@ FLOORS: dict[str, set[str]] = {
         "errors",
     },
     "doctor": {"engine", "errors"},
+    "migration": {"errors"},
     "demo": {"tasks", "data", "runs", "plan", "plugin", "engine", "errors"},
     "generation": {"data", "plan", "engine", "errors"},
     "tasks": {"generation", "data", "runs", "plan", "plugin", "engine", "errors"},

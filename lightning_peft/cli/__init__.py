@@ -19,12 +19,12 @@ from lightning_peft.errors import ConfigError, LightningPeftError, first_line, s
 # The commands by group, which are modules of this room with ABOUT and main. Their heavy parts load
 # when they run: help must come at once.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "Get started": ("demo", "doctor"),
+    "Get started": ("demo", "doctor", "migrate"),
     "Prepare": ("recipes", "preview", "check", "plan"),
     "Train": ("fit", "validate", "test", "predict"),
     "Verify": ("verify", "reproduce"),
     "Use the result": ("chat", "compare", "evaluate", "merge", "export"),
-    "Maintenance": ("cache",),
+    "Maintenance": ("cache", "import"),
 }
 # Entry points of other packages' commands: each is a module like those of this room.
 EXTENSIONS = "lightning_peft.commands"

@@ -26,6 +26,8 @@ from .files.adapter_loading import load_adapter as load_adapter
 from .files.description import check_description as check_description
 from .files.description import describe as describe
 from .files.description import inject_as_described as inject_as_described
+from .files.foreign_state import ForeignLoad as ForeignLoad
+from .files.foreign_state import load_foreign_state as load_foreign_state
 from .files.state_dicts import adapter_names_of as adapter_names_of
 from .files.state_dicts import checkpoint_tensors as checkpoint_tensors
 from .files.state_dicts import drop_frozen_base as drop_frozen_base

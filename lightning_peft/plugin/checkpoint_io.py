@@ -44,16 +44,7 @@ class WholeFileCheckpointIO(_Base, metaclass=LateBoundMeta):
         if not is_local(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target)
-        unfinished = _unfinished(target)
-        with open(unfinished, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        self._warn_of_objects(unfinished)
-        os.replace(unfinished, target)
+        write_whole_file(checkpoint, Path(path), self._warn_of_objects)
 
     def _warn_of_objects(self, file: Path) -> None:
         names = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - self._warned_of
@@ -66,6 +57,25 @@ class WholeFileCheckpointIO(_Base, metaclass=LateBoundMeta):
                 "there instead.",
                 ", ".join(sorted(names)),
             )
+
+
+def write_whole_file(
+    checkpoint: dict[str, Any], target: Path, look: Callable[[Path], None] | None = None
+) -> None:
+    """Writes a checkpoint under another name, flushes it to disk and renames it.
+
+    ``look`` is called with the complete file before it has its name.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target)
+    unfinished = _unfinished(target)
+    with open(unfinished, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if look is not None:
+        look(unfinished)
+    os.replace(unfinished, target)
 
 
 def read_checkpoint(

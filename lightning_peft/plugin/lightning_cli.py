@@ -78,6 +78,12 @@ def run_subcommand(subcommand: str, arguments: Sequence[str], hooks: RunHooks) -
             raise
 
 
+def find_modules_here() -> None:
+    """Lets imports find modules of the current folder, as in a script."""
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
 @contextmanager
 def lightning_command(arguments: Sequence[str], verbose: bool = False) -> Iterator[str]:
     """Yields the root of a config's Lightning package.
@@ -87,9 +93,7 @@ def lightning_command(arguments: Sequence[str], verbose: bool = False) -> Iterat
     Raises:
         ConfigError: Instead of what LightningCLI raises.
     """
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        # As in a script.
-        sys.path.insert(0, os.getcwd())
+    find_modules_here()
     root = _namespace_of_config(arguments)
     with namespace(root), warnings.catch_warnings(), _without_noise(verbose):
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")

@@ -66,7 +66,7 @@ def load_from_checkpoint(
             f"{cls.__name__}.load_from_checkpoint."
         )
     described = checkpoint[CHECKPOINT_KEY]
-    module = _build(cls, root, checkpoint, hyperparameters)
+    module = build_module(cls, root, checkpoint, hyperparameters)
     _build_layers(module, described)
     device = None if map_location is None else torch.device(map_location)
     engine.inject_as_described(module, described, device)
@@ -75,9 +75,14 @@ def load_from_checkpoint(
     return module.to(device or torch.device("cpu")).eval()
 
 
-def _build(cls: Any, root: str, checkpoint: dict[str, Any], overrides: dict[str, Any]) -> Any:
-    """Makes the module from its hyperparameters, as Lightning does."""
-    absent = [name for name in checkpoint[CHECKPOINT_KEY]["left_out"] if name not in overrides]
+def build_module(cls: Any, root: str, checkpoint: dict[str, Any], overrides: dict[str, Any]) -> Any:
+    """Makes the module from its hyperparameters, as Lightning does.
+
+    Raises:
+        ConfigError: If arguments of the constructor are missing.
+    """
+    left_out = checkpoint.get(CHECKPOINT_KEY, {}).get("left_out", [])
+    absent = [name for name in left_out if name not in overrides]
     if absent:
         # Also where the constructor has defaults: those need not be what was trained with.
         raise ConfigError(

@@ -1,0 +1,1 @@
+"""Reading code bases that fine-tune with Lightning: what of them this package takes over."""

@@ -1,0 +1,117 @@
+"""What a rule finds in a code base, and how rules are written."""
+
+from __future__ import annotations
+
+import ast
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from lightning_peft.migration.source import CodeBase, Mention, Place, Source
+
+Served = Literal["yes", "partly", "no"]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A piece of a file, from its first to behind its last byte, and what takes its place.
+
+    Attributes:
+        source: The file.
+        start: Line from 1 and UTF-8 byte in it from 0, as ``ast`` counts.
+        end: The same of what comes behind.
+        text: The new text; empty removes the piece.
+        needs: Name to import from ``lightning_peft``.
+        removes: Class of the statement that is removed with its lines.
+    """
+
+    source: Source
+    start: tuple[int, int]
+    end: tuple[int, int]
+    text: str
+    needs: str = ""
+    removes: str = ""
+
+    @classmethod
+    def replace(cls, source: Source, node: Any, text: str, needs: str = "") -> Edit:
+        """Returns the edit that puts ``text`` into the place of a node."""
+        start = (node.lineno, node.col_offset)
+        return cls(source, start, (node.end_lineno, node.end_col_offset), text, needs)
+
+    @classmethod
+    def remove(cls, source: Source, node: Any) -> Edit:
+        """Returns the edit that removes the lines of a statement, decorators included."""
+        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+        return cls(source, (first, 0), (node.end_lineno + 1, 0), "", removes=type(node).__name__)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing in a code base that changes, or could.
+
+    Attributes:
+        rule: Name of the rule.
+        place: Where it is.
+        found: The code, or a name.
+        becomes: What to write instead, or that nothing is to be done.
+        served: Whether this package does what it does.
+        problem: What is wrong with it today; empty where nothing is.
+        edits: The change, where it is mechanical.
+        strategy: Arguments of the Trainer's strategy that the change asks for; ``None`` without.
+    """
+
+    rule: str
+    place: Place
+    found: str
+    becomes: str
+    served: Served
+    problem: str = ""
+    edits: tuple[Edit, ...] = ()
+    strategy: Mapping[str, str] | None = None
+
+    @property
+    def mechanical(self) -> bool:
+        """Whether the change can be made without a person."""
+        return bool(self.edits) or self.strategy is not None
+
+
+class Rule(ABC):
+    """One kind of thing to find.
+
+    Attributes:
+        name: As the report calls it.
+        becomes: What to write instead.
+        served: Whether this package does what it does.
+    """
+
+    name: ClassVar[str]
+    becomes: ClassVar[str]
+    served: ClassVar[Served] = "yes"
+
+    @abstractmethod
+    def find(self, base: CodeBase) -> Iterator[Finding]:
+        """Yields what there is."""
+
+    def finding(self, source: Source, node: ast.AST | int, found: str, **changes: Any) -> Finding:
+        """Returns a finding of this rule at a node or line."""
+        line = node if isinstance(node, int) else node.lineno  # type: ignore[attr-defined]
+        settings = {"becomes": self.becomes, "served": self.served, **changes}
+        return Finding(self.name, source.place(line), found, **settings)
+
+
+class MentionRule(Rule):
+    """A rule that finds calls, or mentions in YAML, of classes or functions by their last name."""
+
+    names: ClassVar[frozenset[str]]
+
+    def find(self, base: CodeBase) -> Iterator[Finding]:
+        """Yields what there is."""
+        for source, mention in base.mentions(*self.names):
+            found = mention.name if mention.call is None else source.code(mention.call)
+            if not mention.name.startswith("lightning_peft."):
+                yield self.finding(source, mention.line, found, **self.details(source, mention))
+
+    def details(self, source: Source, mention: Mention) -> dict[str, Any]:
+        """Returns the changes from the rule's own words for one mention."""
+        return {}

@@ -1,0 +1,148 @@
+"""Checkpoints that leave out, rename, or lose something."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from lightning_peft.migration.finding import Edit, Finding, MentionRule, Rule
+from lightning_peft.migration.source import CodeBase, Mention, Source, is_false, keyword, methods
+
+_HOOKS = ("on_save_checkpoint", "on_load_checkpoint", "state_dict", "load_state_dict")
+_DROPS = re.compile(r"\bdel \w|\.pop\(|\bif .*requires_grad|for .* in .* if ")
+_RENAMES = re.compile(r"\.replace\(|\.removeprefix\(|\.removesuffix\(|re\.sub\(")
+
+
+class CheckpointHooks(Rule):
+    """Hooks that drop or rename keys of a checkpoint."""
+
+    name = "checkpoint-hook"
+    becomes = "nothing: the frozen base is left out of every checkpoint, everything else is in it"
+
+    def find(self, base: CodeBase) -> Iterator[Finding]:
+        """Yields hooks that drop or rename, with their removal where they leave the base out."""
+        for source in base.sources:
+            for cls in source.classes:
+                for method in methods(cls, *_HOOKS):
+                    code = ast.unparse(method)
+                    drops, renames = _DROPS.search(code), _RENAMES.search(code)
+                    if drops or renames:
+                        edits = () if renames else self._removal(source, cls, method, code)
+                        yield self.finding(
+                            source,
+                            method,
+                            f"{cls.name}.{method.name}",
+                            problem=_lost(code),
+                            edits=edits,
+                            **({"becomes": _RENAMED} if renames else {}),
+                        )
+
+    def _removal(
+        self, source: Source, cls: ast.ClassDef, method: ast.FunctionDef, code: str
+    ) -> tuple[Edit, ...]:
+        """Only where a saving hook does nothing but leave frozen parameters out."""
+        if method.name != "on_save_checkpoint" or "requires_grad" not in code:
+            return ()
+        name = method.args.args[-1].arg
+        keys = set(re.findall(rf"\b{name}\[(.+?)\]", code))
+        others = re.sub(rf"\b{name}\['state_dict'\]", "", code.partition("\n")[2])
+        plain = keys == {"'state_dict'"} and not re.search(rf"\b{name}\b|super\(", others)
+        return (Edit.remove(source, method),) if plain and len(cls.body) > 1 else ()
+
+
+_RENAMED = (
+    "may stay where on_load_checkpoint renames back; else remove it, and bring old files over by "
+    "`lightning-peft import`"
+)
+
+
+def _lost(code: str) -> str:
+    if "except AttributeError" in code and "get_parameter" in code:
+        return (
+            "what is not a parameter is dropped too: buffers, such as the running statistics of "
+            "batch norm, are not in the file"
+        )
+    if re.search(r"named_parameters\(\) if", code):
+        return "buffers, such as the running statistics of batch norm, are not in the file"
+    return ""
+
+
+class AdapterCheckpointCallback(Rule):
+    """Callbacks that write adapters by themselves."""
+
+    name = "checkpoint-callback"
+    becomes = "ModelCheckpoint: each file has adapters and optimizer, and a folder in PEFT's format"
+
+    def find(self, base: CodeBase) -> Iterator[Finding]:
+        """Yields subclasses of ModelCheckpoint or Callback that call PEFT's saving."""
+        for source in base.sources:
+            for cls in source.classes:
+                code = ast.unparse(cls)
+                saves = re.search(r"\.save_pretrained\(|get_peft_model_state_dict\(", code)
+                own = any(methods(cls, "_save_checkpoint", "save_checkpoint"))
+                if not any("Checkpoint" in b or "Callback" in b for b in source.bases(cls)):
+                    continue
+                if saves or (own and "super()" not in code):
+                    lost = own and not re.search(r"super\(\)|optimizer", code)
+                    emptied = re.search(r"optimizer_states'\] = \[\]|pop\('optimizer_states'", code)
+                    yield self.finding(
+                        source,
+                        cls,
+                        f"class {cls.name}",
+                        problem="its files have no optimizer state: such a run cannot be resumed"
+                        if lost or emptied
+                        else "",
+                    )
+
+
+class NotStrict(Rule):
+    """Loading that passes over whatever does not fit."""
+
+    name = "strict-false"
+    becomes = "strict loading: ckpt_path=..., or lightning_peft.load_from_checkpoint"
+
+    def find(self, base: CodeBase) -> Iterator[Finding]:
+        """Yields ``strict=False`` and ``strict_loading = False``, in YAML too."""
+        problem = "adapters that the file does not have stay at their start without an error"
+        for source in base.sources:
+            for mention in source.mentions:
+                word = mention.call and keyword(mention.call, "strict")
+                if mention.call and word and is_false(word.value) and "load" in mention.last:
+                    found = source.code(mention.call)
+                    yield self.finding(source, mention.line, found, problem=problem)
+            for node in ast.walk(source.tree):
+                if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+                    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                    names = [ast.unparse(target).rpartition(".")[2] for target in targets]
+                    if "strict_loading" in names and is_false(node.value):
+                        yield self.finding(source, node, source.code(node), problem=problem)
+            if not source.tree.body:
+                for number, line in enumerate(source.text.splitlines(), 1):
+                    if re.match(r"\s*strict_loading:\s*[Ff]alse", line):
+                        yield self.finding(source, number, line.strip(), problem=problem)
+
+
+class LoadFromCheckpoint(MentionRule):
+    """``Module.load_from_checkpoint``, which builds no adapters."""
+
+    name = "load-from-checkpoint"
+    names = frozenset({"load_from_checkpoint"})
+    becomes = "lightning_peft.load_from_checkpoint(Module, path); files of before: import them once"
+
+    def details(self, source: Source, mention: Mention) -> dict[str, Any]:
+        """Returns the change, where the class is named and all arguments are known here."""
+        call = mention.call
+        if call is None or not isinstance(call.func, ast.Attribute):
+            return {}
+        owner = ast.unparse(call.func.value)
+        unknown = {word.arg for word in call.keywords} & {"hparams_file", None}
+        if unknown or owner in ("self", "cls", "super()", "?") or not call.args:
+            return {}
+        arguments = [owner, *map(ast.unparse, call.args[:1])]
+        if len(call.args) > 1:
+            return {}
+        words = [f"{w.arg}={ast.unparse(w.value)}" for w in call.keywords if w.arg != "strict"]
+        text = f"load_from_checkpoint({', '.join([*arguments, *words])})"
+        return {"edits": (Edit.replace(source, call, text, "load_from_checkpoint"),)}

@@ -1,0 +1,116 @@
+"""Quantized bases: Lightning's plugin, transformers' configs."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from lightning_peft.migration.finding import Finding, MentionRule, Rule
+from lightning_peft.migration.source import CodeBase, keyword
+from lightning_peft.migration.trainer import trainer_calls
+
+_MODES = {
+    "nf4": {"bnb_4bit_use_double_quant": "False"},
+    "nf4-dq": {},
+    "fp4": {"bnb_4bit_quant_type": "'fp4'", "bnb_4bit_use_double_quant": "False"},
+    "fp4-dq": {"bnb_4bit_quant_type": "'fp4'"},
+    "int8": {"load_in_8bit": "True"},
+    "int8-training": {"load_in_8bit": "True"},
+}
+
+
+class BitsandbytesPlugin(Rule):
+    """Lightning's ``BitsandbytesPrecision``."""
+
+    name = "bitsandbytes-precision"
+    becomes = "QLoRAStrategy({}) in the place of the plugin"
+
+    def find(self, base: CodeBase) -> Iterator[Finding]:
+        """Yields it, with the change where it is an argument of a Trainer."""
+        inside = {id(w.value) for _, call in trainer_calls(base) for w in call.keywords}
+        for source, mention in base.mentions("BitsandbytesPrecision"):
+            call = mention.call
+            mode = _mode(call)
+            arguments = _MODES.get(mode or "")
+            shown = ", ".join(f"{key}={value}" for key, value in (arguments or {}).items())
+            asked = None
+            if call is not None and id(call) in inside and arguments is not None:
+                asked = {**arguments, "quantized": "True", "plugins": ast.unparse(call)}
+            yield self.finding(
+                source,
+                mention.line,
+                mention.name if call is None else source.code(call),
+                becomes=self.becomes.format(shown),
+                problem="it would quantize adapters too, and freezes nothing",
+                strategy=asked,
+            )
+
+
+def _mode(call: ast.Call | None) -> str | None:
+    """Returns the constant ``mode`` of a call without other arguments than a dtype."""
+    if call is None:
+        return None
+    word = keyword(call, "mode")
+    value = word.value if word else next(iter(call.args), None)
+    others = {w.arg for w in call.keywords} - {"mode", "dtype"}
+    known = isinstance(value, ast.Constant) and not others
+    return str(value.value) if known and isinstance(value, ast.Constant) else None
+
+
+class BitsandbytesConfig(MentionRule):
+    """transformers' own quantization by bitsandbytes."""
+
+    name = "quantization-config"
+    names = frozenset({"BitsAndBytesConfig"})
+    becomes = "may stay: the layers are recognised. Or remove it: QLoRAStrategy quantizes"
+
+
+class OldQuantizationArguments(Rule):
+    """``load_in_4bit`` and ``load_in_8bit`` as arguments of ``from_pretrained``."""
+
+    name = "quantization-argument"
+    becomes = "remove it: QLoRAStrategy() quantizes; for 8-bit, QLoRAStrategy(load_in_8bit=True)"
+
+    def find(self, base: CodeBase) -> Iterator[Finding]:
+        """Yields such calls."""
+        for source, mention in base.mentions("from_pretrained"):
+            call = mention.call
+            if call and (keyword(call, "load_in_4bit") or keyword(call, "load_in_8bit")):
+                problem = "transformers 5 takes a BitsAndBytesConfig only"
+                yield self.finding(source, mention.line, source.code(call), problem=problem)
+
+
+class AutomaticDeviceMap(Rule):
+    """A model spread over devices by accelerate, under a Trainer."""
+
+    name = "device-map"
+    becomes = "remove it: the Trainer puts the module on its device"
+
+    def find(self, base: CodeBase) -> Iterator[Finding]:
+        """Yields ``device_map="auto"`` and its like."""
+        for source, mention in base.mentions("from_pretrained", "from_config"):
+            word = mention.call and keyword(mention.call, "device_map")
+            if mention.call and word and isinstance(word.value, ast.Constant) and word.value.value:
+                problem = "in each process it spreads the model over all devices"
+                yield self.finding(source, mention.line, source.code(mention.call), problem=problem)
+
+
+class OtherFormats(MentionRule):
+    """Quantization that this package has no layers for."""
+
+    name = "other-quantization"
+    names = frozenset(
+        {
+            *(
+                "GPTQConfig",
+                "AwqConfig",
+                "HqqConfig",
+                "TorchAoConfig",
+                "EetqConfig",
+                "QuantoConfig",
+            ),
+            *("AqlmConfig", "CompressedTensorsConfig", "FineGrainedFP8Config", "Mxfp4Config"),
+        }
+    )
+    served = "no"
+    becomes = "refused: load the 16-bit model, and QLoRAStrategy quantizes it to NF4"

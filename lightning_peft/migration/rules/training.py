@@ -1,0 +1,131 @@
+"""What happens to weights while they train: averages, unfreezing, merging, fused layers."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+
+from lightning_peft.migration.finding import Finding, MentionRule, Rule
+from lightning_peft.migration.source import CodeBase
+
+_HOOK = re.compile(r"on_(train|validation|fit)_|setup|finetune_function|freeze_before_training")
+
+
+class Averages(MentionRule):
+    """Averages of weights over steps."""
+
+    name = "weight-average"
+    names = frozenset(
+        {
+            *("EMAWeightAveraging", "WeightAveraging", "StochasticWeightAveraging", "EMA"),
+            *("AveragedModel", "ExponentialMovingAverage", "EMACallback", "ModelEma", "ModelEmaV2"),
+        }
+    )
+    served = "no"
+    becomes = "refused where it averages the base: remove it"
+
+
+class Unfreezing(MentionRule):
+    """Callbacks that unfreeze the base in stages."""
+
+    name = "unfreezing"
+    names = frozenset({"BackboneFinetuning", "BaseFinetuning", "FinetuningScheduler"})
+    served = "no"
+    becomes = "refused: remove it; what is to train in full goes into modules_to_save"
+
+
+class UnfreezingByHand(Rule):
+    """``requires_grad = True`` and ``unfreeze()`` inside of hooks."""
+
+    name = "unfreezing-by-hand"
+    served = "no"
+    becomes = "refused at the start of a fit: what is to train in full goes into modules_to_save"
+
+    def find(self, base: CodeBase) -> Iterator[Finding]:
+        """Yields them; subclasses of finetuning callbacks are named as a whole."""
+        for source in base.sources:
+            for cls in source.classes:
+                if source.bases(cls) & Unfreezing.names:
+                    yield self.finding(source, cls, f"class {cls.name}")
+                    continue
+                for method in cls.body:
+                    if isinstance(method, ast.FunctionDef) and _HOOK.match(method.name):
+                        for node in ast.walk(method):
+                            if _unfreezes(node):
+                                yield self.finding(source, node, source.code(node))
+
+
+def _unfreezes(node: ast.AST) -> bool:
+    if isinstance(node, ast.Assign):
+        sets = ast.unparse(node.targets[0]).endswith(".requires_grad")
+        return sets and isinstance(node.value, ast.Constant) and node.value.value is True
+    if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
+        return False
+    return re.search(r"\.(unfreeze\(\)|requires_grad_\((True)?\))$", ast.unparse(node)) is not None
+
+
+class MergeScript(MentionRule):
+    """Adapters merged by hand."""
+
+    name = "merge"
+    names = frozenset({"merge_and_unload", "merge_adapter"})
+    becomes = "`lightning-peft merge RUN OUTPUT`, or lightning_peft.unload(module) in code"
+
+
+class ZeroConversion(MentionRule):
+    """DeepSpeed's conversion of sharded checkpoints."""
+
+    name = "zero-conversion"
+    names = frozenset(
+        {
+            "get_fp32_state_dict_from_zero_checkpoint",
+            "convert_zero_checkpoint_to_fp32_state_dict",
+            "load_state_dict_from_zero_checkpoint",
+        }
+    )
+    becomes = (
+        "nothing: each checkpoint is one file; old ones: convert once, `lightning-peft import`"
+    )
+
+
+class FusedQkv(Rule):
+    """A fused qkv that is taken apart, so that PEFT adapts query and value alone."""
+
+    name = "qkv-split"
+    served = "partly"
+    becomes = "the fused layer, adapted as one: target_modules=['qkv']; names of the base stay"
+    _sliced = re.compile(
+        r"(qkv|in_proj_weight|in_proj_bias|Wqkv|c_attn)(\.weight|\.bias)?(\.data)?$"
+    )
+
+    def find(self, base: CodeBase) -> Iterator[Finding]:
+        """Yields slices and chunks of fused weights, one for each function."""
+        for source in base.sources:
+            for function in ast.walk(source.tree):
+                if not isinstance(function, ast.FunctionDef):
+                    continue
+                for node in ast.walk(function):
+                    part = node.value if isinstance(node, ast.Subscript) else None
+                    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                        part = node.func.value if node.func.attr in ("chunk", "split") else None
+                    text = "" if part is None else ast.unparse(part)
+                    if self._sliced.search(text) and ("weight" in text or "bias" in text):
+                        yield self.finding(source, node, source.code(node))
+                        break
+
+
+class RewrittenEncoderLayer(Rule):
+    """An encoder layer written again so that PEFT's adapter on its attention trains."""
+
+    name = "rewritten-encoder-layer"
+    becomes = "nn.TransformerEncoderLayer: adapters on out_proj and linear1 train in place"
+
+    def find(self, base: CodeBase) -> Iterator[Finding]:
+        """Yields classes of that name or base with a forward pass of their own."""
+        for source in base.sources:
+            for cls in source.classes:
+                own = any(getattr(item, "name", "") == "forward" for item in cls.body)
+                names = {cls.name, *source.bases(cls)}
+                if own and any(name.endswith("TransformerEncoderLayer") for name in names):
+                    yield self.finding(source, cls, f"class {cls.name}")

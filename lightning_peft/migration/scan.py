@@ -1,0 +1,38 @@
+"""A code base read, and all that the rules find in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_peft.migration.finding import Finding
+from lightning_peft.migration.rules import RULES
+from lightning_peft.migration.source import read_code_base
+from lightning_peft.migration.trainer import with_strategy
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What was found.
+
+    Attributes:
+        files: How many files were read.
+        findings: By file and line.
+        unreadable: A sentence for each file that could not be parsed.
+    """
+
+    files: int
+    findings: list[Finding]
+    unreadable: list[str]
+
+
+def scan(path: Path) -> Scan:
+    """Reads a code base and applies all rules; nothing of the code runs.
+
+    Raises:
+        ConfigError: If there is nothing to read.
+    """
+    base = read_code_base(path)
+    findings = with_strategy(base, [one for rule in RULES for one in rule.find(base)])
+    findings.sort(key=lambda one: (one.place.path, one.place.cell or 0, one.place.line, one.rule))
+    return Scan(len(base.sources), findings, base.unreadable)

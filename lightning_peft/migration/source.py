@@ -1,0 +1,247 @@
+"""The files of a code base, parsed and never run: Python, notebooks, and YAML of LightningCLI."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import tokenize
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+
+from lightning_peft.errors import ConfigError, first_line
+
+_KINDS = (".py", ".ipynb", ".yaml", ".yml")
+_SKIPPED = {"node_modules", "site-packages", "__pycache__"}
+_LARGEST = 5_000_000
+_CLASS_PATH = re.compile(r"""^\s*(?:-\s*)?class_path:\s*["']?([\w.]+)""")
+_STRATEGY = re.compile(r"""^\s*strategy:\s*["']?([\w.]+)["']?\s*(?:#.*)?$""")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A line of a file, from 1; in a notebook, of a code cell, which are counted from 1 too."""
+
+    path: Path
+    line: int
+    cell: int | None = None
+
+    def __str__(self) -> str:
+        cell = "" if self.cell is None else f":cell {self.cell}"
+        return f"{self.path}{cell}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Mention:
+    """A class or function that is called in code, or named in YAML.
+
+    Attributes:
+        name: Dotted, with imports resolved; ``"?"`` stands for an expression.
+        line: Where, from 1.
+        call: The call; ``None`` in YAML.
+    """
+
+    name: str
+    line: int
+    call: ast.Call | None = None
+
+    @property
+    def last(self) -> str:
+        """The last step of the name."""
+        return self.name.rpartition(".")[2]
+
+
+@dataclass
+class Source:
+    """One file.
+
+    Attributes:
+        path: The file.
+        text: What it says; of a notebook, the code of all cells.
+        tree: The parsed code; empty for YAML.
+        encoding: How the file is encoded.
+        cells: Of a notebook, the number of the cell and the line in it, for each line of ``text``.
+    """
+
+    path: Path
+    text: str
+    tree: ast.Module = field(repr=False)
+    encoding: str = "utf-8"
+    cells: tuple[tuple[int, int], ...] = ()
+
+    def place(self, line: int) -> Place:
+        """Returns where a line of ``text`` is."""
+        if not self.cells:
+            return Place(self.path, line)
+        cell, within = self.cells[line - 1]
+        return Place(self.path, within, cell)
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """What imported names stand for."""
+        found: dict[str, str] = {}
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    first = alias.name.partition(".")[0]
+                    found[alias.asname or first] = alias.name if alias.asname else first
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    found[alias.asname or alias.name] = f"{node.module or ''}.{alias.name}"
+        return found
+
+    def name_of(self, node: ast.AST) -> str:
+        """Returns the dotted name of an expression, with imports resolved."""
+        if isinstance(node, ast.Name):
+            return self.names.get(node.id, node.id)
+        if isinstance(node, ast.Attribute):
+            return f"{self.name_of(node.value)}.{node.attr}"
+        return "?"
+
+    def bases(self, node: ast.ClassDef) -> set[str]:
+        """Returns the last steps of the names of a class's bases."""
+        return {self.name_of(base).rpartition(".")[2] for base in node.bases}
+
+    def code(self, node: ast.AST) -> str:
+        """Returns an expression on one line of at most 70 characters."""
+        text = " ".join(ast.unparse(node).split())
+        return text if len(text) <= 70 else f"{text[:66]} ..."
+
+    @cached_property
+    def mentions(self) -> tuple[Mention, ...]:
+        """All calls, and all ``class_path`` and ``strategy`` of YAML."""
+        if self.path.suffix in (".yaml", ".yml"):
+            return tuple(_yaml_mentions(self.text))
+        calls = [node for node in ast.walk(self.tree) if isinstance(node, ast.Call)]
+        return tuple(Mention(self.name_of(call.func), call.lineno, call) for call in calls)
+
+    @cached_property
+    def classes(self) -> tuple[ast.ClassDef, ...]:
+        """All classes."""
+        return tuple(node for node in ast.walk(self.tree) if isinstance(node, ast.ClassDef))
+
+
+@dataclass
+class CodeBase:
+    """All files that could be read, and a sentence for each that could not."""
+
+    root: Path
+    sources: list[Source]
+    unreadable: list[str]
+
+    def mentions(self, *names: str) -> Iterator[tuple[Source, Mention]]:
+        """Yields calls and mentions of classes or functions by the last step of their name."""
+        for source in self.sources:
+            for mention in source.mentions:
+                if mention.last in names:
+                    yield source, mention
+
+
+def methods(node: ast.ClassDef, *names: str) -> Iterator[ast.FunctionDef]:
+    """Yields the methods of a class with one of these names."""
+    for item in node.body:
+        if isinstance(item, ast.FunctionDef) and item.name in names:
+            yield item
+
+
+def keyword(call: ast.Call, name: str) -> ast.keyword | None:
+    """Returns a keyword argument of a call."""
+    return next((word for word in call.keywords if word.arg == name), None)
+
+
+def is_false(node: ast.AST) -> bool:
+    """Whether an expression is the constant ``False``."""
+    return isinstance(node, ast.Constant) and node.value is False
+
+
+def read_code_base(root: Path) -> CodeBase:
+    """Reads the Python files, notebooks and YAML files below a folder, or one file.
+
+    Raises:
+        ConfigError: If there is nothing of that name, or no such file in it.
+    """
+    if not root.exists():
+        raise ConfigError(f"{str(root)!r}: there is no such file or folder to read.")
+    files = [root] if root.is_file() else sorted(_files(root))
+    found = CodeBase(root, [], [])
+    for path in files:
+        try:
+            found.sources.append(_read(path))
+        except SyntaxError as error:
+            line = f":{error.lineno}" if error.lineno else ""
+            found.unreadable.append(f"{path}{line}: {error.msg or first_line(error)}")
+        except (OSError, ValueError, RecursionError, MemoryError) as error:
+            found.unreadable.append(f"{path}: {first_line(error)}")
+    if not files:
+        raise ConfigError(f"{str(root)!r} has no Python files, notebooks or YAML files in it.")
+    return found
+
+
+def _files(root: Path) -> Iterator[Path]:
+    for folder, inner, names in os.walk(root):
+        inner[:] = [
+            name
+            for name in inner
+            if not name.startswith(".")
+            and name not in _SKIPPED
+            and not Path(folder, name, "pyvenv.cfg").is_file()
+        ]
+        for name in names:
+            path = Path(folder, name)
+            if path.suffix in _KINDS and path.is_file():
+                yield path
+
+
+def _read(path: Path) -> Source:
+    content = path.read_bytes()
+    if len(content) > _LARGEST:
+        raise ValueError(f"{len(content) / 1e6:.0f} MB are too much for source code; not read")
+    if path.suffix == ".ipynb":
+        text, cells = _notebook(content)
+        return Source(path, text, _parse(text), cells=cells)
+    if path.suffix != ".py":
+        return Source(path, content.decode("utf-8", "replace"), ast.Module([], []))
+    encoding, _ = tokenize.detect_encoding(BytesIO(content).readline)
+    text = content.decode(encoding)
+    return Source(path, text, _parse(text), encoding)
+
+
+def _parse(text: str) -> ast.Module:
+    with warnings.catch_warnings():
+        # Such as escapes that a later Python will refuse.
+        warnings.simplefilter("ignore")
+        return ast.parse(text)
+
+
+def _notebook(content: bytes) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """Returns the code of a notebook, with commands of IPython left out, and whose each line is."""
+    notebook = json.loads(content)
+    if not isinstance(notebook, dict) or not isinstance(notebook.get("cells"), list):
+        raise ValueError("not a notebook of the current format (nbformat 4): it has no cells")
+    lines: list[str] = []
+    cells: list[tuple[int, int]] = []
+    code = [cell for cell in notebook["cells"] if cell.get("cell_type") == "code"]
+    for number, cell in enumerate(code, 1):
+        text = "".join(cell.get("source", ""))
+        if re.match(r"%%(?!time|capture|prun)", text):
+            continue
+        for within, line in enumerate(text.splitlines(), 1):
+            command = re.match(r"\s*(?:[%!?]|[\w.]+\?)", line)
+            lines.append(re.match(r"\s*", line)[0] + "pass" if command else line)  # type: ignore[index]
+            cells.append((number, within))
+    return "\n".join(lines), tuple(cells)
+
+
+def _yaml_mentions(text: str) -> Iterator[Mention]:
+    for number, line in enumerate(text.splitlines(), 1):
+        named = _CLASS_PATH.match(line)
+        if named:
+            yield Mention(named[1], number)
+        strategy = _STRATEGY.match(line)
+        if strategy:
+            yield Mention(f"strategy.{strategy[1]}", number)

@@ -1,0 +1,111 @@
+"""The Trainer of a code base, and the strategy that all findings together ask for."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import replace
+
+from lightning_peft.migration.finding import Edit, Finding
+from lightning_peft.migration.source import CodeBase, Source, keyword
+
+SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+_LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
+# Strategies that LoRAStrategy stands in for: one device or several.
+_REPLACED = ("", "auto", "ddp")
+
+
+def trainer_calls(base: CodeBase) -> Iterator[tuple[Source, ast.Call]]:
+    """Yields the calls of Lightning's ``Trainer``."""
+    for source, mention in base.mentions("Trainer"):
+        if mention.call is not None and mention.name.partition(".")[0] in _LIGHTNING:
+            yield source, mention.call
+
+
+def strategy_text(call: ast.Call) -> str:
+    """Returns the name in ``strategy=`` of a Trainer; ``""`` without one, ``"?"`` for an object."""
+    word = keyword(call, "strategy")
+    if word is None:
+        return ""
+    return str(word.value.value) if isinstance(word.value, ast.Constant) else "?"
+
+
+def shards(name: str) -> bool:
+    """Whether a strategy of this name spreads the frozen weights; DeepSpeed's first two do not."""
+    return name.startswith("fsdp") or "stage_3" in name
+
+
+def with_strategy(base: CodeBase, findings: list[Finding]) -> list[Finding]:
+    """Returns the findings; the first that asks for a strategy has the changes of all that do.
+
+    Where the Trainer is not the only one, is given more than is known here, or has another
+    strategy, the changes that need its strategy are left out, and why is in ``becomes``.
+    """
+    asking = [finding for finding in findings if finding.strategy is not None]
+    if not asking:
+        return findings
+    asked: dict[str, str] = {}
+    for finding in asking:
+        asked |= finding.strategy or {}
+    trainers = list(trainer_calls(base))
+    reason = _unclear(trainers)
+    if reason:
+        return [
+            replace(f, edits=(), strategy=None, becomes=f"{f.becomes} (by hand: {reason})")
+            if f.strategy is not None
+            else f
+            for f in findings
+        ]
+    edits = [edit for finding in asking for edit in finding.edits]
+    edits += _trainer_edits(*trainers[0], asked)
+    first = asking[0]
+    return [
+        f if f.strategy is None else replace(f, edits=tuple(edits) if f is first else ())
+        for f in findings
+    ]
+
+
+def _unclear(trainers: list[tuple[Source, ast.Call]]) -> str:
+    if len(trainers) != 1:
+        return f"{len(trainers)} calls of Trainer" if trainers else "no call of Trainer"
+    source, call = trainers[0]
+    where = source.place(call.lineno)
+    if any(word.arg is None for word in call.keywords) or call.args:
+        return f"the Trainer in {where} takes arguments that are not written there"
+    name = strategy_text(call)
+    if name not in _REPLACED and not name.startswith(("fsdp", "deepspeed")):
+        return f"the Trainer in {where} has a strategy of its own"
+    return ""
+
+
+def _trainer_edits(source: Source, call: ast.Call, asked: dict[str, str]) -> list[Edit]:
+    asked = dict(asked)
+    quantized, plugins = asked.pop("quantized", ""), asked.pop("plugins", "")
+    cls = "QLoRAStrategy" if quantized else "LoRAStrategy"
+    text = f"strategy={cls}({', '.join(f'{key}={value}' for key, value in asked.items())})"
+    plugin, strategy = keyword(call, "plugins") if plugins else None, keyword(call, "strategy")
+    edits = []
+    if strategy is not None:
+        edits.append(Edit.replace(source, strategy, text, cls))
+        if plugin is not None:
+            edits.append(_without(source, call, plugin))
+    elif plugin is not None:
+        edits.append(Edit.replace(source, plugin, text, cls))
+    elif call.keywords:
+        first = call.keywords[0]
+        at = (first.lineno, first.col_offset)
+        edits.append(Edit(source, at, at, f"{text}, ", cls))
+    else:
+        edits.append(Edit.replace(source, call, f"{ast.unparse(call.func)}({text})", cls))
+    return edits
+
+
+def _without(source: Source, call: ast.Call, word: ast.keyword) -> Edit:
+    """Returns the edit that removes one of several keyword arguments, with a comma."""
+    index = call.keywords.index(word)
+    if index:
+        before = call.keywords[index - 1]
+        start = (before.end_lineno or 0, before.end_col_offset or 0)
+        return Edit(source, start, (word.end_lineno or 0, word.end_col_offset or 0), "")
+    after = call.keywords[1]
+    return Edit(source, (word.lineno, word.col_offset), (after.lineno, after.col_offset), "")

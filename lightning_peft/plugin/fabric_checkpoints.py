@@ -1,0 +1,143 @@
+"""Checkpoints of training loops with Fabric: adapters, optimizers and random state."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_peft import engine
+from lightning_peft.errors import CheckpointError, ConfigError
+from lightning_peft.plugin.adapter_checks import check_frozen, check_same_base_on_all_ranks
+from lightning_peft.plugin.checkpoint_content import (
+    CHECKPOINT_KEY,
+    load_tensors,
+    pack_checkpoint,
+    unpack_checkpoint,
+)
+from lightning_peft.plugin.checkpoint_io import (
+    read_checkpoint,
+    write_adapter_folder,
+    write_whole_file,
+)
+from lightning_peft.plugin.random_state import random_state, set_random_state
+
+_STATE = "fabric_state"
+
+
+def save_fabric_checkpoint(
+    fabric: Any,
+    path: str | os.PathLike[str],
+    module: Any,
+    optimizers: Any = (),
+    **state: Any,
+) -> Path:
+    """Saves a module with adapters, its optimizers and the random state; called in all processes.
+
+    The file holds everything but the frozen base, and an adapter folder in PEFT's format comes with
+    it, as for a Trainer.
+
+    Args:
+        fabric: The ``Fabric``.
+        path: The file, by the usual name ``.ckpt``; an older one is replaced when all is written.
+        module: What ``fabric.setup`` returned, or the module itself, after
+            :func:`lightning_peft.inject`.
+        optimizers: One optimizer or several.
+        **state: Further tensors and plain values to get back, such as ``step=step``.
+
+    Returns:
+        The path.
+
+    Raises:
+        LifecycleError: If the module has no adapters, or base weights were set to train since.
+        BaseMismatchError: If the processes have different bases.
+    """
+    plain, target = _plain_module(module), Path(path)
+    engine.require_record(plain)
+    check_frozen(plain)
+    check_same_base_on_all_ranks(plain)
+    processes: list[Any] = [random_state()]
+    if fabric.world_size > 1:
+        processes *= fabric.world_size
+        torch.distributed.all_gather_object(processes, random_state())
+    if fabric.is_global_zero:
+        tensors = engine.trainable_state_dict(plain)
+        own = _listed(optimizers)
+        described = engine.describe(plain)
+        described |= {"processes": [], "left_out": [], "optimizers": engine.optimizer_names(own)}
+        content = {
+            "state_dict": tensors,
+            "optimizer_states": [optimizer.state_dict() for optimizer in own],
+            _STATE: {"random": processes, "user": state},
+        }
+        write_adapter_folder(target, engine.packed_adapters(plain, {}))
+        write_whole_file(pack_checkpoint(plain, content, described, tuple(tensors)), target)
+    fabric.barrier()
+    return target
+
+
+def load_fabric_checkpoint(
+    fabric: Any, path: str | os.PathLike[str], module: Any, optimizers: Any = ()
+) -> dict[str, Any]:
+    """Loads what :func:`save_fabric_checkpoint` saved, strictly; called in all processes.
+
+    The random state is restored where the number of processes is the same. Nothing in the file can
+    run code.
+
+    Args:
+        fabric: The ``Fabric``.
+        path: The file.
+        module: The module with adapters of the same settings, as for saving.
+        optimizers: As for saving, in the same order; may be left out for evaluation.
+
+    Returns:
+        The ``state`` that was saved.
+
+    Raises:
+        CheckpointError: If the file is damaged, was written by something else, or does not fit.
+        BaseMismatchError: If the base is another one than the adapters were trained on.
+    """
+    plain = _plain_module(module)
+    checkpoint = unpack_checkpoint(read_checkpoint(_read, path, None))
+    if _STATE not in checkpoint or CHECKPOINT_KEY not in checkpoint:
+        raise CheckpointError(
+            f"{str(path)!r} was not written by save_fabric_checkpoint. Checkpoints of a Trainer "
+            "are loaded by lightning_peft.load_from_checkpoint, adapter folders by load_adapter."
+        )
+    own = _listed(optimizers)
+    if own:
+        engine.check_same_optimizers(checkpoint[CHECKPOINT_KEY]["optimizers"], own)
+    engine.check_description(plain, checkpoint[CHECKPOINT_KEY])
+    load_tensors(plain, checkpoint, strict=True)
+    for optimizer, saved in zip(own, checkpoint["optimizer_states"], strict=False):
+        optimizer.load_state_dict(saved)
+        engine.restore_paging(optimizer)
+    processes = checkpoint[_STATE]["random"]
+    if len(processes) == fabric.world_size:
+        set_random_state(processes[fabric.global_rank])
+    user: dict[str, Any] = checkpoint[_STATE]["user"]
+    return user
+
+
+def _plain_module(module: Any) -> Any:
+    """Returns the module that ``fabric.setup`` wrapped, at any depth."""
+    if not isinstance(module, torch.nn.Module):
+        raise ConfigError(f"module={type(module).__name__}: a torch.nn.Module is meant.")
+    while engine.record_of(module) is None and isinstance(
+        getattr(module, "module", None), torch.nn.Module
+    ):
+        module = module.module
+    return module
+
+
+def _listed(optimizers: Any) -> list[Any]:
+    """Returns the optimizers that Fabric wrapped."""
+    several = isinstance(optimizers, Iterable)
+    return [getattr(one, "optimizer", one) for one in (optimizers if several else [optimizers])]
+
+
+def _read(path: Any, weights_only: bool) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=weights_only)

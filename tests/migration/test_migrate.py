@@ -1,0 +1,368 @@
+"""``lightning-peft migrate``: what the rules find, the changes, and what is never touched."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lightning_peft.cli import main
+from lightning_peft.errors import ConfigError
+from lightning_peft.migration.edits import as_diff, new_texts, require_clean_tree, write
+from lightning_peft.migration.rules import RULES
+from lightning_peft.migration.scan import scan
+
+MODULE = '''\
+"""A classifier."""
+
+import pytorch_lightning as pl
+import torch
+from peft import LoraConfig, get_peft_model
+
+
+class Classifier(pl.LightningModule):
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+        config = LoraConfig(r=8, lora_alpha=16, target_modules=["q", "v"], task_type="SEQ_CLS")
+        self.encoder = get_peft_model(self.encoder, config)
+        self.encoder.print_trainable_parameters()
+
+    def on_save_checkpoint(self, checkpoint):
+        for name in list(checkpoint["state_dict"]):
+            try:
+                if not self.get_parameter(name).requires_grad:
+                    del checkpoint["state_dict"][name]
+            except AttributeError:
+                del checkpoint["state_dict"][name]
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters())
+'''
+SCRIPT = """\
+import pytorch_lightning as pl
+from model import Classifier
+
+trainer = pl.Trainer(max_epochs=3, strategy="ddp", devices=2)
+model = Classifier.load_from_checkpoint("old.ckpt", strict=False)
+"""
+
+
+def code_base(folder: Path, **files: str) -> Path:
+    for name, text in files.items():
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+    return folder
+
+
+def rules_of(path: Path) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for one in scan(path).findings:
+        found.setdefault(one.rule, []).append(one.place.line)
+    return found
+
+
+# Each: code, the rule, its line, and a word of what is reported.
+FOUND = {
+    "kbit": ("peft.prepare_model_for_kbit_training(m)", "kbit-preparation", 1, "float32"),
+    "wrapper": ("with m.disable_adapter():\n    pass", "peft-wrapper-use", 1, "disable_adapters"),
+    "path": ("x = m.llm.base_model.model.model.layers", "peft-path", 1, "identity"),
+    "filter": (
+        "class A:\n    def configure_optimizers(self):\n        return Adam([p for n, p in"
+        " self.named_parameters() if 'lora' in n])",
+        "optimizer", 3, "no `lora` in their names",
+    ),
+    "doubled": (
+        "class A:\n    def configure_optimizers(self):\n        a = SGD(self.parameters())\n"
+        "        b = SGD(self.head.parameters())\n        return [a, b]",
+        "optimizer", 4, "two optimizers step it twice",
+    ),
+    "early": (
+        "import torch\nclass A:\n    def __init__(self):\n        self.o = torch.optim.SGD(p)",
+        "early-optimizer", 4, "nothing",
+    ),
+    "renaming": (
+        "class A:\n    def on_load_checkpoint(self, c):\n        s = c['state_dict']\n"
+        "        c['state_dict'] = {k.replace('module.', ''): v for k, v in s.items()}",
+        "checkpoint-hook", 2, "lightning-peft import",
+    ),
+    "parameters only": (
+        "class A:\n    def on_save_checkpoint(self, c):\n        c['state_dict'] = {n: p for n, p"
+        " in self.named_parameters() if p.requires_grad}",
+        "checkpoint-hook", 2, "batch norm",
+    ),
+    "callback": (
+        "class C(ModelCheckpoint):\n    def _save_checkpoint(self, trainer, path):\n"
+        "        trainer.model.llm.save_pretrained(path)",
+        "checkpoint-callback", 1, "no optimizer state",
+    ),
+    "strict": ("m.load_state_dict(s, strict=False)", "strict-false", 1, "without an error"),
+    "strict_loading": ("class A:\n    strict_loading = False", "strict-false", 2, "strict"),
+    "fsdp": ("s = FSDPStrategy(cpu_offload=True)", "sharded-strategy", 1, "fsdp2"),
+    "own": (
+        "class S(DDPStrategy):\n    def load_model_state_dict(self, checkpoint):\n"
+        "        self.model.load_state_dict(checkpoint['state_dict'], strict=False)",
+        "own-strategy", 2, "Lightning passes `strict`, which raises a TypeError",
+    ),
+    "by hand": ("fully_shard(block)", "sharding-by-hand", 1, "repeated blocks"),
+    "tensor parallel": ("parallelize_module(m, mesh, plan)", "sharding-by-hand", 1, "refused"),
+    "bnb": ("p = BitsandbytesPrecision(mode='int8')", "bitsandbytes-precision", 1, "load_in_8bit"),
+    "config": ("BitsAndBytesConfig(load_in_4bit=True)", "quantization-config", 1, "recognised"),
+    "argument": (
+        "M.from_pretrained('x', load_in_8bit=True)", "quantization-argument", 1, "transformers 5",
+    ),
+    "map": ("M.from_pretrained('x', device_map='auto')", "device-map", 1, "all devices"),
+    "gptq": ("GPTQConfig(bits=4)", "other-quantization", 1, "16-bit"),
+    "merge": ("m = m.merge_and_unload()", "merge", 1, "lightning-peft merge"),
+    "zero": ("get_fp32_state_dict_from_zero_checkpoint('c')", "zero-conversion", 1, "import"),
+    "qkv": ("def split(a):\n    return a.qkv.weight[:64]", "qkv-split", 2, "fused layer"),
+    "encoder": (
+        "class E(nn.TransformerEncoderLayer):\n    def forward(self, x): return x",
+        "rewritten-encoder-layer", 1, "out_proj",
+    ),
+    "ema": ("c = EMAWeightAveraging(decay=0.9)", "weight-average", 1, "refused"),
+    "unfreeze": ("c = BackboneFinetuning()", "unfreezing", 1, "modules_to_save"),
+    "stage": (
+        "class A:\n    def on_train_epoch_start(self):\n        self.net.unfreeze()",
+        "unfreezing-by-hand", 3, "modules_to_save",
+    ),
+    "load": ("m = Net.load_from_checkpoint(p)", "load-from-checkpoint", 1, "import them once"),
+    "peft": ("m = get_peft_model(net, make())", "peft-wrapping", 1, "peft_config"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOUND)
+def test_each_rule_finds_its_code(tmp_path, kind):
+    code, rule, line, word = FOUND[kind]
+    code_base(tmp_path, code=code)
+    (one,) = [one for one in scan(tmp_path).findings if one.rule == rule]
+    assert one.place.line == line
+    assert word in f"{one.problem} {one.becomes}"
+
+
+def test_every_rule_is_in_the_table_above():
+    assert {rule.name for rule in RULES} == {rule for _, rule, _, _ in FOUND.values()}
+
+
+def test_plain_lightning_code_has_no_findings(tmp_path):
+    code_base(
+        tmp_path,
+        plain="""
+import pytorch_lightning as pl
+import torch
+
+class Net(pl.LightningModule):
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["words"] = self.words
+
+    def configure_optimizers(self):
+        decay = [p for n, p in self.named_parameters() if "no_decay" not in n]
+        return torch.optim.AdamW(decay)
+
+trainer = pl.Trainer(max_epochs=1, strategy="ddp")
+scores = features.weight[:4]
+""",
+    )
+    assert scan(tmp_path).findings == []
+
+
+def test_a_module_and_its_trainer_change_together(tmp_path):
+    code_base(tmp_path, model=MODULE, train=SCRIPT)
+    changed, by_hand = new_texts(scan(tmp_path).findings)
+    assert by_hand == []
+    model, train = (changed[tmp_path / name][1] for name in ("model.py", "train.py"))
+    assert "peft" not in model
+    assert "on_save_checkpoint" not in model
+    assert "self.encoder = encoder\n\n    def configure_optimizers" in model
+    assert train == (
+        "import pytorch_lightning as pl\n"
+        "from model import Classifier\n"
+        "from lightning_peft import LoRAStrategy, load_from_checkpoint\n"
+        "\n"
+        "trainer = pl.Trainer(max_epochs=3, strategy=LoRAStrategy(r=8, lora_alpha=16, "
+        "target_modules=['q', 'v']), devices=2)\n"
+        "model = load_from_checkpoint(Classifier, 'old.ckpt')\n"
+    )
+    for text in (model, train):
+        ast.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "reason"),
+    [
+        ("pl.Trainer(**settings)", "takes arguments that are not written there"),
+        ("pl.Trainer(strategy=Own())", "has a strategy of its own"),
+        ("[pl.Trainer(), pl.Trainer()]", "2 calls of Trainer"),
+        ("transformers.Trainer()", "no call of Trainer"),
+    ],
+)
+def test_without_a_clear_trainer_the_wrapping_is_left_to_a_person(tmp_path, trainer, reason):
+    code_base(tmp_path, model=MODULE, train=f"import pytorch_lightning as pl\nt = {trainer}\n")
+    found = scan(tmp_path).findings
+    (wrapping,) = [one for one in found if one.rule == "peft-wrapping"]
+    assert reason in wrapping.becomes
+    assert not wrapping.mechanical
+    changed, _ = new_texts(found)
+    assert "get_peft_model(self.encoder, config)" in changed[tmp_path / "model.py"][1]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("print_trainable_parameters", "get_base_model", "needs PEFT's wrapper"),
+        ("r=8", "r=rank", "peft_config=..."),
+        (
+            "        self.encoder = get_peft_model",
+            "        if True:\n            self.encoder = get_peft_model",
+            "in a branch",
+        ),
+    ],
+)
+def test_a_wrapping_that_is_not_plain_is_left_to_a_person(tmp_path, old, new, reason):
+    code_base(tmp_path, model=MODULE.replace(old, new), train=SCRIPT)
+    (wrapping,) = [one for one in scan(tmp_path).findings if one.rule == "peft-wrapping"]
+    assert reason in wrapping.becomes
+    assert not wrapping.mechanical
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("plugins=BitsandbytesPrecision('nf4-dq')", "strategy=QLoRAStrategy()"),
+        (
+            "max_steps=2, plugins=BitsandbytesPrecision(mode='fp4-dq'), strategy='auto'",
+            "max_steps=2, strategy=QLoRAStrategy(bnb_4bit_quant_type='fp4')",
+        ),
+        ("strategy='fsdp'", "strategy=LoRAStrategy(sharding='fsdp2')"),
+        ("strategy='deepspeed_stage_2'", "strategy=LoRAStrategy()"),
+        ("strategy='deepspeed_stage_3_offload'", "strategy=LoRAStrategy(sharding='fsdp2')"),
+    ],
+)
+def test_strategies_and_plugins_become_one_argument(tmp_path, before, after):
+    start = "import pytorch_lightning as pl\nfrom pytorch_lightning.plugins import "
+    start += "BitsandbytesPrecision\n"
+    code_base(tmp_path, train=f"{start}trainer = pl.Trainer({before})\n")
+    changed, _ = new_texts(scan(tmp_path).findings)
+    text = changed[tmp_path / "train.py"][1]
+    assert f"trainer = pl.Trainer({after})\n" in text
+    assert "BitsandbytesPrecision" not in text
+
+
+def test_encodings_ends_of_lines_and_blocks_survive(tmp_path):
+    text = (
+        "# -*- coding: latin-1 -*-\r\n"
+        "class A:\r\n"
+        "    name = 'Zürich'; x = Net.load_from_checkpoint('ü.ckpt')\r\n"
+    )
+    (tmp_path / "latin.py").write_bytes(text.encode("latin-1"))
+    changed, _ = new_texts(scan(tmp_path).findings)
+    write(changed)
+    written = (tmp_path / "latin.py").read_bytes().decode("latin-1")
+    expected = text.replace("Net.load_from_checkpoint(", "load_from_checkpoint(Net, ")
+    first, rest = expected.split("\r\n", 1)
+    assert written == f"{first}\r\nfrom lightning_peft import load_from_checkpoint\r\n{rest}"
+
+
+def test_what_cannot_be_parsed_is_named_and_the_rest_is_read(tmp_path, capsys):
+    code_base(tmp_path, fine="m.merge_and_unload()", old="print 'x'")
+    (tmp_path / "null.py").write_bytes(b"x = 1\0")
+    (tmp_path / "odd.py").write_bytes(b"# coding: no-such-code\n")
+    (tmp_path / "book.ipynb").write_text("{}", encoding="utf-8")
+    found = scan(tmp_path)
+    assert [one.rule for one in found.findings] == ["merge"]
+    assert [Path(line.partition(":")[0]).name for line in found.unreadable] == [
+        *("book.ipynb", "null.py", "odd.py", "old.py"),
+    ]
+    assert main(["migrate", str(tmp_path)]) == 1
+    assert "old.py:1: " in capsys.readouterr().out
+
+
+def test_notebooks_are_read_by_cell_and_never_written(tmp_path):
+    cells = [
+        {"cell_type": "markdown", "source": ["# merge_and_unload()"]},
+        {"cell_type": "code", "source": ["%pip install x\n", "!ls\n", "m = 1"]},
+        {"cell_type": "code", "source": "%%bash\nmerge_and_unload()"},
+        {"cell_type": "code", "source": ["a = 2\n", "Net.load_from_checkpoint('x.ckpt')"]},
+    ]
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells}), encoding="utf-8")
+    found = scan(tmp_path)
+    (one,) = found.findings
+    assert str(one.place).endswith("a.ipynb:cell 3:2")
+    changed, by_hand = new_texts(found.findings)
+    assert changed == {}
+    assert "notebooks are not written" in by_hand[0]
+
+
+def test_yaml_of_lightning_cli_is_read(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "trainer:\n  strategy: deepspeed_stage_2\n  callbacks:\n"
+        "    - class_path: lightning.pytorch.callbacks.EMAWeightAveraging\n"
+        "model:\n  init_args:\n    strict_loading: false\n",
+        encoding="utf-8",
+    )
+    assert rules_of(tmp_path) == {
+        "sharded-strategy": [2],
+        "weight-average": [4],
+        "strict-false": [7],
+    }
+
+
+def git(folder: Path, *words: str) -> None:
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+    subprocess.run(["git", "-C", str(folder), *identity, *words], check=True, timeout=60)
+
+
+def test_writing_needs_a_clean_git_tree(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    code_base(tmp_path, model=MODULE, train=SCRIPT)
+    with pytest.raises(ConfigError, match="is not in a git tree"):
+        require_clean_tree(tmp_path)
+    git(tmp_path, "init", "-q")
+    with pytest.raises(ConfigError, match="has changes that are not committed"):
+        require_clean_tree(tmp_path)
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "start")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    assert main(["migrate", str(tmp_path), "--write"]) == 2
+    assert (tmp_path / "train.py").read_text("utf-8") == SCRIPT
+    assert "add --yes" in capsys.readouterr().err
+    assert main(["migrate", str(tmp_path), "--write", "--yes"]) == 1
+    assert rules_of(tmp_path) == {}
+    assert main(["migrate", str(tmp_path)]) == 0
+
+
+def test_the_printed_diff_applies(tmp_path, monkeypatch, capsys):
+    code_base(tmp_path, model=MODULE, train=SCRIPT.rstrip("\n"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["migrate", ".", "--diff"]) == 1
+    (tmp_path / "it.diff").write_text(capsys.readouterr().out, encoding="utf-8")
+    subprocess.run(["git", "apply", "it.diff"], check=True, timeout=60, cwd=tmp_path)
+    assert "strategy=LoRAStrategy(r=8" in (tmp_path / "train.py").read_text("utf-8")
+
+
+def test_json_has_all_that_the_text_has(tmp_path, capsys):
+    code_base(tmp_path, model=MODULE, train=SCRIPT)
+    assert main(["migrate", str(tmp_path), "--json"]) == 1
+    said = json.loads(capsys.readouterr().out)
+    assert said["files"] == 2
+    wrapping = next(one for one in said["findings"] if one["rule"] == "peft-wrapping")
+    assert (wrapping["line"], wrapping["served"], wrapping["mechanical"]) == (13, "yes", True)
+    assert "+trainer = pl.Trainer" in said["diff"]
+
+
+def test_nothing_to_read_is_bad_input(tmp_path, capsys):
+    assert main(["migrate", str(tmp_path / "absent")]) == 2
+    assert main(["migrate", str(tmp_path)]) == 2
+    assert "has no Python files" in capsys.readouterr().err
+
+
+def test_an_empty_diff_of_nothing(tmp_path):
+    assert as_diff({}) == ""
+
+
+def test_every_rule_is_on_the_page():
+    page = (Path(__file__).parents[2] / "docs" / "migrating.md").read_text("utf-8")
+    assert [rule.name for rule in RULES if f"| `{rule.name}` |" not in page] == []
