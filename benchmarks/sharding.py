@@ -1,9 +1,11 @@
 """What ``sharding="fsdp2"`` leaves in each of 1, 2 and 4 processes.
 
 ``python benchmarks/sharding.py`` trains a random Llama for three steps on CPU processes (gloo) with
-a base of NF4 and with one of bfloat16, counts the bytes of what each process holds between two
-steps, and writes ``benchmarks/records/sharding.json`` and its table in ``docs/devices.md``.
-``--quick`` takes a smaller model and writes no table. Nothing is timed.
+a base of NF4 and with one of bfloat16, and counts the bytes of what each process holds between two
+steps. It loads another one in several ways, and measures the peak of each process until training
+starts: of anonymous memory, where memory-mapped files are not counted, above what it had before
+``fit``. ``benchmarks/records/sharding.json`` and its tables in ``docs/devices.md`` are written.
+``--quick`` takes smaller models and writes no table. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -15,14 +17,27 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+from loading_memory import write_model
 from record import QUIET, conditions, format_conditions, markdown, write, write_between
 
 PAGE = Path(__file__).parents[1] / "docs" / "devices.md"
 COUNTS = (1, 2, 4)
 METHODS = ("qlora", "lora")
+# Building method and dtype of the base; the file has bfloat16.
+WAYS = {
+    "NF4, `configure_model`": ("qlora", "bfloat16", False, False),
+    "NF4, `configure_model`, cast": ("qlora", "float32", False, False),
+    "NF4, `configure_model`, cache": ("qlora", "bfloat16", False, True),
+    "NF4, constructor": ("qlora", "bfloat16", True, False),
+    "NF4, constructor, cast": ("qlora", "float32", True, False),
+    "bfloat16, `configure_model`": ("lora", "bfloat16", False, False),
+    "bfloat16, `configure_model`, cast": ("lora", "float32", False, False),
+}
+LAYERS = {False: 16, True: 1}
 SIZES = {
     False: {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8},
     True: {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
@@ -97,19 +112,94 @@ def train(count: int, method: str, quick: bool, target: Path) -> None:
     ours = classes[method](sharding="fsdp2", announce=False)
     rows = torch.randint(4096, (3 * count, 16), generator=torch.Generator().manual_seed(1))
     settings = {**QUIET, "devices": count, "accelerator": "cpu", "max_epochs": 1}
-    run = pl.Trainer(strategy=ours, precision="bf16-mixed", **settings)
-    run.fit(Task(), DataLoader(rows, batch_size=1))
-    if run.is_global_zero:
+    trainer = pl.Trainer(strategy=ours, precision="bf16-mixed", **settings)
+    trainer.fit(Task(), DataLoader(rows, batch_size=1))
+    if trainer.is_global_zero:
         target.write_text(json.dumps(held), encoding="utf-8")
 
 
-def measure(count: int, method: str, quick: bool) -> list[dict[str, int]]:
-    """Returns the bytes that each of ``count`` fresh processes holds."""
+def load(count: int, way: str, folder: str, target: Path) -> None:
+    """Loads in ``count`` processes, of which this is one; the first writes what each took."""
+    import pytorch_lightning as pl
+    import torch
+    from loading_memory import PeakMemory, memory
+    from torch.utils.data import DataLoader
+    from transformers import AutoModelForCausalLM
+    from transformers.models.llama import modeling_llama
+
+    import lightning_peft
+    from lightning_peft.engine.loading import quantized_cache
+
+    # Loaded on first use otherwise, which is not part of loading weights.
+    assert lightning_peft.engine.inject
+    assert modeling_llama
+    assert torch.distributed.fsdp.fully_shard
+    quantized_cache.SMALLEST = 0
+    method, dtype, in_constructor, cached = WAYS[way]
+    taken: list[Any] = []
+
+    class Task(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model: Any = None
+            if in_constructor:
+                self.build()
+
+        def build(self) -> None:
+            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+        def configure_model(self) -> None:
+            if self.model is None:
+                self.build()
+
+        def on_train_start(self) -> None:
+            mine = {"peak": watched.peak["RssAnon"], "after": memory("RssAnon") - before}
+            taken[:] = [mine] * count
+            if count > 1:
+                torch.distributed.all_gather_object(taken, mine)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.model(input_ids=batch, labels=batch).loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    classes = {"lora": lightning_peft.LoRAStrategy, "qlora": lightning_peft.QLoRAStrategy}
+    given = {"cache_quantized_base": cached} if method == "qlora" else {}
+    ours = classes[method](sharding="fsdp2", announce=False, r=1, **given)
+    rows = torch.zeros(count, 4, dtype=torch.long)
+    settings = {**QUIET, "devices": count, "accelerator": "cpu", "max_steps": 1}
+    trainer = pl.Trainer(strategy=ours, **settings)
+    before = memory("RssAnon")
+    with PeakMemory() as watched:
+        trainer.fit(Task(), DataLoader(rows, batch_size=1))
+    if trainer.is_global_zero:
+        target.write_text(json.dumps(taken), encoding="utf-8")
+
+
+def measure_loading(quick: bool) -> dict[str, Any]:
+    """Returns the memory that each of the processes takes to load, and the size of the model."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        sizes = write_model(model, LAYERS[quick], "bfloat16")
+        os.environ["XDG_CACHE_HOME"] = folder
+        # A file that is two seconds old has its hash remembered.
+        time.sleep(3)
+        taken = {}
+        for way in WAYS:
+            # One process fills the cache.
+            for count in COUNTS if "cache" not in way else (1, *COUNTS):
+                taken[f"{way} {count}"] = run(count, quick, "--way", way, "--folder", str(model))
+    return {"layers": LAYERS[quick], "bytes": sizes, "taken": taken}
+
+
+def run(count: int, quick: bool, *words: str) -> list[dict[str, int]]:
+    """Returns the report of each of ``count`` fresh processes."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "held.json"
-        words = ["--processes", str(count), "--method", method, "--target", str(target)]
+        own = ["--processes", str(count), "--target", str(target), *(["--quick"] if quick else [])]
         process = subprocess.Popen(
-            [sys.executable, __file__, *words, *(["--quick"] if quick else [])],
+            [sys.executable, __file__, *own, *words],
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
             start_new_session=True,
         )
@@ -119,7 +209,7 @@ def measure(count: int, method: str, quick: bool) -> list[dict[str, int]]:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
         if code:
-            raise SystemExit(f"{method} in {count} processes: exit code {code}")
+            raise SystemExit(f"{' '.join(words)} in {count} processes: exit code {code}")
         found: list[dict[str, int]] = json.loads(target.read_text(encoding="utf-8"))
         return found
 
@@ -150,22 +240,57 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join([*markdown(header, rows), "", format_conditions(record["conditions"])])
 
 
+def loading_table(record: dict[str, Any]) -> str:
+    """Returns the table of what loading takes."""
+    loading = record["loading"]
+    rows = [
+        [
+            way,
+            *(
+                f"{max(one['peak'] for one in loading['taken'][f'{way} {count}']) / 1e6:,.0f}"
+                for count in COUNTS
+            ),
+        ]
+        for way in WAYS
+    ]
+    header = "base, and where it is built | " + " | ".join(f"{n}, MB" for n in COUNTS)
+    sizes = ", ".join(
+        f"{loading['bytes'][size] / 1e6:,.0f} MB {what}"
+        for size, what in (
+            ("16_bit", "in bfloat16"),
+            ("largest_tensor", "of it in the largest tensor"),
+            ("4_bit", "for the linear layers in NF4"),
+        )
+    )
+    return "\n".join([f"The model has {sizes}.", "", *markdown(header, rows)])
+
+
 def main() -> None:
     """Measures all, or is one of the processes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--processes", type=int)
     parser.add_argument("--method", choices=METHODS, default="qlora")
+    parser.add_argument("--way", choices=WAYS)
+    parser.add_argument("--folder")
     parser.add_argument("--target", type=Path)
     given = parser.parse_args()
+    if given.way:
+        load(given.processes, given.way, given.folder, given.target)
+        return
     if given.processes:
         train(given.processes, given.method, given.quick, given.target)
         return
-    held = {f"{m} {n}": measure(n, m, given.quick) for m in METHODS for n in COUNTS}
-    record = {"conditions": conditions(), "model": SIZES[given.quick], "held": held}
+    record = {
+        "conditions": conditions(),
+        "model": SIZES[given.quick],
+        "held": {f"{m} {n}": run(n, given.quick, "--method", m) for m in METHODS for n in COUNTS},
+        "loading": measure_loading(given.quick),
+    }
     write("sharding", record, quick=given.quick)
     if not given.quick:
         write_between("sharding", table(record), PAGE)
+        write_between("loading", loading_table(record), PAGE)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from datasets import Features, Value
 from datasets import Sequence as ListOf
 from torch import Tensor
 
+from lightning_peft import engine
 from lightning_peft.data import packing as packed
 from lightning_peft.data.batching import pad
 from lightning_peft.data.encoding import Encoded, Encoder, LossOn, OverLong, TextSpan, token_spans
@@ -220,6 +221,6 @@ class SupervisedData(ConversationData):
         whole = self.trainer.lightning_module
         model = packed.language_model(whole)
         if self._checked is not model:
-            packed.check_model(model, self.max_length)
+            engine.call_inside(whole, partial(packed.check_model, model, self.max_length))
             self._checked = model
         return packed.to_model(batch, model, whole)

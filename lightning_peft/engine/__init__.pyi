@@ -14,6 +14,8 @@ from .backends.registry import quantization_to_dict as quantization_to_dict
 from .backends.registry import recorded_backend as recorded_backend
 from .backends.registry import register_backend as register_backend
 from .backends.registry import workspace_bytes as workspace_bytes
+from .backends.share import Share as Share
+from .backends.share import keeping_share as keeping_share
 from .configuration import as_peft_config as as_peft_config
 from .configuration import config_differences as config_differences
 from .configuration import config_to_dict as config_to_dict
@@ -73,7 +75,11 @@ from .selection.planning import InjectionRequest as InjectionRequest
 from .selection.planning import recorded_selection as recorded_selection
 from .selection.targets import resolve_targets as resolve_targets
 from .selection.targets import rows_of as rows_of
+from .sharding import call_inside as call_inside
 from .sharding import check_shardable as check_shardable
+from .sharding import early_share as early_share
+from .sharding import is_sharded as is_sharded
+from .sharding import keep_own_part as keep_own_part
 from .sharding import reshard_base as reshard_base
 from .sharding import shard_base as shard_base
 from .training.activation_budget import read_budget as read_budget

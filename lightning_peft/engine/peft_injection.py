@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_peft.compat.peft import MultiheadAttention, cast_adapters, in_place_tuner
 from lightning_peft.engine.backends.conversion import quantize
+from lightning_peft.engine.backends.share import Share, current_share
 from lightning_peft.engine.layers.adapter import attach
 from lightning_peft.engine.layers.attention import parameters_of, preserve_parameters
 from lightning_peft.engine.layers.sizes import weight_sizes
@@ -52,7 +53,7 @@ def inject_in_place(
         kind: Any = method.layer_class(layer)
         # After PEFT's init, which may need the dense weight, and before the adapter moves over.
         if request.quantization is not None and id(layer) in to_quantize:
-            quantize(layer, request.quantization, device)
+            quantize(layer, request.quantization, device, current_share())
         attach(layer, kind, made, name)
         if id(layer) in rows:
             limited: Any = layer
@@ -63,7 +64,7 @@ def inject_in_place(
     # PEFT leaves its config on the model as a mark of wrapped layers, and there are none.
     del plan.part.peft_config
     rest = [other for other in plan.quantize if other not in set(plan.targets)]
-    quantize_layers(plan.part, rest, request.quantization, device)
+    quantize_layers(plan.part, rest, request.quantization, device, current_share())
 
 
 def quantize_layers(
@@ -71,11 +72,12 @@ def quantize_layers(
     names: list[str],
     config: Any | None,
     device: torch.device | None,
+    share: Share | None = None,
 ) -> None:
-    """Quantizes the layers ``names`` of ``part``."""
+    """Quantizes the layers ``names`` of ``part``, and keeps ``share`` of each."""
     for name in names:
         assert config is not None
-        quantize(part.get_submodule(name), config, device)
+        quantize(part.get_submodule(name), config, device, share)
 
 
 def inject_with_peft(plan: InjectionPlan, config: PeftConfig, adapter_name: str) -> None:

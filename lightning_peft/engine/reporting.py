@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -12,6 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from lightning_peft.engine.adapters import adapter_parameters
+from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.backends.registry import (
     parameter_count,
     recorded_backend,
@@ -182,9 +184,11 @@ def report(module: nn.Module) -> Report:
         result.adapter_parameters += sum(p.numel() for p in adapter_parameters(part).values())
         inside |= {id(param) for param in part.parameters()}
         result.dense_base_bytes += entry.dense_bytes
+    packed = _packed_weights(module)
     for param in module.parameters():
-        result.total_parameters += parameter_count(param)
-        size = storage_bytes(param)
+        stored = packed.get(id(param), param)
+        result.total_parameters += parameter_count(stored)
+        size = storage_bytes(stored)
         if param.requires_grad:
             result.trainable_parameters += param.numel()
             result.trainable_bytes += size
@@ -197,11 +201,22 @@ def report(module: nn.Module) -> Report:
 
 def _quantized_bytes(module: nn.Module, entries: Iterable[AdaptedModuleRecord]) -> int:
     """Bytes now of the weights that are or were quantized; merged ones are dense again."""
-    return sum(
-        storage_bytes(stored_parameter(module.get_submodule(entry.qualified(name)), "weight"))
+    packed = _packed_weights(module)
+    stored = [
+        stored_parameter(module.get_submodule(entry.qualified(name)), "weight")
         for entry in entries
         for name in entry.quantized
-    )
+    ]
+    return sum(storage_bytes(packed.get(id(one), one)) for one in stored)
+
+
+def _packed_weights(module: nn.Module) -> dict[int, Any]:
+    """What parameters of bytes stand for, by their ids: the same weights without values."""
+    return {
+        id(stored_parameter(layer, "weight")): layer.described_weight()
+        for layer in module.modules()
+        if isinstance(layer, QuantizedLayer) and layer.packed is not None
+    }
 
 
 def _part_report(part: nn.Module, entry: AdaptedModuleRecord) -> PartReport:

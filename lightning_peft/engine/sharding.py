@@ -10,32 +10,79 @@ states are therefore plain tensors, which every optimizer, clipping and checkpoi
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any
 
 import torch
-from torch import nn
+from peft import PeftConfig
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_peft.compat.torch import is_traced, leave_out_of_ddp
+from lightning_peft.engine.backends.conversion import release_freed_memory
 from lightning_peft.engine.backends.layers import QuantizedLayer
+from lightning_peft.engine.backends.share import Share
 from lightning_peft.engine.called_blocks import CalledBlocks
 from lightning_peft.engine.layers.mixin import LayerMixin, stored_parameter
-from lightning_peft.engine.record import require_record
+from lightning_peft.engine.methods.lora_config import changes_base
+from lightning_peft.engine.methods.registry import in_place_method
+from lightning_peft.engine.record import record_of, require_record
 from lightning_peft.engine.training.blocks import all_blocks
 from lightning_peft.errors import UnsupportedError, itemize
 
 
-def shard_base(module: nn.Module, device: torch.device) -> None:
-    """Leaves ``1/N`` of each frozen parameter in each of the ``N`` processes of the default group.
+def early_share(peft_config: PeftConfig, rank: int, count: int) -> Share | None:
+    """The part of each weight that process ``rank`` of ``count`` keeps once it is quantized.
+
+    ``None`` where adapters are made of the quantized weights, or may be: these are cut up later.
+    """
+    if in_place_method(peft_config) is None or changes_base(peft_config):
+        return None
+    return Share(rank, count)
+
+
+def keep_own_part(module: nn.Module, share: Share, device: torch.device) -> dict[int, torch.Size]:
+    """Leaves ``share`` of each frozen parameter, on ``device``, one parameter after the other.
+
+    For :func:`shard_base`, which has to follow.
+
+    Args:
+        module: A module with adapters.
+        share: The part of this process.
+        device: Where the process computes.
+
+    Returns:
+        The shapes of the whole parameters by ids; empty where the base is sharded already.
+    """
+    if require_record(module).shards > 1:
+        return {}
+    quantized = [x for x in _layers_with_frozen_weight(module) if isinstance(x, QuantizedLayer)]
+    _pack([layer for layer in quantized if layer.packed is None], device, share)
+    shapes = {
+        id(stored_parameter(layer, "weight")): torch.Size([layer.packed.size])
+        for layer in quantized
+        if layer.packed is not None
+    }
+    for param in _frozen(module).values():
+        if id(param) not in shapes:
+            shapes[id(param)] = param.shape
+            param.data = share.of(param.data, device)
+    if device.type == "cpu":
+        release_freed_memory()
+    return shapes
+
+
+def shard_base(module: nn.Module, device: torch.device, shapes: dict[int, torch.Size]) -> None:
+    """Lets FSDP gather what :func:`keep_own_part` cut up, in the processes of the default group.
 
     From then on the module computes only when it is called, by all processes and equally often.
     Another time nothing happens.
 
     Args:
-        module: A module with adapters.
+        module: A module with adapters, on its device.
         device: Where the process computes.
+        shapes: What :func:`keep_own_part` returned.
     """
     # Imported here, since few runs need it and it takes a second.
     distributed = import_module("torch.distributed")
@@ -44,16 +91,12 @@ def shard_base(module: nn.Module, device: torch.device) -> None:
     if record.shards > 1:
         return
     mesh = distributed.device_mesh.DeviceMesh.from_group(distributed.group.WORLD, device.type)
-    layers = _layers_with_frozen_weight(module)
-    _pack([layer for layer in layers if isinstance(layer, QuantizedLayer)], device)
-    for layer in layers:
+    for layer in _layers_with_frozen_weight(module):
         layer.is_sharded = True
-    # Numbers cannot be cut up.
-    frozen = {n: p for n, p in _frozen(module) if p.ndim}
+    parts = _frozen(module)
+    # FSDP cuts up whole parameters, which are nowhere: it gets some without values.
+    frozen = _replaced(module, parts, lambda part: _outline(part, shapes[id(part)]))
     ids = {id(param) for param in frozen.values()}
-    for param in frozen.values():
-        # FSDP takes no others.
-        param.data = param.data.contiguous()
     kept = {param for param in module.parameters() if id(param) not in ids}
     found = {id(b) for name in record.parts for b in all_blocks(module.get_submodule(name))}
     blocks = {name: child for name, child in module.named_modules() if id(child) in found}
@@ -63,6 +106,8 @@ def shard_base(module: nn.Module, device: torch.device) -> None:
     for block in reversed(blocks.values()):
         fully_shard(block, mesh=mesh, ignored_params=kept)
     fully_shard(module, mesh=mesh, ignored_params=kept)
+    values = {id(param): parts[name].data for name, param in _frozen(module).items()}
+    _replaced(module, _frozen(module), lambda outline: _filled(outline, values[id(outline)]))
     CalledBlocks(module, blocks, device)
     # DDP would broadcast the first process's part to the others.
     leave_out_of_ddp(module, list(frozen))
@@ -70,6 +115,31 @@ def shard_base(module: nn.Module, device: torch.device) -> None:
         if isinstance(child, PreTrainedModel):
             child.__dict__["generate"] = _refuse_generating
     record.shards = mesh.size()
+
+
+def _outline(part: nn.Parameter, shape: torch.Size) -> nn.Parameter:
+    whole = torch.empty(shape, dtype=part.dtype, device="meta")
+    return nn.Parameter(whole, requires_grad=False)
+
+
+def _filled(outline: Any, part: Tensor) -> nn.Parameter:
+    kind = import_module("torch.distributed.tensor").DTensor
+    layout = {"shape": outline.shape, "stride": outline.stride(), "run_check": False}
+    whole = kind.from_local(part, outline.device_mesh, outline.placements, **layout)
+    return nn.Parameter(whole, requires_grad=False)
+
+
+def _replaced(
+    module: nn.Module, params: dict[str, nn.Parameter], make: Callable[[Any], nn.Parameter]
+) -> dict[str, nn.Parameter]:
+    """Puts others in the place of parameters, which share what these share; returns them."""
+    made: dict[int, nn.Parameter] = {}
+    for name, param in params.items():
+        if id(param) not in made:
+            made[id(param)] = make(param)
+        owner, _, leaf = name.rpartition(".")
+        module.get_submodule(owner)._parameters[leaf] = made[id(param)]
+    return {name: made[id(param)] for name, param in params.items()}
 
 
 def warn_of_few_blocks(frozen: Iterable[nn.Parameter], blocks: Iterable[nn.Module]) -> None:
@@ -93,6 +163,33 @@ def _refuse_generating(*args: Any, **kwargs: Any) -> None:
         "(LogSamples, validation by generated text, reward tuning), or use sharding=None; "
         "afterwards load the checkpoint in one process by lightning_peft.load_from_checkpoint."
     )
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether frozen weights of ``module``, or of modules in it, are spread over processes."""
+    return any(getattr(child, "is_sharded", False) for child in module.modules())
+
+
+def call_inside(module: nn.Module, function: Callable[[], Any]) -> Any:
+    """Calls ``function`` inside of a call of ``module``, around which FSDP gathers its weights.
+
+    Without sharding, just calls it. All processes have to do the same.
+
+    Args:
+        module: The whole module.
+        function: May call parts of it.
+    """
+    record = record_of(module)
+    if record is None or record.shards == 1:
+        return function()
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = function
+    try:
+        return module()
+    finally:
+        del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before
 
 
 def reshard_base(module: nn.Module) -> None:
@@ -153,19 +250,20 @@ def _layers_with_frozen_weight(module: nn.Module) -> list[Any]:
     ]
 
 
-def _frozen(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def _frozen(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters that are cut up, by all of their names; single numbers cannot be."""
     frozen = require_record(module).frozen
-    for name, param in module.named_parameters(remove_duplicate=False):
-        if name in frozen:
-            yield name, param
+    named = module.named_parameters(remove_duplicate=False)
+    return {name: param for name, param in named if name in frozen and param.ndim}
 
 
-def _pack(layers: list[Any], device: torch.device) -> None:
+def _pack(layers: list[Any], device: torch.device, share: Share) -> None:
     """Packs the weights of layers; those that share one continue to do so."""
     sharing: dict[int, list[Any]] = {}
     for layer in layers:
         sharing.setdefault(id(stored_parameter(layer, "weight")), []).append(layer)
     for first, *others in sharing.values():
-        octets = first.pack_weight(device)
+        first.pack_weight(device, share)
         for layer in others:
-            layer.packed, layer._parameters["weight"] = first.packed, octets
+            layer.packed = first.packed
+            layer._parameters["weight"] = first._parameters["weight"]

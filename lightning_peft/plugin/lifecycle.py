@@ -27,6 +27,7 @@ from lightning_peft.plugin.adapter_defaults import with_adapter_defaults
 from lightning_peft.plugin.averaging import serve_averages
 from lightning_peft.plugin.compatibility import check_compatibility, check_pruning
 from lightning_peft.plugin.injection_settings import injection_settings
+from lightning_peft.plugin.sharding import early_share
 from lightning_peft.plugin.training_checks import TrainingChecks
 
 if TYPE_CHECKING:
@@ -74,21 +75,22 @@ class Lifecycle:
             self.uninstall()
             requested = with_adapter_defaults(self._requested, self._arguments, module)
             self.injection = requested
-            with engine.loading_for_injection(
-                module,
-                requested.peft_config,
-                requested.quantization_config,
-                requested.adapt,
-                strategy.root_device,
-                requested.cache_quantized_base,
-            ) as loading:
-                module.configure_model()
-            # Again: the module may have brought callbacks of its own since.
-            check_compatibility(module, strategy, requested.quantization_config is not None)
-            serve_averages(module)
-            with _default_dtype_and_device():
-                self._inject(module, strategy)
-            self._store_quantized(module, strategy, loading)
+            with early_share(strategy, requested.peft_config):
+                with engine.loading_for_injection(
+                    module,
+                    requested.peft_config,
+                    requested.quantization_config,
+                    requested.adapt,
+                    strategy.root_device,
+                    requested.cache_quantized_base,
+                ) as loading:
+                    module.configure_model()
+                # Again: the module may have brought callbacks of its own since.
+                check_compatibility(module, strategy, requested.quantization_config is not None)
+                serve_averages(module)
+                with _default_dtype_and_device():
+                    self._inject(module, strategy)
+                self._store_quantized(module, strategy, loading)
 
         self._pending_module = module
         module.__dict__["configure_model"] = configure_model

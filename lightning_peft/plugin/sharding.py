@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -53,11 +55,15 @@ class ShardedBaseStrategy(_Base):
         super().setup(trainer)
 
     def model_to_device(self) -> None:
-        """Moves the module, then leaves a part of its frozen base in each process."""
-        super().model_to_device()
+        """Leaves a part of the frozen base in each process, and moves the rest of the module."""
         module: Any = self.lightning_module
-        if self.shards_base:
-            engine.shard_base(module, self.root_device)
+        if not self.shards_base:
+            super().model_to_device()
+            return
+        share = engine.Share(self.global_rank, self.world_size)
+        shapes = engine.keep_own_part(module, share, self.root_device)
+        super().model_to_device()
+        engine.shard_base(module, self.root_device, shapes)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's step, through its own call."""
@@ -94,6 +100,19 @@ class ShardedBaseStrategy(_Base):
         module: Any = self.lightning_module
         if self.shards_base:
             engine.reshard_base(module)
+
+
+@contextmanager
+def early_share(strategy: Any, peft_config: Any) -> Iterator[None]:
+    """Within the body, a process keeps its part of each weight as soon as it is quantized.
+
+    What is built is built on the CPU, where weights stay in their file until they are read.
+    """
+    share = None
+    if getattr(strategy, "shards_base", False):
+        share = engine.early_share(peft_config, strategy.global_rank, strategy.world_size)
+    with engine.keeping_share(share), nullcontext() if share is None else torch.device("cpu"):
+        yield
 
 
 def _loops(trainer: Any) -> list[tuple[Any, str]]:

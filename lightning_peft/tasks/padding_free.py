@@ -46,8 +46,13 @@ class PaddingFree:
             batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``(rows, length)``, and no
                 more; rows are padded at their end.
         """
+        if not _covers(batch):
+            return batch
         lengths = _lengths(batch)
-        if lengths is None or not self._can(model, max(lengths)):
+        # Where processes share weights, each tries, also one whose first batch has no padding.
+        if (lengths is None and not engine.is_sharded(model)) or not self._can(model):
+            return batch
+        if lengths is None or not packing.sees_all(model, max(lengths)):
             return batch
         groups = _groups(lengths, max(max(lengths), _positions(model)))
         longest = max(sum(lengths[i] for i in group) for group in groups)
@@ -67,11 +72,11 @@ class PaddingFree:
         if isinstance(mask, engine.PackedMask) and mask.has_values:
             self._by_examples[model.training] = False
 
-    def _can(self, model: PreTrainedModel, longest: int) -> bool:
+    def _can(self, model: PreTrainedModel) -> bool:
         if self._tried is None:
             # Compiled, there would be a graph for each length.
             self._tried = not is_traced(model) and self._keeps_apart(model)
-        if not self._tried or not packing.sees_all(model, longest):
+        if not self._tried:
             return False
         if model.training not in self._by_examples:
             self._by_examples[model.training] = not self._makes_mask(model)
@@ -123,13 +128,18 @@ def _groups(lengths: list[int], most: int) -> list[list[int]]:
         count += 1
 
 
+def _covers(batch: dict[str, Tensor]) -> bool:
+    """Whether a batch is of the kind that may have padding to leave out."""
+    if batch.keys() != {"input_ids", "attention_mask", "labels"} or engine.is_transformed():
+        return False
+    mask = batch["attention_mask"]
+    return mask.ndim == 2 and mask.device.type == "cpu" and engine.is_materialized(mask)
+
+
 def _lengths(batch: dict[str, Tensor]) -> list[int] | None:
     """Returns the tokens of each row, or ``None`` where the batch has no padding to leave out."""
-    if batch.keys() != {"input_ids", "attention_mask", "labels"}:
-        return None
     mask, labels = batch["attention_mask"], batch["labels"]
-    known = mask.ndim == 2 and mask.device.type == "cpu" and engine.is_materialized(mask)
-    if not known or engine.is_transformed() or bool(mask.all()):
+    if bool(mask.all()):
         return None
     kept = mask.bool()
     at_end = bool((kept[:, 1:] <= kept[:, :-1]).all())

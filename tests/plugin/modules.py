@@ -14,7 +14,17 @@ import torch
 from models import llama_config
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 import lightning_peft
 from lightning_peft.plugin.namespace import bind_to_lightning
@@ -76,7 +86,36 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **size, **rates))
 
 
+def t5() -> nn.Module:
+    """An encoder and a decoder of two blocks each, whose first ones hold a table of positions."""
+    size = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_heads": 2, "num_layers": 2}
+    start = {"decoder_start_token_id": 0, "pad_token_id": 0}
+    return T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, **size, **start))
+
+
+def vit() -> nn.Module:
+    """An encoder of images with a head for three classes."""
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    image = {"image_size": 8, "patch_size": 4, "num_attention_heads": 2, "num_labels": 3}
+    return ViTForImageClassification(ViTConfig(**size, **image))
+
+
+def whisper() -> nn.Module:
+    """An encoder of sound with convolutions, and a decoder."""
+    names = ("encoder_layers", "decoder_layers", "encoder_attention_heads")
+    size = {**dict.fromkeys((*names, "decoder_attention_heads"), 2), "d_model": 32}
+    feed = {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "num_mel_bins": FEATURES // 4}
+    length = {"max_source_positions": LENGTH, "max_target_positions": LENGTH}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    return WhisperForConditionalGeneration(
+        WhisperConfig(vocab_size=VOCABULARY, **size, **feed, **length, **tokens)
+    )
+
+
 BUILDERS = {
+    "t5": t5,
+    "vit": vit,
+    "whisper": whisper,
     "llama": llama,
     "llama_tied": functools.partial(llama, tied=True),
     "gpt2": gpt2,
@@ -115,6 +154,8 @@ def steps_class(root: str) -> type:
             return self.model(batch[0])
 
         def loss(self, batch: Any) -> torch.Tensor:
+            if "labels" in batch:
+                return self.model(**batch).loss
             outputs = self(batch).float()
             if isinstance(batch, dict):
                 return nn.functional.cross_entropy(
@@ -182,6 +223,15 @@ def rows(kind: str, count: int = 24) -> list[Any]:
         x = torch.randn(count, width, generator=draw)
         return [(row, row[:3].argmax()) for row in x]
     ids = torch.randint(VOCABULARY, (count, LENGTH), generator=draw)
+    if kind == "t5":
+        return [{"input_ids": row, "labels": row[:5]} for row in ids]
+    if kind == "vit":
+        images = torch.randn(count, 3, 8, 8, generator=draw)
+        return [{"pixel_values": x, "labels": x[:, 0, 0].argmax()} for x in images]
+    if kind == "whisper":
+        sounds = torch.randn(count, FEATURES // 4, 2 * LENGTH, generator=draw)
+        pairs = zip(sounds, ids, strict=True)
+        return [{"input_features": sound, "labels": row[:5]} for sound, row in pairs]
     return [{"ids": row} for row in ids]
 
 

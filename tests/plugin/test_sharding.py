@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,14 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from modules import differing, loader, strategy, task, trainer
+from modules import build, differing, loader, strategy, task, trainer
 from two_sharded_processes import ROOT, SETTINGS, local_bytes, trained
 
 import lightning_peft
 from lightning_peft.compat.torch import leave_out_of_ddp
 from lightning_peft.engine.backends.packed import PackedWeight
+from lightning_peft.engine.backends.share import Share
 from lightning_peft.engine.sharding import warn_of_few_blocks
-from lightning_peft.errors import ConfigError, UnsupportedError
+from lightning_peft.errors import ConfigError, LifecycleError, UnsupportedError
 from lightning_peft.plugin.checkpoint_content import CHECKPOINT_KEY
 
 HERE = Path(__file__).parent
@@ -80,6 +83,24 @@ def check_case(ranks, case, folder):
     assert files["whole config"] == files["sharded config"]
 
 
+def check_loading(ranks):
+    """However a base is loaded, each process keeps its part of a weight once it is quantized."""
+    for rank in ranks:
+        seen = rank["loading"]
+        for name, whole in (("file", "whole"), ("cache", "whole, cache"), ("cast", "whole, cast")):
+            assert seen[name]["losses"] == seen[whole]["losses"]
+            assert not differing(seen[name]["weights"], seen[whole]["weights"])
+            assert seen[name]["mine"] * len(ranks) == seen[name]["whole"] > 0
+            assert seen[whole]["whole"] == 0
+            assert seen[name]["report"] == seen[whole]["report"]
+        # Those of a file are dense until they are adapted, and go into the cache then.
+        assert {name: way["on load"] for name, way in seen.items()} == {
+            "whole": 0, "file": 0, "cache": 14, "whole, cache": 14, "whole, cast": 14, "cast": 14,
+        }  # fmt: skip
+        assert not differing(seen["whole"]["weights"], seen["whole, cache"]["weights"])
+        assert "keeps 1/2 of it in this process" in seen["cast"]["read"]
+
+
 def in_one_process(folder, kind, ckpt_path=None, **given):
     """Trains with the same rows in each step, in this process."""
     torch.manual_seed(7)
@@ -93,7 +114,16 @@ def in_one_process(folder, kind, ckpt_path=None, **given):
 
 def test_two_processes_share_a_base(tmp_path):
     cases = ("llama:qlora", "llama_tied:lora")
+    build("llama").save_pretrained(tmp_path / "base")
     ranks = run_processes(tmp_path, 2, *cases)
+    check_loading(ranks)
+    for rank in ranks:
+        whole, sharded = rank["tokens"]["None"], rank["tokens"]["fsdp2"]
+        assert len(sharded["losses"]) == 4
+        assert sharded["losses"] == whole["losses"]
+        assert not differing(sharded["weights"], whole["weights"])
+        assert sharded["chunked"]
+        assert sharded["padding free"]
     for case in cases:
         check_case(ranks, case, tmp_path)
 
@@ -137,11 +167,42 @@ def test_two_processes_share_a_base(tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("count", [2, 4])
 def test_models_share_a_base(count, tmp_path):
-    kinds = ("llama", "llama_tied", "gpt2", "residuals")
+    kinds = ("llama", "llama_tied", "gpt2", "residuals", "t5", "vit", "whisper")
     cases = [f"{kind}:{method}" for kind in kinds for method in ("qlora", "lora")]
+    cases += ["llama:fp4", "llama:saved", "llama_tied:saved"]
     ranks = run_processes(tmp_path, count, *cases)
     for case in cases:
         check_case(ranks, case, tmp_path)
+
+
+@pytest.mark.long
+def test_resuming_in_another_number_of_processes(tmp_path):
+    """Two, four and one process go on from a checkpoint to the same adapters, but for rounding."""
+    two, four = tmp_path / "two", tmp_path / "four"
+    two.mkdir()
+    four.mkdir()
+    ranks = run_processes(two, 2, "llama:qlora")
+    shutil.copy(two / "llama qlora" / "sharded.ckpt", four / "resume.ckpt")
+    others = run_processes(four, 4, "llama:qlora")
+    one = in_one_process(
+        tmp_path, "llama", ckpt_path=four / "llama qlora" / "sharded.ckpt", max_epochs=2
+    )
+
+    def means(found, name):
+        return torch.tensor([rank[name]["losses"] for rank in found]).mean(0)
+
+    def assert_close(weights, expected):
+        assert weights.keys() == expected.keys()
+        for name, value in weights.items():
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-3)
+
+    expected = means(ranks, "resumed sharded")
+    for found in (means(others, "resumed other"), means(others, "resumed sharded")):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(one.losses), expected, rtol=0, atol=1e-5)
+    weights = ranks[0]["resumed sharded"]["weights"]
+    for found in (others[0]["resumed other"]["weights"], trained(one)["weights"]):
+        assert_close(found, weights)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -155,15 +216,32 @@ def test_codes_and_constants_are_views_of_bytes(kind, double):
     rows = torch.randn(67, 65, generator=torch.Generator().manual_seed(0))
     stored = backend.quantize(rows, config, torch.device("cpu"))
     packed = PackedWeight(backend, stored, torch.device("cpu"))
-    assert packed.octets.dtype == torch.uint8
-    assert not packed.octets.requires_grad
-    assert packed.octets.numel() <= stored.numel() + stored.numel() // 8 + 64
-    opened = packed.open(packed.octets)
-    assert opened.data_ptr() == packed.octets.data_ptr()
+    octets = packed.release()
+    assert octets.dtype == torch.uint8
+    assert not octets.requires_grad
+    assert octets.numel() == packed.size <= stored.numel() + stored.numel() // 8 + 64
+    opened = packed.open(octets)
+    assert opened.data_ptr() == octets.data_ptr()
     assert torch.equal(opened, stored)
     assert torch.equal(backend.dequantize(opened), backend.dequantize(stored))
     assert backend.weight_info(packed.template) == backend.weight_info(stored)
-    assert packed.open(packed.octets) is opened
+    assert packed.open(octets) is opened
+    again = PackedWeight(backend, stored, torch.device("cpu"))
+    part = again.release(Share(1, 3))
+    with pytest.raises(LifecycleError, match="sharding='fsdp2' keeps 1/3 of it in this process"):
+        again.open(part)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [((5,), [2, 2, 1]), ((7, 3), [3, 3, 1]), ((2, 4), [1, 1, 0]), ((1,), [1, 0, 0])],
+)
+def test_parts_are_those_that_fsdp_gathers(shape, rows):
+    whole = torch.arange(math.prod(shape)).view(shape)
+    parts = [Share(rank, 3).of(whole, torch.device("cpu")) for rank in range(3)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert [len(part) for part in parts] == rows
+    assert all(part.untyped_storage().nbytes() == part.nbytes for part in parts)
 
 
 def test_what_a_user_leaves_out_of_ddp_stays_out():

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
 from pathlib import Path
 
 import torch
-from modules import loader, strategy, task, trainer
+from modules import LENGTH, build, lightning, loader, steps_class, strategy, task, trainer
 from torch import distributed
 from torch.utils.data import DataLoader, DistributedSampler
+from transformers import LlamaForCausalLM
 
 import lightning_peft
+from lightning_peft.data import packing
+from lightning_peft.data.batching import pad
+from lightning_peft.engine.loading import quantized_cache
 from lightning_peft.errors import LightningPeftError
+from lightning_peft.tasks.token_loss import TokenLoss
 
 ROOT = "lightning.pytorch"
 # Settings that have to go together with sharding, one set for each model.
 SETTINGS = {
     "llama": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "val_check_interval": 2},
     "llama_tied": {"precision": "bf16-mixed", "val_check_interval": 3},
+}
+
+
+# Names of methods with further arguments.
+VARIANTS = {
+    "saved": ("qlora", {"modules_to_save": ["lm_head", "embed_tokens"]}),
+    "fp4": ("qlora", {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}),
 }
 
 
@@ -29,7 +43,8 @@ def fit(folder, count, kind, method="qlora", sharding="fsdp2", ckpt_path=None, o
         # Of transposed strides, as some loaders leave weights.
         embedding = module.model.model.embed_tokens.weight
         embedding.data = embedding.data.t().contiguous().t()
-    chosen = strategy(method, ROOT, sharding=sharding, **(ours or {}))
+    method, more = VARIANTS.get(method, (method, {}))
+    chosen = strategy(method, ROOT, sharding=sharding, **more, **(ours or {}))
     run = trainer(
         folder / "root", chosen, ROOT, devices=count, **{**SETTINGS.get(kind, {}), **given}
     )
@@ -109,10 +124,12 @@ def stages(run, module, folder):
 
 def compare(folder, count, kind, method):
     """Trains with a whole base in each process and with a part of it."""
-    whole_run, whole = fit(folder, count, kind, method, sharding=None)
+    # A base that is not shared may be trained without: autograd then adds up in another order.
+    ours = {"gradient_checkpointing": True} if kind in ("t5", "whisper") else {}
+    whole_run, whole = fit(folder, count, kind, method, sharding=None, ours=ours)
     whole_run.save_checkpoint(folder / f"{kind} {method}" / "whole.ckpt")
     seen = {"whole": trained(whole), "whole bytes": local_bytes(whole)}
-    run, module = fit(folder, count, kind, method)
+    run, module = fit(folder, count, kind, method, ours=ours)
     run.save_checkpoint(folder / f"{kind} {method}" / "sharded.ckpt")
     seen |= {"sharded": trained(module), "bytes": local_bytes(module)}
     if method == "qlora" and kind == "llama":
@@ -156,6 +173,110 @@ def other_blocks(folder, count):
         return str(error)
 
 
+class Loaded(steps_class(ROOT)):
+    """Loads what it trains in `configure_model`, and notes how many layers came quantized."""
+
+    kind = "llama"
+
+    def __init__(self, folder, dtype):
+        super().__init__()
+        self.folder, self.dtype_of_base, self.read = folder, dtype, None
+
+    def configure_model(self):
+        self.model = LlamaForCausalLM.from_pretrained(self.folder, dtype=self.dtype_of_base)
+        layers = quantized_layers(self)
+        self.on_load = len(layers)
+        if layers and layers[0].packed is not None:
+            try:
+                layers[0].effective_weight()
+            except LightningPeftError as error:
+                self.read = str(error)
+
+
+class Noting(lightning(ROOT).plugins.Precision):
+    """Notes what is here of quantized weights as soon as there are adapters."""
+
+    def convert_module(self, module):
+        layers = quantized_layers(module)
+        self.whole = sum(layer.packed.size for layer in layers if layer.packed is not None)
+        self.mine = sum(layer._parameters["weight"].numel() for layer in layers)
+        self.report = str(lightning_peft.report(module))
+        return super().convert_module(module)
+
+
+def quantized_layers(module):
+    return [layer for layer in module.modules() if hasattr(layer, "quantization_keys")]
+
+
+def loading(folder, count):
+    """Loads a model from a file, casts it, and takes it out of the cache; each also whole."""
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    quantized_cache.SMALLEST = 1
+    ways = {
+        "whole": (None, torch.float32, False),
+        "file": ("fsdp2", torch.float32, True),
+        "cache": ("fsdp2", torch.float32, True),
+        "whole, cache": (None, torch.float32, True),
+        "whole, cast": (None, torch.bfloat16, False),
+        "cast": ("fsdp2", torch.bfloat16, False),
+    }
+    seen = {}
+    for name, (sharding, dtype, cached) in ways.items():
+        module, noting = Loaded(str(folder / "base"), dtype), Noting()
+        ours = strategy("qlora", ROOT, sharding=sharding, cache_quantized_base=cached)
+        torch.manual_seed(7)
+        run = trainer(folder / "root", ours, ROOT, devices=count, plugins=[noting], max_steps=3)
+        run.fit(module, loader("llama"))
+        seen[name] = {**trained(module), **vars(noting), "read": module.read}
+        seen[name]["on load"] = module.on_load
+    return seen
+
+
+class Tokens(steps_class(ROOT)):
+    """Its loss is taken in chunks, and padding is left out where the model can; or rows of it."""
+
+    kind = "llama"
+
+    def __init__(self):
+        super().__init__()
+        self.model, self.token_loss, self.tried = build("llama"), TokenLoss(), False
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        if isinstance(batch["attention_mask"], lightning_peft.engine.PackedMask) and not self.tried:
+            trial = functools.partial(packing.check_model, self.model, LENGTH)
+            lightning_peft.engine.call_inside(self, trial)
+            self.tried = True
+        return batch
+
+    def loss(self, batch):
+        return self.token_loss.train(self.model, self.model, batch)
+
+
+def tokens(folder, count):
+    """Trains on rows of several examples, and on padded ones, which not every process has first."""
+    found = {}
+    for sharding in (None, "fsdp2"):
+        torch.manual_seed(7)
+        module = Tokens()
+        ours = strategy("qlora", ROOT, sharding=sharding)
+        run = trainer(folder / "root", ours, ROOT, devices=count, use_distributed_sampler=False)
+        rank, ids = run.global_rank, torch.arange(4 * LENGTH).view(4, LENGTH)
+        examples = [
+            {"input_ids": row[: 3 + i], "labels": row[: 3 + i]} for i, row in enumerate(ids)
+        ]
+        packed = packing.collate([examples[rank : rank + 2]], 0)
+        whole = {"input_ids": ids[:2], "labels": ids[:2], "attention_mask": ids[:2] * 0 + 1}
+        padded = pad(examples[:2], 0)
+        batches = [whole, padded] if rank else [padded, whole]
+        run.fit(module, DataLoader([*batches, packed, packed], batch_size=None))
+        found[str(sharding)] = {
+            **trained(module),
+            "chunked": module.token_loss._chunked,
+            "padding free": module.token_loss.padding_free._tried,
+        }
+    return found
+
+
 def main(folder: Path, count: int, cases: list[str]) -> None:
     torch.set_num_threads(1)
     seen = {}
@@ -172,6 +293,13 @@ def main(folder: Path, count: int, cases: list[str]) -> None:
             ckpt_path=place / f"{other}.ckpt", **more,
         )  # fmt: skip
         seen[f"resumed {name}"] = trained(module)
+    if (folder / "resume.ckpt").is_file():
+        # Of another number of processes.
+        _, module = fit(folder, count, kind, method, ckpt_path=folder / "resume.ckpt", **more)
+        seen["resumed other"] = trained(module)
+    if (folder / "base").is_dir():
+        seen["loading"] = loading(folder, count)
+        seen["tokens"] = tokens(folder, count)
     seen["other base"] = other_base(folder / "other", count)
     seen["other blocks"] = other_blocks(folder / "other", count)
     torch.save(seen, folder / f"rank{distributed.get_rank()}.pt")

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_peft.engine.backends.layers import QuantizedBackup, QuantizedLayer
 from lightning_peft.engine.backends.registry import backend_for, backends
+from lightning_peft.engine.backends.share import Share
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, as_rows, from_rows
 from lightning_peft.engine.layers.mixin import class_for_key, class_key, stored_parameter
 from lightning_peft.errors import UnsupportedError
@@ -26,13 +27,16 @@ _TRIM_FROM = 1 << 19
 _LAYERS: Any = WeakTensorKeyDictionary()
 
 
-def quantize(layer: nn.Module, config: Any, device: torch.device | None = None) -> None:
+def quantize(
+    layer: Any, config: Any, device: torch.device | None = None, share: Share | None = None
+) -> None:
     """Quantizes the weight of ``layer`` in place, on ``device``, and frees the dense weight.
 
     Args:
         layer: ``nn.Linear``, transformers' ``Conv1D`` or a convolution, with a dense weight.
         config: The config of a registered backend.
         device: Where the quantized weight ends up; ``None`` leaves it where it is.
+        share: The part of its bytes to keep, where the backend's can be packed.
 
     Raises:
         UnsupportedError: If the backend cannot quantize it correctly.
@@ -47,6 +51,8 @@ def quantize(layer: nn.Module, config: Any, device: torch.device | None = None) 
     # state that is saved by position.
     layer._parameters["weight"] = backend.quantize(as_rows(layer, dense.data), config, device)
     use_backend(layer, config, dense.dtype)
+    if share is not None and backend.can_be_packed:
+        layer.pack_weight(device, share)
     _LAYERS[dense] = weakref.ref(layer)
     bias = layer._parameters.get("bias")
     if bias is not None:

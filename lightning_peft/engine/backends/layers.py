@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from lightning_peft.compat.torch import save_to_state_dict
 from lightning_peft.engine.backends.base import QuantizationBackend
 from lightning_peft.engine.backends.packed import PackedWeight
+from lightning_peft.engine.backends.share import Share
 from lightning_peft.engine.layers.convolution import convolution_geometry, frozen_convolution
 from lightning_peft.engine.layers.kinds import as_rows, from_rows
 from lightning_peft.engine.layers.mixin import ClassKey, LayerMixin
@@ -67,13 +68,15 @@ class QuantizedLayer(LayerMixin):
         """``False``: the stored parameter holds codes, not weights."""
         return False
 
-    def pack_weight(self, device: torch.device) -> nn.Parameter:
-        """Stores codes and constants as the bytes of one parameter, to be read on ``device``."""
+    def pack_weight(self, device: torch.device, share: Share | None = None) -> None:
+        """Stores codes and constants as the bytes of one parameter.
+
+        Args:
+            device: Where they will be read.
+            share: The part of them that is stored; ``None`` for all.
+        """
         self.packed = PackedWeight(self.backend, self._parameters["weight"], device)
-        octets, self.packed.octets = self.packed.octets, None
-        assert octets is not None
-        self._parameters["weight"] = octets
-        return octets
+        self._parameters["weight"] = self.packed.release(share)
 
     def stored_weight(self) -> Any:
         """The quantized weight.
@@ -84,10 +87,13 @@ class QuantizedLayer(LayerMixin):
         stored = self._parameters["weight"]
         return stored if self.packed is None else self.packed.open(stored)
 
+    def described_weight(self) -> Any:
+        """The quantized weight, without values where it is packed: for its sizes."""
+        return self._parameters["weight"] if self.packed is None else self.packed.template
+
     def weight_info(self) -> tuple[torch.Size, torch.dtype]:
         """Shape and dtype from before quantization."""
-        known = self._parameters["weight"] if self.packed is None else self.packed.template
-        shape, dtype = self.backend.weight_info(known)
+        shape, dtype = self.backend.weight_info(self.described_weight())
         return from_rows(self, torch.empty(shape, device="meta")).shape, dtype
 
     def effective_weight(self) -> Tensor:
@@ -118,7 +124,8 @@ class QuantizedLayer(LayerMixin):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
         stored = self._parameters["weight"]
-        self._parameters["weight"] = self.backend.restore(stored, stored.device)
+        if self.packed is None:
+            self._parameters["weight"] = self.backend.restore(stored, stored.device)
 
 
 class QuantizedLinear(QuantizedLayer):

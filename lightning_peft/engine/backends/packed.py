@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft.engine.backends.base import QuantizationBackend
+from lightning_peft.engine.backends.share import Share
 from lightning_peft.engine.layers.mixin import require_whole
 
 # Every tensor starts where any dtype may.
@@ -27,8 +28,8 @@ class PackedWeight:
         device: Where its bytes will be read.
 
     Attributes:
-        octets: The parameter, uint8 of shape ``(n,)``; whoever takes it sets it to ``None`` here.
         template: The weight without values.
+        size: Number of its bytes.
     """
 
     def __init__(
@@ -46,8 +47,23 @@ class PackedWeight:
             return tensor.detach().to("meta")
 
         self.template = backend.map_tensors(stored, take)
-        self.octets: nn.Parameter | None = nn.Parameter(torch.cat(pieces), requires_grad=False)
+        self._octets: Tensor | None = torch.cat(pieces)
+        self._read_on = device
+        self.size = self._octets.numel()
+        self._count = 1
         self._opened: tuple[Tensor, Any] | None = None
+
+    def release(self, share: Share | None = None) -> nn.Parameter:
+        """Hands the bytes over, once: the parameter to store, uint8 of shape ``(n,)``.
+
+        Args:
+            share: The part of them that is stored; ``None`` for all.
+        """
+        octets, self._octets = self._octets, None
+        assert octets is not None
+        if share is not None:
+            octets, self._count = share.of(octets, self._read_on), share.count
+        return nn.Parameter(octets, requires_grad=False)
 
     def open(self, octets: Any) -> Any:
         """The quantized weight whose bytes are ``octets``: views of them.
@@ -55,13 +71,14 @@ class PackedWeight:
         Raises:
             LifecycleError: If only some of the bytes are in this process.
         """
-        require_whole(octets)
+        require_whole(octets, 1 if octets.numel() == self.size else self._count)
         # The same object each time, whose memory is given back in between.
         if self._opened is None or self._opened[0] is not octets:
-            self._opened = octets, self._views(octets)
+            self._opened = octets, self.views(octets)
         return self._opened[1]
 
-    def _views(self, octets: Tensor) -> Any:
+    def views(self, octets: Tensor) -> Any:
+        """As :meth:`open`, of bytes that are not kept alive here."""
         start = 0
 
         def view(tensor: Tensor) -> Tensor:

@@ -117,16 +117,22 @@ class LayerMixin(DynamicMixin):
             self.__dict__["in_own_forward"] = outer
 
 
-def require_whole(stored: Any) -> None:
+def require_whole(stored: Any, count: int = 1) -> None:
     """Refuses to read a frozen weight that is spread over processes.
+
+    Args:
+        stored: The stored parameter.
+        count: Of how many parts it is one; FSDP knows that of its own.
 
     Raises:
         LifecycleError: If only a part of it is in this process.
     """
     if hasattr(stored, "device_mesh"):
+        count = stored.device_mesh.size()
+    if count > 1:
         raise LifecycleError(
             "A frozen weight is read outside of the forward pass of its block, and "
-            f"sharding='fsdp2' keeps 1/{stored.device_mesh.size()} of it in this process then. "
+            f"sharding='fsdp2' keeps 1/{count} of it in this process then. "
             "Call the module instead, in all processes; to read, merge or export weights, load "
             "the checkpoint in one process by lightning_peft.load_from_checkpoint."
         )

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 from lightning_peft.compat.transformers import intercepted_from_pretrained
 from lightning_peft.engine.backends.conversion import release_freed_memory
 from lightning_peft.engine.backends.registry import backend_for, storage_bytes
+from lightning_peft.engine.backends.share import current_share
 from lightning_peft.engine.fingerprint import Fingerprint, fingerprint
 from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.loading import quantized_cache
@@ -171,7 +172,9 @@ def _load(
     own = dict(kwargs)
     if streams or (cached is not None and cached.weights):
         kwargs["quantization_config"] = StreamedConfig(loading, streams, cached)
-        kwargs["device_map"] = {"": loading.device}
+        # Of the dense rest, a part goes to the device later.
+        place = loading.device if current_share() is None else torch.device("cpu")
+        kwargs["device_map"] = {"": place}
     if cached is None:
         result = original(*args, **kwargs)
     else:

@@ -31,6 +31,7 @@ from lightning_peft.engine.backends.registry import (
     backend_of,
     storage_bytes,
 )
+from lightning_peft.engine.backends.share import current_share
 from lightning_peft.engine.loading.weight_files import find_weight_files, hashes, stamps
 
 # Raised whenever an entry is written, or its layers are chosen, in another way.
@@ -187,7 +188,9 @@ def find_entry(
     decisive = {key: value for key, value in about.items() if key not in ("model", "label")}
     key = cache_entries.key_of(format=FORMAT, **decisive, options=plain, config=config, files=sums)
     load = CachedLoad(folder / key, str(name), dict(options), files, before, about)
-    load.weights = _read(load.final, backend, device)
+    # Memory-mapped until a process has taken its part.
+    place = device if current_share() is None else torch.device("cpu")
+    load.weights = _read(load.final, backend, place)
     return load
 
 
@@ -252,14 +255,19 @@ def _weights(
     }
 
 
-def store(load: CachedLoad, weights: Mapping[str, CachedWeight]) -> CacheEntry | None:
-    """Writes the entry of a load, if it is worth its place and there is room.
+def size_to_keep(load: CachedLoad, weights: Mapping[str, CachedWeight]) -> int:
+    """Bytes of weights, whose values are not read; 0 where they are not worth an entry."""
+    size = sum(storage_bytes(weight.stored) for weight in weights.values())
+    return size if size >= SMALLEST and not load.final.exists() and load.unchanged() else 0
+
+
+def store(load: CachedLoad, weights: Mapping[str, CachedWeight], size: int) -> CacheEntry | None:
+    """Writes the entry of a load, if there is room.
 
     Nothing that goes wrong here stops a run. ``weights`` are those that are quantized now, by the
-    names of their layers.
+    names of their layers, and ``size`` is that of :func:`size_to_keep`.
     """
-    size = sum(storage_bytes(weight.stored) for weight in weights.values())
-    if size < SMALLEST or load.final.exists() or not load.unchanged():
+    if not size:
         return None
     folder = load.final.parent
     try:

@@ -30,7 +30,9 @@ from lightning_peft.engine.backends.conversion import (
     release_freed_memory,
     use_backend,
 )
+from lightning_peft.engine.backends.packed import PackedWeight
 from lightning_peft.engine.backends.registry import backend_for, storage_bytes
+from lightning_peft.engine.backends.share import current_share
 from lightning_peft.engine.fingerprint import checksum
 from lightning_peft.engine.layers.kinds import LINEAR_LIKE
 from lightning_peft.engine.layers.mixin import stored_parameter
@@ -99,9 +101,12 @@ class _StreamedQuantizer(HfQuantizer):
         self.loading: Loading = quantization_config.loading
         self.streams: bool = quantization_config.streams
         self.cached: CachedLoad | None = quantization_config.cached
+        packs = backend_for(self.loading.settings).can_be_packed
+        self.share = current_share() if packs else None
         self.facts: dict[str, DenseInfo] = {}
         self.chosen: set[str] = set()
         self.known: dict[str, CachedWeight] = {}
+        self.packed: dict[str, PackedWeight] = {}
         self.undo: list[Callable[[], None]] = []
 
     @property
@@ -148,6 +153,8 @@ class _StreamedQuantizer(HfQuantizer):
             layer = model.get_submodule(name)
             layer._parameters["weight"] = weight.stored
             self._note(name, layer, weight.facts)
+            if self.share is not None:
+                layer.pack_weight(self.loading.device, self.share)
             if weight.deferred:
                 layer.__dict__[_DEFERRED] = layer.weight_info()[1]
         for name, facts in self.facts.items():
@@ -156,10 +163,12 @@ class _StreamedQuantizer(HfQuantizer):
         self.remove_quantization_config(model)
         forget_quantization(model)
 
-    def _note(self, name: str, layer: nn.Module, facts: DenseInfo) -> None:
-        backend = backend_for(self.loading.settings)
-        dtype = backend.weight_info(stored_parameter(layer, "weight"))[1]
-        use_backend(layer, self.loading.settings, dtype)
+    def _note(self, name: str, layer: Any, facts: DenseInfo) -> None:
+        backend, packed = backend_for(self.loading.settings), self.packed.get(name)
+        known = stored_parameter(layer, "weight") if packed is None else packed.template
+        use_backend(layer, self.loading.settings, backend.weight_info(known)[1])
+        if packed is not None:
+            layer.packed = packed
         layer.__dict__[_FACTS] = facts
         self.loading.layers.append((name, layer))
 
@@ -180,14 +189,20 @@ class _QuantizeOne(ConversionOps):
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Returns the quantized parameter for a dense tensor, and notes what that was."""
-        settings, device = self.quantizer.loading.settings, self.quantizer.loading.device
+        quantizer = self.quantizer
+        settings, device = quantizer.loading.settings, quantizer.loading.device
+        backend = backend_for(settings)
         result: dict[str, Any] = {}
         for name, value in input_dict.items():
             dense = value[0] if isinstance(value, list) else value
-            if name in self.quantizer.chosen:
+            if name in quantizer.chosen:
+                layer = name.removesuffix(".weight")
                 facts = DenseInfo(checksum(dense), tuple(dense.shape), storage_bytes(dense))
-                self.quantizer.facts[name.removesuffix(".weight")] = facts
-                dense = backend_for(settings).quantize(dense, settings, device)
+                quantizer.facts[layer] = facts
+                dense = backend.quantize(dense, settings, device)
+                if quantizer.share is not None:
+                    packed = quantizer.packed[layer] = PackedWeight(backend, dense, device)
+                    dense = packed.release(quantizer.share)
             result[name] = dense
         if device.type == "cpu":
             release_freed_memory()
@@ -238,5 +253,5 @@ def restore_dense_layer(layer: Any, weight: Tensor) -> None:
     """Makes a layer whose codes came from the cache the dense one that was loaded without it."""
     convert_to_dense(layer, weight)
     layer._parameters["weight"].requires_grad_(True)
-    for mark in (_FACTS, _DEFERRED):
+    for mark in (_FACTS, _DEFERRED, "packed"):
         layer.__dict__.pop(mark, None)

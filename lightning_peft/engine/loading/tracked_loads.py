@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_peft.engine.backends.layers import QuantizedLayer
+from lightning_peft.engine.backends.share import current_share
 from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.loading import quantized_cache
 from lightning_peft.engine.loading.quantized_cache import (
@@ -21,6 +22,7 @@ from lightning_peft.engine.loading.quantized_cache import (
     CacheEntry,
     DenseInfo,
 )
+from lightning_peft.engine.loading.shared_store import GatheredWeights, writers
 from lightning_peft.engine.loading.streamed_quantizer import (
     Loading,
     deferred_dtype,
@@ -123,13 +125,30 @@ def store_quantized(module: nn.Module, loading: Loading | None) -> list[CacheEnt
     ``module`` is as after the injection. Returns the new entries; one process for each machine
     writes them.
     """
-    if loading is None or os.environ.get("LOCAL_RANK", "0") not in ("", "0"):
+    writes = os.environ.get("LOCAL_RANK", "0") in ("", "0")
+    if loading is None or not (writes or current_share()):
         return []
     sums = _checksums(module)
+    known = [(load, _known_weights(load, sums)) for load in loading.loads if not load.weights]
+    sizes = [quantized_cache.size_to_keep(*one) if writes else 0 for one in known]
+    if current_share() is not None:
+        return _store_shared(known, sizes)
+    made = [quantized_cache.store(*one, size) for one, size in zip(known, sizes, strict=True)]
+    return [entry for entry in made if entry]
+
+
+def _store_shared(
+    known: list[tuple[CachedLoad, dict[str, CachedWeight]]], sizes: list[int]
+) -> list[CacheEntry]:
     kept = []
-    for load in loading.loads:
-        if not load.weights:
-            entry = quantized_cache.store(load, _known_weights(load, sums))
+    names = [(load.final.name, [*found]) for load, found in known]
+    for (load, found), size, anyone in zip(known, sizes, writers(names, sizes), strict=True):
+        if anyone:
+            gathered = GatheredWeights(
+                found, {name: load.model.get_submodule(name) for name in found}
+            )
+            entry = quantized_cache.store(load, gathered, size)
+            gathered.finish()
             kept += [entry] if entry else []
     return kept
 
@@ -140,17 +159,17 @@ def _known_weights(load: CachedLoad, sums: dict[int, int]) -> dict[str, CachedWe
         layer = _layer(load.model, name)
         if not isinstance(layer, QuantizedLayer):
             continue
-        stored = stored_parameter(layer, "weight")
+        stored, described = stored_parameter(layer, "weight"), layer.described_weight()
         deferred = name in load.deferred
         facts = dense_info(layer)
         if deferred and id(layer) in sums:
             shape, dtype = layer.weight_info()
             size = shape.numel() * dtype.itemsize
             known[name] = CachedWeight(
-                stored, DenseInfo(sums[id(layer)], tuple(shape), size), deferred
+                described, DenseInfo(sums[id(layer)], tuple(shape), size), deferred
             )
         elif facts is not None and stored is load.on_load.get(name):
-            known[name] = CachedWeight(stored, facts, deferred)
+            known[name] = CachedWeight(described, facts, deferred)
     return known
 
 

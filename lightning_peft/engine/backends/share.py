@@ -1,0 +1,58 @@
+"""The part of each frozen tensor that a process keeps, where processes share a base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Share:
+    """One of ``count`` parts of a tensor, cut along its first dimension as FSDP does.
+
+    Attributes:
+        rank: Number of the process.
+        count: Number of processes.
+    """
+
+    rank: int
+    count: int
+
+    def of(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """A copy of this part on ``device``; of few rows, the last parts are empty.
+
+        Args:
+            tensor: ``(rows, ...)`` of any dtype.
+            device: Where the copy goes.
+        """
+        parts = tensor.detach().chunk(self.count)
+        part = parts[self.rank] if self.rank < len(parts) else tensor.detach()[:0]
+        layout = torch.contiguous_format
+        return torch.empty_like(part, device=device, memory_format=layout).copy_(part)
+
+
+_current: ContextVar[Share | None] = ContextVar("share", default=None)
+
+
+@contextmanager
+def keeping_share(share: Share | None) -> Iterator[None]:
+    """Within the body, this thread keeps only ``share`` of each weight that it quantizes.
+
+    Args:
+        share: The part; ``None`` for whole weights.
+    """
+    token = _current.set(share)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current_share() -> Share | None:
+    """The part that is kept now; ``None`` for whole weights."""
+    return _current.get()

@@ -1,0 +1,72 @@
+"""Putting a base into the cache of which each process has a part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+from lightning_peft.engine.backends.layers import QuantizedLayer
+from lightning_peft.engine.loading.quantized_cache import CachedWeight
+
+
+class GatheredWeights(Mapping[str, CachedWeight]):
+    """Weights that are put together when they are read: by all processes, in one order.
+
+    One that is read another time has no values.
+
+    Args:
+        known: The weights, without values.
+        layers: Their layers.
+    """
+
+    def __init__(
+        self, known: Mapping[str, CachedWeight], layers: Mapping[str, QuantizedLayer]
+    ) -> None:
+        self._known, self._layers = known, layers
+        self._rest = list(known)
+
+    def __getitem__(self, name: str) -> CachedWeight:
+        if name not in self._rest:
+            return self._known[name]
+        self._rest.remove(name)
+        packed, part = self._layers[name].packed, self._layers[name]._parameters["weight"]
+        assert packed is not None
+        distributed = import_module("torch.distributed")
+        count = distributed.get_world_size()
+        # The first part is the largest.
+        padded = part.new_zeros(-(-packed.size // count))
+        padded[: len(part)] = part
+        whole = padded.new_empty(count * len(padded))
+        distributed.all_gather_into_tensor(whole, padded)
+        return replace(self._known[name], stored=packed.views(whole[: packed.size]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def finish(self) -> None:
+        """Takes part in the reading of others."""
+        while self._rest:
+            self[self._rest[0]]
+
+
+def writers(names: list[tuple[str, list[str]]], sizes: list[int]) -> list[bool]:
+    """Whether any process writes an entry, so that all have to give their parts.
+
+    Args:
+        names: The name of each entry, and those of its weights.
+        sizes: What this process would write of each; 0 for nothing.
+
+    Returns:
+        One answer for each entry; nobody writes where the processes did not load the same, or
+        only some of their machines had the entry.
+    """
+    distributed = import_module("torch.distributed")
+    everyone: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(everyone, (names, sizes))
+    same = all(theirs == names for theirs, _ in everyone)
+    return [same and any(each[i] for _, each in everyone) for i in range(len(names))]
