@@ -69,6 +69,21 @@ def all_adapter_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [param for part in parts for param in adapter_parameters(part).values()]
 
 
+def adapter_buffers(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """Returns the floating-point buffers of adapters, each with the dictionary that holds it."""
+    record = record_of(module)
+    parts = [] if record is None else [module.get_submodule(name) for name in record.parts]
+    return [
+        (child._buffers, key, value)
+        for part in parts
+        for layer in adapted_layers(part).values()
+        for name, child in layer.named_modules()
+        if isinstance(layer, BaseTunerLayer) and name.partition(".")[0] != "base_layer"
+        for key, value in child._buffers.items()
+        if value is not None and value.is_floating_point()
+    ]
+
+
 def trained_parameters(part: nn.Module, entry: AdaptedModuleRecord) -> dict[str, nn.Parameter]:
     """Parameters that injection made trainable in ``part``: adapters, saved modules and biases."""
     params = dict(part.named_parameters())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +35,7 @@ _NOT_DECISIVE = (
     "layers_pattern",
     "fan_in_fan_out",
     "init_ia3_weights",
+    "save_projection",
 )
 
 
@@ -76,7 +78,10 @@ def _make_config(cls: Any, fields: Mapping[str, Any]) -> Any:
         later = {name: fields[name] for name in named if name in fields}
         fields = {**fields, **dict.fromkeys(later)}
     try:
-        config = cls(**fields)
+        with warnings.catch_warnings():
+            # They are drawn again from the key, which is recorded.
+            warnings.filterwarnings("ignore", "Specified to not save")
+            config = cls(**fields)
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"{cls.__name__} does not accept these settings: {error}") from error
     for name, value in later.items():

@@ -66,6 +66,7 @@ class AdapterStrategy(_Base):
     _warned_hyperparameters = False
     _training_loops: TrainingLoops | None = None
     _master_weights: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+    _master_buffers: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     _checkpointing: Any = None
     _automatic: AutomaticCheckpointing | None = None
     _names_before_hooks: tuple[str, ...] = ()
@@ -113,6 +114,7 @@ class AdapterStrategy(_Base):
         trained = [p for one in kept for p in one.parameters() if p.requires_grad]
         masters = [*engine.all_adapter_parameters(self._module), *trained]
         self._master_weights = [(p, p.data) for p in masters]
+        self._master_buffers = engine.adapter_buffers(self._module)
         super().setup(trainer)
         # Last: it extends the class that sharding gives to blocks, and takes that away again.
         if enable_activation_checkpointing(self, self.lifecycle.injection.gradient_checkpointing):
@@ -125,6 +127,10 @@ class AdapterStrategy(_Base):
         for param, master in masters:
             if param.dtype in (torch.float16, torch.bfloat16):
                 param.data = master.to(param.device, torch.float32)
+        buffers, self._master_buffers = self._master_buffers, []
+        for holder, key, value in buffers:
+            if holder[key].dtype in (torch.float16, torch.bfloat16):
+                holder[key] = value.to(holder[key].device, torch.float32)
 
     def setup_optimizers(self, trainer: Any) -> None:
         """Lets the module configure its optimizers, then checks that they hold the adapters."""

@@ -136,6 +136,13 @@ METHODS: dict[str, tuple[Any, dict[str, dict[str, Any]]]] = {
     ),
     "PEANuT": (peft.PeanutConfig, {"plain": {"r": 4}, "deep": {"r": 4, "depth": 2}}),
     "PSOFT": (peft.PsoftConfig, {"plain": {"r": 4}, "no scales": {"r": 4, "psoft_mag_a": False}}),
+    "RandLoRA": (
+        peft.RandLoraConfig,
+        {
+            "plain": {"r": 4, "randlora_alpha": 8, "save_projection": False},
+            "sparse": {"r": 4, "randlora_alpha": 8, "save_projection": False, "sparse": True},
+        },
+    ),
     "RoAd": (
         peft.RoadConfig,
         {
@@ -149,19 +156,25 @@ METHODS: dict[str, tuple[Any, dict[str, dict[str, Any]]]] = {
         peft.SupertuningConfig,
         {"half": {"sparsity": 0.5}, "smallest": {"sparsity": 0.5, "select_top": False}},
     ),
+    "VeRA": (
+        peft.VeraConfig,
+        {
+            "plain": {"r": 4, "save_projection": False},
+            "key": {"r": 4, "save_projection": False, "projection_prng_key": 3, "d_initial": 0.2},
+            "saved": {"r": 4, "save_projection": False, "modules_to_save": ["head"]},
+        },
+    ),
     "WaveFT": (
         peft.WaveFTConfig,
         {"plain": {"n_frequency": 12}, "wavelet": {"n_frequency": 12, "wavelet_family": "sym2"}},
     ),
 }
 NOT_INJECTED = {
-    "VeRA": (peft.VeraConfig, "share tensors between layers"),
-    "PVeRA": (peft.PveraConfig, "share tensors between layers"),
     "VBLoRA": (peft.VBLoRAConfig, "share tensors between layers"),
+    "PVeRA": (peft.PveraConfig, "each forward pass draws noise"),
     "TinyLoRA": (peft.TinyLoraConfig, "share tensors between layers"),
     "UniLoRA": (peft.UniLoraConfig, "share tensors between layers"),
     "FRoD": (peft.FrodConfig, "share tensors between layers"),
-    "RandLoRA": (peft.RandLoraConfig, "share random projections"),
     "Lily": (peft.LilyConfig, "its layers share one tensor"),
     "OSF": (peft.OSFConfig, "it rewrites the base weights"),
     "Poly": (peft.PolyConfig, "takes the task of each row"),

@@ -35,7 +35,8 @@ OF_LORA = {"DoRA": {"use_dora": True}, "LoRA with a bias": {"lora_bias": True}}
 
 # PEFT imports scikit-learn for it, which takes seconds.
 EACH = [
-    pytest.param(name, marks=pytest.mark.long) if name == "AdaMSS" else name for name in OPTIONS
+    pytest.param(name, marks=pytest.mark.long) if name in ("AdaMSS", "RandLoRA") else name
+    for name in OPTIONS
 ]
 QUANTIZABLE = [*OF_LORA, *(x for x in EACH if x not in DENSE_ONLY)]
 

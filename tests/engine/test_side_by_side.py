@@ -67,7 +67,8 @@ SLICE = (
     "FourierFT on linear: patterns",
     "LNTuning on linear: saved",
     "ShiRA on square: no seed",
-    "VeRA ",
+    "VeRA on linear: saved",
+    "TinyLoRA ",
     "tokens on words",
 )
 

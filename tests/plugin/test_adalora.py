@@ -84,7 +84,7 @@ def test_ten_steps_are_those_of_peft(tmp_path):
     assert module.losses[0] < losses[0]
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.long), "qlora"])
 def test_a_resumed_run_cuts_the_same_ranks(method, tmp_path):
     def fit(ckpt_path=None, callbacks=()):
         torch.manual_seed(5 if ckpt_path is None else 1000)

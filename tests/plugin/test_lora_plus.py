@@ -49,7 +49,9 @@ def test_ten_steps_are_those_of_peft(tmp_path):
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", [None, "auto", "adamw_8bit"])
+@pytest.mark.parametrize(
+    "optimizer", [None, *(pytest.param(x, marks=pytest.mark.long) for x in ("auto", "adamw_8bit"))]
+)
 def test_groups_and_schedulers_stay_the_users_and_resume(optimizer, tmp_path):
     def fit(ckpt_path=None, callbacks=(), ratio=8.0):
         torch.manual_seed(5 if ckpt_path is None else 1000)

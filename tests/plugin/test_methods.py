@@ -23,6 +23,7 @@ METHODS = {
     "fp4": ("qlora", {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}),
     "in full besides": ("lora", {"modules_to_save": ["norm", "head"], "bias": "all"}),
     "loha": ("lora", {"r": 16, "peft_config": {"peft_type": "LOHA", "r": 4}}),
+    "vera on nf4": ("qlora", {"r": 16, "peft_config": {"peft_type": "VERA", "r": 4}}),
     "ready config": ("lora", {"r": 16, "peft_config": LoraConfig(r=3, lora_dropout=0.0)}),
     "ready quantization": (
         "qlora",
@@ -50,6 +51,15 @@ def test_there_and_back(name, tmp_path):
     loaded = lightning_peft.load_from_checkpoint(task_class(ROOTS[0]), tmp_path / "step=12.ckpt")
     assert torch.equal(outputs(loaded, kind), outputs(module, kind))
     module.trainer.validate(loaded, loader(kind), verbose=False)
+
+
+def test_random_projections_stay_in_float32(tmp_path):
+    module = task()
+    ours = strategy("lora", r=16, peft_config={"peft_type": "VERA", "r": 4})
+    make_trainer(tmp_path, ours, precision="bf16-true").fit(module, loader())
+    layer = module.model.layers[0]
+    assert layer.vera_A["default"].dtype == layer.vera_lambda_b["default"].dtype == torch.float32
+    assert bool(layer.vera_lambda_b["default"].any())
 
 
 def test_an_adapter_from_a_folder_is_trained_on(tmp_path):

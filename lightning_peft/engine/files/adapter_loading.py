@@ -12,6 +12,7 @@ from peft import set_peft_model_state_dict
 from torch import Tensor, nn
 
 from lightning_peft.engine.adapters import (
+    adapted_layers,
     adapter_file_tensors,
     adapter_parameters,
     refuse_merged,
@@ -32,6 +33,7 @@ from lightning_peft.engine.files.fitting import (
 from lightning_peft.engine.files.token_rows import refuse_training, rows_as_modules
 from lightning_peft.engine.injection import inject_config
 from lightning_peft.engine.methods.lora_config import changes_base
+from lightning_peft.engine.methods.registry import method_of
 from lightning_peft.engine.record import record_of, require_record
 from lightning_peft.engine.rollback import restored_on_error
 from lightning_peft.engine.selection.adapter_names import check_adapter_name
@@ -229,9 +231,29 @@ def _put_on(
     entry = require_record(module).parts[folder.part]
     if check_base:
         check_base_of(module, folder, entry)
+    _check_projections(module.get_submodule(folder.part), folder, adapter_name)
     replaced = check_fit(module.get_submodule(folder.part), entry, adapter_name, folder)
     if replaced:
         include_in_files(module, entry, replaced)
+
+
+def _check_projections(part: nn.Module, folder: AdapterFolder, adapter_name: str) -> None:
+    """Takes random projections out of what was read, once they are those of the module."""
+    names = method_of(folder.fields).projections
+    keys = [key for key in folder.tensors if key.rpartition(".")[2] in names]
+    layer = next(iter(adapted_layers(part).values()))
+    for key in keys:
+        # One of the model, or the same again for each layer.
+        read, name = folder.tensors.pop(key), key.rpartition(".")[2]
+        drawn = getattr(layer, name)[adapter_name]
+        if read.shape != drawn.shape or not torch.equal(read.to(drawn), drawn):
+            raise CheckpointError(
+                f"The adapter in {str(folder.path)!r} was trained with other random projections "
+                f"({name}) than PEFT draws here from projection_prng_key="
+                f"{folder.fields.get('projection_prng_key')!r} for the adapted layers. Neither "
+                "checkpoints nor files of this package hold them. Load it by "
+                "peft.PeftModel.from_pretrained."
+            )
 
 
 def _inject_for_file(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ class Method:
         decisive_fields: Fields of the config that decide what the tensors mean; ``None`` for all
             but those that say where adapters go.
         hides_model_type: Whether PEFT would choose other layers by the type of a model.
+        projections: Random tensors that its layers share. PEFT draws them from a key in the config,
+            so that neither checkpoints nor files hold them.
         from_trainer: Fields that PEFT needs, and a Trainer fills where they are left out.
         remark: A few words for the table of methods.
     """
@@ -35,6 +38,7 @@ class Method:
     ignored_properties: tuple[str, ...] = ()
     decisive_fields: tuple[str, ...] | None = None
     hides_model_type: bool = False
+    projections: tuple[str, ...] = ()
     from_trainer: tuple[str, ...] = ()
     remark: str = ""
 
@@ -44,6 +48,9 @@ class Method:
         Raises:
             ConfigError, UnsupportedError: With all settings that cannot work.
         """
+        if self.projections and config.save_projection:
+            config = copy.copy(config)
+            config.save_projection = False
         return config
 
     def unsupported_reason(
