@@ -42,6 +42,7 @@ from .injection import inject as inject
 from .injection import inject_config as inject_config
 from .late_copies import explain_hook_error as explain_hook_error
 from .late_copies import link_late_copies as link_late_copies
+from .layers.attention import with_projections as with_projections
 from .layers.fused import is_transformed as is_transformed
 from .layers.probes import in_eval_mode as in_eval_mode
 from .loading.gguf_files import find_gguf as find_gguf

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_peft.compat.peft import BaseTunerLayer
 from lightning_peft.engine.layers.adapter import AdapterLayer, enable_adapters
+from lightning_peft.engine.layers.attention import PROJECTION, projections
 from lightning_peft.engine.record import AdaptedModuleRecord, Record, record_of, require_record
 from lightning_peft.errors import ConfigError, LifecycleError, itemize
 
@@ -55,8 +56,13 @@ def adapter_file_tensors(
 ) -> dict[str, nn.Parameter]:
     """Returns the tensors of an adapter in place on the layers ``targets``, by PEFT's keys."""
     layers: dict[str, Any] = {target: part.get_submodule(target) for target in targets}
+    # PEFT keeps that of a projection in its wrapper of the attention.
+    behind = {
+        name: f"{name.removesuffix(PROJECTION)}base_layer.{PROJECTION}"
+        for name in projections(part, layers)
+    }
     return {
-        f"{target}.{key}": param
+        f"{behind.get(target, target)}.{key}": param
         for target, layer in layers.items()
         for key, param in layer.adapter_tensors(name).items()
     }

@@ -29,6 +29,7 @@ from lightning_peft.engine.configuration import (
 from lightning_peft.engine.files.base_tensors import include_in_files
 from lightning_peft.engine.fingerprint import buffer_checksums, fingerprint
 from lightning_peft.engine.freezing import freeze_base
+from lightning_peft.engine.layers.attention import projections
 from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.loading.quantize_on_load import (
     GGUF_HASH,
@@ -329,7 +330,9 @@ def _dtype_of(part: nn.Module) -> str | None:
 def _resolved(plan: InjectionPlan, config: PeftConfig) -> PeftConfig:
     """Returns a copy of ``config`` that means exactly the planned layers to PEFT."""
     exact: Any = copy.deepcopy(config)
-    exact.target_modules = "|".join(re.escape(name) for name in plan.targets)
+    behind = projections(plan.part, plan.targets) if plan.in_place is not None else []
+    named = [name for name in plan.targets if name not in behind]
+    exact.target_modules = "|".join(re.escape(name) for name in named)
     exact.modules_to_save = None
     if plan.in_place is not None and hasattr(exact, "fan_in_fan_out"):
         kinds = [isinstance(plan.part.get_submodule(name), Conv1D) for name in plan.targets]

@@ -55,8 +55,7 @@ def _problem_of(layer: Any) -> str | None:
             "lose part of the adapter. Load the adapter onto the dense base "
             "(lightning_peft.load_adapter) and merge there"
         )
-    attention = isinstance(base, nn.MultiheadAttention)
-    if "weight" not in base._parameters and hasattr(base, "weight") and not attention:
+    if "weight" not in base._parameters and hasattr(base, "weight"):
         return (
             "computes its weight in each forward pass (weight norm or another parametrization), so "
             "that what is merged into it would be lost. Remove that from the base first "

@@ -9,11 +9,11 @@ import torch
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig
 from torch import nn
 
-from lightning_peft.compat.peft import MultiheadAttention, cast_adapters, in_place_tuner
+from lightning_peft.compat.peft import cast_adapters, in_place_tuner
 from lightning_peft.engine.backends.conversion import quantize
 from lightning_peft.engine.backends.share import Share, current_share
 from lightning_peft.engine.layers.adapter import attach
-from lightning_peft.engine.layers.attention import parameters_of, preserve_parameters
+from lightning_peft.engine.layers.attention import PROJECTION
 from lightning_peft.engine.layers.sizes import weight_sizes
 from lightning_peft.engine.loading.streamed_quantizer import deferred_dtype
 from lightning_peft.engine.methods.base import InPlaceMethod
@@ -58,6 +58,9 @@ def inject_in_place(
         if id(layer) in rows:
             limited: Any = layer
             limited.limit_rows(name, rows[id(layer)])
+        behind = made.__dict__.get("behind")
+        if behind is not None:
+            place(layer.get_submodule(PROJECTION), behind)
 
     with hidden_model_type(plan.part) if method.hides_model_type else nullcontext():
         in_place_tuner(config.peft_type)(plan.part, config, name, create, place)
@@ -88,14 +91,9 @@ def inject_with_peft(plan: InjectionPlan, config: PeftConfig, adapter_name: str)
     """
     # As inject_adapter_in_model, which does not give the tuner back.
     tuners: Any = PEFT_TYPE_TO_TUNER_MAPPING
-    layers = {name: plan.part.get_submodule(name) for name in plan.targets}
-    attentions = {
-        name: parameters_of(layer)
-        for name, layer in layers.items()
-        if isinstance(layer, nn.MultiheadAttention)
-    }
+    layers = [plan.part.get_submodule(name) for name in plan.targets]
     again = " Build the module again: its layers are quantized already." if plan.quantize else ""
-    rewritten = floating_tensors(layers.values()) if changes_base(config) else ()
+    rewritten = floating_tensors(layers) if changes_base(config) else ()
     method = method_of(config)
     unknown = hidden_model_type(plan.part) if method.hides_model_type else nullcontext()
     try:
@@ -107,7 +105,3 @@ def inject_with_peft(plan: InjectionPlan, config: PeftConfig, adapter_name: str)
             f"PEFT cannot inject {type(config).__name__} into {type(plan.part).__name__}: {error}."
             + again
         ) from error
-    for name, before in attentions.items():
-        wrapper = plan.part.get_submodule(name)
-        if isinstance(wrapper, MultiheadAttention):
-            preserve_parameters(wrapper, before)

@@ -183,7 +183,9 @@ def unwrapped_peft_layers(module: nn.Module, wrapped: list[PeftWrapped]) -> Iter
     """Puts the layers back under their own names; if the body fails, PEFT's wrappers again."""
     undo: list[tuple[nn.Module, str, nn.Module]] = []
     for part in wrapped:
-        part.values = dict(adapter_parameters(part.part))
+        # An attention's output projection is not below a wrapper any more.
+        found = adapter_parameters(part.part)
+        part.values = {name.replace(".base_layer.", "."): value for name, value in found.items()}
         for name, layer in part.layers.items():
             base = layer.get_base_layer()
             if isinstance(layer, MultiheadAttention):

@@ -127,7 +127,7 @@ class StreamedMerge:
         others = [
             name
             for name, layer in self._layers.items()
-            if not isinstance(layer, AdapterLayer) or isinstance(layer, nn.RNNBase)
+            if not isinstance(layer, AdapterLayer) or layer.weight_name != "weight"
         ]
         if others:
             raise UnsupportedError(

@@ -13,7 +13,6 @@ from lightning_peft.engine.adapters import adapted_layers_of, is_merged
 from lightning_peft.engine.backends.conversion import convert_to_dense, restore_quantized
 from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.layers.adapter import AdapterLayer, detach
-from lightning_peft.engine.layers.attention import AttentionMixin
 from lightning_peft.engine.mergeable import outermost
 from lightning_peft.engine.momentum_copies import unlink_copies
 from lightning_peft.engine.record import refuse_sharded, require_record, set_record
@@ -84,8 +83,6 @@ def _unwrap(part: nn.Module) -> None:
             if isinstance(child, BaseTunerLayer):
                 base: Any = child.get_base_layer()
                 base.__dict__.pop("before_merge", None)
-                if isinstance(child, AttentionMixin):
-                    base = child.unwrapped()
                 setattr(parent, name, base)
         if not isinstance(parent, (BaseTuner, PeftModel)):
             # Their own forward pass needs it.

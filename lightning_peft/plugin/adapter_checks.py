@@ -59,7 +59,8 @@ def _target_differences(
     if not info.in_place:
         # Inside PEFT's wrappers the layers have other names.
         return []
-    requested = engine.resolve_targets({entry.name: part}, config, aside)[entry.name]
+    named = engine.resolve_targets({entry.name: part}, config, aside)[entry.name]
+    requested = engine.with_projections(part, named)
     missing, surplus = (
         sorted({*requested} - {*info.targets}),
         sorted({*info.targets} - {*requested}),

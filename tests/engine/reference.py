@@ -100,7 +100,13 @@ def randomize(module: nn.Module, scale: float = 0.1) -> dict[str, Tensor]:
 @torch.no_grad()
 def copy_adapter(module: nn.Module, reference: PeftModel, prefix: str = "base_model.model.") -> int:
     """Copies all adapter values of ``module`` into PEFT's model; returns how many tensors."""
-    theirs = dict(reference.named_parameters())
+    # PEFT keeps the projection behind an attention in its wrapper of that.
+    theirs = {
+        name
+        if name.endswith(("base_layer.weight", "base_layer.bias"))
+        else name.replace(".base_layer.", "."): param
+        for name, param in reference.named_parameters()
+    }
     mine = adapter_parameters(module)
     for name, param in mine.items():
         theirs[f"{prefix}{name}"].copy_(param)

@@ -92,13 +92,13 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     for name, param in model.named_parameters():
         if param.requires_grad:
             plain = name.removeprefix(PREFIX).replace(".modules_to_save.default", "")
-            found[plain.replace(".base_layer.bias", ".bias")] = param
+            found[plain.replace(".base_layer.", ".")] = param
     return found
 
 
 def _structure(theirs: nn.Module, ours: nn.Module) -> list[str]:
     wrapped = {
-        name.removeprefix(PREFIX)
+        name.removeprefix(PREFIX).replace(".base_layer.", ".")
         for name, child in theirs.named_modules()
         if isinstance(child, BaseTunerLayer)
     }

@@ -176,6 +176,7 @@ def test_adapters_on_multihead_attention_are_taken_over(tmp_path, targets) -> No
     lightning_peft.inject(model)
     assert relative_error(model(x), expected) < 1e-6
     now = engine.adapter_parameters(model)
+    values = {name.replace(".base_layer.", "."): value for name, value in values.items()}
     assert now.keys() == values.keys()
     assert all(torch.equal(now[name], value) for name, value in values.items())
     assert {n for n, p in model.named_parameters() if p.requires_grad} >= set(values)

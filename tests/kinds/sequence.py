@@ -288,10 +288,11 @@ KINDS = [
         "`nn.TransformerEncoder`",
         TransformerForecaster,
         series,
-        adapted=names("linear1", "linear2", "out_proj"),
+        strategy={"target_modules": ["self_attn", "linear1", "linear2"]},
+        adapted=names("self_attn", "linear1", "linear2", "out_proj"),
         quantized=names("linear1", "linear2"),
-        note="works in train mode and on the fast path of eval mode; `in_proj_weight` is not a "
-        "layer and is unchanged",
+        note="in train and eval mode; without names, `in_proj_weight` is unchanged; it stays dense "
+        "under QLoRA",
     ),
     Kind(
         "attention",

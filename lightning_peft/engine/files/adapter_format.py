@@ -27,6 +27,7 @@ from lightning_peft.engine.configuration import config_from_dict
 from lightning_peft.engine.files.base_tensors import changed_buffers, keys_in_file
 from lightning_peft.engine.files.peft_names import replaced_under_one_name, saved_entries
 from lightning_peft.engine.fingerprint import Fingerprint, checksum
+from lightning_peft.engine.layers.attention import projections
 from lightning_peft.engine.layers.mixin import class_key
 from lightning_peft.engine.methods.base import InPlaceMethod
 from lightning_peft.engine.methods.registry import METHODS
@@ -143,7 +144,9 @@ def exported_config(part: nn.Module, entry: AdaptedModuleRecord, name: str) -> d
     """Returns the ``adapter_config.json`` that loads the adapter onto the plain base model."""
     info = entry.adapters[name]
     config = {key: value for key, value in info.config.items() if key != "auto_mapping"}
-    config["target_modules"] = shortest_suffixes(info.targets, part)
+    behind = projections(part, info.targets) if info.in_place else []
+    named = [target for target in info.targets if target not in behind]
+    config["target_modules"] = shortest_suffixes(named, part)
     for applied in ("layers_to_transform", "layers_pattern", "exclude_modules"):
         config[applied] = None
     entries = saved_entries(part, saved_modules(part, entry, name), info.targets)

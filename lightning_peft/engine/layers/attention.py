@@ -1,99 +1,89 @@
-"""PEFT's adapter on ``nn.MultiheadAttention``, without what it does to the frozen weights.
+"""LoRA on ``in_proj_weight`` of ``nn.MultiheadAttention``, which torch's own code reads.
 
-PEFT adds the adapter to the weights before each forward pass and subtracts it afterwards. What
-that leaves is another parameter object, in another place among the parameters, and not quite the
-weight from before: the frozen base moves by rounding errors, most of all in bfloat16. Walking
-through the modules replaces the parameters too.
+PEFT's layer adds the adapter to the frozen weights before each forward pass and subtracts it
+afterwards, which moves them by rounding errors. Here the weight that is read has the adapter in it.
+The projection behind it, ``out_proj``, gets one with it, as PEFT says; it is a linear layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
-from lightning_peft.engine.layers.mixin import DynamicMixin, add_mixin
+from lightning_peft.compat.peft import MultiheadAttention
+from lightning_peft.engine.layers.adapter import AdapterLayer
+from lightning_peft.engine.layers.lora import LoraLayer
+
+PROJECTION = "out_proj"
 
 
-class AttentionMixin(DynamicMixin):
-    """Mixin for PEFT's layer that puts the same parameters back, bit for bit.
+def projections(part: nn.Module, targets: Iterable[str]) -> list[str]:
+    """Returns the names of the projections behind those of ``targets`` that are attentions."""
+    found = [t for t in targets if isinstance(part.get_submodule(t), nn.MultiheadAttention)]
+    return [f"{target}.{PROJECTION}" for target in found]
 
-    Attributes:
-        merged_adapters: PEFT's names of the adapters that are in the weights now.
-        unmerged: The parameters from before, for the attention and its output projection.
+
+def with_projections(part: nn.Module, targets: Iterable[str]) -> list[str]:
+    """Returns ``targets`` and the projections behind the attentions in them, in module order."""
+    named = {*targets, *projections(part, targets)}
+    return [name for name, _ in part.named_modules() if name in named]
+
+
+@cache
+def times_added() -> int:
+    """Returns how often PEFT's layer adds the adapter of ``out_proj`` to its weight.
+
+    Twice in PEFT 0.21, whose files then mean twice the adapter.
     """
-
-    merged_adapters: list[str]
-    unmerged: list[dict[str, Any]]
-
-    def holders(self) -> tuple[Any, Any]:
-        """Returns the two modules whose weights are merged into."""
-        base = self.get_base_layer()  # type: ignore[attr-defined]
-        return base, base.out_proj.get_base_layer()
-
-    def merge(self, *args: Any, **kwargs: Any) -> None:
-        """Merges as PEFT does; the merged weights stay parameters where they need no gradient."""
-        before = [dict(holder._parameters) for holder in self.holders()]
-        if not self.merged_adapters:
-            self.unmerged = before
-        super().merge(*args, **kwargs)  # type: ignore[misc]
-        if not torch.is_grad_enabled():
-            for holder, params in zip(self.holders(), before, strict=True):
-                _register(holder, params)
-
-    def unmerge(self) -> None:
-        """Puts the parameters from before back."""
-        if not self.merged_adapters:
-            return
-        for holder, params in zip(self.holders(), self.unmerged, strict=True):
-            for name, param in params.items():
-                now = getattr(holder, name)
-                if param is not None and now is not param:
-                    # The module may have moved while it was merged.
-                    param.data = param.data.to(now.device, now.dtype)
-            _put_back(holder, params)
-        self.unmerged = []
-        self.merged_adapters.clear()
-        self.get_base_layer().out_proj.merged_adapters.clear()  # type: ignore[attr-defined]
-
-    def _restore_weights(self) -> None:
-        """Registers merged weights that PEFT left as plain tensors."""
-        for holder, params in zip(self.holders(), self.unmerged, strict=False):
-            _register(holder, params)
-
-    def unwrapped(self) -> nn.Module:
-        """Returns the attention as it was before PEFT wrapped it, with the weights of now."""
-        base, out_proj = self.holders()
-        base.out_proj = out_proj
-        attention: nn.Module = base
-        return attention
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        config = LoraConfig(r=1, init_lora_weights=False)
+        theirs = MultiheadAttention(nn.MultiheadAttention(4, 1), "default", config, r=1)
+    projection: Any = theirs.get_base_layer().out_proj
+    before = projection.weight.detach().clone()
+    theirs.merge()
+    added = projection.weight.detach() - before
+    once = projection.get_delta_weight("default").detach()
+    return round((added.norm() / once.norm()).item())
 
 
-def parameters_of(attention: Any) -> list[dict[str, Any]]:
-    """Returns the parameters of an attention and of its output projection, in their order."""
-    return [dict(attention._parameters), dict(attention.out_proj._parameters)]
+def attention_factors(layer: Any, make: Callable[[nn.Module], nn.Module]) -> Any:
+    """Returns PEFT's adapter for the input of an attention, with that of ``out_proj`` on it.
+
+    Args:
+        layer: The attention.
+        make: PEFT's function that makes an adapter for a linear layer.
+    """
+    # PEFT makes that of the projection, and again after the other one.
+    make(layer.out_proj)
+    rows, columns = layer._parameters["in_proj_weight"].shape
+    made: Any = make(skip_init(nn.Linear, columns, rows, bias=False, device="cpu"))
+    behind: Any = make(layer.out_proj)
+    behind.scaling = {name: scale * times_added() for name, scale in behind.scaling.items()}
+    made.__dict__["behind"] = behind
+    return made
 
 
-def preserve_parameters(wrapper: Any, before: list[dict[str, Any]]) -> None:
-    """Turns PEFT's new ``wrapper`` into one that keeps the parameters ``before``."""
-    add_mixin(wrapper, AttentionMixin)
-    wrapper.unmerged = []
-    for holder, params in zip(wrapper.holders(), before, strict=True):
-        _put_back(holder, params)
+class LoraAttention(LoraLayer):
+    """``nn.MultiheadAttention``: ``A`` is ``(r, width)`` and ``B`` is ``(3 * width, r)``."""
 
+    weight_name = "in_proj_weight"
 
-def _put_back(holder: Any, params: dict[str, Any]) -> None:
-    for name in params:
-        holder.__dict__.pop(name, None)
-    holder._parameters = params
+    def __getattr__(self, name: str) -> Any:
+        # Reached for parameters and submodules.
+        stored = super().__getattr__(name)  # type: ignore[misc]
+        return self.read_weight() if name == self.weight_name else stored
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns output and weights of attention, from the weights that torch reads."""
+        return super(AdapterLayer, self).forward(*args, **kwargs)  # type: ignore[misc]
 
-def _register(holder: Any, params: dict[str, Any]) -> None:
-    """Makes plain tensors that took the place of ``params`` parameters, in the same order."""
-    holder._parameters = {
-        name: nn.Parameter(holder.__dict__.pop(name), requires_grad=False)
-        if isinstance(holder.__dict__.get(name), Tensor)
-        else holder._parameters[name]
-        for name in params
-    }
+    def delta_weight(self, name: str, weight: Tensor | None = None) -> Tensor:
+        """Returns ``s B A``."""
+        a, b = self.upcast_factors(name)
+        return b @ a

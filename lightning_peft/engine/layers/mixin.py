@@ -42,6 +42,8 @@ class LayerMixin(DynamicMixin):
 
     # Whether `forward` is the product with the weight, whatever class lies below.
     standard_forward: ClassVar[bool] = False
+    # What the parameter is called; not "weight" where code of the layer's class reads it.
+    weight_name: ClassVar[str] = "weight"
     # Whether the stored weight is spread over processes, outside of the forward pass.
     is_sharded = False
 
@@ -55,7 +57,13 @@ class LayerMixin(DynamicMixin):
         :class:`WeightView` of the dequantized weight plus the active adapters, or that weight
         itself within ``torch.compile``.
         """
-        stored = self._parameters["weight"]
+        if self.weight_name != "weight":
+            raise AttributeError(f"{type(self).__name__} has no attribute 'weight'")
+        return self.read_weight()
+
+    def read_weight(self) -> Any:
+        """Returns the weight as :attr:`weight` gives it."""
+        stored = self._parameters[self.weight_name]
         if self.__dict__.get("in_own_forward") or self.weight_is_stored():
             return stored
         # FSDP alone gets the part that it left here; others mean the weight.
@@ -85,7 +93,7 @@ class LayerMixin(DynamicMixin):
 
     def stored_weight(self) -> Any:
         """The stored weight as the layer's backend takes it; ``None`` where there is none."""
-        return self._parameters.get("weight")
+        return self._parameters.get(self.weight_name)
 
     def weight_is_stored(self) -> bool:
         """Whether the stored parameter is the weight that the layer computes with."""
@@ -93,18 +101,18 @@ class LayerMixin(DynamicMixin):
 
     def weight_info(self) -> tuple[torch.Size, torch.dtype]:
         """Returns shape and dtype of the effective weight, without computing it."""
-        stored = self._parameters["weight"]
+        stored = self._parameters[self.weight_name]
         return stored.shape, stored.dtype
 
     def effective_weight(self) -> Tensor:
         """Returns the weight that the layer computes with, in the layout of its class."""
-        stored: Tensor = self._parameters["weight"]
+        stored: Tensor = self._parameters[self.weight_name]
         require_whole(stored)
         return stored
 
     def store_weight(self, weight: Tensor) -> None:
         """Writes new values into the stored weight, which is dense."""
-        self._parameters["weight"].copy_(weight)
+        self._parameters[self.weight_name].copy_(weight)
 
     @contextmanager
     def own_forward(self) -> Iterator[None]:

@@ -33,6 +33,8 @@ def stores_weight(layer: Any) -> bool:
 
     Others compute it from parameters of other names (weight norm, parametrizations).
     """
+    if isinstance(layer, nn.MultiheadAttention):
+        return layer._parameters.get("in_proj_weight") is not None
     if not isinstance(layer, nn.RNNBase):
         return "weight" in layer._parameters
     directions = 2 if layer.bidirectional else 1
@@ -70,10 +72,7 @@ class LoraRecurrent(LoraLayer, StoredFlatWeights):
     adapters has no place: the kernel makes the inputs of all layers but the first.
     """
 
-    @property
-    def weight(self) -> Any:
-        """There is none."""
-        raise AttributeError(f"{type(self).__name__} has several weights, and none called `weight`")
+    weight_name = ""
 
     def __getattr__(self, name: str) -> Any:
         # Reached for parameters: code that reads a matrix gets that with the adapter in it.

@@ -10,6 +10,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from lightning_peft.compat.torch import ConvTransposeNd
+from lightning_peft.engine.layers.attention import LoraAttention, attention_factors
 from lightning_peft.engine.layers.convolution_adapters import TransposedFactors, bare_convolution
 from lightning_peft.engine.layers.kinds import (
     ADAPTABLE,
@@ -66,14 +67,14 @@ class Lora(InPlaceMethod):
             return LoraEmbedding
         if isinstance(layer, nn.RNNBase):
             return LoraRecurrent
+        if isinstance(layer, nn.MultiheadAttention):
+            return LoraAttention
         return LoraLinear if isinstance(layer, ADAPTABLE) else None
 
     def unsupported_reason(
         self, layer: nn.Module, name: str, config: Any, in_place: bool
     ) -> str | None:
-        if isinstance(layer, nn.MultiheadAttention):
-            return None
-        if isinstance(layer, nn.RNNBase) and in_place:
+        if isinstance(layer, (nn.RNNBase, nn.MultiheadAttention)) and in_place:
             return None
         reason = _unsupported_reason(layer, rank_of(config, name))
         return reason or shape_unsupported_reason(layer, in_place)
@@ -90,6 +91,8 @@ class Lora(InPlaceMethod):
             return TransposedFactors(layer, name, config, options)
         if isinstance(layer, nn.RNNBase):
             return RecurrentFactors(layer, name, original)
+        if isinstance(layer, nn.MultiheadAttention):
+            return attention_factors(layer, original)
         # PEFT makes `A` of the class of the layer, which may be ours or the user's own.
         return original(bare_convolution(layer) if isinstance(layer, CONVOLUTIONS) else layer)
 
@@ -122,6 +125,8 @@ class Lora(InPlaceMethod):
     def difference_in_peft(self, layer: Any) -> str | None:
         if isinstance(layer, nn.RNNBase):
             return "PEFT has no adapters for recurrent layers, and refuses the folder"
+        if isinstance(layer, nn.MultiheadAttention):
+            return None
         if isinstance(layer, TRANSPOSED):
             return "PEFT has no adapters for transposed convolutions, and refuses the folder"
         if isinstance(layer, CONVOLUTIONS):
@@ -160,6 +165,11 @@ def _unsupported_reason(layer: Any, rank: int) -> str | None:
             f"a {kind} keeps several weights, which LoRA without `use_dora` and `lora_bias` goes "
             "on, in place, where they are parameters: without weight norm and the like, and with "
             "no target that PEFT wraps. Or train it in full: name it in `modules_to_save`"
+        )
+    if isinstance(layer, nn.MultiheadAttention):
+        return (
+            "an attention is adapted in place, by LoRA without `use_dora` and `lora_bias`, where "
+            "queries, keys and values have one weight (no `kdim` and `vdim`)"
         )
     if not isinstance(layer, ADAPTABLE):
         return f"a {kind} has no weight to add a low-rank product to"

@@ -15,6 +15,7 @@ from torch import nn
 from lightning_peft.engine.adapters import trained_heads
 from lightning_peft.engine.backends.registry import backend_for, is_quantized, quantization_to_dict
 from lightning_peft.engine.layers.adapter import AdapterLayer
+from lightning_peft.engine.layers.attention import with_projections
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, has_quantizable_class
 from lightning_peft.engine.layers.recurrent import stores_weight
 from lightning_peft.engine.methods.base import InPlaceMethod
@@ -151,12 +152,14 @@ def make_plans(
     ]
     for plan in plans:
         _check_ties(plan)
+        plan.in_place = _in_place_method(plan, request.config)
+        if plan.in_place is not None:
+            plan.targets = with_projections(plan.part, plan.targets)
         plan.heads = [
             head
             for head in find_heads(plan.part, exclusions)
             if not inside(head, plan.saved) and not any(inside(t, [head]) for t in plan.targets)
         ]
-        plan.in_place = _in_place_method(plan, request.config)
         if plan.name in record.parts:
             _check_trained_heads(plan, record.parts[plan.name])
         else:
