@@ -19,6 +19,7 @@ from lightning_peft.errors import ConfigError, first_line
 _KINDS = (".py", ".ipynb", ".yaml", ".yml")
 _SKIPPED = {"node_modules", "site-packages", "__pycache__"}
 _LARGEST = 5_000_000
+_COMMAND = re.compile(r"^([ \t]*)(?:[%!?]|[\w.]+\?+$)(?:.*\\\n)*.*$", re.MULTILINE)
 _CLASS_PATH = re.compile(r"""^\s*(?:-\s*)?class_path:\s*["']?([\w.]+)""")
 _STRATEGY = re.compile(r"""^\s*strategy:\s*["']?([\w.]+)["']?\s*(?:#.*)?$""")
 
@@ -66,6 +67,7 @@ class Source:
         tree: The parsed code; empty for YAML.
         encoding: How the file is encoded.
         cells: Of a notebook, the number of the cell and the line in it, for each line of ``text``.
+        left_out: Sentences on cells that could not be parsed.
     """
 
     path: Path
@@ -73,6 +75,7 @@ class Source:
     tree: ast.Module = field(repr=False)
     encoding: str = "utf-8"
     cells: tuple[tuple[int, int], ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def place(self, line: int) -> Place:
         """Returns where a line of ``text`` is."""
@@ -134,6 +137,16 @@ class CodeBase:
     sources: list[Source]
     unreadable: list[str]
 
+    @cached_property
+    def lightning_modules(self) -> set[str]:
+        """Names of the classes that derive from Lightning's module, directly or by another one."""
+        bases = {cls.name: source.bases(cls) for source in self.sources for cls in source.classes}
+        found, before = {"LightningModule"}, -1
+        while len(found) != before:
+            before = len(found)
+            found |= {name for name, above in bases.items() if above & found}
+        return found
+
     def mentions(self, *names: str) -> Iterator[tuple[Source, Mention]]:
         """Yields calls and mentions of classes or functions by the last step of their name."""
         for source in self.sources:
@@ -172,6 +185,7 @@ def read_code_base(root: Path) -> CodeBase:
     for path in files:
         try:
             found.sources.append(_read(path))
+            found.unreadable += found.sources[-1].left_out
         except SyntaxError as error:
             line = f":{error.lineno}" if error.lineno else ""
             found.unreadable.append(f"{path}{line}: {error.msg or first_line(error)}")
@@ -202,8 +216,7 @@ def _read(path: Path) -> Source:
     if len(content) > _LARGEST:
         raise ValueError(f"{len(content) / 1e6:.0f} MB are too much for source code; not read")
     if path.suffix == ".ipynb":
-        text, cells = _notebook(content)
-        return Source(path, text, _parse(text), cells=cells)
+        return _notebook(path, content)
     if path.suffix != ".py":
         return Source(path, content.decode("utf-8", "replace"), ast.Module([], []))
     encoding, _ = tokenize.detect_encoding(BytesIO(content).readline)
@@ -218,23 +231,31 @@ def _parse(text: str) -> ast.Module:
         return ast.parse(text)
 
 
-def _notebook(content: bytes) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """Returns the code of a notebook, with commands of IPython left out, and whose each line is."""
+def _notebook(path: Path, content: bytes) -> Source:
+    """Reads a notebook as one file, without commands of IPython and cells that are not Python."""
     notebook = json.loads(content)
     if not isinstance(notebook, dict) or not isinstance(notebook.get("cells"), list):
         raise ValueError("not a notebook of the current format (nbformat 4): it has no cells")
     lines: list[str] = []
     cells: list[tuple[int, int]] = []
+    left_out = []
     code = [cell for cell in notebook["cells"] if cell.get("cell_type") == "code"]
     for number, cell in enumerate(code, 1):
         text = "".join(cell.get("source", ""))
         if re.match(r"%%(?!time|capture|prun)", text):
             continue
-        for within, line in enumerate(text.splitlines(), 1):
-            command = re.match(r"\s*(?:[%!?]|[\w.]+\?)", line)
-            lines.append(re.match(r"\s*", line)[0] + "pass" if command else line)  # type: ignore[index]
-            cells.append((number, within))
-    return "\n".join(lines), tuple(cells)
+        # A command may continue on the next line.
+        text = _COMMAND.sub(lambda found: f"{found[1]}pass" + "\n" * found[0].count("\n"), text)
+        try:
+            _parse(text)
+        except SyntaxError as error:
+            left_out.append(f"{Place(path, error.lineno or 1, number)}: {error.msg}")
+            continue
+        within = text.splitlines()
+        lines += within
+        cells += [(number, line) for line in range(1, len(within) + 1)]
+    whole = "\n".join(lines)
+    return Source(path, whole, _parse(whole), cells=tuple(cells), left_out=tuple(left_out))
 
 
 def _yaml_mentions(text: str) -> Iterator[Mention]:

@@ -123,7 +123,14 @@ FOUND = {
         "class E(nn.TransformerEncoderLayer):\n    def forward(self, x): return x",
         "rewritten-encoder-layer", 1, "out_proj",
     ),
-    "ema": ("c = EMAWeightAveraging(decay=0.9)", "weight-average", 1, "refused"),
+    "ema": ("c = EMAWeightAveraging(decay=0.9)", "weight-average", 1, "nothing"),
+    "other ema": ("e = ExponentialMovingAverage(p)", "weight-average", 1, "4-bit codes"),
+    "swa": ("c = StochasticWeightAveraging(0.1)", "weight-average", 1, "batch norms"),
+    "saving": (
+        "class A(LightningModule):\n    def save(self, path):\n"
+        "        torch.save({'model': self.state_dict()}, path)",
+        "saving-by-hand", 2, "cannot be resumed",
+    ),
     "unfreeze": ("c = BackboneFinetuning()", "unfreezing", 1, "modules_to_save"),
     "stage": (
         "class A:\n    def on_train_epoch_start(self):\n        self.net.unfreeze()",
@@ -164,6 +171,11 @@ class Net(pl.LightningModule):
 
 trainer = pl.Trainer(max_epochs=1, strategy="ddp")
 scores = features.weight[:4]
+
+class Settings:
+    pass
+
+settings = Settings.load_from_checkpoint("x")
 """,
     )
     assert scan(tmp_path).findings == []
@@ -254,7 +266,8 @@ def test_strategies_and_plugins_become_one_argument(tmp_path, before, after):
 def test_encodings_ends_of_lines_and_blocks_survive(tmp_path):
     text = (
         "# -*- coding: latin-1 -*-\r\n"
-        "class A:\r\n"
+        "class Net(LightningModule):\r\n"
+        "    net = get_peft_model(1, 2)\r\n"
         "    name = 'Zürich'; x = Net.load_from_checkpoint('ü.ckpt')\r\n"
     )
     (tmp_path / "latin.py").write_bytes(text.encode("latin-1"))
@@ -283,14 +296,26 @@ def test_what_cannot_be_parsed_is_named_and_the_rest_is_read(tmp_path, capsys):
 def test_notebooks_are_read_by_cell_and_never_written(tmp_path):
     cells = [
         {"cell_type": "markdown", "source": ["# merge_and_unload()"]},
-        {"cell_type": "code", "source": ["%pip install x\n", "!ls\n", "m = 1"]},
+        {
+            "cell_type": "code",
+            "source": [
+                "%pip install x \\\n",
+                "  y\n",
+                "!ls\n",
+                "class Net(LightningModule): x = get_peft_model(1, 2)",
+            ],
+        },
         {"cell_type": "code", "source": "%%bash\nmerge_and_unload()"},
+        {"cell_type": "code", "source": ["x = 1\n", "print 'x'"]},
         {"cell_type": "code", "source": ["a = 2\n", "Net.load_from_checkpoint('x.ckpt')"]},
     ]
     (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells}), encoding="utf-8")
     found = scan(tmp_path)
-    (one,) = found.findings
-    assert str(one.place).endswith("a.ipynb:cell 3:2")
+    (one,) = [one for one in found.findings if one.rule == "load-from-checkpoint"]
+    assert str(one.place).endswith("a.ipynb:cell 4:2")
+    assert [line.rpartition("/")[2].partition(": ")[0] for line in found.unreadable] == [
+        "a.ipynb:cell 3:2"
+    ]
     changed, by_hand = new_texts(found.findings)
     assert changed == {}
     assert "notebooks are not written" in by_hand[0]

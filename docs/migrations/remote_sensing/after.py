@@ -75,7 +75,7 @@ class Scenes(pl.LightningModule):
 def main(folder: Path) -> float:
     """Trains, loads the file into a new module, and returns the validation loss."""
     pl.seed_everything(0)
-    lora = LoRAStrategy(r=4, lora_alpha=8, target_modules=["qkv", "fc1", "fc2"])
+    lora = LoRAStrategy(r=4, lora_alpha=8, target_modules=["qkv[q]", "qkv[v]", "fc1", "fc2"])
     trainer = pl.Trainer(accelerator="cpu", default_root_dir=folder, max_epochs=5, strategy=lora)
     trainer.fit(Scenes(), loader("remote_sensing"))
     trainer.save_checkpoint(folder / "last.ckpt")

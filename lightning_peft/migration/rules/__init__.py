@@ -21,6 +21,7 @@ RULES: tuple[Rule, ...] = (
     optimizers.EarlyOptimizer(),
     checkpoints.CheckpointHooks(),
     checkpoints.AdapterCheckpointCallback(),
+    checkpoints.SavingByHand(),
     checkpoints.NotStrict(),
     checkpoints.LoadFromCheckpoint(),
     strategies.ShardedStrategy(),

@@ -5,10 +5,9 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from typing import Any
 
-from lightning_peft.migration.finding import Edit, Finding, MentionRule, Rule
-from lightning_peft.migration.source import CodeBase, Mention, Source, is_false, keyword, methods
+from lightning_peft.migration.finding import Edit, Finding, Rule
+from lightning_peft.migration.source import CodeBase, Source, is_false, keyword, methods
 
 _HOOKS = ("on_save_checkpoint", "on_load_checkpoint", "state_dict", "load_state_dict")
 _DROPS = re.compile(r"\bdel \w|\.pop\(|\bif .*requires_grad|for .* in .* if ")
@@ -97,6 +96,30 @@ class AdapterCheckpointCallback(Rule):
                     )
 
 
+class SavingByHand(Rule):
+    """A LightningModule that writes its own files."""
+
+    name = "saving-by-hand"
+    becomes = "ModelCheckpoint, with its monitor; lightning_peft.save_adapter for adapters alone"
+
+    def find(self, base: CodeBase) -> Iterator[Finding]:
+        """Yields methods of LightningModules that save a state dict."""
+        for source in base.sources:
+            for cls in source.classes:
+                if cls.name not in base.lightning_modules:
+                    continue
+                for method in cls.body:
+                    code = ast.unparse(method) if isinstance(method, ast.FunctionDef) else ""
+                    if "torch.save(" in code and "state_dict" in code:
+                        problem = "its files have no optimizer state: such a run cannot be resumed"
+                        yield self.finding(
+                            source,
+                            method,
+                            f"{cls.name}.{getattr(method, 'name', '')}",
+                            problem="" if "optimizer" in code else problem,
+                        )
+
+
 class NotStrict(Rule):
     """Loading that passes over whatever does not fit."""
 
@@ -105,7 +128,7 @@ class NotStrict(Rule):
 
     def find(self, base: CodeBase) -> Iterator[Finding]:
         """Yields ``strict=False`` and ``strict_loading = False``, in YAML too."""
-        problem = "adapters that the file does not have stay at their start without an error"
+        problem = "what the file does not have, adapters too, stays as it was without an error"
         for source in base.sources:
             for mention in source.mentions:
                 word = mention.call and keyword(mention.call, "strict")
@@ -124,25 +147,33 @@ class NotStrict(Rule):
                         yield self.finding(source, number, line.strip(), problem=problem)
 
 
-class LoadFromCheckpoint(MentionRule):
+class LoadFromCheckpoint(Rule):
     """``Module.load_from_checkpoint``, which builds no adapters."""
 
     name = "load-from-checkpoint"
-    names = frozenset({"load_from_checkpoint"})
     becomes = "lightning_peft.load_from_checkpoint(Module, path); files of before: import them once"
 
-    def details(self, source: Source, mention: Mention) -> dict[str, Any]:
-        """Returns the change, where the class is named and all arguments are known here."""
-        call = mention.call
-        if call is None or not isinstance(call.func, ast.Attribute):
-            return {}
-        owner = ast.unparse(call.func.value)
+    def find(self, base: CodeBase) -> Iterator[Finding]:
+        """Yields calls, without those of classes that are seen not to be LightningModules."""
+        classes = [cls for source in base.sources for cls in source.classes]
+        others = {cls.name for cls in classes} - base.lightning_modules
+        # Files of modules without adapters stay files of the whole module.
+        adapted = {cls.name for cls in classes if "get_peft_model(" in ast.unparse(cls)}
+        for source, mention in base.mentions("load_from_checkpoint"):
+            call = mention.call
+            if call is None or mention.name.startswith("lightning_peft."):
+                continue
+            owner = mention.name.rpartition(".")[0].rpartition(".")[2]
+            if owner not in others:
+                edits = self._edits(source, call) if owner in adapted - others else ()
+                yield self.finding(source, mention.line, source.code(call), edits=edits)
+
+    def _edits(self, source: Source, call: ast.Call) -> tuple[Edit, ...]:
+        """Returns the change, where all arguments are known here."""
         unknown = {word.arg for word in call.keywords} & {"hparams_file", None}
-        if unknown or owner in ("self", "cls", "super()", "?") or not call.args:
-            return {}
-        arguments = [owner, *map(ast.unparse, call.args[:1])]
-        if len(call.args) > 1:
-            return {}
+        if unknown or len(call.args) != 1 or not isinstance(call.func, ast.Attribute):
+            return ()
+        arguments = [ast.unparse(call.func.value), ast.unparse(call.args[0])]
         words = [f"{w.arg}={ast.unparse(w.value)}" for w in call.keywords if w.arg != "strict"]
         text = f"load_from_checkpoint({', '.join([*arguments, *words])})"
-        return {"edits": (Edit.replace(source, call, text, "load_from_checkpoint"),)}
+        return (Edit.replace(source, call, text, "load_from_checkpoint"),)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from lightning_peft.migration.finding import Finding, MentionRule, Rule
-from lightning_peft.migration.source import CodeBase
+from lightning_peft.migration.source import CodeBase, Mention, Source
 
 _HOOK = re.compile(r"on_(train|validation|fit)_|setup|finetune_function|freeze_before_training")
 
@@ -22,8 +23,20 @@ class Averages(MentionRule):
             *("AveragedModel", "ExponentialMovingAverage", "EMACallback", "ModelEma", "ModelEmaV2"),
         }
     )
-    served = "no"
-    becomes = "refused where it averages the base: remove it"
+    becomes = "nothing: Lightning's callbacks average adapters, heads and buffers"
+
+    def details(self, source: Source, mention: Mention) -> dict[str, Any]:
+        """Returns the differences for averages of other libraries."""
+        if mention.last == "StochasticWeightAveraging":
+            return {"becomes": "may stay; with batch norms it is refused", "served": "partly"}
+        if mention.last in ("WeightAveraging", "EMAWeightAveraging"):
+            return {}
+        return {
+            "becomes": "EMAWeightAveraging of Lightning, or an average over parameters(), made in "
+            "the constructor",
+            "problem": "an average over state_dict() holds the base, and averages 4-bit codes",
+            "served": "partly",
+        }
 
 
 class Unfreezing(MentionRule):
@@ -93,8 +106,7 @@ class FusedQkv(Rule):
     """A fused qkv that is taken apart, so that PEFT adapts query and value alone."""
 
     name = "qkv-split"
-    served = "partly"
-    becomes = "the fused layer, adapted as one: target_modules=['qkv']; names of the base stay"
+    becomes = "the fused layer, target_modules=['qkv[q]', 'qkv[v]']; names of the base stay"
     _sliced = re.compile(
         r"(qkv|in_proj_weight|in_proj_bias|Wqkv|c_attn)(\.weight|\.bias)?(\.data)?$"
     )
@@ -126,6 +138,5 @@ class RewrittenEncoderLayer(Rule):
         for source in base.sources:
             for cls in source.classes:
                 own = any(getattr(item, "name", "") == "forward" for item in cls.body)
-                names = {cls.name, *source.bases(cls)}
-                if own and any(name.endswith("TransformerEncoderLayer") for name in names):
+                if own and "TransformerEncoderLayer" in {cls.name, *source.bases(cls)}:
                     yield self.finding(source, cls, f"class {cls.name}")
