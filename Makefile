@@ -10,7 +10,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo app test test-long test-published test-min bench bench-check screenshots \
+.PHONY: help setup demo app test test-long test-faults test-published test-min bench bench-check screenshots \
 	browser lint docs clean space
 
 PYTHON ?= python3
@@ -70,6 +70,12 @@ test-long: export HF_HUB_OFFLINE = 1
 test-long: export OMP_NUM_THREADS = 1
 test-long: $(READY_DEV) browser  ## Run what takes too long for `make test`, one after the other
 	$(BIN)/python -m pytest -m long $(ARGS)
+
+test-faults: export HF_HUB_OFFLINE = 1
+test-faults: export OMP_NUM_THREADS = 1
+test-faults: export PYTHONPATH = tests
+test-faults: $(READY_DEV)  ## Kill and resume runs at random moments; ARGS="--one 200 --two 50 --seed 0"
+	$(BIN)/python tests/plugin/fault_cycles.py $(ARGS)
 
 test-published: export HF_HUB_OFFLINE = 1
 test-published: $(READY_PUBLISHED)  ## Train LightningModules of other packages, which it installs

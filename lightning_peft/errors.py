@@ -42,6 +42,14 @@ class HubError(LightningPeftError, RuntimeError):
     """The hub cannot be reached, or refuses what was asked of it."""
 
 
+class StorageError(LightningPeftError, OSError):
+    """Files of a run cannot be written: the disk is full, or the folder is gone or read-only."""
+
+
+class DivergenceError(LightningPeftError, ArithmeticError):
+    """Training left values that are NaN or infinite in what it trains."""
+
+
 def similar_names(wanted: str, known: Iterable[str]) -> str:
     """Returns ``"; near names: ..."`` with what of ``known`` is like ``wanted``, or ``""``."""
     names = list(known)

@@ -170,3 +170,13 @@ def recorded_process(
         return process if same and process.status() != psutil.STATUS_ZOMBIE else None
     except (KeyError, TypeError, ValueError, psutil.Error):
         return None
+
+
+def lead_own_group(worker: int) -> None:
+    """Takes the worker of a ``DataLoader`` out of the group of the process that started it.
+
+    Ctrl-C, and launchers that end a job, signal the whole group. The step that is finished and
+    saved then may need another batch; afterwards the worker ends with its process.
+    """
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)

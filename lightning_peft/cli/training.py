@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_peft.cli.options import OptionParser
 from lightning_peft.cli.output import print_json, to_stderr
 from lightning_peft.errors import ConfigError
+from lightning_peft.plugin.launch import is_started_by_torchrun
 from lightning_peft.recipe_files import resolved_recipes
 
 if TYPE_CHECKING:
@@ -21,6 +22,12 @@ ABOUT = {
     "test": "Evaluate it on the test data.",
     "predict": "Run its predict steps.",
 }
+# Short options for the keys that change with the machine.
+_PLACES = {
+    "--devices": "trainer.devices",
+    "--num_nodes": "trainer.num_nodes",
+    "--sharding": "trainer.strategy.init_args.sharding",
+}
 _HELP = """\
 usage: lightning-peft {name} --config RECIPE [--config FILE ...] [--KEY VALUE ...]
 
@@ -30,7 +37,11 @@ usage: lightning-peft {name} --config RECIPE [--config FILE ...] [--KEY VALUE ..
                          each other, the last one on top
   --run_dir FOLDER       the folder of this run; by default a new one below `runs`
   --resume RUN           go on in the folder of a run that was stopped or killed
-  --ckpt_path FILE       start from this checkpoint, or evaluate it
+  --ckpt_path FILE       start from this checkpoint, or evaluate it; with --run_dir, `last` goes on
+                         in that folder where it has a checkpoint, and else begins there
+  --devices N            processes on this machine, each with a device of its own
+  --num_nodes N          machines, each of which runs this command (docs/devices.md)
+  --sharding fsdp2       a part of the frozen base in each process
   --verbose              all messages of the libraries, and what took how long until the first step
   --json                 print the result as JSON, and nothing else, to the standard output
 
@@ -59,10 +70,15 @@ def main(subcommand: str, arguments: Sequence[str]) -> int:
     as_json = "--json" in arguments
     parser = OptionParser(prog=f"lightning-peft {subcommand}", add_help=False)
     parser.add_argument("--resume", nargs="?", const="", action="append", default=[])
+    for option in _PLACES:
+        parser.add_argument(option)
     args, words = parser.parse_known_args([word for word in arguments if word != "--json"])
     verbose = "--verbose" in words
     words = [word for word in words if word != "--verbose"]
     words = ["--help" if word == "--help-all" else word for word in words]
+    # Last, so that they win over configs.
+    given = {key: getattr(args, option[2:]) for option, key in _PLACES.items()}
+    words += [f"--{key}={value}" for key, value in given.items() if value is not None]
     with to_stderr(as_json):
         if len(args.resume) > 1:
             runs = ", ".join(map(repr, args.resume))
@@ -71,8 +87,10 @@ def main(subcommand: str, arguments: Sequence[str]) -> int:
             words = _resumed(args.resume[0], words)
         session = run(subcommand, words, verbose=verbose)
     if session.saved is not None:
-        _print_resume_command(subcommand, words, session)
-        return 130
+        if session.folder is not None:
+            _print_resume_command(subcommand, session)
+        # The agent of torchrun would start again what ends with another code.
+        return 0 if is_started_by_torchrun() else 130
     if session.result is not None:
         _show(session, as_json)
     return 0
@@ -114,25 +132,21 @@ def _resumed(path: str, words: list[str]) -> list[str]:
     from lightning_peft.runs.folder import RunFolder
 
     folder = RunFolder(Path(path))
-    checkpoint = folder.newest_checkpoint()
-    if not path or not folder.recipe.is_file() or checkpoint is None:
+    if not path or not folder.recipe.is_file() or folder.newest_checkpoint() is None:
         lacking = "checkpoint" if path and folder.recipe.is_file() else "recipe.yaml"
         raise ConfigError(
             f"--resume {path!r}: that is not a run folder that can be resumed: it has "
             f"no {lacking}. Name a folder below `runs`, or start a new run with --config."
         )
     own = [f"--config={folder.recipe}", *words]
-    return [*own, f"--run_dir={folder.path}", f"--ckpt_path={checkpoint}"]
+    return [*own, f"--run_dir={folder.path}", "--ckpt_path=last"]
 
 
-def _print_resume_command(subcommand: str, words: Sequence[str], session: RunSession) -> None:
+def _print_resume_command(subcommand: str, session: RunSession) -> None:
     saved = session.saved
     assert saved is not None
-    if session.folder is not None:
-        again = f"{subcommand} --resume {_short(session.folder.path)}"
-    else:
-        options = [word for word in words if not word.startswith("--ckpt_path")]
-        again = " ".join([subcommand, *options, f"--ckpt_path={saved}"])
+    assert session.folder is not None
+    again = f"{subcommand} --resume {_short(session.folder.path)}"
     print(f"Saved {_short(saved)}. Go on from there:\n  lightning-peft {again}", file=sys.stderr)
 
 

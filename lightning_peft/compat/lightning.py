@@ -201,3 +201,9 @@ def save_last(checkpoint: Any, trainer: Any, counted: bool = True) -> None:
     checkpoint._save_last_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
     if not counted:
         checkpoint._last_global_step_saved = before
+
+
+def is_tuning(trainer: Any) -> bool:
+    """Says whether a fit is a trial of Lightning's tuner, which takes all callbacks away for it."""
+    callbacks = trainer.callbacks
+    return not callbacks or any(type(one).__name__ == "_LRCallback" for one in callbacks)

@@ -31,6 +31,7 @@ from lightning_peft.data.validation import describe
 from lightning_peft.data.validation_rows import automatic_count, spread
 from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.namespace import LateBoundMeta
+from lightning_peft.processes import lead_own_group
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule as _Base
@@ -324,6 +325,7 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
             sampler=sampler,
             num_workers=self.workers,
             collate_fn=self.collator(),
+            worker_init_fn=lead_own_group,
         )
 
     @property

@@ -17,6 +17,7 @@ from lightning_peft.data.reading import Source, describe_formats, log_formats
 from lightning_peft.data.validation import Problem, describe
 from lightning_peft.errors import ConfigError, similar_names
 from lightning_peft.plugin.namespace import LateBoundMeta
+from lightning_peft.processes import lead_own_group
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule as _Base
@@ -241,7 +242,13 @@ class SeriesData(_Base, metaclass=LateBoundMeta):
         if not len(windows):
             return []
         workers = self.hparams["num_workers"] or 0
-        return DataLoader(windows, self.batch_size, shuffle=shuffle, num_workers=workers)
+        return DataLoader(
+            windows,
+            self.batch_size,
+            shuffle=shuffle,
+            num_workers=workers,
+            worker_init_fn=lead_own_group,
+        )
 
 
 def _columns(rows: Sequence[Row], requested: list[str] | None, time: str | None) -> list[str]:

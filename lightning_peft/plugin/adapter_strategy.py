@@ -168,12 +168,14 @@ class AdapterStrategy(_Base):
         """When resuming: back to what was under way."""
         super().on_train_start()
         engine.link_late_copies(self._module)
+        self.lifecycle.divergence.start(self._module.trainer)
         self.lifecycle.checks.start(self)
         self._loops.start()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Verifies on the first batch, if asked to."""
         super().on_train_batch_start(batch, batch_idx)
+        self.lifecycle.divergence.at_batch(self._module.trainer)
         self._loops.merge_epoch_sums()
         self.decide_checkpointing(batch)
         self.lifecycle.checks.before_batch(self, batch)
@@ -185,6 +187,7 @@ class AdapterStrategy(_Base):
     def on_train_end(self) -> None:
         """Ends what still waits for a first step."""
         super().on_train_end()
+        self.lifecycle.divergence.at_end(self._module.trainer)
         self.lifecycle.checks.end()
 
     def _gather_process_states(self) -> list[Any]:
@@ -228,6 +231,7 @@ class AdapterStrategy(_Base):
         if engine.record_of(self._module) is None:
             super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
             return
+        self.lifecycle.divergence.check(self._module.trainer)
         check_frozen(self._module)
         engine.check_momentum_copies(self._module)
         with averages_in(self._module):
@@ -272,6 +276,9 @@ class AdapterStrategy(_Base):
         Raises:
             CheckpointError: If the file is damaged or unsafe.
         """
+        if self.world_size > 1:
+            # Which one is newest, processes may see differently while the first begins its record.
+            checkpoint_path = self.broadcast(checkpoint_path)
         return unpack_checkpoint(
             read_checkpoint(super().load_checkpoint, checkpoint_path, weights_only)
         )

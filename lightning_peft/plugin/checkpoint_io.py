@@ -6,14 +6,16 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_peft.errors import CheckpointError
+from lightning_peft.errors import CheckpointError, StorageError
+from lightning_peft.file_errors import write_problem
 from lightning_peft.plugin.namespace import LateBoundMeta
 
 if TYPE_CHECKING:
@@ -40,7 +42,11 @@ class WholeFileCheckpointIO(_Base, metaclass=LateBoundMeta):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        """Writes a local file; remote ones are left to Lightning."""
+        """Writes a local file; remote ones are left to Lightning.
+
+        Raises:
+            StorageError: If the disk does not take it; an older file of that name stays.
+        """
         if not is_local(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -65,17 +71,18 @@ def write_whole_file(
     """Writes a checkpoint under another name, flushes it to disk and renames it.
 
     ``look`` is called with the complete file before it has its name.
+
+    Raises:
+        StorageError: If the disk does not take it; an older file of that name stays.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(target)
-    unfinished = _unfinished(target)
-    with open(unfinished, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if look is not None:
-        look(unfinished)
-    os.replace(unfinished, target)
+    with _whole_or_absent(target) as unfinished:
+        with open(unfinished, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if look is not None:
+            look(unfinished)
+        os.replace(unfinished, target)
 
 
 def read_checkpoint(
@@ -136,11 +143,20 @@ def adapter_folder(checkpoint: Any) -> Path:
 
 
 def write_adapter_folder(checkpoint: Any, files: dict[str, bytes]) -> None:
-    """Writes the adapter folder of a checkpoint; an older one is replaced when all is written."""
+    """Writes the adapter folder of a checkpoint; an older one is replaced when all is written.
+
+    Raises:
+        StorageError: If the disk does not take it; an older folder stays.
+    """
     folder = adapter_folder(checkpoint)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder)
-    unfinished = _unfinished(folder)
+    with _whole_or_absent(folder) as unfinished:
+        _write_files(unfinished, files)
+        # A folder cannot be renamed onto another one.
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(unfinished, folder)
+
+
+def _write_files(unfinished: Path, files: dict[str, bytes]) -> None:
     for name, content in files.items():
         (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
         (unfinished / name).write_bytes(content)
@@ -148,9 +164,6 @@ def write_adapter_folder(checkpoint: Any, files: dict[str, bytes]) -> None:
     for name in files:
         with open(unfinished / name, "rb") as file:
             os.fsync(file.fileno())
-    # A folder cannot be renamed onto another one.
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(unfinished, folder)
 
 
 def remove_adapter_folder(checkpoint: Any) -> None:
@@ -161,6 +174,26 @@ def remove_adapter_folder(checkpoint: Any) -> None:
         folder.parent.rmdir()
 
 
+@contextmanager
+def _whole_or_absent(target: Path) -> Iterator[Path]:
+    """Yields a place to write to before it is renamed; what fails leaves nothing there."""
+    unfinished = _unfinished(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
+        yield unfinished
+    except (OSError, RuntimeError) as error:
+        problem = write_problem(unfinished, error)
+        with suppress(OSError):
+            _remove(unfinished)
+        if problem is None:
+            raise
+        raise StorageError(
+            f"The checkpoint {str(target)!r} was not written: {problem}. Those written before are "
+            "whole; continue from the newest."
+        ) from error
+
+
 def _unfinished(target: Path, process: str | None = None) -> Path:
     # Without the target's name, by which Lightning and others recognise checkpoints.
     code = zlib.crc32(target.name.encode())
@@ -169,4 +202,11 @@ def _unfinished(target: Path, process: str | None = None) -> Path:
 
 def _remove_abandoned(target: Path) -> None:
     for left in target.parent.glob(_unfinished(target, "*").name):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+        _remove(left)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

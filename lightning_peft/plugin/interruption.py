@@ -20,9 +20,9 @@ else:
 class SaveOnInterrupt(_Base, metaclass=LateBoundMeta):
     """On the first interrupt, ends a fit after the optimizer step that is running, and saves.
 
-    One that comes while the fit validates ends it there, in a single process. A second interrupt is
-    an ordinary ``KeyboardInterrupt``. Outside of a fit, and in threads,
-    nothing is changed.
+    One that comes while the fit validates ends it there, in a single process. A second interrupt of
+    the same kind is an ordinary ``KeyboardInterrupt``: of Ctrl-C, schedulers and launchers pass on
+    another one. Outside of a fit, and in threads, nothing is changed.
 
     Attributes:
         saved: The checkpoint that was written, once there is one.
@@ -33,6 +33,7 @@ class SaveOnInterrupt(_Base, metaclass=LateBoundMeta):
     def __init__(self) -> None:
         self.saved: Path | None = None
         self._stop = self._save = False
+        self._first_signal: int | None = None
         self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -51,10 +52,12 @@ class SaveOnInterrupt(_Base, metaclass=LateBoundMeta):
         self._stop, self._save = self._stop or stop, self._save or save
 
     def _handle_signal(self, number: int, frame: Any) -> None:
-        if self._stop:
+        if self._stop and self._first_signal in (None, number):
             self._restore_handlers()
             raise KeyboardInterrupt
-        self._stop = True
+        if self._stop:
+            return
+        self._stop, self._first_signal = True, number
         print(
             "\nStopping when this step is done, and saving. Press Ctrl-C again to stop at once.",
             file=sys.stderr,

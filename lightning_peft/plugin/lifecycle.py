@@ -26,6 +26,7 @@ from lightning_peft.plugin.adapter_checks import (
 from lightning_peft.plugin.adapter_defaults import with_adapter_defaults
 from lightning_peft.plugin.averaging import serve_averages
 from lightning_peft.plugin.compatibility import check_compatibility, check_pruning
+from lightning_peft.plugin.divergence import DivergenceCheck
 from lightning_peft.plugin.injection_settings import injection_settings
 from lightning_peft.plugin.sharding import early_share
 from lightning_peft.plugin.training_checks import TrainingChecks
@@ -51,6 +52,7 @@ class Lifecycle:
         self._arguments = arguments
         self.announce = arguments.announce
         self.checks = TrainingChecks(arguments.verify)
+        self.divergence = DivergenceCheck()
         self.provenance: dict[str, Any] = {}
         self.decided: dict[str, Any] = {}
         self._pending_module: Any = None

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import re
 import secrets
 import time
+import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lightning_peft.errors import ConfigError
 from lightning_peft.runs.status import Status, read_status, write_json
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
 
 DEFAULT_ROOT = "runs"
 
@@ -62,11 +73,14 @@ class RunFolder:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=exist_ok)
         except OSError as error:
-            raise ConfigError(
-                f"The run cannot be kept in {str(self.path)!r}: {error.strerror or error}. Name a "
-                "folder that can be written to with run_dir."
-            ) from error
+            raise self._refusal(error) from error
         return self
+
+    def _refusal(self, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"The run cannot be kept in {str(self.path)!r}: {error.strerror or error}. Name a "
+            "folder that can be written to with run_dir."
+        )
 
     @property
     def status(self) -> Status | None:
@@ -110,10 +124,78 @@ class RunFolder:
             saved = self.path / status.checkpoint
             if saved.is_file():
                 return saved
-        checkpoints = sorted(
-            self.checkpoints.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns
-        )
-        return checkpoints[-1] if checkpoints else None
+        return min(self.checkpoints.glob("*.ckpt"), key=_age, default=None)
+
+    def resumable_checkpoint(self, warn: bool = True) -> Path | None:
+        """Returns the newest checkpoint that is whole; ``None`` where there are none at all.
+
+        Args:
+            warn: Whether to log which newer ones are not whole.
+
+        Raises:
+            ConfigError: If none of them is.
+        """
+        newest = self.newest_checkpoint()
+        others = sorted(self.checkpoints.glob("*.ckpt"), key=_age)
+        candidates = list(dict.fromkeys([newest, *others])) if newest is not None else []
+        broken = list(itertools.takewhile(lambda path: not _is_whole(path), candidates))
+        names = ", ".join(path.name for path in broken)
+        if candidates and len(broken) == len(candidates):
+            raise ConfigError(
+                f"{str(self.checkpoints)!r} has no whole checkpoint: {names} cannot be read to the "
+                "end. Start a new run."
+            )
+        if broken and warn:
+            taken = candidates[len(broken)]
+            log.warning(
+                "%s in %s cannot be read to the end, as after a disk that was full or a power cut. "
+                "The one before is taken, %s, and what came after it is trained again.",
+                names,
+                self.checkpoints,
+                taken.name,
+            )
+        return candidates[len(broken)] if candidates else None
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keeps other runs out of the folder; the system ends that with the process, however.
+
+        Raises:
+            ConfigError: If another process has the folder.
+        """
+        try:
+            file = (self.path / ".lock").open("a")
+        except OSError as error:
+            raise self._refusal(error) from error
+        with file:
+            try:
+                # Of the process, not of its loaders' processes, which may outlive it for a while.
+                if fcntl is not None:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                status = self.status
+                of = f" (process {status.pid})" if status is not None and status.pid else ""
+                raise ConfigError(
+                    f"Another run{of} is at work in {str(self.path)!r}. Wait until it ends, stop "
+                    "it, or name another folder with run_dir."
+                ) from None
+            except OSError:
+                # A network disk without locks.
+                log.warning("%s cannot be locked: start no second run in it.", self.path)
+            yield
+
+
+def _age(path: Path) -> int:
+    return -path.stat().st_mtime_ns
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the end of a checkpoint is there, which lists all that is in it."""
+    try:
+        with zipfile.ZipFile(checkpoint) as file:
+            return bool(file.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False
 
 
 def runs_in(root: Path) -> list[RunFolder]:

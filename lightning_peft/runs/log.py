@@ -7,7 +7,7 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,10 +26,12 @@ class _Tee:
         written = self._stream.write(text)
         with self._lock:
             *lines, self._line = (self._line + _ESCAPES.sub("", text)).split("\n")
-            for line in lines:
-                self._file.write(line.rstrip("\r").rpartition("\r")[2] + "\n")
-            if lines:
-                self._file.flush()
+            # What is printed is not lost with a disk that is full.
+            with suppress(OSError):
+                for line in lines:
+                    self._file.write(line.rstrip("\r").rpartition("\r")[2] + "\n")
+                if lines:
+                    self._file.flush()
             self._line = self._line.rpartition("\r")[2] or self._line
         return written
 
@@ -44,22 +46,25 @@ class _Tee:
 @contextmanager
 def logged_to(path: Path) -> Iterator[None]:
     """Copies what is printed and logged in the body to the end of a file."""
-    with path.open("a", encoding="utf-8", errors="replace") as file:
-        lock = threading.Lock()
-        out, err = sys.stdout, sys.stderr
-        tees = _Tee(out, file, lock), _Tee(err, file, lock)
-        moved = _handlers_on(err)
-        sys.stdout, sys.stderr = tees
+    file = path.open("a", encoding="utf-8", errors="replace")
+    lock = threading.Lock()
+    out, err = sys.stdout, sys.stderr
+    tees = _Tee(out, file, lock), _Tee(err, file, lock)
+    moved = _handlers_on(err)
+    sys.stdout, sys.stderr = tees
+    for handler in moved:
+        handler.setStream(sys.stderr)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = out, err
         for handler in moved:
-            handler.setStream(sys.stderr)
-        try:
-            yield
-        finally:
-            sys.stdout, sys.stderr = out, err
-            for handler in moved:
-                handler.setStream(err)
+            handler.setStream(err)
+        with suppress(OSError):
             for tee in tees:
                 tee.close_line()
+        with suppress(OSError):
+            file.close()
 
 
 def _handlers_on(stream: TextIO) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class RunRecord:
         self.validations: dict[int, dict[str, float]] = {}
         self.started = time.time()
         self.status: StatusFile | None = None
+        self._claim = ExitStack()
         self.pace = Throughput()
         # Whoever opens the record closes it; in Python that is the Trainer.
         self._of_trainer = False
@@ -52,8 +54,13 @@ class RunRecord:
         self._peaks: dict[str, int] = {}
 
     def open(self) -> None:
-        """Begins the record: from here on the folder says that the run is alive."""
+        """Begins the record: from here on the folder says that the run is alive.
+
+        Raises:
+            ConfigError: If another run is at work in it.
+        """
         if self.status is None:
+            self._claim.enter_context(self.folder.claimed())
             self.status = StatusFile(self.folder.status_file, self.kind)
 
     def update_status(self, **changes: Any) -> None:
@@ -74,6 +81,13 @@ class RunRecord:
 
     def fail(self, exception: BaseException) -> None:
         """Writes down why the run ended: stopped by the user, or failed."""
+        # A disk that does not take this either must not hide the reason.
+        with suppress(OSError):
+            self._write_end(exception)
+        if self._of_trainer:
+            self.close()
+
+    def _write_end(self, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt):
             self.update_status(
                 state="stopped", phase="stopped at once", part=None, eta_seconds=None
@@ -87,8 +101,6 @@ class RunRecord:
             self.folder.write(self.folder.error, content)
             name = type(exception).__name__
             self.update_status(state="failed", phase=f"failed: {name}", part=None, eta_seconds=None)
-        if self._of_trainer:
-            self.close()
 
     def stopped(self, checkpoint: Path) -> None:
         """Writes down that the run was stopped, and where it can go on."""
@@ -135,6 +147,7 @@ class RunRecord:
         if self.status is not None:
             self.status.close()
             self.status = None
+            self._claim.close()
 
     @property
     def _earlier_seconds(self) -> float:

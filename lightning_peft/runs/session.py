@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
+from lightning_peft.errors import LightningPeftError, StorageError
+from lightning_peft.file_errors import write_problem
 from lightning_peft.plugin.interruption import SaveOnInterrupt
+from lightning_peft.plugin.launch import (
+    check_restarts,
+    ended_process,
+    is_first_process,
+    is_restarted,
+    torchrun_layout,
+)
 from lightning_peft.plugin.namespace import bind_to_lightning
 from lightning_peft.plugin.plan_callback import MemoryPlanCallback
 from lightning_peft.runs.folder import DEFAULT_ROOT, RunFolder
@@ -74,12 +83,26 @@ class RunSession:
         if config["trainer"].get("val_check_interval") is not None:
             # 1.0 as well, which for the Trainer is its default.
             _leave_out_budget(config["trainer"])
-        if _is_rank_zero():
+        self._set_up_processes(config)
+        first = is_first_process() and _VARIABLE not in os.environ
+        _choose_checkpoint(config, self.kind, warn=first)
+        if first:
             self._begin_record(config, recipe, root)
+        else:
+            # The same in all processes: Lightning looks there for what it saved on SLURM.
+            place = os.environ.get(_VARIABLE) or config.get("run_dir")
+            if place:
+                config["trainer"]["default_root_dir"] = place
         callbacks = [self._recorder] if self._recorder is not None else []
         if self.kind == "fit":
             callbacks.append(bind_to_lightning(MemoryPlanCallback, root)())
         return [*callbacks, self._interruption]
+
+    def _set_up_processes(self, config: Namespace) -> None:
+        """Gives the Trainer the processes that torchrun started, however many there are now."""
+        layout = torchrun_layout()
+        if layout is not None:
+            config["trainer"]["devices"], config["trainer"]["num_nodes"] = layout
 
     def _begin_record(self, config: Namespace, recipe: str, root: str) -> None:
         run_dir = config.get("run_dir")
@@ -90,10 +113,6 @@ class RunSession:
         )
         os.environ[_VARIABLE] = str(self.folder.path)
         self._open.callback(os.environ.pop, _VARIABLE, None)
-        self._open.enter_context(logged_to(self.folder.log))
-        self.folder.recipe.write_text(recipe, encoding="utf-8")
-        for stale in (self.folder.control, self.folder.error):
-            stale.unlink(missing_ok=True)
         seed = config.get("seed_everything")
         recorder_class = bind_to_lightning(RunRecorder, root)
         self._recorder = recorder_class(
@@ -102,6 +121,10 @@ class RunSession:
         if self.verbose:
             self._recorder.start_times = self._times
         self._recorder.open()
+        self._open.enter_context(logged_to(self.folder.log))
+        self.folder.recipe.write_text(recipe, encoding="utf-8")
+        for stale in (self.folder.control, self.folder.error):
+            stale.unlink(missing_ok=True)
         trainer = config["trainer"]
         trainer["default_root_dir"] = str(self.folder.path)
         trainer["logger"] = _with_csv(trainer.get("logger"), self.folder.path, root)
@@ -156,17 +179,49 @@ class RunSession:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Closes the record; what ended the run is written down."""
+        """Closes the record; what ended the run is written down.
+
+        Raises:
+            LightningPeftError: Instead of an error that it can explain.
+        """
+        explained = self._explained(error)
         if self._recorder is not None:
             if error is not None:
-                self._recorder.fail(error)
+                self._recorder.fail(explained or error)
             self._recorder.close()
         self._open.close()
+        if explained is not None:
+            raise explained from error
+
+    def _explained(self, error: BaseException | None) -> LightningPeftError | None:
+        """Returns an error that says what happened to the folder or to another process."""
+        if error is None or isinstance(error, LightningPeftError):
+            return None
+        place = self.folder.path if self.folder is not None else Path()
+        again = f"`lightning-peft fit --resume {place}` continues from the newest checkpoint."
+        if isinstance(error, OSError) and self.folder is not None:
+            problem = write_problem(Path(error.filename or self.folder.status_file), error)
+            if problem is not None:
+                return StorageError(f"The run in {str(place)!r} ended: {problem}. Then {again}")
+        process = ended_process(error)
+        return None if process is None else LightningPeftError(f"The run ended: {process}. {again}")
 
 
-def _is_rank_zero() -> bool:
-    rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
-    return rank == "0" and _VARIABLE not in os.environ
+def _choose_checkpoint(config: Namespace, kind: str, warn: bool) -> None:
+    """Continues a run that torchrun started again, or where ``ckpt_path`` is ``"last"``.
+
+    Raises:
+        ConfigError: If a restart could not continue it.
+    """
+    run_dir, given = config.get("run_dir"), config.get("ckpt_path")
+    if kind == "fit":
+        check_restarts(has_folder=bool(run_dir))
+    if not run_dir:
+        return
+    if given == "last" or is_restarted():
+        newest = RunFolder(Path(run_dir)).resumable_checkpoint(warn)
+        if newest is not None or given == "last":
+            config["ckpt_path"] = None if newest is None else str(newest)
 
 
 def _step_of(checkpoint: str) -> int:

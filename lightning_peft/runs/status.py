@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -70,8 +71,13 @@ class Status:
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file that readers see whole: the old one, or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def read_status(path: Path, inspect_process: bool = True) -> Status | None:
@@ -143,4 +149,6 @@ class StatusFile:
 
     def _write_heartbeats(self, seconds: float) -> None:
         while not self._closed.wait(seconds):
-            self.update()
+            # The process that trains will say so, with the reason.
+            with contextlib.suppress(OSError):
+                self.update()

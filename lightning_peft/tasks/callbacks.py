@@ -197,6 +197,14 @@ class LogSamples(_Callback, metaclass=LateBoundMeta):
                 f"LogSamples takes its rows from a data module of this package, not from "
                 f"{type(trainer.datamodule).__name__}. Remove the callback."
             )
+        if self._is_impossible(trainer):
+            log_info(
+                trainer.strategy,
+                "LogSamples: no samples with sharding: each process would end at another token.",
+            )
+
+    def _is_impossible(self, trainer: Any) -> bool:
+        return bool(getattr(trainer.strategy, "shards_base", False))
 
     def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
         """Generates with what the base model can do."""
@@ -211,7 +219,7 @@ class LogSamples(_Callback, metaclass=LateBoundMeta):
 
     def _generate(self, trainer: Any, pl_module: Any) -> None:
         rows = trainer.datamodule.read().splits.get("validation")
-        if rows is None:
+        if rows is None or self._is_impossible(trainer):
             return
         samples: list[GeneratedSample] = []
         began = time.monotonic()

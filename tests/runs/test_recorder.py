@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from lightning_peft.errors import DivergenceError
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 from lightning_peft.plugin.strategies import LoRAStrategy
 from lightning_peft.runs.folder import RunFolder
@@ -113,8 +114,10 @@ def test_an_error_is_written_down(tmp_path):
 
 def test_a_loss_that_is_no_number_is_reported_once(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "mean", lambda tensor: tensor.sum() * float("nan"))
-    run(ROOTS[0], tmp_path, limit_val_batches=0)
+    with pytest.raises(DivergenceError, match="After step 1, 4 of the tensors that train hold NaN"):
+        run(ROOTS[0], tmp_path, limit_val_batches=0)
     folder = RunFolder(tmp_path)
+    assert json.loads(folder.error.read_text())["error"] == "DivergenceError"
     alerts = [event for event in folder.rows(folder.events) if event["kind"] == "nan"]
     assert len(alerts) == 1
     assert alerts[0]["step"] == 1

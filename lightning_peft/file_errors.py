@@ -1,0 +1,34 @@
+"""Why a file cannot be written, in words."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+
+# EFBIG comes from a limit on the size of a file.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def write_problem(path: Path, error: BaseException) -> str | None:
+    """Returns why ``path`` cannot be written, and what to do; ``None`` where it is not the disk.
+
+    Args:
+        path: The file or folder that was to be written.
+        error: What was raised: an ``OSError``, or what torch makes of one.
+    """
+    code = getattr(error, "errno", None)
+    there = next((one for one in (path, *path.parents) if one.exists()), Path("/"))
+    free = shutil.disk_usage(there).free
+    if code in _FULL or "file write failed" in str(error):
+        if code == errno.EFBIG:
+            return "it would be larger than this process may write (ulimit -f)"
+        return f"the disk is full ({free / 1e6:,.0f} MB are free). Free some space"
+    if code in _READ_ONLY:
+        return "it cannot be written to (permissions, or a disk that is read-only). Change that"
+    if code in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE) and not path.parent.is_dir():
+        return f"its folder is gone; {str(there)!r} is what is left. Find out what removed it"
+    if code == errno.EIO:
+        return "the disk reports an error"
+    return None

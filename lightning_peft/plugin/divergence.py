@@ -1,0 +1,76 @@
+"""Weights that training made NaN or infinite: noticed soon, and not saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_peft.compat.lightning import is_tuning
+from lightning_peft.errors import DivergenceError
+
+
+def broken_tensors(module: nn.Module) -> list[str]:
+    """Returns the names of trainable parameters with values that are NaN or infinite."""
+    values = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
+    values = {n: value for n, value in values.items() if not value.is_meta}
+    if not values:
+        return []
+    device = next(iter(values.values())).device
+    # One wait for the device, not one for each.
+    whole = torch.stack([torch.isfinite(value).all().to(device) for value in values.values()])
+    return [name for name, sound in zip(values, whole.tolist(), strict=True) if not sound]
+
+
+class DivergenceCheck:
+    """Ends a fit whose weights are spoilt, so that its checkpoints stay from before.
+
+    It looks at weights, not at losses: a loss may be NaN in a step that a GradScaler skips, and
+    weights may be spoilt while the loss is finite.
+    """
+
+    def __init__(self) -> None:
+        self._known: frozenset[str] = frozenset()
+        self._step = 0
+
+    def start(self, trainer: Any) -> None:
+        """Remembers what is like that before training, where a module has a use for it."""
+        self._known = frozenset(broken_tensors(trainer.lightning_module))
+        self._step = trainer.global_step
+
+    def at_batch(self, trainer: Any) -> None:
+        """Looks as often as a run logs, where the loss is waited for as well.
+
+        Raises:
+            DivergenceError: If weights are spoilt.
+        """
+        step = trainer.global_step
+        if step != self._step and step % max(1, trainer.log_every_n_steps) == 0:
+            self._step = step
+            self.at_end(trainer)
+
+    def at_end(self, trainer: Any) -> None:
+        """Looks, unless Lightning's tuner tries something and puts the weights back afterwards.
+
+        Raises:
+            DivergenceError: If weights are spoilt.
+        """
+        if not is_tuning(trainer):
+            self.check(trainer)
+
+    def check(self, trainer: Any) -> None:
+        """Looks at the weights.
+
+        Raises:
+            DivergenceError: If some are spoilt that were not before training.
+        """
+        broken = [n for n in broken_tensors(trainer.lightning_module) if n not in self._known]
+        if broken:
+            raise DivergenceError(
+                f"After step {trainer.global_step}, {len(broken)} of the tensors that train hold "
+                f"NaN or infinite values, first of all {broken[0]}. They were not saved: the "
+                "checkpoints there are have the last good state. Continue from one of them with a "
+                "lower learning rate, more warm-up or gradient_clip_val=1.0, with bf16-mixed "
+                "instead of 16-mixed precision, and look for rows without a trained token."
+            )

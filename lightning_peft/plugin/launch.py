@@ -1,0 +1,97 @@
+"""Who started this process, from the environment: read before there is a Trainer."""
+
+from __future__ import annotations
+
+import os
+import re
+from traceback import walk_tb
+
+from lightning_peft.errors import ConfigError, itemize
+
+# Of torchrun and Kubeflow, SLURM, MPI, LSF: the number of a process among those of all nodes.
+_RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JSM_NAMESPACE_RANK")
+# What Lightning sets, or takes from the user, where it starts the processes itself.
+_PLACES = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
+
+
+def is_first_process() -> bool:
+    """Whether this process is the first of all that train together."""
+    rank = next((os.environ[name] for name in _RANKS if name in os.environ), None)
+    if rank is not None:
+        return rank == "0"
+    return all(os.environ.get(name, "0") == "0" for name in _PLACES)
+
+
+def is_started_by_torchrun() -> bool:
+    """Whether an agent of torchrun watches over this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def check_restarts(has_folder: bool) -> None:
+    """Checks that the run can continue when torchrun starts its processes again.
+
+    Raises:
+        ConfigError: If it would begin again, or the processes could not find each other.
+    """
+    if not is_started_by_torchrun() or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return
+    problems = []
+    if not has_folder:
+        problems.append(
+            "there is no --run_dir, and each restart would begin again in a new folder. Name one"
+        )
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and os.environ.get("WORLD_SIZE") != "1":
+        # https://github.com/pytorch/pytorch/issues/135712, seen with torch 2.13 on 2026-11-30.
+        problems.append(
+            "torchrun keeps the addresses of processes that are gone, and those that are started "
+            "again wait for them. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun starts"
+        )
+    if problems:
+        raise ConfigError("torchrun --max-restarts could not continue the run:" + itemize(problems))
+
+
+def is_restarted() -> bool:
+    """Whether torchrun did so before it started this process."""
+    return is_started_by_torchrun() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def torchrun_layout() -> tuple[int, int] | None:
+    """Returns processes on a node, and nodes, as torchrun started them; ``None`` without it.
+
+    Raises:
+        ConfigError: If nodes have different numbers of processes, which Lightning cannot serve.
+    """
+    if not is_started_by_torchrun():
+        return None
+    here, all_of_them = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    if all_of_them % here:
+        raise ConfigError(
+            f"torchrun started {all_of_them} processes, {here} of them on this node: Lightning "
+            "needs as many on each. Give the same --nproc-per-node everywhere."
+        )
+    return here, all_of_them // here
+
+
+def ended_process(error: BaseException) -> str | None:
+    """Returns which process has ended, in words, where that is what an error says."""
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    if "DataLoader worker" in text or _is_of_multiprocessing(error):
+        return (
+            "a process that loads batches was ended from outside, as the system does when memory "
+            "runs out. A lower num_workers or batch_size needs less"
+        )
+    if re.search(r"gloo/transport|Connection (closed|reset) by peer|remote process exited", text):
+        return (
+            "another of its processes has ended or cannot be reached; that one's own output, or "
+            "the system's log, has the reason"
+        )
+    return None
+
+
+def _is_of_multiprocessing(error: BaseException) -> bool:
+    """Whether another process of Python's went away while it sent something, such as a tensor."""
+    if not isinstance(error, (ConnectionError, EOFError)):
+        return False
+    names = [frame.f_globals["__name__"] for frame, _ in walk_tb(error.__traceback__)]
+    return bool(names) and str(names[-1]).startswith("multiprocessing.")
