@@ -1,4 +1,4 @@
-"""LoRA+: two learning rates in one group, for the time of a step."""
+"""LoRA+: two learning rates in one group, for the time of a step; LoRA-FA: A is frozen."""
 
 from __future__ import annotations
 
@@ -141,3 +141,31 @@ def test_what_cannot_have_two_rates_is_refused(tmp_path):
     )
     with pytest.raises(ConfigError, match="no optimizer holds a factor B"):
         make_trainer(tmp_path, ia3).fit(task(), loader())
+
+
+class FrozenFactors(task_class(ROOTS[0])):
+    """Trains ``B`` alone, and the head."""
+
+    def configure_optimizers(self):
+        for name, param in self.named_parameters():
+            if ".lora_A." in name:
+                param.requires_grad_(False)
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.01)
+
+
+def test_a_frozen_in_configure_optimizers_stays_through_a_resume(tmp_path):
+    def fit(ckpt_path=None, callbacks=()):
+        torch.manual_seed(5 if ckpt_path is None else 1000)
+        module = FrozenFactors()
+        given = {"callbacks": list(callbacks), "max_epochs": 2}
+        run = make_trainer(tmp_path / "root", strategy(target_modules=TARGETS), **given)
+        run.fit(module, loader(), ckpt_path=ckpt_path)
+        return module
+
+    module, _ = resumed(fit, tmp_path, 6, steps=(6,))
+    torch.manual_seed(5)
+    start = FrozenFactors()
+    lightning_peft.inject(start, r=4, target_modules=TARGETS)
+    for name, param in engine.adapter_parameters(module).items():
+        same = torch.equal(param, engine.adapter_parameters(start)[name])
+        assert same == (".lora_A." in name), name

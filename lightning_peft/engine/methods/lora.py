@@ -191,7 +191,7 @@ def _unsupported_reason(layer: Any, rank: int) -> str | None:
 LORA = Lora(
     "LORA",
     hides_model_type=True,
-    remark="DoRA, `lora_bias` and `nn.MultiheadAttention` are in PEFT's layers",
+    remark="DoRA and `lora_bias` are in PEFT's layers",
     ignored_properties=("padding_mode", "dilation"),
     # Others (dropout, the way targets were written) may change between runs.
     decisive_fields=(
