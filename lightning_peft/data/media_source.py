@@ -163,8 +163,8 @@ class ImageSource(MediaSource):
         empty = sorted(
             path for path in folder.rglob("*") if path.is_dir() and not any(path.iterdir())
         )
-        names = [path.relative_to(folder).as_posix() for path in unused]
-        return names + [f"{path.relative_to(folder).as_posix()}/ (empty)" for path in empty]
+        names = [self.name_of(path) for path in unused]
+        return names + [f"{self.name_of(path)}/ (empty)" for path in empty]
 
     def rows(self) -> Iterator[Row]:
         """Yields every row; of a folder of classes, its images by name."""
@@ -198,4 +198,4 @@ class ImageSource(MediaSource):
                 if self._by_split and parts:
                     split, parts = split or split_named(parts[0]), parts[1:]
                 value = {"image": str(path), "label": parts[0] if parts else ""}
-                yield Row(number, name.as_posix(), value, split=split)
+                yield Row(number, self.name_of(path), value, split=split)

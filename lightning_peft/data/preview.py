@@ -16,7 +16,7 @@ from lightning_peft.data.row_data_module import RowDataModule
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import SHAPES, Layout
-from lightning_peft.data.validation import KINDS, by_kind, ranges
+from lightning_peft.data.validation import KINDS, by_kind, row_numbers
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _problems(prepared: Prepared) -> list[dict[str, Any]]:
     for kind, ones in by_kind(prepared.problems).items():
         title, remedy = KINDS[kind]
         rows = [{"file": p.file, "row": p.row, "detail": p.detail} for p in ones]
-        numbers = ranges(problem.row for problem in ones)
+        numbers = row_numbers(ones)
         entry = {"kind": kind, "title": title, "what_to_do": remedy, "numbers": numbers}
         found.append({**entry, "rows": rows})
     return found

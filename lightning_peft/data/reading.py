@@ -41,7 +41,8 @@ log = logging.getLogger(__name__)
 class Source:
     """A file, folder or dataset on the hub with rows; arguments as of ``RowDataModule``.
 
-    ``split`` is the split of every row; ``None`` leaves that to the data.
+    ``split`` is the split of every row; ``None`` leaves that to the data. ``prefix`` is put before
+    the names of files, see :func:`named_apart`.
     """
 
     data: str
@@ -56,6 +57,7 @@ class Source:
     delimiter: str | None = None
     sheet: str | int | None = None
     columns: dict[str, str] | None = None
+    prefix: str = ""
 
     def files(self) -> list[Path]:
         """Returns the files, sorted; an empty list for a dataset on the hub."""
@@ -75,8 +77,13 @@ class Source:
         return self._named(self.files())
 
     def _named(self, paths: list[Path]) -> list[tuple[str, Path]]:
+        return [(self.name_of(path), path) for path in paths]
+
+    def name_of(self, path: Path) -> str:
+        """Returns the name of a file of this source: in its folder, or alone."""
         root = Path(self.data)
-        return [(p.relative_to(root).as_posix() if root.is_dir() else p.name, p) for p in paths]
+        name = path.relative_to(root).as_posix() if root.is_dir() else path.name
+        return self.prefix + name
 
     def column_of(self, ours: str, row: Mapping[str, Any]) -> str | None:
         """Returns the column of a row that holds a field: the one mapped to it, or recognised."""
@@ -140,7 +147,8 @@ class Source:
         found = hub_dataset(self.data, self.hub_config, self.hub_revision, self.streaming)
         for name, split in self._hub_names(list(found)).items():
             rows = enumerate(islice(stored_rows(found[name], self.data), self.limit), start=1)
-            yield from (Row(number, name, value, split=split) for number, value in rows)
+            file = self.prefix + name
+            yield from (Row(number, file, value, split=split) for number, value in rows)
 
     def _hub_names(self, offered: list[str]) -> dict[str, str | None]:
         if self.hub_splits is None:
@@ -161,6 +169,30 @@ class Source:
         ours = list(names.values())
         # One split alone is shared out like a file.
         return {name: split if len(ours) > 1 else None for name, split in names.items()}
+
+
+def named_apart(sources: Sequence[Source]) -> list[Source]:
+    """Returns the sources of one data module, whose files have names of their own.
+
+    Where several names could be the same, such as ``rows.jsonl`` in two folders, files are named
+    relative to the folder that holds all of them, and splits on the hub with their dataset.
+    """
+    here = [one.data for one in sources if os.path.lexists(one.data)]
+    local = {data: Path(os.path.abspath(data)) for data in here}
+    remote = {one.data for one in sources} - local.keys()
+    prefixes = {data: f"{data}/" for data in remote} if len(remote) > 1 else {}
+    folders = {data: place if place.is_dir() else place.parent for data, place in local.items()}
+    names = {place.name for place in local.values()}
+    if len(local) > 1 and (len(names) < len(local) or any(map(Path.is_dir, local.values()))):
+        try:
+            common = os.path.commonpath(folders.values())
+        except ValueError:
+            # On Windows, drives have no folder in common.
+            common = ""
+        for data, folder in folders.items():
+            inside = Path(os.path.relpath(folder, common)) if common else folder
+            prefixes[data] = "" if inside == Path() else f"{inside.as_posix()}/"
+    return [replace(one, prefix=prefixes.get(one.data, "")) for one in sources]
 
 
 def split_named(name: object) -> str | None:

@@ -23,7 +23,7 @@ from lightning_peft.data.preparation import (
 from lightning_peft.data.prepared import Prepared
 from lightning_peft.data.prepared_parts import REJECTED
 from lightning_peft.data.prompts import read_prompts
-from lightning_peft.data.reading import Source, TextUnit
+from lightning_peft.data.reading import Source, TextUnit, named_apart
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.row_keys import describe_unused
 from lightning_peft.data.shapes import Layout
@@ -374,7 +374,7 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
         of_files = ("limit", "text_unit", "encoding", "delimiter", "sheet", "columns")
         options = {name: hparams[name] for name in (*of_hub, *of_files)}
         sources = [*first, *named]
-        return [self.source_class(data, split, **options) for split, data in sources]
+        return named_apart([self.source_class(data, split, **options) for split, data in sources])
 
     def _settings(self) -> PreparationSettings:
         hparams = self.hparams

@@ -163,9 +163,7 @@ def describe(problems: Sequence[Problem], rows: int, limit: int = 12) -> str:
     At most ``limit`` problems of a kind are shown; of the others, only the row numbers.
     """
     bad = len({(problem.file, problem.row) for problem in problems})
-    files = {problem.file for problem in problems}
-    # In a folder, a number alone is ambiguous.
-    several = len(files) > 1 or any("/" in file for file in files)
+    several = _several_files(problems)
     lines = [f"{bad:,} of {rows:,} rows cannot be used:"]
     for kind, found in by_kind(problems).items():
         title, remedy = KINDS[kind]
@@ -173,7 +171,7 @@ def describe(problems: Sequence[Problem], rows: int, limit: int = 12) -> str:
         for problem in found[:limit]:
             lines.append(f"    - {_place(problem, several)} {problem.detail}")
         if len(found) > limit:
-            lines.append(f"    - ... and rows {_row_numbers(found[limit:], several)}")
+            lines.append(f"    - ... and rows {row_numbers(found[limit:], several)}")
         lines.append(f"    What to do: {remedy}.")
     return "\n".join(lines)
 
@@ -188,12 +186,20 @@ def _place(problem: Problem, several: bool) -> str:
     return f"{problem.file} row {problem.row}" if several else f"row {problem.row}"
 
 
-def _row_numbers(problems: Sequence[Problem], several: bool) -> str:
+def _several_files(problems: Sequence[Problem]) -> bool:
+    files = {problem.file for problem in problems}
+    # In a folder, a number alone is ambiguous.
+    return len(files) > 1 or any("/" in file for file in files)
+
+
+def row_numbers(problems: Sequence[Problem], several: bool | None = None) -> str:
+    """Returns the rows with problems in short form, of each file where there may be several."""
+    several = _several_files(problems) if several is None else several
     files = list(dict.fromkeys(problem.file for problem in problems))
     parts = []
     for file in files:
         numbers = ranges(problem.row for problem in problems if problem.file == file)
-        parts.append(f"{numbers} of {file}" if several else numbers)
+        parts.append(f"{file}: {numbers}" if several else numbers)
     return "; ".join(parts)
 
 

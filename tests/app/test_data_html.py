@@ -4,6 +4,8 @@ from gradio_app.pages.new.data_html import report, selected_data
 from gradio_app.recipe.preview import DataReport
 from gradio_app.texts import Texts
 
+NAMES = ("20261130-ab-x.csv", "20261130-cd-x.csv")
+
 
 def test_data_is_requested_where_none_is_chosen():
     for language, asked in (("en", "Choose the data"), ("de", "W\u00e4hlen Sie die Daten")):
@@ -57,8 +59,9 @@ def test_numbers_on_all_rows_are_shown_and_escaped():
             "turns": {"conversations": 10, "least": 2, "most": 6, "roles": {"<user>": 30}},
             "writing": {"Latin": 9, "Han": 1},
             "label_counts": {"train": {"<b>": 6, "c": 2}, "validation": {"d": 2}},
-            "longest_rows": [{"file": "x", "row": 7, "length": 40, "text": "<i>Once"}],
+            "longest_rows": [{"file": NAMES[0], "row": 7, "length": 40, "text": "<i>Once"}],
         },
+        "read_as": [{"file": name, "usual": True} for name in NAMES],
     }
     made = str(report(DataReport(numbers), Texts("de")))
     for shown in (
@@ -75,4 +78,6 @@ def test_numbers_on_all_rows_are_shown_and_escaped():
     assert '<th scope="row">&lt;b&gt;</th><td>6</td><td>0</td>' in made
     assert '<th scope="row">d</th><td>0</td><td>2</td>' in made
     assert "&lt;i&gt;Once" in made
+    # Two uploads of one name.
+    assert f"Zeile 7, {NAMES[0]}" in made
     assert "<i>" not in made

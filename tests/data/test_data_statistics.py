@@ -156,3 +156,34 @@ def test_images_have_labels_and_no_lengths(tmp_path):
     assert shown.numbers["statistics"]["label_counts"] == {"train": {"cat": 2, "dog": 1}}
     assert "lengths" not in shown.numbers
     assert shown.rows[0].runs[0].image.startswith("data:image/png;base64,")
+
+
+def test_rows_of_files_of_one_name_are_told_apart(tmp_path):
+    bad = {"prompt": "incomplete"}
+    sets = {
+        "train": [chat(f"What is {n}?", f"It is {n}.") for n in range(4)],
+        "held/out": [chat("Which zebra?", "This zebra."), bad, bad],
+    }
+    for folder, rows in sets.items():
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {"tokenizer": str(BASE), "chat_template": "plain", "cache_dir": str(tmp_path / "c")}
+    held = str(tmp_path / "held" / "out" / "rows.jsonl")
+    data = SupervisedData(str(tmp_path / "train" / "rows.jsonl"), held, **options)
+    found = preview(data, 5, search="zebra")
+    # Row 1 of both files is used, and only one of them has the word.
+    assert [(one.split, one.file, one.row) for one in found.rows] == [
+        ("validation", "held/out/rows.jsonl", 1)
+    ]
+    assert [one["file"] for one in found.numbers["read_as"]] == [
+        "train/rows.jsonl",
+        "held/out/rows.jsonl",
+    ]
+    (problem,) = found.numbers["problems"]
+    assert problem["numbers"] == "held/out/rows.jsonl: 2-3"
+    # Of a folder, files are named with it; a file next to it keeps its name.
+    folder = SupervisedData(str(tmp_path / "train"), held, **options)
+    assert {one["file"] for one in preview(folder, 0).numbers["read_as"]} == {
+        "train/rows.jsonl",
+        "held/out/rows.jsonl",
+    }

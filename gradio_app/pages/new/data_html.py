@@ -52,7 +52,7 @@ def checking(
         "labels": _labels(numbers, t),
         "lengths": numbers.get("lengths"),
         "max_length": numbers.get("max_length", 0),
-        "shown": numbers.get("first_rows"),
+        "shown": _shown_rows(numbers, t),
     }
     return render("data.checking", t, text=text, first=first, early=shown)
 
@@ -68,14 +68,15 @@ def report(found: DataReport, t: Texts) -> str:
         facts=_facts(found.numbers, t),
         labels=_labels(found.numbers, t),
         longest=_longest_rows(found.numbers, t),
-        problems=[_problem(one, t) for one in found.problems],
+        problems=[_problem(one, found.numbers, t) for one in found.problems],
+        shown=_shown_rows(found.numbers, t),
         unvalidated=splits.get("train") and not splits.get("validation"),
     )
 
 
 def found_rows(found: DataReport, t: Texts) -> str:
     """Returns the rows of a search, and in how many its text occurs."""
-    search, rows = found.numbers["search"], found.numbers["first_rows"]
+    search, rows = found.numbers["search"], _shown_rows(found.numbers, t)
     known = {"text": search["text"], "rows": t.number(search["rows"])}
     said = t("data.found", **known) if search["rows"] else t("data.not_found", **known)
     if len(rows) < search["rows"]:
@@ -97,14 +98,14 @@ def mapped_rows(found: DataReport, columns: Mapping[str, str], t: Texts) -> str:
     return render("data.mapped", t, names=[t(f"new.field_{name}") for name in shown], rows=rows)
 
 
-def _problem(one: dict[str, Any], t: Texts) -> dict[str, Any]:
+def _problem(one: dict[str, Any], numbers: dict[str, Any], t: Texts) -> dict[str, Any]:
     known = t.has(f"new.problem_{one['kind']}")
     rows = one["rows"][:MAX_PROBLEMS]
     more = len(one["rows"]) - len(rows)
     return {
         "title": t(f"new.problem_{one['kind']}") if known else one["title"],
         "todo": t(f"new.todo_{one['kind']}") if known else one["what_to_do"],
-        "rows": [(row["row"], row["detail"], original_name(row["file"])) for row in rows],
+        "rows": [(row["row"], row["detail"], _file_title(row["file"], numbers)) for row in rows],
         "count": t.number(len(one["rows"])),
         "rest": t("new.more_rows", more=more, numbers=one["numbers"]) if more > 0 else "",
     }
@@ -180,4 +181,23 @@ def _labels(numbers: dict[str, Any], t: Texts) -> list[tuple[str, list[str], flo
 
 def _longest_rows(numbers: dict[str, Any], t: Texts) -> list[tuple[str, list[str]]]:
     found = numbers.get("statistics", {}).get("longest_rows", [])
-    return [(t("new.row", row=one["row"]), [t.number(one["length"]), one["text"]]) for one in found]
+    return [(_place(one, numbers, t), [t.number(one["length"]), one["text"]]) for one in found]
+
+
+def _shown_rows(numbers: dict[str, Any], t: Texts) -> list[dict[str, Any]]:
+    return [{**row, "place": _place(row, numbers, t)} for row in numbers.get("first_rows") or ()]
+
+
+def _place(row: dict[str, Any], numbers: dict[str, Any], t: Texts) -> str:
+    """Returns the number of a row, with its file where rows of several are read."""
+    place = t("new.row", row=row["row"])
+    if len(numbers.get("read_as") or ()) < 2:
+        return place
+    return f"{place}, {_file_title(row['file'], numbers)}"
+
+
+def _file_title(name: str, numbers: dict[str, Any]) -> str:
+    """Returns the name that an upload had, unless another file has the same."""
+    names = {str(one["file"]) for one in numbers.get("read_as") or ()} - {name}
+    title = original_name(name)
+    return name if title in map(original_name, names) else title
