@@ -74,7 +74,7 @@ class Studio:
         try:
             self.queue.add(run)
         except UserError:
-            self.store.delete(owner, run.id)
+            self.store.erase(owner, run.id)
             raise
         return run
 

@@ -8,7 +8,7 @@ const show = () => {
   }
 };
 element.addEventListener('click', (event) => {
-  const button = event.target.closest('button');
+  const button = event.target.closest('button, input[data-act]');
   if (!button || button.disabled) return;
   const { act, opens, closes, ...about } = button.dataset;
   if (opens !== undefined || closes !== undefined || act) asked = opens ?? null;

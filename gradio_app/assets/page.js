@@ -40,6 +40,13 @@
     const typing = document.activeElement?.matches("input, textarea");
     if (awake - before > ASLEEP && !typing) window.location.reload();
   }, 20_000);
+  const showHelp = () => {
+    const page = document.getElementById("page"), button = document.getElementById("explain");
+    if (!page || !button) return;
+    const on = localStorage.getItem("studio-help") === "on";
+    if (on !== ("help" in page.dataset)) page.toggleAttribute("data-help", on);
+    if (button.ariaPressed !== String(on)) button.ariaPressed = String(on);
+  };
   const theme = localStorage.getItem("studio-theme");
   const setTheme = (name) => document.body.classList.toggle("dark", name === "dark");
   document.addEventListener("click", (event) => {
@@ -55,6 +62,11 @@
       const name = document.body.classList.contains("dark") ? "light" : "dark";
       localStorage.setItem("studio-theme", name);
       setTheme(name);
+    }
+    if (event.target.closest("#explain")) {
+      const on = localStorage.getItem("studio-help") === "on";
+      localStorage.setItem("studio-help", on ? "off" : "on");
+      showHelp();
     }
     const copied = event.target.closest("[data-copies]");
     if (copied) navigator.clipboard?.writeText(copied.dataset.copies);
@@ -99,7 +111,7 @@
   });
   const watch = () => {
     if (theme && !new URLSearchParams(window.location.search).has("__theme")) setTheme(theme);
-    new MutationObserver(() => { setTitle(); setLanguage(); setLabels(); flattenNotices(); })
+    new MutationObserver(() => { setTitle(); setLanguage(); setLabels(); flattenNotices(); showHelp(); })
       .observe(document.documentElement, { childList: true, subtree: true });
     setTitle();
   };

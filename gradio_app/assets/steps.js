@@ -1,17 +1,17 @@
 () => {
-  const steps = ['model', 'data', 'method', 'review', 'all'];
+  const steps = ['start', 'model', 'data', 'method', 'review', 'all'];
   const page = document.getElementById('page');
   const show = (focus) => {
     const asked = window.location.hash.slice(1);
     if (asked && !steps.includes(asked)) return;
-    const step = asked || 'model';
+    const step = asked || 'start';
     page.dataset.step = step;
     document.querySelectorAll('nav.steps a').forEach((link) => {
       if (link.hash.slice(1) === step) link.setAttribute('aria-current', 'step');
       else link.removeAttribute('aria-current');
     });
     if (!focus) return;
-    const heading = document.getElementById(`heading-${step === 'all' ? 'model' : step}`);
+    const heading = document.getElementById(`heading-${step === 'all' || step === 'start' ? 'model' : step}`);
     heading?.focus({ preventScroll: true });
     document.querySelector('nav.steps')?.scrollIntoView({ block: 'start' });
   };

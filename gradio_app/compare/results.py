@@ -72,6 +72,14 @@ def compare_answers(runs: Sequence[Run]) -> list[AnswerComparison]:
     return sorted(shared, key=lambda one: one.answers.count(None))[:MAX_ROWS]
 
 
+def comparable(runs: Sequence[Run]) -> bool:
+    """Whether losses of runs can be ranked: of the same base, on the same validation rows."""
+    bases = [read_json_object(run.folder.provenance, "base") for run in runs]
+    names = [{key: object_below(base, key).get("name_or_path") for key in base} for base in bases]
+    known = all(one and None not in one.values() for one in names)
+    return known and names.count(names[0]) == len(runs) and same_validation_rows(runs)
+
+
 def same_validation_rows(runs: Sequence[Run]) -> bool:
     """Whether runs were validated on the same rows, as the same tokens.
 

@@ -12,6 +12,7 @@ from gradio_app.runs.types import Run
 
 PER_PAGE = 10
 MAX_SEARCH = 200
+MAX_PICKED = 100
 STATES: Mapping[str, frozenset[str]] = {
     "all": frozenset(),
     "active": frozenset({"preparing", "running", "stopping"}),
@@ -34,6 +35,7 @@ class Query:
         sort: One of :data:`SORTS`.
         descending: Whether the largest come first. Runs without a value are always last.
         page: Which page, from 1; the nearest one is shown.
+        picked: Ids of the runs that are selected.
     """
 
     search: str = ""
@@ -41,6 +43,7 @@ class Query:
     sort: str = "when"
     descending: bool = True
     page: int = 1
+    picked: frozenset[str] = frozenset()
 
     def searching(self, search: Any, state: Any) -> Query:
         """Returns the query with what the fields hold; another one begins at its first page."""
@@ -55,6 +58,12 @@ class Query:
             return self
         down = not self.descending if name == self.sort else name in _DESCENDING
         return replace(self, sort=name, descending=down, page=1)
+
+    def picking(self, run: str) -> Query:
+        """Returns the query with a run selected, or not any more."""
+        if len(self.picked) >= MAX_PICKED and run not in self.picked:
+            return self
+        return replace(self, picked=self.picked ^ {run})
 
     def on_page(self, text: str) -> Query:
         """Returns the query of another page."""

@@ -12,7 +12,7 @@ from typing import Any
 from gradio_app.errors import UserError
 from gradio_app.recipe.content import data_of, short_name, value_at
 from gradio_app.recipe.fields import BY_PATH
-from gradio_app.recipe.form import display_value
+from gradio_app.recipe.form import display_value, method_of
 from gradio_app.recipe.presets import DEMO_BASE
 from gradio_app.recipe.yaml_text import parse_yaml
 from gradio_app.runs.metrics import Metrics, MetricsCache
@@ -48,6 +48,7 @@ class Summary:
         mode: ``"min"`` or ``"max"``, the better value of the metric.
         seconds: How long it has trained, in all sessions.
         memory: Peak memory in bytes.
+        kind: See :func:`kind_of`.
     """
 
     task: str = ""
@@ -60,6 +61,7 @@ class Summary:
     mode: str = "min"
     seconds: float | None = None
     memory: float | None = None
+    kind: tuple[str, ...] = ()
 
 
 class Summaries:
@@ -68,6 +70,10 @@ class Summaries:
     def __init__(self) -> None:
         self._metrics = MetricsCache()
         self._known: dict[str, tuple[Any, Summary]] = {}
+
+    def metrics(self, run: Run) -> Metrics:
+        """Returns the metrics of a run as they are now."""
+        return self._metrics.of(run.folder.metrics)
 
     def of(self, run: Run) -> Summary:
         """Returns the summary of a run as it is now."""
@@ -78,7 +84,7 @@ class Summaries:
         if known is None or known[0] != stamp:
             if len(self._known) >= _MOST_RUNS:
                 self._known.clear()
-            known = self._known[run.id] = (stamp, summarize(run, self._metrics.of(folder.metrics)))
+            known = self._known[run.id] = (stamp, summarize(run, self.metrics(run)))
         return known[1]
 
 
@@ -115,7 +121,15 @@ def summarize(run: Run, metrics: Metrics) -> Summary:
         mode=mode,
         seconds=outcome.seconds,
         memory=outcome.memory,
+        kind=kind_of(content),
     )
+
+
+def kind_of(content: dict[str, Any]) -> tuple[str, ...]:
+    """Returns what runs that are equally fast have in common: model, precision and method."""
+    model = value_at(content, "model.init_args.model", None)
+    precision = value_at(content, "trainer.precision", None)
+    return str(model), str(precision or "32-true"), method_of(content)
 
 
 def _content(run: Run) -> dict[str, Any]:

@@ -12,15 +12,15 @@ from gradio_app.compare.recipe_diff import differences
 from gradio_app.compare.results import (
     AXES,
     LOSSES,
+    comparable,
     compare_answers,
     loss_curve,
-    same_validation_rows,
 )
 from gradio_app.compare.selection import MAX_RUNS, RunSelection, parse_ids, select_runs
 from gradio_app.pages.components import field, html, on_event, on_load
 from gradio_app.pages.layout import heading
 from gradio_app.pages.plot import Series, plot
-from gradio_app.pages.run.live_html import shortened_cell
+from gradio_app.pages.run.live_html import answer_cell, shortened_cell
 from gradio_app.pages.run_state import state_badge
 from gradio_app.pages.templating import render
 from gradio_app.recipe.fields import BY_PATH
@@ -45,6 +45,10 @@ _OTHER_STEPS = {
     "data.init_args.data": "data",
     "trainer.strategy.class_path": "method",
 }
+
+
+# Parts of paths that say nothing of a setting.
+_NOT_SHOWN = {"model", "data", "trainer", "strategy", "callbacks", "init_args", "class_path"}
 
 
 def build(studio: Studio, t: Texts) -> None:
@@ -143,7 +147,7 @@ class ComparePage:
             shown,
             gr.Column(visible=True),
             drawn,
-            summary(curves, loss, axis, same_validation_rows(found.runs), t),
+            summary(curves, loss, axis, comparable(found.runs), t),
             curve_table(curves, axis, t),
             outcomes(found, metrics, t),
             settings_diff(found, t),
@@ -272,10 +276,13 @@ def settings_diff(found: RunSelection, t: Texts) -> str:
 
 
 def _label(path: str, t: Texts) -> str:
-    """Returns the form's label of a setting; empty for one that it does not have."""
+    """Returns the form's label of a setting, or what the words of its path say."""
     if path in BY_PATH:
         return t(f"fields.{BY_PATH[path].key}")
-    return t(f"compare.path_{_OTHER_STEPS[path]}") if path in _OTHER_STEPS else ""
+    if path in _OTHER_STEPS:
+        return t(f"compare.path_{_OTHER_STEPS[path]}")
+    words = [word for word in path.split(".") if word not in _NOT_SHOWN] or [path]
+    return " ".join(words).replace("_", " ").capitalize()
 
 
 def samples(found: RunSelection, t: Texts) -> str:
@@ -284,16 +291,26 @@ def samples(found: RunSelection, t: Texts) -> str:
     if not said:
         recorded = any(run.folder.samples.is_file() for run in found.runs)
         note = t("compare.no_shared_samples" if recorded else "compare.no_samples")
-    missing = t("compare.not_asked")
-    rows = [
-        (
-            shortened_cell(one.prompt),
-            [
-                shortened_cell(one.expected),
-                *(missing if answer is None else shortened_cell(answer) for answer in one.answers),
-            ],
-        )
+    columns = [(t("run.prompt"), ""), (t("run.expected"), "")]
+    answers = [
+        [
+            answer_cell(None if text is None else {"generated": text, "expected": one.expected})
+            for text in one.answers
+        ]
         for one in said
     ]
-    head = [t("run.prompt"), t("run.expected"), *found.labels]
-    return render("compare.samples", t, head=head, rows=rows, note=note)
+    for place, label in enumerate(found.labels):
+        given = [cell for cells in answers if (cell := cells[place]) is not None]
+        exact = sum(cell["correct"] for cell in given)
+        columns.append((label, t("run.samples_right", n=exact, of=len(given))))
+    rows = [
+        {
+            "turns": [(None, shortened_cell(one.prompt))],
+            "expected": shortened_cell(one.expected),
+            "answers": cells,
+        }
+        for one, cells in zip(said, answers, strict=True)
+    ]
+    title = t("compare.samples")
+    table = render("live.samples", t, columns=columns, rows=rows, label=title) if said else ""
+    return render("compare.samples", t, table=table, note=note)

@@ -85,17 +85,6 @@ def on_event(
     return bound
 
 
-def show_one(t: Texts, choice: Any, names: Sequence[str], parts: Sequence[Any]) -> None:
-    """Shows of several parts the one that is chosen."""
-    on_event(
-        t,
-        choice.input,
-        lambda chosen: [gr.update(visible=chosen == one) for one in names],
-        choice,
-        parts,
-    )
-
-
 def changed_updates(items: Sequence[Update], seen: object) -> tuple[Any, list[Any]]:
     """Returns the updates to send to a browser: answers to a clock hold only what has changed.
 

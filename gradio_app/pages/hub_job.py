@@ -123,7 +123,7 @@ def _start_handler(studio: Studio) -> Any:
             hf_jobs.start_job(run.folder, token, machine.flavor, asked, repository, packages)
             studio.store.update_metadata(run, where=hf_jobs.EXECUTOR, launched=run.created)
         except Exception as error:
-            studio.store.delete(owner, run.id)
+            studio.store.erase(owner, run.id)
             if isinstance(error, UserError):
                 raise
             reason = shortened(Redactor(studio.settings).text(str(error)), 300)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
 
 from gradio_app.assets import CLICK_DELEGATE, script
+from gradio_app.compare.selection import MAX_RUNS
 from gradio_app.experiments.listing import STATES, Listing, Query, list_runs
 from gradio_app.experiments.summaries import Summary
 from gradio_app.pages.components import changed_updates, field, markup, on_event
@@ -60,11 +63,14 @@ class RunTable:
     ) -> list[Any]:
         """Returns the updates that a browser does not have yet."""
         query = _checked(query).searching(search, state)
-        found = list_runs(self.studio.store.list(owner), self.studio.summaries, query)
+        store = self.studio.store
+        runs, deleted = store.list(owner), store.deleted(owner)
+        found = list_runs(runs, self.studio.summaries, query)
+        # Of others, and of those that are gone, nothing is selected.
+        picked = [run for run in runs if run.id in query.picked]
         there = bool(found.all)
-        known, values = changed_updates(
-            [(gr.Row(visible=there), there), run_table(found, self.t)], seen
-        )
+        table = run_table(found, self.t, picked, deleted)
+        known, values = changed_updates([(gr.Row(visible=there), there), table], seen)
         return [*values, known]
 
     def bind(self) -> None:
@@ -122,19 +128,44 @@ class RunTable:
             tags = ", ".join(run.metadata.tags)
             shown = [gr.Column(visible=True), run.id, run.name, tags, run.metadata.notes]
             return query, None, shown
-        if act == "delete":
-            self.studio.store.delete(owner, about)
+        if act == "pick":
+            return query.picking(about), None, None
+        if act == "unpick":
+            return replace(query, picked=frozenset()), None, None
+        self._change_runs(owner, query, act, about)
         return query, None, None
+
+    def _change_runs(self, owner: str, query: Query, act: object, about: str) -> None:
+        store = self.studio.store
+        if act == "delete":
+            store.delete(owner, about)
+        elif act == "delete_picked":
+            for run in store.list(owner):
+                if run.id in query.picked:
+                    store.delete(owner, run.id)
+        elif act == "restore":
+            store.restore(owner, about)
 
 
 def _checked(query: Any) -> Query:
     return query if isinstance(query, Query) else Query()
 
 
-def run_table(found: Listing, t: Texts) -> str:
-    """Returns the HTML of a page of the runs."""
+def run_table(
+    found: Listing, t: Texts, picked: Sequence[Run] = (), deleted: Sequence[Run] = ()
+) -> str:
+    """Returns the HTML of a page of the runs, of those selected, and of those to restore."""
     rows = [_row(run, summary, t) for run, summary in found.rows]
-    return render("home.run_table", t, rows=rows, found=found, columns=_COLUMNS)
+    return render(
+        "home.run_table",
+        t,
+        rows=rows,
+        found=found,
+        columns=_COLUMNS,
+        picked=picked,
+        most=MAX_RUNS,
+        deleted=deleted,
+    )
 
 
 # What is in a column, by what it can be sorted by.

@@ -279,4 +279,6 @@ def default_learning_rate(content: dict[str, Any]) -> float:
 
 def limit_steps(content: dict[str, Any], steps: int = 5) -> dict[str, Any]:
     """Returns the same run, ended after a few steps."""
-    return with_value(content, "trainer.max_steps", steps)
+    content = with_value(content, "trainer.max_steps", steps)
+    # Each step is timed, so that it is known how long the whole run takes.
+    return with_value(content, "trainer.log_every_n_steps", 1)

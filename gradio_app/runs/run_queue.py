@@ -206,7 +206,8 @@ class RunQueue:
             self.kill(run.owner, run.id)
 
     def _sweep(self) -> None:
-        """Deletes what visitors have left; on a machine of one's own, nothing."""
+        """Erases what was deleted an hour ago, and on a Space what visitors have left."""
+        self.store.erase_deleted()
         hours = self.settings.limits.keep_hours
         if hours is None:
             return
@@ -216,4 +217,4 @@ class RunQueue:
             if old and run.owner != LOCAL and not run.active and not run.waiting:
                 # What is being exported is deleted at a later round.
                 with contextlib.suppress(UserError):
-                    self.store.delete(run.owner, run.id)
+                    self.store.erase(run.owner, run.id)

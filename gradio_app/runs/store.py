@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from gradio_app.errors import UserError
@@ -25,6 +28,8 @@ NAME_LENGTH = 80
 MAX_TAGS, TAG_LENGTH = 10, 30
 NOTES_LENGTH = 2_000
 COMMANDS = frozenset({"fit"})
+# Folder below the root with runs that were deleted, and how long they can be restored.
+DELETED, RESTORABLE_SECONDS = ".deleted", 3600.0
 # A run is said to be launched just before its process is there.
 _LAUNCHING_SECONDS = 3.0
 
@@ -46,11 +51,18 @@ class RunStore:
 
     def all(self) -> Sequence[Run]:
         """Returns the runs of everyone, the newest first: for the queue, never for a page."""
+        return self._runs_in(self.root)
+
+    def deleted(self, owner: str) -> Sequence[Run]:
+        """Returns the runs that ``owner`` can restore, the newest first."""
+        return [run for run in self._runs_in(self._deleted) if run.owner == owner]
+
+    def _runs_in(self, root: Path) -> Sequence[Run]:
         try:
-            names = [path.name for path in self.root.iterdir() if path.is_dir()]
+            names = [path.name for path in root.iterdir() if path.is_dir()]
         except OSError:
             return []
-        found = [run for run in map(self._read, names) if run is not None]
+        found = [run for name in names if (run := self._read(name, root)) is not None]
         return sorted(found, key=lambda run: (run.created, run.id), reverse=True)
 
     def get(self, owner: str, run_id: object) -> Run:
@@ -89,7 +101,43 @@ class RunStore:
         return self.update_metadata(run, name=name, tags=checked_tags(tags), notes=notes)
 
     def delete(self, owner: str, run_id: str) -> None:
-        """Deletes a run and everything it has saved, unless it or an export of it is active."""
+        """Moves a run to the deleted ones, unless it or an export of it is active.
+
+        For an hour it can be restored; then it is erased with everything it has saved.
+        """
+        path = self._resting(owner, run_id)
+        self.erase_deleted()
+        target = self._deleted / path.name
+        self._deleted.mkdir(exist_ok=True)
+        os.utime(path)
+        path.rename(target)
+
+    def restore(self, owner: str, run_id: object) -> Run:
+        """Takes a deletion back; raises the same UserError for none and for another owner's."""
+        name = checked_run_id(run_id)
+        run = self._read(name, self._deleted)
+        if run is None or run.owner != owner or (self.root / name).exists():
+            raise UserError("errors.no_such_run", run=name)
+        run.folder.path.rename(self.root / name)
+        return self.get(owner, name)
+
+    def erase(self, owner: str, run_id: str) -> None:
+        """Deletes a run for good, as :meth:`delete` does at first."""
+        shutil.rmtree(self._resting(owner, run_id))
+
+    def erase_deleted(self, seconds: float = RESTORABLE_SECONDS) -> None:
+        """Erases what was deleted so long ago."""
+        for path in self._deleted.iterdir() if self._deleted.is_dir() else ():
+            with contextlib.suppress(OSError):
+                if time.time() - path.lstat().st_mtime >= seconds:
+                    shutil.rmtree(path)
+
+    @property
+    def _deleted(self) -> Path:
+        return self.root / DELETED
+
+    def _resting(self, owner: str, run_id: str) -> Path:
+        """Returns the folder of a run that nothing uses; raises UserError otherwise."""
         run = self.get(owner, run_id)
         if run.active or self.executor(run).active(run):
             raise UserError("run.refused_active", name=run.name)
@@ -101,7 +149,7 @@ class RunStore:
         # A link in place of a folder would lead out of the root.
         if path.parent != self.root.resolve() or (self.root / run.id).is_symlink():
             raise UserError("errors.no_such_run", run=run.id)
-        shutil.rmtree(path)
+        return path
 
     def mark_stopped(self, owner: str, run_id: str) -> Run:
         """Writes down that a crashed run is stopped; raises UserError if it has not crashed."""
@@ -130,8 +178,8 @@ class RunStore:
     def _where(self) -> str:
         return next(iter(self.executors))
 
-    def _read(self, name: str) -> Run | None:
-        path = self.root / name
+    def _read(self, name: str, root: Path | None = None) -> Run | None:
+        path = (root or self.root) / name
         folder = RunFolder(path)
         text = cached_text(path / METADATA_FILE)
         if text is None and not folder.status_file.is_file():

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from gradio_app.compare.recipe_diff import differences
-from gradio_app.compare.results import compare_answers, loss_curve, same_validation_rows
+from gradio_app.compare.results import comparable, compare_answers, loss_curve
 from gradio_app.compare.selection import MAX_RUNS, parse_ids, select_runs
 from gradio_app.pages import compare
 from gradio_app.runs.metrics import Metrics
@@ -114,15 +114,17 @@ def test_only_runs_on_the_same_rows_are_ranked(store):
             },
             **changes,
         }
-        run.folder.write(run.folder.provenance, {"data": record})
+        base = {"model": {"name_or_path": changes.get("base", "a/base")}}
+        run.folder.write(run.folder.provenance, {"data": record, "base": base})
         return run
 
     one = validated()
     # Elsewhere on disk, with another longest row and other training rows: validated on the same.
     same = validated(data="/two/rows.jsonl", encoding={"max_length": 1024})
-    assert same_validation_rows([one, same])
+    assert comparable([one, same])
     limited = "trainer: {limit_val_batches: 2}\n"
     others = [
+        validated(base="another/base"),
         validated(data="/one/demo.jsonl"),
         validated(splits={"validation": {"rows": 17, "tokens": 901, "trained_tokens": 310}}),
         validated(split_by={"by": "content", "seed": 1, "shares": {"validation": 0.05}}),
@@ -132,8 +134,8 @@ def test_only_runs_on_the_same_rows_are_ranked(store):
         store.create("local", recipe(), "has not begun"),
     ]
     for other in others:
-        assert not same_validation_rows([one, same, other])
-    assert same_validation_rows([others[5], validated(recipe=limited)])
+        assert not comparable([one, same, other])
+    assert comparable([others[6], validated(recipe=limited)])
     curves = {"A one": [(0.0, 3.0), (5.0, 1.0)], "B other": [(0.0, 3.0), (5.0, 0.5)]}
     ranked = compare.summary(curves, "val_loss", "step", True, Texts())
     assert "Lowest at the end: B other, Validation loss 0.5." in ranked
@@ -148,8 +150,8 @@ def test_settings_have_the_names_of_the_form(store):
     shown = compare.settings_diff(select_runs(store, "local", [one.id, other.id]), Texts())
     assert 'role="region" aria-label="Settings that differ"' in shown
     assert '<span title="model.init_args.learning_rate">Learning rate</span>' in shown
-    assert "<code>fake.a</code>" in shown
-    assert shown.index("Learning rate") < shown.index("fake.a")
+    assert '<span title="fake.a">Fake a</span>' in shown
+    assert shown.index("Fake a") < shown.index("Learning rate")
 
 
 def test_long_curves_are_thinned(tmp_path):
@@ -193,10 +195,11 @@ def test_two_runs_are_picked_and_the_address_keeps_them(site, visit):
     page.keyboard.press("Escape")
     assert page.url.endswith(f"/compare?runs={other.id},{one.id}")
     page.reload()
-    page.get_by_role("row", name="fake.steps").get_by_role("cell", name="12").wait_for()
+    page.get_by_role("row", name="Fake steps").get_by_role("cell", name="12").wait_for()
     page.get_by_text("Lowest at the end: A other").wait_for()
     page.get_by_role("heading", name="Sample answers").wait_for()
     assert page.get_by_role("cell", name=HOSTILE).count() == 2
+    assert page.get_by_role("columnheader", name="0 of 1 as expected").count() == 2
     page.get_by_role("radio", name="Minutes").check()
     page.get_by_text("at minute").first.wait_for()
     page.get_by_role("radio", name="Training loss").check()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
@@ -137,6 +138,19 @@ def test_runs_are_searched_sorted_named_and_tagged(serve, visit):
     names = page.locator("table.runs tbody th a")
     page.get_by_role("row", name="bees").get_by_text("Rank 8, Batch size 4").wait_for()
     assert names.all_inner_texts() == ["cats", "Ants", "bees"]
+    for count, name in enumerate(("bees", "Ants"), start=1):
+        page.get_by_role("checkbox", name=f"Select {name}").click()
+        page.get_by_text(f"{count} selected").wait_for()
+    chosen = page.locator(".picked").get_by_role("link", name="Compare").get_attribute("href")
+    assert set(parse_qs(urlsplit(chosen).query)["runs"][0].split(",")) == {run.id for run in runs}
+    page.get_by_role("button", name="Delete the selected runs").click()
+    page.get_by_role("alert").get_by_text("Delete Ants, bees (").wait_for()
+    page.get_by_role("button", name="Yes, delete", exact=True).click()
+    page.get_by_role("link", name="Ants").wait_for(state="hidden")
+    assert names.all_inner_texts() == ["cats"]
+    for name in ("bees", "Ants"):
+        page.get_by_role("button", name=f"Restore {name}").click()
+        page.get_by_role("link", name=name).wait_for()
     for column, wanted in (
         ("Name", ["Ants", "bees", "cats"]),
         ("Best", ["Ants", "bees", "cats"]),

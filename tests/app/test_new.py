@@ -73,7 +73,6 @@ def test_own_data_with_bad_rows_is_put_right_and_started(visit, site):
     before = set(site.runs.glob("*/recipe.yaml"))
     page = opened(visit, site, "#data")
     wait_for_report(page)
-    page.get_by_label("Upload", exact=True).check()
     bad = [*GOOD[:3], {"question": "empty?", "reply": ""}, *GOOD[3:], GOOD[5]]
     upload(page, "mine <b>.jsonl", lines(bad) + b"\nno json at all")
     page.get_by_text("mine-b.jsonl").first.wait_for()
@@ -121,11 +120,9 @@ def test_own_data_with_bad_rows_is_put_right_and_started(visit, site):
 @pytest.mark.long
 def test_a_corrected_upload_takes_the_place_of_the_bad_one(visit, site):
     page = opened(visit, site, "#data")
-    page.get_by_label("Upload", exact=True).check()
     rows = [{"prompt": row["question"], "completion": row["reply"]} for row in GOOD]
     upload(page, "bad.jsonl", lines([*rows, {"prompt": "x", "completion": ""}]))
     page.locator("#data-report .problem").wait_for()
-    page.locator("#data-upload").get_by_role("button", name="Clear").click()
     upload(page, "good.jsonl", lines(rows))
     page.locator("#data-report .fine").wait_for()
     page.locator("#data-facts").get_by_text("good.jsonl").wait_for()
@@ -140,7 +137,6 @@ def test_a_corrected_upload_takes_the_place_of_the_bad_one(visit, site):
 
 def test_a_large_file_is_counted_and_stopped_and_holds_up_no_other(visit, site):
     page = opened(visit, site, "#data")
-    page.get_by_label("Upload", exact=True).check()
     rows = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(60_000)]
     upload(page, "large.jsonl", lines(rows))
     report = page.locator("#data-report")
@@ -153,7 +149,6 @@ def test_a_large_file_is_counted_and_stopped_and_holds_up_no_other(visit, site):
     assert not page.locator("#stop-checking").is_visible()
     page.get_by_role("button", name="Check again").click()
     report.get_by_text(re.compile("of about 60,000")).wait_for()
-    page.locator("#data-upload").get_by_role("button", name="Clear").click()
     upload(page, "small.jsonl", lines(rows[:40]))
     # The larger one is given up, and not waited for.
     report.get_by_text("All 40 rows can be trained on").wait_for(timeout=20_000)
@@ -166,11 +161,10 @@ def test_what_is_refused_is_said_where_it_was_typed(visit, site):
     (site.data / "held.jsonl").write_bytes(lines(held))
     page = opened(visit, site, "#data")
     wait_for_report(page)
-    page.get_by_label("File on this machine").check()
-    path = page.locator("#data-path-name input")
+    path = page.locator("#data-place input")
     path.fill("trian.jsonl")
     path.press("Enter")
-    page.locator("#data-path-problem").get_by_text("Did you mean train.jsonl?").wait_for()
+    page.locator("#data-problem").get_by_text("Did you mean train.jsonl?").wait_for()
     opacity = "e => Number(getComputedStyle(e).opacity)"
     report = page.locator("#data-report").element_handle()
     assert page.evaluate(opacity, report) < 1
@@ -178,7 +172,7 @@ def test_what_is_refused_is_said_where_it_was_typed(visit, site):
     path.press("Enter")
     page.locator("#data-report").get_by_text("All 60 rows").wait_for()
     assert page.evaluate(opacity, report) == 1
-    assert not page.locator("#data-path-problem").is_visible()
+    assert not page.locator("#data-problem").is_visible()
     page.get_by_role("button", name="Validation and test files").click()
     page.locator("#validation-file input").click()
     page.get_by_role("option", name=re.compile("held.jsonl")).click()
@@ -207,12 +201,13 @@ def test_what_is_refused_is_said_where_it_was_typed(visit, site):
 
 def test_a_change_of_task_can_be_taken_back_and_a_reload_keeps_where_the_model_is_from(visit, site):
     page = opened(visit, site)
-    page.get_by_label("By name on the Hub", exact=True).check()
-    page.locator("#model-hub-name :is(input, textarea)").fill("me/unknown")
-    page.get_by_role("button", name="Use this model").click()
+    model = page.locator("#model-choice").get_by_role("combobox")
+    model.fill("me/unknown")
+    model.press("Enter")
     metadata = page.locator("#model-facts")
     metadata.get_by_text("me/unknown").wait_for()
-    page.get_by_label("Classify images").check()
+    page.locator("#new-task").get_by_role("combobox").click()
+    page.get_by_role("option", name="Classify images").click()
     undo = page.get_by_role("button", name="Back to Chat and instructions")
     undo.wait_for()
     assert not metadata.get_by_text("me/unknown").is_visible()
@@ -221,9 +216,7 @@ def test_a_change_of_task_can_be_taken_back_and_a_reload_keeps_where_the_model_i
     assert not undo.is_visible()
     page.reload()
     metadata.get_by_text("me/unknown").wait_for()
-    assert page.get_by_label("By name on the Hub", exact=True).is_checked()
-    assert page.locator("#model-hub").is_visible()
-    assert not page.locator("#model-preset").is_visible()
+    assert model.input_value() == "me/unknown"
     # What cannot be fetched is said at once, and where it can be changed.
     page.goto(page.url.partition("#")[0] + "#review")
     blocked = page.locator("#overview [role=alert]")
@@ -232,21 +225,36 @@ def test_a_change_of_task_can_be_taken_back_and_a_reload_keeps_where_the_model_i
     assert page.get_by_role("button", name="Start training").is_disabled()
 
 
-def test_a_model_of_ones_own_is_not_given_the_example(visit, serve):
+# What the way from the first page to the start may take.
+MOST_CLICKS, MOST_WORDS = 6, 250
+COUNT_CLICKS = """addEventListener('pointerdown', () => {
+  sessionStorage.clicks = Number(sessionStorage.clicks ?? 0) + 1;
+}, { capture: true })"""
+
+
+def words_on(page) -> int:
+    return len(page.inner_text("body").split())
+
+
+def test_a_first_run_with_a_model_and_data_of_ones_own_is_short(visit, serve):
     site = serve(trainer="fake")
-    shutil.copytree(BASE, site.folder / "models" / "mine")
-    (site.folder / "models" / "mine" / "chat_template.jinja").write_text(NAMED["plain"])
-    page = opened(visit, site)
-    page.get_by_label("From a folder here").check()
-    page.get_by_label("Folder", exact=True).click()
-    page.get_by_role("option", name="mine", exact=True).click()
-    page.locator("#model-facts").get_by_text("Its weight files").wait_for()
-    page.get_by_role("link", name="Next: Data").click()
-    metadata, report = page.locator("#data-facts"), page.locator("#data-report")
-    metadata.get_by_text("Choose the data to train on").wait_for()
-    report.get_by_text("Once data is chosen").wait_for()
-    assert page.get_by_label("Upload", exact=True).is_checked()
-    page.get_by_role("link", name="Review", exact=True).click()
+    mine = site.folder / "models" / "mine"
+    shutil.copytree(BASE, mine)
+    (mine / "chat_template.jinja").write_text(NAMED["plain"])
+    rows = [{"prompt": row["question"], "completion": row["reply"]} for row in GOOD]
+    (site.data / "orders.jsonl").write_bytes(lines(rows))
+    page = visit(site.url)
+    page.context.add_init_script(COUNT_CLICKS)
+    page.evaluate(COUNT_CLICKS)
+    page.get_by_text("No runs yet.").wait_for()
+    words = words_on(page)
+    page.get_by_role("link", name="Choose data").click()
+    metadata, report = page.locator("#model-facts"), page.locator("#data-report")
+    metadata.locator(".chosen").wait_for()
+    page.locator("#model-choice").get_by_role("combobox").click()
+    page.get_by_role("option", name="mine, on this machine").click()
+    metadata.get_by_text("Weights: ").wait_for()
+    # The example belongs to the demo model.
     blocked = page.locator("#overview [role=alert]")
     blocked.get_by_text("No data is chosen").wait_for()
     assert blocked.locator("li").count() == 1
@@ -254,15 +262,22 @@ def test_a_model_of_ones_own_is_not_given_the_example(visit, serve):
     assert "data" not in shown_recipe(page)["data"]["init_args"]
     # So it stays when the page is opened again.
     page.reload()
-    blocked.get_by_role("link", name="To the data").click()
-    metadata.get_by_text("Choose the data to train on").wait_for()
-    page.get_by_label("Built-in example").check()
-    page.get_by_role("button", name="Use the example").click()
-    report.locator(".fine").wait_for()
-    metadata.get_by_text("Chosen: the built-in example instructions.jsonl").wait_for()
-    page.get_by_role("link", name="Review", exact=True).click()
+    blocked.get_by_role("link", name="To the data").wait_for()
+    page.locator("#data-place").get_by_role("combobox").click()
+    page.get_by_role("option", name="orders.jsonl").click()
+    report.get_by_text("All 60 rows can be trained on").wait_for()
     page.locator("#overview .fine").wait_for()
-    assert page.get_by_role("button", name="Start training").is_enabled()
+    strip = page.locator("#start-strip")
+    strip.get_by_text(re.compile(r"^[\d.]+ [GM]B of [\d.]+ GB$")).first.wait_for()
+    assert strip.get_by_text("not known yet", exact=True).count() == 1
+    start = page.get_by_role("button", name="Start training")
+    assert start.is_enabled()
+    screenshot(page, "new-start")
+    words += words_on(page)
+    start.click()
+    page.wait_for_url(re.compile(r"/run\?run="))
+    clicks = int(page.evaluate("sessionStorage.clicks"))
+    assert (clicks <= MOST_CLICKS, words <= MOST_WORDS) == (True, True), (clicks, words)
 
 
 def test_an_address_with_a_slash_finds_its_page(visit, site):
@@ -332,7 +347,7 @@ def test_what_does_not_fit_is_made_to_fit_by_a_click(visit, site):
 @pytest.mark.long
 def test_a_recipe_is_uploaded_edited_and_kept_through_a_restart(visit, serve):
     site = serve(trainer="fake")
-    page = opened(visit, site)
+    page = opened(visit, site, "#model")
     page.get_by_role("button", name="Start from a recipe or a file").click()
     text = "model: {class_path: os.system, init_args: {command: id}}\ndata: {}\ntrainer: {}"
     hostile = {"name": "a.yaml", "mimeType": "text/yaml", "buffer": text.encode()}
@@ -374,14 +389,14 @@ def test_a_recipe_is_uploaded_edited_and_kept_through_a_restart(visit, serve):
 
 @pytest.mark.long
 def test_a_download_has_a_size_before_it_begins(visit, site):
-    page = opened(visit, site)
+    page = opened(visit, site, "#model")
     metadata = page.locator("#model-facts")
-    page.locator("#model-preset").get_by_role("combobox").click()
+    page.locator("#model-choice").get_by_role("combobox").click()
     page.get_by_role("option", name="Qwen2.5-0.5B-Instruct: 494 M parameters").click()
     metadata.get_by_text(
         re.compile(r"download is about 988 MB; [\d.]+ [GM]B of that disk")
     ).wait_for()
-    page.get_by_label("By name on the Hub", exact=True).check()
+    page.get_by_role("button", name="By name on the Hub").click()
     page.locator("#model-hub-name :is(input, textarea)").fill("me/unknown")
     page.get_by_role("button", name="Use this model").click()
     metadata.get_by_text("size of the download is unknown").wait_for()
@@ -410,7 +425,7 @@ def test_settings_in_closed_parts_are_those_of_the_recipe(visit, site):
 
 
 def test_the_keyboard_is_enough(visit, site):
-    page = opened(visit, site)
+    page = opened(visit, site, "#model")
     seen = []
     for step in STEPS[1:]:
         for _ in range(120):

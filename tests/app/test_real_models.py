@@ -60,14 +60,14 @@ def opened(visit, site, place=""):
 
 
 def choose_folder(page, name):
-    page.get_by_label("Folder", exact=True).click()
-    page.get_by_role("option", name=name, exact=True).click()
+    page.locator("#model-choice").get_by_role("combobox").click()
+    page.get_by_role("option", name=f"{name}, on this machine", exact=True).click()
 
 
 def choose_example(page):
     """Chooses the example, which comes with the demo model alone."""
-    page.get_by_label("Built-in example").check()
-    page.get_by_role("button", name="Use the example").click()
+    page.locator("#data-place").get_by_role("combobox").click()
+    page.get_by_role("option", name="Built-in example").click()
     page.locator("#data-report .fine").wait_for(timeout=MINUTES)
 
 
@@ -86,8 +86,7 @@ def run_of(page, site):
 
 
 def test_a_model_in_a_folder_is_chosen_and_trained(visit, site):
-    page = opened(visit, site)
-    page.get_by_label("From a folder here").check()
+    page = opened(visit, site, "#model")
     refusals = {
         "cut": "model.safetensors is damaged",
         "bare": "holds no weights",
@@ -96,11 +95,11 @@ def test_a_model_in_a_folder_is_chosen_and_trained(visit, site):
     }
     for name, reason in refusals.items():
         choose_folder(page, name)
-        page.locator(".toast-body").get_by_text(reason).first.wait_for()
+        page.locator("#model-problem").get_by_text(reason).wait_for()
     assert shown_recipe(page)["model"]["init_args"]["model"] == "package:demo/base"
     choose_folder(page, "mine")
     metadata = page.locator("#model-facts")
-    metadata.get_by_text("Its weight files take 9 MB").wait_for()
+    metadata.get_by_text("Weights: 9 MB").wait_for()
     screenshot(page, "new-model-folder")
     page.get_by_role("link", name="Next: Data").click()
     choose_example(page)
@@ -135,8 +134,8 @@ def test_a_folder_outside_of_the_root_is_refused_in_a_recipe_too(visit, site):
 
 def test_code_of_a_model_is_run_only_once_it_is_confirmed(visit, site):
     marker = site.folder / MARKER
-    page = opened(visit, site)
-    page.get_by_label("By name on the Hub", exact=True).check()
+    page = opened(visit, site, "#model")
+    page.get_by_role("button", name="By name on the Hub").click()
     page.locator("#model-hub-name :is(input, textarea)").fill(NAME)
     use = page.get_by_role("button", name="Use this model")
     toasts = page.locator(".toast-body")

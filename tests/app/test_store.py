@@ -116,6 +116,17 @@ def test_only_what_rests_is_deleted_and_nothing_outside(store, tmp_path):
     run = store.create("local", recipe(), "a")
     store.delete("local", run.id)
     assert not run.folder.path.exists()
+    assert (store.list("local"), [one.id for one in store.deleted("local")]) == ([], [run.id])
+    assert store.deleted("v-other") == []
+    for owner, name in (("v-other", run.id), ("local", f"../{run.id}"), ("local", "none")):
+        with pytest.raises(UserError, match="errors.no_such_run"):
+            store.restore(owner, name)
+    assert store.restore("local", run.id).name == "a"
+    store.delete("local", run.id)
+    store.erase_deleted()
+    assert store.deleted("local")
+    store.erase_deleted(seconds=0)
+    assert store.deleted("local") == []
     written(store.root / "alive")
     with pytest.raises(UserError) as refusal:
         store.delete("local", "alive")

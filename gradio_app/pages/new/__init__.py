@@ -1,4 +1,4 @@
-"""The page on which a recipe is made: four steps, one recipe, checked before anything starts."""
+"""The page on which a recipe is made: a first view for the usual case, and four steps for all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STEPPING = script("steps.js")
 
 def build(studio: Studio, t: Texts) -> None:
     """Makes the page."""
-    heading(t("new.heading"), t, t("new.below"))
+    heading(t("new.heading"), t)
     html(render("new.steps", t, names=STEPS), elem_id="steps")
     editor = Editor(studio, t)
     of = html(elem_id="new-copied")

@@ -14,7 +14,7 @@ import gradio as gr
 from gradio_app.assets import CLICK_DELEGATE
 from gradio_app.errors import UserError
 from gradio_app.guards import checked_hub_name, checked_revision, shortened
-from gradio_app.pages.components import field, html, on_event, show_one
+from gradio_app.pages.components import field, html, on_event
 from gradio_app.pages.new import data_html, file_format, held_out, row_search
 from gradio_app.pages.new.data_check import check_data
 from gradio_app.pages.new.editor import Editor, Session
@@ -28,7 +28,6 @@ from gradio_app.runs.formatting import format_bytes
 from gradio_app.uploads import KINDS, Uploads
 from lightning_peft.task_registry import task_of_config
 
-SOURCES = ("example", "upload", "path", "hub")
 # Most fields that rows of any shape have.
 MAX_FIELDS = 5
 _DATA = "data.init_args."
@@ -37,114 +36,76 @@ _SKIPPED_ROWS = "left-out.jsonl"
 
 def build(editor: Editor) -> None:
     """Makes the step."""
-    t = editor.t
-    sources = [name for name in SOURCES if name != "path" or editor.studio.settings.data_root]
-    of = ("new.data_", sources)
-    source = field(gr.Radio, t, "new.data_source", "data-source", of, value="example")
-    columns = {}
-    for name in SOURCES:
-        with gr.Column(visible=name == "example", elem_id=f"data-{name}") as columns[name]:
-            _BUILDERS[name](editor)
-    facts = html(elem_id="data-facts")
-    editor.show([source, *columns.values(), facts], lambda session: _updates(session, editor))
-    show_one(t, source, SOURCES, list(columns.values()))
-    _build_report(editor)
-
-
-def _updates(session: Session, editor: Editor) -> list[Any]:
-    place = data_of(session.content)
-    source = data_source(session, place)
-    shown = [gr.update(visible=source == one) for one in SOURCES]
-    return [source, *shown, data_html.selected_data(place, editor.t)]
-
-
-def data_source(session: Session, place: str) -> str:
-    """Returns where rows are from: one of :data:`SOURCES`; without any, what is offered first."""
-    if place.startswith(("package:", "recipe:")):
-        return "example"
-    if not place or place.startswith(UPLOAD):
-        return "upload"
-    return "path" if place.startswith(("/", ".")) or "." in place.rpartition("/")[2] else "hub"
-
-
-def _build_example(editor: Editor) -> None:
-    use = gr.Button(editor.t("new.use_example"), elem_id="use-example")
-
-    def chosen(session: Session) -> dict[str, Any]:
-        task = task_of_config(session.content)
-        example = base_recipe(task.name if task else "")
-        content = with_data(session.content, value_at(example, _DATA + "data"))
-        return with_value(content, _DATA + "skip_bad_rows", MISSING)
-
-    editor.bind(use.click, chosen)
-
-
-def _build_upload(editor: Editor) -> None:
     t, settings = editor.t, editor.studio.settings
-    most = f"{t.number(settings.limits.upload_bytes / 1e6)} MB"
-    label = t("new.upload", kinds=", ".join(KINDS), most=most)
-    file = gr.File(label=label, height=140, elem_id="data-file")
-    earlier = field(gr.Dropdown, t, "new.uploaded", "data-uploaded", choices=[], value=None)
+    with gr.Row(elem_id="choose-data", equal_height=True):
+        most = f"{t.number(settings.limits.upload_bytes / 1e6)} MB"
+        hint = t("new.data_kinds", kinds=", ".join(KINDS), most=most)
+        place = field(
+            gr.Dropdown,
+            t,
+            "new.data",
+            "data-place",
+            info=hint,
+            choices=[],
+            value=None,
+            allow_custom_value=True,
+            scale=3,
+        )
+        with gr.Column(elem_id="data-upload", scale=1, min_width=160):
+            file = gr.UploadButton(t("new.upload"))
+    problem = editor.problem("data-problem")
+    facts = html(elem_id="data-facts")
+    with gr.Accordion(t("new.data_hub"), open=False, elem_id="data-hub"):
+        _build_hub(editor)
 
     def kept(session: Session, given: Any) -> dict[str, Any]:
         upload = Uploads(settings, session.owner).save(given, time.strftime("%Y%m%d"))
         return with_data(session.content, f"{UPLOAD}{upload.name}")
 
-    def again(session: Session, name: Any) -> dict[str, Any]:
-        upload = Uploads(settings, session.owner).get(name)
-        return with_data(session.content, f"{UPLOAD}{upload.name}")
-
-    def listed(session: Session) -> list[Any]:
-        own = Uploads(settings, session.owner).list()
-        place = data_of(session.content)
-        current = place.removeprefix(UPLOAD) if place.startswith(UPLOAD) else None
-        rows = [(f"{one.title} ({format_bytes(one.size, t)})", one.name) for one in own]
-        known = current if current in [one.name for one in own] else None
-        return [gr.update(choices=rows, value=known, visible=bool(rows))]
-
-    editor.show([earlier], listed)
-    problem = editor.problem("data-upload-problem")
     editor.bind(file.upload, kept, [file], problem=problem)
-    editor.bind(earlier.input, again, [earlier], problem=problem)
+    editor.bind(place.input, partial(_choose, editor), [place], problem=problem)
+    editor.show([place, facts], lambda session: _updates(session, editor, hint))
+    _build_report(editor)
 
 
-def _build_path(editor: Editor) -> None:
-    t = editor.t
-    root = editor.studio.settings.data_root
-    hint = t("new.path_hint", folder=root.name if root else "")
-    path = field(
-        gr.Dropdown,
-        t,
-        "new.path",
-        "data-path-name",
-        info=hint,
-        choices=[],
-        value=None,
-        allow_custom_value=True,
-    )
+def _choose(editor: Editor, session: Session, given: Any) -> dict[str, Any]:
+    text = str(given or "").strip()
+    if text == _example(session):
+        content = with_data(session.content, text)
+        return with_value(content, _DATA + "skip_bad_rows", MISSING)
+    place = editor.places(session).data(text)
+    if text.startswith(UPLOAD):
+        # Its folder is the server's.
+        return with_data(session.content, text)
+    if not place.startswith("/") and "/" not in place:
+        more = [UserError("checks.not_near")]
+        raise UserError("checks.no_data", path=shortened(given), more=more)
+    return with_data(session.content, place)
 
-    def listed(session: Session) -> list[Any]:
-        sizes = session.data_files.sizes
-        rows = [(f"{name} ({format_bytes(count, t)})", name) for name, count in sizes.items()]
-        place = data_of(session.content)
-        known = next((one for one in sizes if root and (root / one).as_posix() == place), None)
-        value = known or (place if place.startswith("/") else None)
-        return [gr.update(choices=rows, value=value, info=editor.files_hint(session, hint))]
 
-    editor.show([path], listed)
-    use = gr.Button(t("new.use_data"), elem_id="use-path")
+def _example(session: Session) -> str:
+    task = task_of_config(session.content)
+    return data_of(base_recipe(task.name if task else "sft"))
 
-    def chosen(session: Session, given: Any) -> dict[str, Any]:
-        place = editor.places(session).data(given)
-        if "/" not in place.strip("/") or not place.startswith("/"):
-            raise UserError(
-                "checks.no_data", path=shortened(given), more=[UserError("checks.not_near")]
-            )
-        return with_data(session.content, place)
 
-    problem = editor.problem("data-path-problem")
-    editor.bind(use.click, chosen, [path], problem=problem)
-    editor.bind(path.input, chosen, [path], problem=problem)
+def _updates(session: Session, editor: Editor, hint: str) -> list[Any]:
+    """Returns the data to choose from, with the one that is chosen, and what that is."""
+    t, root = editor.t, editor.studio.settings.data_root
+    place, sizes = data_of(session.content), session.data_files.sizes
+    rows = [(f"{name} ({format_bytes(size, t)})", name) for name, size in sizes.items()]
+    rows += [
+        (f"{one.title} ({format_bytes(one.size, t)})", f"{UPLOAD}{one.name}")
+        for one in Uploads(editor.studio.settings, session.owner).list()
+    ]
+    rows.append((t("new.data_example"), _example(session)))
+    named = next((one for one in sizes if root and (root / one).as_posix() == place), place)
+    if named and named not in [value for _, value in rows]:
+        rows.append((named, named))
+    info = editor.files_hint(session, hint)
+    return [
+        gr.update(choices=rows, value=named or None, info=info),
+        data_html.selected_data(place, t),
+    ]
 
 
 def _build_hub(editor: Editor) -> None:
@@ -176,17 +137,9 @@ def _build_hub(editor: Editor) -> None:
     editor.bind(use.click, chosen, given, problem=problem)
 
 
-_BUILDERS = {
-    "example": _build_example,
-    "upload": _build_upload,
-    "path": _build_path,
-    "hub": _build_hub,
-}
-
-
 def _build_report(editor: Editor) -> None:
     t = editor.t
-    html(f"<h3>{t('new.what_is_trained')}</h3>")
+    html(f"<h3>{t('new.what_is_trained')}</h3>", elem_id="trained-title")
     report = html(elem_id="data-report", js_on_load=CLICK_DELEGATE)
     stop = gr.Button(t("new.stop_checking"), size="sm", visible=False, elem_id="stop-checking")
     skip = field(gr.Checkbox, t, "new.skip", "data-skip")

@@ -110,6 +110,8 @@ class Editor:
         first = base_recipe("sft")
         self.session = gr.State(Session(first, first))
         self.draft = gr.BrowserState({}, storage_key=_DRAFT, secret=_DRAFT)
+        # Memory and disk that the plan finds, shown next to the start.
+        self.needs = gr.HTML(padding=False, render=False, elem_id="start-needs")
         self._displays: list[tuple[list[Any], Show]] = []
         self._bindings: list[Callable[[], Any]] = []
         self._follows: list[tuple[Callable[..., Any], list[Any], list[Any]]] = []

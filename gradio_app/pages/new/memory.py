@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -15,9 +16,11 @@ from gradio_app.pages.error_reporting import localized_message
 from gradio_app.pages.new.data_check import unavailable_model
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.pages.templating import message, render
+from gradio_app.recipe.content import value_at
 from gradio_app.recipe.edits import base_recipe
+from gradio_app.recipe.model_files import is_cached
 from gradio_app.recipe.planner import Fix, Plan, find_fixes, plan_memory, validate_device, with_fix
-from gradio_app.recipe.presets import GPUS, THIS_MACHINE
+from gradio_app.recipe.presets import GPUS, MODELS, THIS_MACHINE
 from gradio_app.recipe.validation import validate_content
 from gradio_app.runs.formatting import format_gigabytes
 from gradio_app.texts import Texts
@@ -30,6 +33,9 @@ PARTS = {
     "activations": ("activations", "logits"),
     "overhead": ("overhead", "kernels", "heap"),
 }
+# Bytes on disk for each trained parameter: the best and the last adapter, both also as checkpoints
+# with the state of the optimizer.
+_DISK_BYTES = 32
 
 
 def build(editor: Editor) -> None:
@@ -44,14 +50,16 @@ def build(editor: Editor) -> None:
     device = field(gr.Dropdown, t, "new.device", "memory-device", **options)
     bar = html(elem_id="memory", js_on_load=CLICK_DELEGATE)
 
-    def plan(session: Any, name: Any, request: gr.Request) -> Iterator[Any]:
+    def plan(session: Any, name: Any, request: gr.Request) -> Iterator[list[Any]]:
         session = editor.of(session, request)
         # Changes that would fit are looked for one by one; meanwhile one may have been made.
         made = partial(_plan_updates, editor, session, name)
-        yield from session.while_current("memory", made, gr.skip())
+        yield from session.while_current("memory", made, [gr.skip(), gr.skip()])
 
-    editor.after_change(plan, [device], [bar])
-    on_event(t, device.input, plan, [editor.session, device], bar, trigger_mode="always_last")
+    outputs = [bar, editor.needs]
+    editor.after_change(plan, [device], outputs)
+    inputs = [editor.session, device]
+    on_event(t, device.input, plan, inputs, outputs, trigger_mode="always_last")
 
     def fix(session: Session, event: gr.EventData) -> dict[str, Any]:
         longest = session.report.longest if session.report else None
@@ -62,13 +70,14 @@ def build(editor: Editor) -> None:
 
 def _plan_updates(
     editor: Editor, session: Session, device: Any, still_needed: Callable[[], bool]
-) -> Iterator[str]:
-    t = editor.t
+) -> Iterator[list[str]]:
+    t, unknown = editor.t, needs_html(editor, session)
     longest = session.report.longest if session.report else None
-    yield message("busy", t("new.calculating"), t)
+    busy = t("new.calculating")
+    yield [message("busy", busy, t), needs_html(editor, session, busy)]
     missing = unavailable_model(session.content)
     if missing:
-        yield message("careful", t("new.model_away", name=missing), t)
+        yield [message("careful", t("new.model_away", name=missing), t), unknown]
         return
     try:
         name = validate_device(device)
@@ -79,21 +88,48 @@ def _plan_updates(
         content["data"]["init_args"] = arguments
         content = validate_content(content, editor.studio.settings, session.owner)
     except UserError as refused:
-        yield message("careful", localized_message(refused, t), t)
+        yield [message("careful", localized_message(refused, t), t), unknown]
         return
     ask = partial(
         session.plans.ask, worker=editor.studio.planning_worker, still_needed=still_needed
     )
     plan = plan_memory(content, name, ask, longest)
+    needs = needs_html(editor, session, plan=plan)
     if plan.fits is not False:
-        yield plan_html(plan, t)
+        yield [plan_html(plan, t), needs]
         return
     found: list[Fix] = []
-    yield plan_html(plan, t, found, more=True)
+    yield [plan_html(plan, t, found, more=True), needs]
     for fix in find_fixes(content, name, ask, longest):
         found.append(fix)
-        yield plan_html(plan, t, found, more=True)
-    yield plan_html(plan, t, found)
+        yield [plan_html(plan, t, found, more=True), needs]
+    yield [plan_html(plan, t, found), needs]
+
+
+def needs_html(
+    editor: Editor, session: Session, waits: str = "", plan: Plan | None = None
+) -> str:
+    """Returns memory and disk that a run needs, each of what there is, as far as known."""
+    t, unknown = editor.t, waits or editor.t("new.not_known")
+    numbers = plan.numbers if plan is not None else {}
+    memory = disk = unknown
+    if plan is not None and numbers:
+        has = plan.available_bytes or plan.required_bytes
+        memory = _share(plan.required_bytes, has, t)
+        disk_bytes = _DISK_BYTES * numbers["trainable_parameters"] + _fetched_bytes(session)
+        disk = _share(disk_bytes, shutil.disk_usage(editor.studio.settings.runs).free, t)
+    cards = [(t("new.memory"), memory, ""), (t("new.strip_disk"), disk, "")]
+    return render("parts.numbers", t, cards=cards, label="", kind="numbers")
+
+
+def _share(needs: int, has: int, t: Texts) -> str:
+    return t("new.strip_of", needs=format_gigabytes(needs, t), has=format_gigabytes(has, t))
+
+
+def _fetched_bytes(session: Session) -> int:
+    name = value_at(session.content, "model.init_args.model", None)
+    known = next((one for one in MODELS if one.name == name and ":" not in one.name), None)
+    return 0 if known is None or is_cached(known.name) else known.download_bytes
 
 
 def plan_html(plan: Plan, t: Texts, found: list[Fix] | None = None, more: bool = False) -> str:

@@ -1,7 +1,8 @@
-"""The step in which a model is chosen: of a list, on the hub, or in a folder."""
+"""The step in which a model is chosen: of a list, a folder here, or the hub."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import gradio as gr
 
 from gradio_app.errors import UserError
 from gradio_app.guards import checked_hub_name, checked_revision, inside, shortened
-from gradio_app.pages.components import field, html, on_event, show_one
+from gradio_app.pages.components import field, html, on_event
 from gradio_app.pages.new.data_check import is_offline
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.pages.templating import render
@@ -29,38 +30,26 @@ from gradio_app.texts import Texts
 from lightning_peft.demo.real_base import SMOLLM2_PLACE, smollm2
 from lightning_peft.task_registry import task_of_config
 
-SOURCES = ("preset", "hub", "folder")
-
 
 def build(editor: Editor) -> None:
     """Makes the step."""
-    t = editor.t
-    settings = editor.studio.settings
-    sources = [name for name in SOURCES if name != "folder" or settings.models_root]
-    if settings.limits.parameters is not None:
-        sources = ["preset"]
-    of, several = ("new.model_", sources), len(sources) > 1
-    source = field(
-        gr.Radio, t, "new.model_source", "model-source", of, value="preset", visible=several
+    t, open_to_all = editor.t, editor.studio.settings.limits.parameters is None
+    choice = field(
+        gr.Dropdown,
+        t,
+        "new.model_list",
+        "model-choice",
+        choices=[],
+        value=None,
+        allow_custom_value=open_to_all,
     )
-    preset = field(gr.Dropdown, t, "new.model_list", "model-preset", choices=[])
-    with gr.Column(visible=False, elem_id="model-hub") as hub:
-        _build_hub(editor)
-    with gr.Column(visible=False, elem_id="model-folder") as folder:
-        _build_folder(editor)
+    problem = editor.problem("model-problem")
     facts = html(elem_id="model-facts")
-    parts = [preset, hub, folder]
-
-    def shown(session: Session) -> list[Any]:
-        found = model_source(session.content)
-        found = found if found in sources else "preset"
-        visible = [gr.update(visible=name == found) for name in ("hub", "folder")]
-        listed = gr.update(**_preset(session, editor), visible=found == "preset")
-        return [found, listed, *visible, _facts(session, t)]
-
-    editor.show([source, *parts, facts], shown)
-    editor.bind(preset.input, _choose_preset, [preset])
-    show_one(t, source, SOURCES, parts)
+    if open_to_all:
+        with gr.Accordion(t("new.model_hub"), open=False, elem_id="model-hub"):
+            _build_hub(editor)
+    editor.show([choice, facts], lambda session: [_choices(session, editor), _facts(session, t)])
+    editor.bind(choice.input, partial(_choose, editor), [choice], problem=problem)
 
 
 def _build_hub(editor: Editor) -> None:
@@ -77,12 +66,7 @@ def _build_hub(editor: Editor) -> None:
     use = gr.Button(t("new.use_model"), elem_id="use-model")
 
     def chosen(session: Session, given: Any, at: Any, code: Any, again: Any) -> dict[str, Any]:
-        repository, colon, file = str(given or "").strip().partition(":")
-        hub_name = checked_hub_name(repository) + colon + file
-        at = checked_revision(at, commit=code is True)
-        place = editor.places(session).model(hub_name)
-        check_files(place, at, trusted=code is True)
-        content = with_model(session.content, place, at)
+        content, hub_name = _from_hub(editor, session, given, at, code is True)
         if code is True:
             if editor.studio.settings.space:
                 raise UserError("checks.remote_here")
@@ -94,32 +78,29 @@ def _build_hub(editor: Editor) -> None:
     editor.bind(use.click, chosen, [name, revision, trust, confirmed])
 
 
-def _build_folder(editor: Editor) -> None:
-    t, root = editor.t, editor.studio.settings.models_root
-    if root is None:
-        return
-    none = html(f"<p class='note'>{t('new.no_folders')}</p>")
-    folder = field(gr.Dropdown, t, "new.folder", "model-folder-name", choices=[], value=None)
+def _from_hub(
+    editor: Editor, session: Session, given: Any, at: Any = None, code: bool = False
+) -> tuple[dict[str, Any], str]:
+    """Returns the recipe for a model of the hub, and its checked name."""
+    repository, colon, file = str(given or "").strip().partition(":")
+    hub_name = checked_hub_name(repository) + colon + file
+    revision = checked_revision(at, commit=code)
+    place = editor.places(session).model(hub_name)
+    check_files(place, revision, trusted=code)
+    return with_model(session.content, place, revision), hub_name
 
-    def shown(session: Session) -> list[Any]:
-        # Looked up each time: folders come and go while the page is open.
-        folders, name = model_places(root), None
-        chosen = value_at(session.content, "model.init_args.model", None)
-        if isinstance(chosen, str) and Path(chosen).is_absolute():
-            name = next((one for one in folders if (root / one).resolve() == Path(chosen)), None)
-        there = bool(folders)
-        choices = gr.update(choices=folders, value=name, visible=there)
-        return [gr.update(visible=not there), choices]
 
-    def chosen(session: Session, name: Any) -> dict[str, Any]:
-        if name not in model_places(root):
-            raise UserError("checks.no_model", path=shortened(name))
-        place = inside(root, str(name))
-        check_files(place.as_posix(), None, trusted=False)
-        return with_model(session.content, place.as_posix(), None)
-
-    editor.show([none, folder], shown)
-    editor.bind(folder.input, chosen, [folder])
+def _choose(editor: Editor, session: Session, name: Any) -> dict[str, Any]:
+    root = editor.studio.settings.models_root
+    if root is not None and name in model_places(root):
+        place = inside(root, str(name)).as_posix()
+        check_files(place, None, trusted=False)
+        return with_model(session.content, place, None)
+    if any(model.name == name for model in MODELS):
+        return with_model(session.content, name, None)
+    if editor.studio.settings.limits.parameters is not None:
+        raise UserError("checks.no_model", path=shortened(name))
+    return _from_hub(editor, session, name)[0]
 
 
 def available_models(session: Session, editor: Editor) -> list[Model]:
@@ -136,28 +117,23 @@ def available_models(session: Session, editor: Editor) -> list[Model]:
     ]
 
 
-def _choose_preset(session: Session, name: Any) -> dict[str, Any]:
-    if not any(model.name == name for model in MODELS):
-        raise UserError("checks.no_model", path=str(name)[:60])
-    return with_model(session.content, name, None)
-
-
-def model_source(content: dict[str, Any]) -> str:
-    """Returns where the model of a recipe is from: one of :data:`SOURCES`."""
-    model = value_at(content, "model.init_args.model", None)
-    listed = model is None or any(one.name == model for one in MODELS)
-    if listed or value_at(content, "model.init_args.config", None) is not None:
-        return "preset"
-    return "folder" if Path(str(model)).is_absolute() else "hub"
-
-
-def _preset(session: Session, editor: Editor) -> dict[str, Any]:
-    models = available_models(session, editor)
+def _choices(session: Session, editor: Editor) -> Any:
+    """Returns the models to choose from: in folders here, and of the list."""
+    t, root = editor.t, editor.studio.settings.models_root
+    # Looked up each time: folders come and go while the page is open.
+    folders = model_places(root) if root is not None else []
+    rows = [(t("new.model_in_folder", name=name), name) for name in folders]
+    listed = [model for model in available_models(session, editor) if model.name not in folders]
+    rows += [(_model_label(model, t), model.name) for model in listed]
     current = value_at(session.content, "model.init_args.model", None)
-    drawn = value_at(session.content, "model.init_args.config", None) is not None
-    rows = [(_model_label(model, editor.t), model.name) for model in models]
-    known = current if not drawn and current in [model.name for model in models] else None
-    return {"choices": rows, "value": known}
+    if current is None or value_at(session.content, "model.init_args.config", None) is not None:
+        return gr.update(choices=rows, value=None)
+    if root is not None and Path(str(current)).is_absolute():
+        here = (name for name in folders if (root / name).resolve() == Path(current))
+        current = next(here, current)
+    if current not in [value for _, value in rows]:
+        rows.append((str(current), current))
+    return gr.update(choices=rows, value=current)
 
 
 def _model_label(model: Model, t: Texts) -> str:

@@ -11,6 +11,7 @@ from urllib.parse import quote
 import gradio as gr
 
 from gradio_app.errors import UserError
+from gradio_app.experiments.estimates import expected_duration, planned_work
 from gradio_app.guards import shortened
 from gradio_app.pages import hub_job
 from gradio_app.pages.components import field, html, on_event
@@ -28,6 +29,7 @@ from gradio_app.recipe.presets import DEMO_BASE
 from gradio_app.recipe.preview import DataReport, parser_error
 from gradio_app.recipe.validation import validate_content
 from gradio_app.recipe.yaml_text import dump_yaml, parse_yaml
+from gradio_app.runs.formatting import format_duration
 from gradio_app.settings import Settings
 from gradio_app.texts import Texts
 from lightning_peft.task_registry import task_of_config
@@ -45,6 +47,9 @@ def build(editor: Editor) -> None:
     t = editor.t
     name = field(gr.Textbox, t, "new.name", "run-title", max_length=80)
     editor.show([name], lambda session: [_suggested_name(session)])
+    with gr.Row(elem_id="start-strip"):
+        facts = html(elem_id="start-facts")
+        editor.needs.render()
     overview = html(elem_id="overview")
     with gr.Row(elem_id="start-row"):
         start = gr.Button(t("new.start"), variant="primary", size="lg", elem_id="start")
@@ -67,7 +72,7 @@ def build(editor: Editor) -> None:
     for button, steps in ((start, None), (trial, 5)):
         handler = _start_handler(editor, steps)
         on_event(t, button.click, handler, [editor.session, name], [gone, *buttons])
-    editor.after_change(_refresh_handler(editor), [], [overview, text, forms, *buttons])
+    editor.after_change(_refresh_handler(editor), [], [overview, facts, text, forms, *buttons])
     hub_job.build(editor.studio, t, text, name, gone)
     url = t.url("run", run="")
     gone.change(None, gone, None, js=_OPEN_RUN.replace("{url}", url))
@@ -118,7 +123,7 @@ def _refresh_handler(editor: Editor) -> Any:
     def refresh(session: Any, request: gr.Request) -> Iterator[list[Any]]:
         session = editor.of(session, request)
         made = partial(refreshed, session)
-        yield from session.while_current("review", made, [gr.skip()] * 6)
+        yield from session.while_current("review", made, [gr.skip()] * 7)
 
     def refreshed(session: Session, still_needed: Callable[[], bool]) -> Iterator[list[Any]]:
         # What is typed there meanwhile stays, unless the look at the data has changed the recipe.
@@ -135,10 +140,11 @@ def _refresh_handler(editor: Editor) -> Any:
     def shown(session: Session, problem: str | None, forms: list[Any]) -> list[Any]:
         blocking = _blockers(editor, session, problem)
         text = overview(session, blocking, editor.studio.settings, editor.t, problem is not None)
+        facts = facts_html(editor, session)
         if session.starting:
             # What is said meanwhile stays.
-            return [text, *forms, *[gr.skip()] * 3]
-        return [text, *forms, *_buttons(editor.t, blocked=bool(blocking))]
+            return [text, facts, *forms, *[gr.skip()] * 3]
+        return [text, facts, *forms, *_buttons(editor.t, blocked=bool(blocking))]
 
     return refresh
 
@@ -256,6 +262,25 @@ def overview(
         blocking=blocking,
         waits=waits,
     )
+
+
+def facts_html(editor: Editor, session: Session) -> str:
+    """Returns how long the run takes here, by earlier runs, and how much it trains on."""
+    t, store = editor.t, editor.studio.store
+    unknown = t("new.not_known")
+    work = planned_work(session.content, session.report.numbers) if session.report else None
+    time, amount, unit = (unknown, ""), unknown, "rows"
+    if work is not None:
+        unit = "tokens" if work.tokens else "rows"
+        amount = t.number(getattr(work, unit))
+        runs = [one for one in store.list(session.owner) if store.executor(one).uses_this_machine]
+        found = expected_duration(session.content, work, runs, editor.studio.summaries)
+        if found is not None:
+            low, high = (format_duration(one, t) for one in (found.low, found.high))
+            between = t("new.strip_between", low=low, high=high) if low != high else low
+            time = between, t("new.strip_by", count=found.runs)
+    cards = [(t("new.strip_time"), *time), (t(f"new.strip_{unit}"), amount, "")]
+    return render("parts.numbers", t, cards=cards, label="", kind="numbers")
 
 
 def summary_text(session: Session, t: Texts) -> str:

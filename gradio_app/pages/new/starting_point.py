@@ -35,7 +35,7 @@ def build(editor: Editor) -> None:
     """Makes the part, and what happens when the page is opened."""
     t = editor.t
     notice = html(elem_id="new-notice")
-    task = field(gr.Radio, t, "new.task", "new-task", ("new.task_", TASKS), value="sft")
+    task = field(gr.Dropdown, t, "new.task", "new-task", ("new.task_", TASKS), value="sft")
     recipes = [(f"{name}: {_recipe_summary(name)}", name) for name in recipe_files()]
     with gr.Accordion(t("new.start_from"), open=False, elem_id="new-start-from"):
         named = field(gr.Dropdown, t, "new.recipe", "new-recipe", choices=recipes, value=None)

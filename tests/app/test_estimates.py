@@ -1,0 +1,50 @@
+"""How long a run takes, by the record of earlier ones: counted by hand here."""
+
+import yaml
+
+from gradio_app.experiments.estimates import Work, expected_duration, planned_work
+from gradio_app.experiments.summaries import Summaries
+from gradio_app.recipe.content import with_value
+from gradio_app.recipe.edits import base_recipe, with_method
+from gradio_app.runs.store import RunStore
+from tests.app.runs import settings
+
+
+def test_work_is_counted_over_all_epochs_and_up_to_the_last_step():
+    numbers = {"splits": {"train": {"rows": 100, "tokens": 1300}}}
+    content = base_recipe("sft", small=False)
+    # 13 batches of 8, two of them in a step, in 2 epochs.
+    assert planned_work(content, numbers) == Work(200, 2600)
+    content = with_value(content, "trainer.limit_train_batches", 0.5)
+    assert planned_work(content, numbers) == Work(200 * 6 / 13, 2600 * 6 / 13)
+    content = with_value(content, "trainer.max_steps", 3)
+    assert planned_work(content, numbers) == Work(100 * 6 / 13, 1300 * 6 / 13)
+    endless = with_value(base_recipe("sft", small=False), "trainer.max_epochs", -1)
+    assert planned_work(endless, numbers) is None
+    assert planned_work(content, {"series": True}) is None
+
+
+def test_a_range_is_that_of_the_steps_of_earlier_runs_of_the_same_kind(tmp_path):
+    store, summaries, content = RunStore(settings(tmp_path)), Summaries(), base_recipe("sft")
+
+    def took(recipe, rates, seconds):
+        run = store.create("local", yaml.safe_dump(recipe), "a run")
+        for step, rate in enumerate(rates, start=1):
+            row = {"step": step, "tokens_per_second": rate}
+            run.folder.append(run.folder.metrics, row)
+        run.folder.write(run.folder.result, {"seconds": seconds, "tokens": 1400})
+        store.update_metadata(run, launched=0.0, kill_asked=1.0)
+
+    def expected():
+        return expected_duration(content, Work(9, 1800), store.list("local"), summaries)
+
+    took(with_method(content, "qlora"), [1.0], 5)
+    took(content, [], 5)
+    assert expected() is None
+    # 1,400 tokens at 140 a second took 10 of its 30 seconds.
+    took(content, range(100, 200, 10), 30)
+    found = expected()
+    assert (found.low, found.high, found.runs) == (20 + 1800 / 180, 20 + 1800 / 100, 1)
+    took(content, [70.0], 20)
+    found = expected()
+    assert (found.low, found.high, found.runs) == (1800 / 70, 20 + 1800 / 100, 2)
