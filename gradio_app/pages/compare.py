@@ -53,7 +53,7 @@ _NOT_SHOWN = {"model", "data", "trainer", "strategy", "callbacks", "init_args", 
 
 def build(studio: Studio, t: Texts) -> None:
     """Makes the page."""
-    heading(t("compare.heading"), t, t("compare.below"))
+    heading(t("compare.heading"), t)
     ComparePage(studio, t).bind()
 
 

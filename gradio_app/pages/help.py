@@ -26,7 +26,7 @@ PROBLEMS = ("nan", "diverging", "overfitting", "memory", "stuck", "crashed")
 
 def build(studio: Studio, t: Texts) -> None:
     """Makes the page."""
-    heading(t("help.heading"), t, t("help.below"))
+    heading(t("help.heading"), t)
     about_data = _about_data(studio, t)
     html(
         render("frame.help", t, terms=TERMS, problems=PROBLEMS, about_data=about_data),
