@@ -279,7 +279,12 @@ def facts_html(editor: Editor, session: Session) -> str:
             low, high = (format_duration(one, t) for one in (found.low, found.high))
             between = t("new.strip_between", low=low, high=high) if low != high else low
             time = between, t("new.strip_by", count=found.runs)
-    cards = [(t("new.strip_time"), *time), (t(f"new.strip_{unit}"), amount, "")]
+    method = t(f"new.short_{method_of(session.content)}")
+    cards = [
+        (t("new.method"), method, ""),
+        (t("new.strip_time"), *time),
+        (t(f"new.strip_{unit}"), amount, ""),
+    ]
     return render("parts.numbers", t, cards=cards, label="", kind="numbers")
 
 
