@@ -22,6 +22,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from playwright.sync_api import sync_playwright
+
 VIEWS = {
     "home": "", "new": "new", "model": "new#model", "data": "new#data", "method": "new#method",
     "review": "new#review", "run": "run?run=a-run", "compare": "compare", "help": "help",
@@ -59,8 +61,6 @@ def main(arguments: list[str]) -> int:
 
 
 def _count(folder: Path) -> dict[str, dict[str, int]]:
-    from playwright.sync_api import sync_playwright
-
     run = folder / "runs" / "a-run"
     run.mkdir(parents=True)
     about = {"owner": "local", "name": "A run", "created": time.time()}

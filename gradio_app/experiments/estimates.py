@@ -60,7 +60,8 @@ def expected_duration(
     Of that kind are runs of the same model with the same method in the same precision. Their
     slowest and fastest tenth of steps are the range; what they took besides is added to it.
     """
-    kind, ranges = kind_of(content), []
+    kind = kind_of(content)
+    ranges: list[tuple[float, float]] = []
     for run in runs:
         if len(ranges) == MOST_RUNS:
             break

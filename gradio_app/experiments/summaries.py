@@ -126,7 +126,7 @@ def summarize(run: Run, metrics: Metrics) -> Summary:
 
 
 def kind_of(content: dict[str, Any]) -> tuple[str, ...]:
-    """Returns what runs that are equally fast have in common: model, precision and method."""
+    """Returns model, precision and method: runs that share them are equally fast."""
     model = value_at(content, "model.init_args.model", None)
     precision = value_at(content, "trainer.precision", None)
     return str(model), str(precision or "32-true"), method_of(content)

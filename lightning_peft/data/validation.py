@@ -199,7 +199,7 @@ def row_numbers(problems: Sequence[Problem], several: bool | None = None) -> str
     parts = []
     for file in files:
         numbers = ranges(problem.row for problem in problems if problem.file == file)
-        parts.append(f"{file}: {numbers}" if several else numbers)
+        parts.append(f"{numbers} of {file}" if several else numbers)
     return "; ".join(parts)
 
 

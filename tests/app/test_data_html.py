@@ -8,7 +8,7 @@ NAMES = ("20261130-ab-x.csv", "20261130-cd-x.csv")
 
 
 def test_data_is_requested_where_none_is_chosen():
-    for language, asked in (("en", "Choose the data"), ("de", "W\u00e4hlen Sie die Daten")):
+    for language, asked in (("en", "No data chosen"), ("de", "Noch keine Daten")):
         made = selected_data("", Texts(language))
         assert 'class="not-now"' in made
         assert asked in made

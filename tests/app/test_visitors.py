@@ -12,7 +12,17 @@ from tests.app.runs import queued, until
 from tests.app.visitors import HERS, HIS, Request, owner_with
 
 NAME = "Nobody else knows"
-ACTS = ("delete", "restore", "pick", "delete_picked", "earlier", "later", "leave", "download", "cancel")
+ACTS = (
+    "delete",
+    "restore",
+    "pick",
+    "delete_picked",
+    "earlier",
+    "later",
+    "leave",
+    "download",
+    "cancel",
+)
 
 
 @pytest.fixture(scope="module")

@@ -158,7 +158,7 @@ def test_images_have_labels_and_no_lengths(tmp_path):
     assert shown.rows[0].runs[0].image.startswith("data:image/png;base64,")
 
 
-def test_rows_of_files_of_one_name_are_told_apart(tmp_path):
+def test_rows_of_files_of_one_name_keep_apart(tmp_path):
     bad = {"prompt": "incomplete"}
     sets = {
         "train": [chat(f"What is {n}?", f"It is {n}.") for n in range(4)],
@@ -169,7 +169,8 @@ def test_rows_of_files_of_one_name_are_told_apart(tmp_path):
         (tmp_path / folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     options = {"tokenizer": str(BASE), "chat_template": "plain", "cache_dir": str(tmp_path / "c")}
     held = str(tmp_path / "held" / "out" / "rows.jsonl")
-    data = SupervisedData(str(tmp_path / "train" / "rows.jsonl"), held, **options)
+    rows = str(tmp_path / "train" / "rows.jsonl")
+    data = SupervisedData(rows, validation_data=held, **options)
     found = preview(data, 5, search="zebra")
     # Row 1 of both files is used, and only one of them has the word.
     assert [(one.split, one.file, one.row) for one in found.rows] == [
@@ -180,9 +181,9 @@ def test_rows_of_files_of_one_name_are_told_apart(tmp_path):
         "held/out/rows.jsonl",
     ]
     (problem,) = found.numbers["problems"]
-    assert problem["numbers"] == "held/out/rows.jsonl: 2-3"
+    assert problem["numbers"] == "2-3 of held/out/rows.jsonl"
     # Of a folder, files are named with it; a file next to it keeps its name.
-    folder = SupervisedData(str(tmp_path / "train"), held, **options)
+    folder = SupervisedData(str(tmp_path / "train"), validation_data=held, **options)
     assert {one["file"] for one in preview(folder, 0).numbers["read_as"]} == {
         "train/rows.jsonl",
         "held/out/rows.jsonl",

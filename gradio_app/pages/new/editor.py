@@ -257,4 +257,7 @@ def _replace_content(session: Session, content: dict[str, Any], own: bool) -> No
         session.baseline = rebase_defaults(session.baseline, session.content, content)
     if content.get("data") != session.content.get("data"):
         session.report = None
-    session.content, session.field_errors = content, {}
+    if content != session.content:
+        # What is asked about the same recipe already is not asked once more.
+        session.content = content
+    session.field_errors = {}

@@ -106,9 +106,7 @@ def _plan_updates(
     yield [plan_html(plan, t, found), needs]
 
 
-def needs_html(
-    editor: Editor, session: Session, waits: str = "", plan: Plan | None = None
-) -> str:
+def needs_html(editor: Editor, session: Session, waits: str = "", plan: Plan | None = None) -> str:
     """Returns memory and disk that a run needs, each of what there is, as far as known."""
     t, unknown = editor.t, waits or editor.t("new.not_known")
     numbers = plan.numbers if plan is not None else {}

@@ -164,6 +164,10 @@ def _undo_html(session: Session, t: Texts) -> str:
 
 
 def _change_task(session: Session, name: Any) -> dict[str, Any]:
+    task = task_of_config(session.content)
+    if task is not None and task.name == name:
+        # A menu sends its value once more when it loses the focus.
+        return session.content
     content = with_task(session.content, name)
     session.undo = (session.content, session.baseline)
     session.copied_from, session.baseline = "", content
