@@ -256,13 +256,14 @@ def _optional_number(value: int | None, t: Texts) -> str:
 def settings_diff(found: RunSelection, t: Texts) -> str:
     """Returns the settings that differ."""
     seen = differences([run.recipe_text for run in found.runs])
+    known = {*BY_PATH, *_OTHER_STEPS}
     rows = [
         (
             path,
             _label(path, t),
             [_DASH if value is None else shortened_cell(value) for value in values],
         )
-        for path, values in sorted(seen.rows, key=lambda row: not _label(row[0], t))
+        for path, values in sorted(seen.rows, key=lambda row: row[0] not in known)
     ][:_MAX_DIFFERENCES]
     return render(
         "compare.settings",
