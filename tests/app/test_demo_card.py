@@ -82,7 +82,7 @@ def _export(page, site, run, folder) -> None:
 
     page.get_by_role("tab", name="Export").click()
     page.get_by_role("radio", name="Merged model", exact=True).check()
-    page.get_by_text("The export takes at least 269 MB of disk").wait_for()
+    page.get_by_text("At least 269 MB of disk").wait_for()
     assert page.get_by_role("radio", name="For sentence-transformers").count() == 0
     made = exported(page, site, run, "GGUF adapter", folder)
     (file,) = made.glob("*-lora-f32.gguf")

@@ -446,7 +446,7 @@ def test_it_says_when_there_is_nothing_and_can_be_cancelled_and_read(site, store
     for theme in ("light", "dark"):
         open_tab(page, site, run, f"&__theme={theme}")
         page.get_by_role("radio", name="Quantized model").check()
-        page.get_by_text("of memory while it runs").wait_for()
+        page.get_by_text("of disk and about").wait_for()
         assert_readable(page)
         screenshot(page, f"export-phone-{theme}")
     page.get_by_role("button", name="Export", exact=True).click()
