@@ -129,9 +129,10 @@ def test_half_precision_keeps_its_adapters_in_float32() -> None:
 
 
 def test_verification_and_the_meta_device_know_them() -> None:
-    model = forecaster("rnn")
-    report = injected(model, r=2, **NAMED)
-    assert lightning_peft.report(report).parts[0].adapted == {"memory": 1, "head": 1}
+    model, x = injected(forecaster("lstm"), r=2, **NAMED), torch.randn(3, 5, 6)
+    assert lightning_peft.report(model).parts[0].adapted == {"memory": 1, "head": 1}
+    made = lightning_peft.verify(model, x, lambda module, batch: module(batch).square().mean())
+    assert made.passed, made
     with torch.device("meta"):
         outline = Forecaster(KINDS["lstm"])
     lightning_peft.inject(outline, r=2, **NAMED)

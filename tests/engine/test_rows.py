@@ -152,10 +152,12 @@ def test_a_checkpoint_knows_the_rows() -> None:
         engine.check_description(built(["qkv"]), described)
 
 
-def test_the_report_and_verification_name_them() -> None:
-    model = injected(ViT(), r=4, target_modules=QV)
+def test_the_report_names_them_and_verification_passes() -> None:
+    model, x = injected(ViT(), r=4, target_modules=QV), torch.randn(2, 5, 64)
     (part,) = lightning_peft.report(model).parts
     assert part.adapted == {"qkv[0:64, 128:192]": 2}
+    made = lightning_peft.verify(model, x, lambda module, batch: module(batch).square().mean())
+    assert made.passed, made
     randomize(model)
     assert model.blocks[0].qkv.factors("default")[1][64:128].eq(0).all()
 

@@ -81,12 +81,18 @@ class LoraLayer(AdapterLayer):
         rows = self.adapter_settings[name].rows
         return a.weight, only_rows(b.weight, rows) if rows else b.weight
 
-    @torch.no_grad()
     def limit_rows(self, name: str, rows: tuple[tuple[int, int], ...]) -> None:
         """Lets one adapter add to ``rows`` only: the others of ``B`` are zeros and stay so."""
         self.adapter_settings[name].rows = rows
-        b = getattr(self, self.adapter_layer_names[1])[name].weight
-        b.copy_(only_rows(b, rows))
+        self.clear_other_rows()
+
+    @torch.no_grad()
+    def clear_other_rows(self) -> None:
+        """Writes zeros into the rows of each ``B`` that its adapter does not add to."""
+        for name, settings in self.adapter_settings.items():
+            if settings.rows:
+                b = getattr(self, self.adapter_layer_names[1])[name].weight
+                b.copy_(only_rows(b, settings.rows))
 
     def adapted_forward(self, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """Returns the layer's own output plus what each adapter adds to it.

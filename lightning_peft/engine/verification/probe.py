@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.engine.record import require_record
 from lightning_peft.engine.training_mode import set_training_mode
 
@@ -176,6 +177,9 @@ def perturbed(module: nn.Module, tensors: Mapping[str, Tensor], seed: int = 0) -
     before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     try:
         perturb(tensors, seed)
+        for layer in module.modules():
+            if isinstance(layer, LoraLayer):
+                layer.clear_other_rows()
         yield
     finally:
         with torch.no_grad():
