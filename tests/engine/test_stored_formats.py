@@ -11,7 +11,13 @@ import torch
 from models import stack, tiny_llama, token_batch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import (
+    FineGrainedFP8Config,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaForCausalLM,
+    Mxfp4Config,
+)
 
 import lightning_peft
 from lightning_peft import engine
@@ -49,9 +55,15 @@ def in_fp8(folder: Path) -> dict[str, torch.Tensor]:
     return meant
 
 
+def dense(folder: Path) -> LlamaForCausalLM:
+    """Loads a Llama in FP8 with dense weights, on any device."""
+    config = FineGrainedFP8Config(dequantize=True)
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
+
+
 def test_fp8_is_loaded_dense_and_trains(tmp_path: Path) -> None:
     meant, batch = in_fp8(tmp_path / "base"), token_batch()
-    base = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    base = dense(tmp_path / "base")
     weights = dict(base.named_parameters())
     assert all(relative_error(weights[name], value) < 1e-2 for name, value in meant.items())
     model = injected(base, r=4)
@@ -60,14 +72,52 @@ def test_fp8_is_loaded_dense_and_trains(tmp_path: Path) -> None:
     assert all(p.grad is not None for p in engine.adapter_parameters(model).values())
     expected = output_of(model, batch).detach()
     lightning_peft.save_adapter(model, tmp_path / "adapter")
-    again = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    again = dense(tmp_path / "base")
     lightning_peft.load_adapter(again, tmp_path / "adapter")
     assert output_of(again, batch).equal(expected)
     lightning_peft.merge(again)
     assert relative_error(output_of(again, batch), expected) < 1e-5
-    four = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    four = dense(tmp_path / "base")
     lightning_peft.inject(four, r=4, quantization_config=engine.quantization_config())
     assert lightning_peft.report(four).parts[0].quantized == 14
+
+
+# The magnitudes of four bits with two of exponent and one of mantissa.
+FOUR_BITS = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+
+
+def test_mxfp4_is_loaded_dense_and_trains(tmp_path: Path) -> None:
+    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 61}
+    config = GptOssConfig(
+        **tokens, **heads, **sizes, num_local_experts=4, layer_types=["full_attention"]
+    )
+    GptOssForCausalLM(config).save_pretrained(tmp_path)
+    tensors, meant = load_file(tmp_path / "model.safetensors"), {}
+    values = torch.tensor([*FOUR_BITS, *(-one for one in FOUR_BITS)])
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
+        tensors[f"{name}_blocks"] = blocks
+        tensors[f"{name}_scales"] = torch.full(blocks.shape[:3], 121, dtype=torch.uint8)
+        pairs = torch.stack([values[blocks.int() & 15], values[blocks.int() >> 4]], -1)
+        meant[name] = (pairs.reshape(experts, rows, columns) * 2.0 ** (121 - 127)).mT
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    stored = json.loads((tmp_path / "config.json").read_text())
+    left = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"]
+    stored["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": left}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    dense = Mxfp4Config(dequantize=True)
+    model = GptOssForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, quantization_config=dense
+    )
+    weights = dict(model.named_parameters())
+    assert all(weights[name].equal(value) for name, value in meant.items())
+    injected(model, r=4, target_modules=["q_proj", "v_proj"])
+    randomize(model)
+    output_of(model, token_batch()).square().sum().backward()
+    assert all(p.grad is not None for p in engine.adapter_parameters(model).values())
 
 
 def test_a_format_without_a_handler_is_refused(tmp_path: Path) -> None:

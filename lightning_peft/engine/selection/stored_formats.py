@@ -52,7 +52,13 @@ FORMATS = {
             "fp8", "FP8 in blocks", _GPU, "FineGrainedFP8Config(dequantize=True)", tried=True
         ),
         StoredFormat("mxfp8", "MXFP8", _GPU, "FineGrainedFP8Config(dequantize=True)"),
-        StoredFormat("mxfp4", "MXFP4 (gpt-oss)", "kernels", "Mxfp4Config(dequantize=True)"),
+        StoredFormat(
+            "mxfp4",
+            "MXFP4 (gpt-oss)",
+            "kernels and triton",
+            "Mxfp4Config(dequantize=True)",
+            tried=True,
+        ),
         StoredFormat(
             "compressed-tensors",
             "compressed-tensors",
