@@ -124,12 +124,10 @@ def stages(run, module, folder):
 
 def compare(folder, count, kind, method):
     """Trains with a whole base in each process and with a part of it."""
-    # A base that is not shared may be trained without: autograd then adds up in another order.
-    ours = {"gradient_checkpointing": True} if kind in ("t5", "whisper") else {}
-    whole_run, whole = fit(folder, count, kind, method, sharding=None, ours=ours)
+    whole_run, whole = fit(folder, count, kind, method, sharding=None)
     whole_run.save_checkpoint(folder / f"{kind} {method}" / "whole.ckpt")
     seen = {"whole": trained(whole), "whole bytes": local_bytes(whole)}
-    run, module = fit(folder, count, kind, method, ours=ours)
+    run, module = fit(folder, count, kind, method)
     run.save_checkpoint(folder / f"{kind} {method}" / "sharded.ckpt")
     seen |= {"sharded": trained(module), "bytes": local_bytes(module)}
     if method == "qlora" and kind == "llama":
