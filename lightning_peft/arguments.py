@@ -21,6 +21,10 @@ class LoRAFields:
         target_modules: Names of layers, a regular expression, or ``"all-linear"``. By default all
             linear layers of the adapted parts except output heads. A name that matches nothing is
             an error. Names in a list may end with rows of a fused layer: ``"qkv[q]"``.
+        target_parameters: Weights by the names of their parameters, as in PEFT: those of experts
+            that transformers keeps in one parameter, such as ``["experts.gate_up_proj"]``, or of
+            a layer (``"q_proj.weight"``). By default all of experts, where all linear layers are
+            meant and dropout and initialization allow it; ``[]`` leaves them frozen.
         exclude_modules: Names or a regular expression never to adapt.
         modules_to_save: Modules trained in full and stored with the adapter; never quantized.
         use_rslora: Scale by ``lora_alpha / sqrt(r)`` (arXiv 2312.03732).
@@ -37,6 +41,7 @@ class LoRAFields:
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
     target_modules: str | list[str] | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
     use_rslora: bool = False

@@ -43,6 +43,8 @@ from .injection import inject_config as inject_config
 from .late_copies import explain_hook_error as explain_hook_error
 from .late_copies import link_late_copies as link_late_copies
 from .layers.attention import with_projections as with_projections
+from .layers.expert_weights import exposed_experts as exposed_experts
+from .layers.expert_weights import weight_name as weight_name
 from .layers.fused import is_transformed as is_transformed
 from .layers.probes import in_eval_mode as in_eval_mode
 from .loading.gguf_files import find_gguf as find_gguf

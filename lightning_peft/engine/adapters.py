@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_peft.compat.peft import BaseTunerLayer
 from lightning_peft.engine.layers.adapter import AdapterLayer, enable_adapters
 from lightning_peft.engine.layers.attention import PROJECTION, projections
+from lightning_peft.engine.layers.expert_weights import ExpertWeight
 from lightning_peft.engine.record import AdaptedModuleRecord, Record, record_of, require_record
 from lightning_peft.errors import ConfigError, LifecycleError, itemize
 
@@ -62,10 +63,26 @@ def adapter_file_tensors(
         for name in projections(part, layers)
     }
     return {
-        f"{behind.get(target, target)}.{key}": param
+        f"{behind.get(target) or _name_in_file(target, layers)}.{key}": param
         for target, layer in layers.items()
         for key, param in layer.adapter_tensors(name).items()
     }
+
+
+def _name_in_file(target: str, layers: dict[str, Any]) -> str:
+    """What PEFT calls the wrapper in which it keeps the adapter of a layer.
+
+    It wraps experts once for each of their parameters, in the order of these, from the inside.
+    """
+    layer = layers[target]
+    if not isinstance(layer, ExpertWeight):
+        return target
+    adapted = [
+        x.parameter_name for x in layers.values() if getattr(x, "owner", None) is layer.owner
+    ]
+    order = [name for name in layer.owner._parameters if name in adapted]
+    outside = len(order) - 1 - order.index(layer.parameter_name)
+    return target.rpartition(".")[0] + ".base_layer" * outside
 
 
 def all_adapter_parameters(module: nn.Module) -> list[nn.Parameter]:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.arguments import LoRAFields
+from lightning_peft.compat.peft import get_pattern_key
 from lightning_peft.compat.transformers import origin_of
 from lightning_peft.engine.adapters import activate, adapted_layers, adapter_file_tensors
 from lightning_peft.engine.backends.conversion import (
@@ -30,6 +31,7 @@ from lightning_peft.engine.files.base_tensors import include_in_files
 from lightning_peft.engine.fingerprint import buffer_checksums, fingerprint
 from lightning_peft.engine.freezing import freeze_base
 from lightning_peft.engine.layers.attention import projections
+from lightning_peft.engine.layers.expert_weights import exposed_experts, parameter_name
 from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.loading.quantize_on_load import (
     GGUF_HASH,
@@ -67,6 +69,8 @@ from lightning_peft.engine.training_mode import user_eval_modules
 from lightning_peft.engine.vocabulary import resized_embeddings, vocabulary_size
 from lightning_peft.errors import ConfigError, UnsupportedError
 
+# Of a base, that weights of experts are quantized too.
+EXPERTS = "quantized_experts"
 # The heads that PEFT trains in full where a config names a task.
 _TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -218,6 +222,16 @@ def add_adapters(
         ConfigError, TargetModulesError, LifecycleError, UnsupportedError: See :func:`inject`.
     """
     refuse_sharded(module, "Adding adapters")
+    with exposed_experts(module):
+        return _add_adapters(module, request, adapt, device)
+
+
+def _add_adapters(
+    module: nn.Module,
+    request: InjectionRequest,
+    adapt: str | Iterable[str] | None,
+    device: torch.device | str | None,
+) -> Report:
     record = record_of(module) or Record()
     momentum_copies = record.momentum_copies if record.parts else find_momentum_copies(module)
     plans = make_plans(module, request, adapt, record, momentum_copies)
@@ -310,6 +324,7 @@ def _new_part_record(
             "class": type(part).__name__,
             "dtype": _dtype_of(part),
             "vocabulary": vocabulary_size(part),
+            **({EXPERTS: True} if any(parameter_name(n) != n for n in quantized) else {}),
             **({GGUF_HASH: part.__dict__[GGUF_HASH]} if GGUF_HASH in part.__dict__ else {}),
         },
         quantized=quantized,
@@ -334,15 +349,25 @@ def _resolved(plan: InjectionPlan, config: PeftConfig) -> PeftConfig:
     named = [name for name in plan.targets if name not in behind]
     exact.target_modules = "|".join(re.escape(name) for name in named)
     exact.modules_to_save = None
+    if hasattr(exact, "target_parameters"):
+        exact.target_parameters = None
     if plan.in_place is not None and hasattr(exact, "fan_in_fan_out"):
         kinds = [isinstance(plan.part.get_submodule(name), Conv1D) for name in plan.targets]
         exact.fan_in_fan_out = all(kinds)
     for field in PATTERN_FIELDS:
         if getattr(exact, field, None):
-            setattr(exact, field, patterns_for(plan.targets, getattr(exact, field)))
+            setattr(exact, field, _patterns_here(plan.targets, getattr(exact, field)))
     # Already applied when the targets were resolved; PEFT would refuse them with a pattern.
     for applied in ("layers_to_transform", "layers_pattern", "exclude_modules"):
         if hasattr(exact, applied):
             setattr(exact, applied, None)
     resolved: PeftConfig = exact
     return resolved
+
+
+def _patterns_here(targets: list[str], patterns: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the patterns that match a layer, under the names that layers of experts have here."""
+    experts = [name for name in targets if parameter_name(name) != name]
+    keys = {name: get_pattern_key([*patterns], parameter_name(name)) for name in experts}
+    named = {re.escape(name): patterns[key] for name, key in keys.items() if key in patterns}
+    return {**named, **patterns_for(targets, patterns)}

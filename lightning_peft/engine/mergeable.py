@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from lightning_peft.compat.peft import BaseTunerLayer
 from lightning_peft.engine.adapters import adapter_parameters
 from lightning_peft.engine.backends.registry import requantizes_when_merged
+from lightning_peft.engine.layers.expert_weights import ExpertWeight, parameter_name
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE
+from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.selection.parts import inside
 from lightning_peft.errors import LifecycleError, UnsupportedError, itemize
 
@@ -92,6 +94,8 @@ def _memory(param: Tensor) -> int:
 
 def _others(name: str, layer: nn.Module, holders: dict[int, list[tuple[str, Tensor]]]) -> list[str]:
     own = {child for child, _ in layer.named_modules(prefix=name)}
+    if isinstance(layer, ExpertWeight):
+        own.add(name.rpartition(".")[0])
     changed = base_parameters(layer, name).values()
     shared = {
         other.removesuffix(".base_layer"): None
@@ -105,11 +109,10 @@ def _others(name: str, layer: nn.Module, holders: dict[int, list[tuple[str, Tens
 def base_parameters(layer: nn.Module, name: str) -> dict[str, Tensor]:
     """Parameters of ``layer``, which is called ``name``, besides its adapters, by name."""
     adapters = {id(param) for param in adapter_parameters(layer).values()}
-    return {
-        key: param
-        for key, param in layer.named_parameters(prefix=name)
-        if id(param) not in adapters
-    }
+    found: dict[str, Tensor] = dict(layer.named_parameters(prefix=name))
+    if isinstance(layer, ExpertWeight):
+        found[parameter_name(name)] = stored_parameter(layer, "weight")
+    return {key: param for key, param in found.items() if id(param) not in adapters}
 
 
 def share_memory(one: Tensor, other: Tensor) -> bool:

@@ -20,6 +20,7 @@ from lightning_peft.engine.backends.conversion import use_backend
 from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.backends.registry import backend_for, backend_of
 from lightning_peft.engine.injection import inject
+from lightning_peft.engine.layers.expert_weights import expose_experts, exposed_experts
 from lightning_peft.engine.layers.kinds import as_rows
 from lightning_peft.engine.layers.mixin import (
     DynamicMixin,
@@ -65,17 +66,21 @@ def inject_on_meta(
         problem = backend_for(quantization_config).planning_problem(quantization_config)
         if problem is not None:
             raise UnsupportedError(f"{problem}.")
-        for plan in make_plans(
-            module, InjectionRequest(peft_config, None, "default"), adapt, Record()
-        ):
-            prefix = f"{plan.name}." if plan.name else ""
-            names += [prefix + name for name in layers_to_quantize(plan, quantization_config)]
+        request = InjectionRequest(peft_config, None, "default")
+        with exposed_experts(module):
+            for plan in make_plans(module, request, adapt, Record()):
+                prefix = f"{plan.name}." if plan.name else ""
+                chosen = layers_to_quantize(plan, quantization_config)
+                names += [prefix + name for name in chosen]
         if not names:
             raise UnsupportedError(
                 f"Nothing to quantize in {type(module).__name__}: there is no linear layer besides "
                 "heads, saved modules and tied weights. Plan for LoRA."
             )
     inject(module, peft_config, adapt=adapt)
+    if names:
+        # Those without an adapter are quantized by their layers too.
+        expose_experts(module)
     return names
 
 
@@ -91,6 +96,7 @@ def quantize_on_meta(layer: Any, config: Any) -> None:
 def quantizable_layers(module: nn.Module, config: Any) -> list[str]:
     """Returns the names of the dense layers that ``config`` would have quantized in ``module``."""
     found = []
+    expose_experts(module)
     for entry in require_record(module).parts.values():
         info = next(iter(entry.adapters.values()))
         part = module.get_submodule(entry.name)

@@ -8,11 +8,11 @@ models whose fused kernels read the weight without calling the layer.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from torch import nn
 
 from lightning_peft.compat.peft import (
@@ -62,6 +62,20 @@ def retargeted_by_peft(part: Any, config: PeftConfig) -> list[str]:
         for name, before, after in pairs
         if _listed(before) != _listed(after)
     ]
+
+
+def taken_for_experts(part: Any, targets: Iterable[str]) -> list[str]:
+    """Returns those of the layers ``targets`` that PEFT would take for weights of experts.
+
+    Dense layers have the names that experts had before transformers 5 stacked them.
+    """
+    leaves = {name: name.rpartition(".")[2] for name in targets}
+    moved = {
+        leaf
+        for leaf in set(leaves.values())
+        if retargeted_by_peft(part, LoraConfig(target_modules=[leaf]))
+    }
+    return [name for name, leaf in leaves.items() if leaf in moved]
 
 
 def _listed(value: Any) -> Any:

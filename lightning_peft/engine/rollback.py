@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_peft.engine.layers.expert_weights import ExpertWeight
 from lightning_peft.engine.record import record_of
 
 
@@ -27,7 +28,7 @@ def restored_on_error(
         rewritten: Tensors whose values the body may change. Until it ends, their values are kept
             on the CPU: as much memory again.
     """
-    children = {id(child): child for module in modules for child in module.modules()}
+    children = {id(child): child for child in _with_owners(modules)}
     states = [_State(child) for child in children.values()]
     values = [(x, x.data, x.data.to("cpu", copy=True)) for x in rewritten if not x.is_meta]
     try:
@@ -41,10 +42,18 @@ def restored_on_error(
         raise
 
 
+def _with_owners(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """All modules in ``modules``, and those whose parameters they change."""
+    for child in (child for module in modules for child in module.modules()):
+        yield child
+        if isinstance(child, ExpertWeight):
+            yield child.owner
+
+
 def floating_tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
     """Returns parameters, buffers and other tensors of modules that hold numbers, not codes."""
     found: dict[int, Tensor] = {}
-    for child in (child for module in modules for child in module.modules()):
+    for child in _with_owners(modules):
         held = (*child._parameters.values(), *child._buffers.values(), *vars(child).values())
         found |= {id(x): x for x in held if isinstance(x, Tensor) and x.is_floating_point()}
     return list(found.values())

@@ -24,6 +24,7 @@ from lightning_peft.engine.backends.conversion import release_freed_memory
 from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.backends.share import Share
 from lightning_peft.engine.called_blocks import CalledBlocks
+from lightning_peft.engine.layers.expert_weights import RoutedExperts
 from lightning_peft.engine.layers.mixin import LayerMixin, stored_parameter
 from lightning_peft.engine.methods.lora_config import changes_base
 from lightning_peft.engine.methods.registry import in_place_method
@@ -234,6 +235,12 @@ def check_shardable(module: nn.Module) -> None:
         for key in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
         if getattr(config, key, None)
     ]
+    if any(isinstance(child, RoutedExperts) for child in module.modules()):
+        problems.append(
+            "adapters on weights of experts, or codes of them, which were never tried with it: "
+            "leave them out by target_parameters=[], and with QLoRA name 'experts' among the "
+            "modules that stay dense"
+        )
     if record.momentum_copies:
         copies = ", ".join(repr(pair.copy) for pair in record.momentum_copies)
         problems.append(f"momentum copies ({copies}), which were never tried with it: use DDP")

@@ -24,7 +24,9 @@ from lightning_peft.engine.files.adapter_fields import checked_fields
 from lightning_peft.engine.files.adapter_format import read_adapter, recorded_base
 from lightning_peft.engine.files.adapter_loading import load_adapter, refuse_residual_base
 from lightning_peft.engine.fingerprint import Fingerprint
+from lightning_peft.engine.injection import EXPERTS
 from lightning_peft.engine.layers.adapter import AdapterLayer
+from lightning_peft.engine.layers.expert_weights import expose_experts, layer_name, parameter_name
 from lightning_peft.engine.merging import check_mergeable, merged_weight, relative_norm
 from lightning_peft.engine.record import Record, require_record
 from lightning_peft.engine.selection.planning import (
@@ -103,7 +105,9 @@ class StreamedMerge:
         self.quantized = _quantized_in_training(self._plain, fields, facts, self.settings)
         for name in self.quantized:
             # Biases are not quantized, and these have no values to move.
-            self._plain.get_submodule(name)._parameters["bias"] = None
+            held = self._plain.get_submodule(name)._parameters
+            if "bias" in held:
+                held["bias"] = None
         load_adapter(outline, folder, adapter_name=_ADAPTER, check_base=False)
         self.outline = outline
         self._layers = adapted_layers(outline)
@@ -169,6 +173,8 @@ class StreamedMerge:
             CheckpointError: If values of the result are infinite or no numbers.
         """
         owner, _, leaf = name.rpartition(".")
+        if layer_name(name) in {*self._layers, *self.quantized}:
+            owner, leaf = layer_name(name), "weight"
         if leaf == "weight" and (owner in self._layers or owner in self.quantized):
             stored = self._merged_weight(owner, dense)
         else:
@@ -239,5 +245,9 @@ def _quantized_in_training(
     recorded = facts.get("modules_to_save")
     saved = None if recorded is None else {"": list(recorded)}
     request = InjectionRequest(config_from_dict(fields), None, _ADAPTER, saved)
+    expose_experts(plain)
     plans = make_plans(plain, request, [""], Record())
-    return {name for plan in plans for name in layers_to_quantize(plan, settings)}
+    names = {name for plan in plans for name in layers_to_quantize(plan, settings)}
+    if (facts.get("base") or {}).get(EXPERTS):
+        return names
+    return {name for name in names if parameter_name(name) == name}

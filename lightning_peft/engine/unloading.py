@@ -13,6 +13,7 @@ from lightning_peft.engine.adapters import adapted_layers_of, is_merged
 from lightning_peft.engine.backends.conversion import convert_to_dense, restore_quantized
 from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.layers.adapter import AdapterLayer, detach
+from lightning_peft.engine.layers.expert_weights import withdraw_experts
 from lightning_peft.engine.mergeable import outermost
 from lightning_peft.engine.momentum_copies import unlink_copies
 from lightning_peft.engine.record import refuse_sharded, require_record, set_record
@@ -49,6 +50,7 @@ def unload(module: nn.Module) -> nn.Module:
     for layer in layers.values():
         if isinstance(layer, AdapterLayer):
             detach(layer)
+    withdraw_experts(module)
     for name in record.parts:
         _unwrap(module.get_submodule(name))
     unlink_copies(module, record.momentum_copies)

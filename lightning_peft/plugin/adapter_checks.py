@@ -59,8 +59,9 @@ def _target_differences(
     if not info.in_place:
         # Inside PEFT's wrappers the layers have other names.
         return []
-    named = engine.resolve_targets({entry.name: part}, config, aside)[entry.name]
-    requested = engine.with_projections(part, named)
+    with engine.exposed_experts(part):
+        named = engine.resolve_targets({entry.name: part}, config, aside)[entry.name]
+        requested = engine.with_projections(part, named)
     missing, surplus = (
         sorted({*requested} - {*info.targets}),
         sorted({*info.targets} - {*requested}),

@@ -83,7 +83,7 @@ LINEAR_ONLY = {
     "endless alpha": {"lora_alpha": float("inf"), "refused": "a positive number"},
     "inference": {"inference_mode": True, "refused": "inference_mode=True"},
     "tying": {"ensure_weight_tying": True, "refused": "ensure_weight_tying"},
-    "parameters": {"target_parameters": ["one.weight"], "refused": "target_parameters"},
+    "parameters": {"target_modules": [], "target_parameters": ["one.weight", "two.weight"]},
     "replicated": {"layer_replication": [(0, 1)], "refused": "layer_replication"},
     "tokens": {"trainable_token_indices": [1], "refused": "trainable_token_indices"},
     "no such layer": {"target_modules": ["three"], "refused": "three"},

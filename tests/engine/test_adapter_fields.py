@@ -282,7 +282,6 @@ def test_any_fields_often(fields: dict[str, Any], folder: Path, tmp_path_factory
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"target_parameters": ["weight"]}, "target_parameters"),
         ({"arrow_config": {"top_k": 2}}, "arrow_config"),
         ({"peft_type": "PROMPT_TUNING"}, "virtual tokens"),
     ],

@@ -41,11 +41,12 @@ def model_of(config, auto=AutoModelForCausalLM):
     return auto.from_config(config).eval()
 
 
-def test_dense_layers_between_experts_are_adapted_and_nothing_else():
+def test_dense_layers_and_experts_are_adapted_and_nothing_else():
     model = injected(model_of(EXPERTS), r=4)
     attention = {f"layers.{i}.self_attn.{name}_proj" for i in (0, 1) for name in "qkvo"}
     dense = {f"layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")}
-    assert {n.partition(".")[2] for n in adapted_layers(model)} == attention | dense
+    experts = {f"layers.1.mlp.experts.{name}_proj_per_expert" for name in ("gate_up", "down")}
+    assert {n.partition(".")[2] for n in adapted_layers(model)} == attention | dense | experts
     assert model.config is EXPERTS
 
 
@@ -62,7 +63,8 @@ def test_peft_would_take_other_layers_of_a_model_with_experts():
 def test_saving_says_that_peft_would_adapt_other_layers(tmp_path):
     model = model_of(EXPERTS)
     base = copy.deepcopy(model)
-    lightning_peft.inject(model, r=4, init_lora_weights=False)
+    # As weights, which PEFT takes by their names, they could have no dropout.
+    lightning_peft.inject(model, r=4, init_lora_weights=False, lora_dropout=0.1)
     with pytest.warns(UserWarning, match="target_parameters becomes .'down_proj', 'gate_up_proj'"):
         lightning_peft.save_adapter(model, tmp_path)
     lightning_peft.load_adapter(base, tmp_path)

@@ -238,9 +238,9 @@ KINDS = [
         "mixture of experts (Mixtral)",
         lambda: LanguageModel(mixtral()),
         text,
-        adapted=QKVO,
-        note="attention is adapted and quantized; transformers keeps all experts of a block in "
-        "one fused tensor, which stays dense and frozen, and the report says so",
+        adapted=QKVO | names("gate_up_proj_per_expert", "down_proj_per_expert"),
+        note="attention and experts are adapted and quantized; transformers keeps all experts of "
+        "a block in one parameter, where each has an adapter of its own",
     ),
     Kind(
         "classifier",

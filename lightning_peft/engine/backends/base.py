@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_peft.engine.layers.expert_weights import ExpertWeight, run_problem
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, has_quantizable_class
 from lightning_peft.engine.layers.mixin import stored_parameter
 
@@ -28,6 +29,7 @@ class QuantizationBackend(ABC, Generic[Config]):
         config_type: Class of the configs.
         layer_class: Mixin for linear layers.
         convolution_class: Mixin for convolutions; ``None`` where they stay dense.
+        expert_class: Mixin for weights of experts; ``None`` where they stay dense.
         module_classes: Layers of the library itself, which :meth:`adopt` takes.
         layer_attributes: Attributes of a layer that :meth:`prepare` sets.
         skip_argument: Field of the config that names modules to leave dense.
@@ -45,6 +47,7 @@ class QuantizationBackend(ABC, Generic[Config]):
     config_type: ClassVar[type]
     layer_class: ClassVar[type[Any]]
     convolution_class: ClassVar[type[Any] | None] = None
+    expert_class: ClassVar[type[Any] | None] = None
     module_classes: ClassVar[tuple[type[nn.Module], ...]] = ()
     layer_attributes: ClassVar[tuple[str, ...]] = ("compute_dtype",)
     skip_argument: ClassVar[str] = "skip_modules"
@@ -60,7 +63,7 @@ class QuantizationBackend(ABC, Generic[Config]):
     vllm_quantization: ClassVar[str | None] = None
 
     def __init__(self) -> None:
-        for mixin in (self.layer_class, self.convolution_class):
+        for mixin in (self.layer_class, self.convolution_class, self.expert_class):
             if mixin is not None:
                 mixin.backend = self
 
@@ -117,12 +120,18 @@ class QuantizationBackend(ABC, Generic[Config]):
             )
         if isinstance(layer, CONVOLUTION_LIKE) and self.convolution_class is None:
             return f"it is a {type(layer).__name__}, and {self.name} is for linear layers only"
+        if isinstance(layer, ExpertWeight) and self.expert_class is None:
+            return f"it is a weight of experts, and {self.name} is for linear layers only"
         if stored_parameter(layer, "weight").is_meta:
             return (
                 "it is on the meta device and has no values. Inject without a quantization config "
                 "there, or load the weights first"
             )
         return None
+
+    def takes_experts(self, layer: ExpertWeight) -> bool:
+        """Whether a weight of experts is quantized as linear layers are, without being named."""
+        return self.expert_class is not None and run_problem(layer.owner) is None
 
     def base_class(self, layer: nn.Module) -> type[nn.Module] | None:
         """The library's class for ``layer``, by which other code recognizes quantized layers."""
@@ -159,6 +168,12 @@ class QuantizationBackend(ABC, Generic[Config]):
     @abstractmethod
     def dequantize(self, stored: Any, dtype: torch.dtype | None = None) -> Tensor:
         """The rows that ``stored`` stands for, in ``dtype`` or that from before quantization."""
+
+    def dequantize_rows(
+        self, stored: Any, start: int, end: int, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Some of the rows of :meth:`dequantize`; override it where others can stay codes."""
+        return self.dequantize(stored, dtype)[start:end]
 
     def matmul(self, layer: Any, input: Tensor, stored: Any, bias: Tensor | None) -> Tensor:
         """``input @ rows.T + bias``, with gradients to ``input`` and ``bias``.

@@ -24,7 +24,9 @@ from lightning_peft.compat.bitsandbytes import (
 from lightning_peft.engine.backends import bnb_config, nf4_cpu
 from lightning_peft.engine.backends.base import QuantizationBackend
 from lightning_peft.engine.backends.bnb_config import BitsAndBytesBackend
+from lightning_peft.engine.backends.expert_layers import QuantizedExperts
 from lightning_peft.engine.backends.layers import QuantizedConvolution, QuantizedLinear
+from lightning_peft.engine.layers.expert_weights import ExpertWeight
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE
 from lightning_peft.engine.layers.mixin import add_mixin
 
@@ -54,11 +56,18 @@ class FourBitConvolution(QuantizedConvolution):
     label = "FourBit"
 
 
+class FourBitExperts(QuantizedExperts):
+    """Weights of experts as a ``Params4bit``; bitsandbytes has none of its own."""
+
+    label = "FourBit"
+
+
 class FourBit(BitsAndBytesBackend):
     """NF4 and FP4, with or without double quantization."""
 
     layer_class = FourBitLayer
     convolution_class = FourBitConvolution
+    expert_class = FourBitExperts
     module_classes = (bnb.nn.Linear4bit,)
     layer_attributes = LINEAR4BIT_ATTRIBUTES
     bits = 4
@@ -92,7 +101,8 @@ class FourBit(BitsAndBytesBackend):
         return dtype
 
     def base_class(self, layer: nn.Module) -> type[nn.Module] | None:
-        return None if isinstance(layer, (*CONVOLUTION_LIKE, Conv1D)) else bnb.nn.Linear4bit
+        others = (*CONVOLUTION_LIKE, Conv1D, ExpertWeight)
+        return None if isinstance(layer, others) else bnb.nn.Linear4bit
 
     def prepare(self, layer: Any, config: BitsAndBytesConfig, dtype: torch.dtype) -> None:
         super().prepare(layer, config, dtype)
@@ -151,6 +161,28 @@ class FourBit(BitsAndBytesBackend):
             state.dtype = dtype
         rows: Tensor = dequantize_4bit(stored.data, state)
         return rows
+
+    def dequantize_rows(
+        self, stored: Any, start: int, end: int, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        state, size = stored.quant_state, stored.quant_state.blocksize
+        width = state.shape[1]
+        blocks = slice(start * width // size, -(-end * width // size))
+        first = blocks.start * size
+        count = min(blocks.stop * size, state.shape.numel()) - first
+        part = QuantState(
+            absmax=_constants(state, blocks),
+            # Not as rows: bitsandbytes on a CPU takes the wrong constants where blocks of 64 do
+            # not end where rows do.
+            shape=torch.Size((1, count) if count % size else (count // size, size)),
+            dtype=dtype or state.dtype,
+            blocksize=size,
+            code=state.code,
+            quant_type=state.quant_type,
+        )
+        numbers = dequantize_4bit(stored.data[first // 2 : (first + count + 1) // 2], part)
+        rows = numbers.reshape(-1)[start * width - first :]
+        return rows[: (end - start) * width].view(end - start, width)
 
     def matmul(self, layer: Any, input: Tensor, stored: Any, bias: Tensor | None) -> Tensor:
         product: Tensor = bnb.matmul_4bit(input, stored, bias=bias, quant_state=stored.quant_state)
@@ -251,6 +283,17 @@ class FourBit(BitsAndBytesBackend):
 
     def is_dequantization(self, operation: Any) -> bool:
         return operation.namespace == "bitsandbytes" and "dequantize" in operation.name()
+
+
+def _constants(state: Any, blocks: slice) -> Tensor:
+    """The constants of some blocks in float32, as bitsandbytes dequantizes those of all."""
+    constants: Tensor = state.absmax[blocks]
+    if not state.nested:
+        return constants
+    outer = state.state2
+    places = torch.arange(blocks.start, blocks.stop, device=constants.device) // outer.blocksize
+    numbers: Tensor = outer.code[constants.long()] * outer.absmax[places] + state.offset
+    return numbers
 
 
 def _map_state(state: Any, function: Callable[[Tensor], Tensor]) -> Any:

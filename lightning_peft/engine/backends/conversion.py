@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lightning_peft.engine.backends.layers import QuantizedBackup, QuantizedLayer
 from lightning_peft.engine.backends.registry import backend_for, backends
 from lightning_peft.engine.backends.share import Share
+from lightning_peft.engine.layers.expert_weights import ExpertWeight
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, as_rows, from_rows
 from lightning_peft.engine.layers.mixin import class_for_key, class_key, stored_parameter
 from lightning_peft.errors import UnsupportedError
@@ -73,8 +74,11 @@ def use_backend(layer: Any, config: Any, dtype: torch.dtype, below_adapters: boo
         below_adapters: Put the class below the mixins that the layer has, not in front of them.
     """
     backend = backend_for(config)
-    kernel = isinstance(layer, CONVOLUTION_LIKE)
-    mixin = backend.convolution_class if kernel else backend.layer_class
+    mixin: Any = backend.layer_class
+    if isinstance(layer, CONVOLUTION_LIKE):
+        mixin = backend.convolution_class
+    elif isinstance(layer, ExpertWeight):
+        mixin = backend.expert_class
     assert mixin is not None
     mixins, below, origin = class_key(layer)
     mixins = (*mixins, mixin) if below_adapters else (mixin, *mixins)

@@ -28,10 +28,11 @@ from lightning_peft.engine.files.base_tensors import changed_buffers, keys_in_fi
 from lightning_peft.engine.files.peft_names import replaced_under_one_name, saved_entries
 from lightning_peft.engine.fingerprint import Fingerprint, checksum
 from lightning_peft.engine.layers.attention import projections
+from lightning_peft.engine.layers.expert_weights import parameter_name
 from lightning_peft.engine.layers.mixin import class_key
 from lightning_peft.engine.methods.base import InPlaceMethod
 from lightning_peft.engine.methods.registry import METHODS
-from lightning_peft.engine.model_types import retargeted_by_peft
+from lightning_peft.engine.model_types import retargeted_by_peft, taken_for_experts
 from lightning_peft.engine.primitives import to_primitives
 from lightning_peft.engine.record import AdaptedModuleRecord, AdapterInfo
 from lightning_peft.engine.selection.parts import inside
@@ -144,9 +145,9 @@ def exported_config(part: nn.Module, entry: AdaptedModuleRecord, name: str) -> d
     """Returns the ``adapter_config.json`` that loads the adapter onto the plain base model."""
     info = entry.adapters[name]
     config = {key: value for key, value in info.config.items() if key != "auto_mapping"}
-    behind = projections(part, info.targets) if info.in_place else []
-    named = [target for target in info.targets if target not in behind]
-    config["target_modules"] = shortest_suffixes(named, part)
+    config["target_modules"], parameters = _as_peft_finds_them(part, info, config)
+    if "target_parameters" in config:
+        config["target_parameters"] = parameters or None
     for applied in ("layers_to_transform", "layers_pattern", "exclude_modules"):
         config[applied] = None
     entries = saved_entries(part, saved_modules(part, entry, name), info.targets)
@@ -161,6 +162,24 @@ def exported_config(part: nn.Module, entry: AdaptedModuleRecord, name: str) -> d
         layers = [part.get_submodule(target) for target in info.targets]
         config["fan_in_fan_out"] = all(isinstance(layer, Conv1D) for layer in layers)
     return config
+
+
+def _as_peft_finds_them(
+    part: nn.Module, info: AdapterInfo, config: Mapping[str, Any]
+) -> tuple[list[str] | str, list[str]]:
+    """Returns ``target_modules`` and ``target_parameters`` by which PEFT adapts the layers."""
+    experts = [name for name in info.targets if parameter_name(name) != name]
+    apart = {*experts, *(projections(part, info.targets) if info.in_place else [])}
+    layers = [name for name in info.targets if name not in apart]
+    patterns = {**(config.get("rank_pattern") or {}), **(config.get("alpha_pattern") or {})}
+    weights: list[str] = []
+    if info.in_place and METHODS[config["peft_type"]].takes_experts(config_from_dict(info.config)):
+        weights = taken_for_experts(part, layers)
+    if patterns_for(weights, patterns):
+        # PEFT compares them with other names then.
+        weights = []
+    parameters = [*map(parameter_name, experts), *(f"{name}.weight" for name in weights)]
+    return shortest_suffixes([n for n in layers if n not in weights], part), parameters
 
 
 def differences_in_peft(part: nn.Module, entry: AdaptedModuleRecord, name: str) -> list[str]:

@@ -12,7 +12,8 @@ from lightning_peft.engine.adapters import set_adapter
 from lightning_peft.engine.backends.registry import quantization_from_dict
 from lightning_peft.engine.configuration import config_differences, config_from_dict
 from lightning_peft.engine.files.base_tensors import include_in_files
-from lightning_peft.engine.injection import inject_config
+from lightning_peft.engine.injection import EXPERTS, inject_config
+from lightning_peft.engine.layers.expert_weights import parameter_name
 from lightning_peft.engine.primitives import to_primitives
 from lightning_peft.engine.record import (
     AdaptedModuleRecord,
@@ -112,6 +113,12 @@ def _part_problems(record: Record, described: Mapping[str, Any]) -> list[str]:
                 f"{where}: quantization is {other['quantization']} in the checkpoint and "
                 f"{part.quantization} now"
             )
+        codes = [bool(facts.get(EXPERTS)) for facts in (other["base_id"], part.base_id)]
+        if other["quantization"] and codes[0] != codes[1]:
+            problems.append(
+                f"{where}: weights of experts are {_stored(codes[0])} in the checkpoint and "
+                f"{_stored(codes[1])} now (the skipped modules of the quantization decide)"
+            )
         for adapter in sorted({*part.adapters, *other["adapters"]}):
             if adapter not in part.adapters or adapter not in other["adapters"]:
                 side = "module" if adapter in part.adapters else "checkpoint"
@@ -134,6 +141,10 @@ def _part_problems(record: Record, described: Mapping[str, Any]) -> list[str]:
                 for key in config_differences(info.config, saved["config"])
             ]
     return problems
+
+
+def _stored(as_codes: bool) -> str:
+    return "quantized" if as_codes else "dense"
 
 
 def _check_base(part: AdaptedModuleRecord, described: Mapping[str, Any]) -> None:
@@ -216,10 +227,11 @@ def _inject_groups(
         part = parts[names[0]]
         try:
             request = InjectionRequest(
-                config_from_dict(part["adapters"][adapter]["config"]),
+                config_from_dict(_fields_of(part["adapters"][adapter])),
                 quantization_from_dict(part["quantization"]),
                 adapter,
                 _saved(parts, names),
+                dense_experts=not part["base_id"].get(EXPERTS),
             )
             inject_config(module, request, names, device)
         except (ConfigError, TargetModulesError) as error:
@@ -227,6 +239,15 @@ def _inject_groups(
                 f"The checkpoint's adapter {adapter!r} cannot be put on {type(module).__name__}: "
                 f"{error}"
             ) from error
+
+
+def _fields_of(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a config, without experts where an older version adapted none."""
+    fields = dict(described["config"])
+    experts = any(parameter_name(name) != name for name in described["targets"])
+    if "target_parameters" in fields and fields["target_parameters"] is None and not experts:
+        fields["target_parameters"] = []
+    return fields
 
 
 def _saved(parts: Mapping[str, Any], names: list[str]) -> dict[str, list[str]] | None:

@@ -45,6 +45,12 @@ def fields_for(part: nn.Module, fields: Mapping[str, Any]) -> dict[str, Any]:
             return True
 
     kept = dict(fields)
+    if fields.get("peft_type") == "LORA":
+        # To PEFT the word for all linear layers means no weights of experts.
+        kept["target_parameters"] = kept.get("target_parameters") or []
+        if kept["target_parameters"] and kept.get("target_modules") is None:
+            # So it writes that it adapts no layer.
+            kept["target_modules"] = []
     for field, matches in (("target_modules", steps), ("exclude_modules", steps)):
         if isinstance(kept.get(field), list):
             # Where none is left, the error is about the names in the file.

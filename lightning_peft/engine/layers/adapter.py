@@ -202,7 +202,9 @@ def attach(layer: Any, kind: type[AdapterLayer], peft_layer: Any, name: str) -> 
 
 def _moved(made: Any, layer: Any) -> Any:
     """Returns a tensor or module on the layer's device, in its mode and in full precision."""
-    device = next(param for param in layer._parameters.values() if param is not None).device
+    held = [param for param in layer._parameters.values() if param is not None]
+    # A weight of experts is theirs.
+    device = (held[0] if held else layer._parameters["weight"]).device
     if isinstance(made, nn.Parameter):
         return nn.Parameter(_full_precision(made.data.to(device)), made.requires_grad)
     for param in made.to(device).train(layer.training).parameters():

@@ -13,6 +13,7 @@ from lightning_peft.compat.torch import (
     ConvTransposeNd,
     convolution_padding,
 )
+from lightning_peft.engine.layers.expert_weights import ExpertWeight
 from lightning_peft.engine.layers.mixin import class_key
 
 LINEAR_LIKE = (nn.Linear, Conv1D)
@@ -55,7 +56,7 @@ def has_quantizable_class(layer: nn.Module) -> bool:
     from transformers' own models that keep its forward pass.
     """
     cls = type(layer)
-    if cls in (*LINEAR_LIKE, *CONVOLUTION_LIKE):
+    if cls in (*LINEAR_LIKE, *CONVOLUTION_LIKE) or isinstance(layer, ExpertWeight):
         return True
     own = isinstance(layer, nn.Linear) and cls.__module__.startswith("transformers.models.")
     return own and has_standard_forward(layer)
@@ -70,10 +71,12 @@ def as_rows(layer: nn.Module, weight: Tensor) -> Tensor:
     """Returns ``weight`` as the matrix that is quantized: ``(out, in)``; a view.
 
     The kernel of a convolution is unfolded: ``(out, in * kernel)``, or ``(in, out * kernel)`` for
-    transposed ones.
+    transposed ones; the weights of experts are put on top of each other.
     """
     if isinstance(layer, Conv1D):
         return weight.t()
+    if isinstance(layer, ExpertWeight):
+        return weight.flatten(0, 1)
     return weight.flatten(1) if isinstance(layer, ConvNd) else weight
 
 
@@ -81,6 +84,8 @@ def from_rows(layer: Any, rows: Tensor) -> Tensor:
     """Returns the weight in the layout of the layer's class; the inverse of :func:`as_rows`."""
     if isinstance(layer, Conv1D):
         return rows.t()
+    if isinstance(layer, ExpertWeight):
+        return rows.view(layer.num_experts, -1, rows.shape[1])
     if isinstance(layer, ConvNd):
         ends = (layer.in_channels, layer.out_channels)
         first, second = ends if isinstance(layer, ConvTransposeNd) else ends[::-1]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.engine.backends.layers import QuantizedLayer
+from lightning_peft.engine.layers.expert_weights import ExpertWeight
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, LINEAR_LIKE
 
 
@@ -23,9 +24,12 @@ def probe_input(layer: Any) -> Tensor | None:
         return None
     if isinstance(layer, nn.Embedding):
         return torch.arange(min(8, layer.num_embeddings), device=stored.device)
-    if isinstance(layer, LINEAR_LIKE):
+    if isinstance(layer, ExpertWeight):
+        sizes = layer.weight_info()[0] if isinstance(layer, QuantizedLayer) else stored.shape
+        shape: tuple[int, ...] = (4, sizes[1 if layer.is_transposed else 2])
+    elif isinstance(layer, LINEAR_LIKE):
         width: Any = layer.nx if hasattr(layer, "nx") else layer.in_features
-        shape: tuple[int, ...] = (4, width)
+        shape = (4, width)
     elif isinstance(layer, CONVOLUTION_LIKE):
         spans = zip(layer.kernel_size, layer.dilation, strict=True)
         shape = (2, layer.in_channels, *(kernel * dilation + 2 for kernel, dilation in spans))

@@ -22,6 +22,7 @@ from lightning_peft.engine.backends.conversion import release_freed_memory
 from lightning_peft.engine.backends.registry import backend_for, storage_bytes
 from lightning_peft.engine.backends.share import current_share
 from lightning_peft.engine.fingerprint import Fingerprint, fingerprint
+from lightning_peft.engine.layers.expert_weights import layer_name
 from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.loading import quantized_cache
 from lightning_peft.engine.loading.gguf_model import GgufModel, read_gguf_folder
@@ -282,7 +283,10 @@ def base_fingerprint(part: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> 
     facts: dict[str, DenseInfo] = {}
     for name, _ in named:
         owner, _, leaf = name.rpartition(".")
-        known = dense_info(part.get_submodule(owner)) if leaf == "weight" else None
+        experts = layer_name(leaf) in part.get_submodule(owner)._modules
+        known = None
+        if experts or leaf == "weight":
+            known = dense_info(part.get_submodule(layer_name(name) if experts else owner))
         if known is not None:
             facts[name] = known
     rest = fingerprint((name, tensor) for name, tensor in named if name not in facts)

@@ -34,6 +34,13 @@ from lightning_peft.engine.backends.packed import PackedWeight
 from lightning_peft.engine.backends.registry import backend_for, storage_bytes
 from lightning_peft.engine.backends.share import current_share
 from lightning_peft.engine.fingerprint import checksum
+from lightning_peft.engine.layers.expert_weights import (
+    ExpertWeight,
+    expose_experts,
+    parameter_name,
+    weight_name,
+    withdraw_experts,
+)
 from lightning_peft.engine.layers.kinds import LINEAR_LIKE
 from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.loading.quantized_cache import CachedLoad, CachedWeight, DenseInfo
@@ -104,7 +111,7 @@ class _StreamedQuantizer(HfQuantizer):
         packs = backend_for(self.loading.settings).can_be_packed
         self.share = current_share() if packs else None
         self.facts: dict[str, DenseInfo] = {}
-        self.chosen: set[str] = set()
+        self.chosen: dict[str, str] = {}
         self.known: dict[str, CachedWeight] = {}
         self.packed: dict[str, PackedWeight] = {}
         self.undo: list[Callable[[], None]] = []
@@ -117,7 +124,8 @@ class _StreamedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Any = None, **kwargs: Any
     ) -> None:
-        candidates = quantizable(model, self.loading.dense)
+        expose_experts(model)
+        candidates = quantizable(model, self.loading.dense, backend_for(self.loading.settings))
         # A load may read newer files of the hub than those that were hashed.
         if (
             self.cached is not None
@@ -133,10 +141,10 @@ class _StreamedQuantizer(HfQuantizer):
                 if shapes.get(name) == weight.facts.shape
             }
         if self.known:
-            self.undo.append(skip_while_loading(model, [f"{name}.weight" for name in self.known]))
+            self.undo.append(skip_while_loading(model, [weight_name(name) for name in self.known]))
         if self.streams:
             linear = [n for n in candidates if not isinstance(model.get_submodule(n), Conv1D)]
-            self.chosen = {f"{name}.weight" for name in linear if name not in self.known}
+            self.chosen = {weight_name(name): name for name in linear if name not in self.known}
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a tensor of the file becomes codes."""
@@ -159,6 +167,7 @@ class _StreamedQuantizer(HfQuantizer):
                 layer.__dict__[_DEFERRED] = layer.weight_info()[1]
         for name, facts in self.facts.items():
             self._note(name, model.get_submodule(name), facts)
+        withdraw_experts(model)
         # The model is what it would be had it been quantized after loading.
         self.remove_quantization_config(model)
         forget_quantization(model)
@@ -196,10 +205,10 @@ class _QuantizeOne(ConversionOps):
         for name, value in input_dict.items():
             dense = value[0] if isinstance(value, list) else value
             if name in quantizer.chosen:
-                layer = name.removesuffix(".weight")
+                layer = quantizer.chosen[name]
                 facts = DenseInfo(checksum(dense), tuple(dense.shape), storage_bytes(dense))
                 quantizer.facts[layer] = facts
-                dense = backend.quantize(dense, settings, device)
+                dense = backend.quantize(dense.flatten(0, -2), settings, device)
                 if quantizer.share is not None:
                     packed = quantizer.packed[layer] = PackedWeight(backend, dense, device)
                     dense = packed.release(quantizer.share)
@@ -209,12 +218,13 @@ class _QuantizeOne(ConversionOps):
         return result
 
 
-def quantizable(model: nn.Module, dense: list[str]) -> list[str]:
-    """Returns the names of the linear layers that injection would quantize whatever is trained.
+def quantizable(model: nn.Module, dense: list[str], backend: Any | None = None) -> list[str]:
+    """Returns the names of the layers that injection would quantize whatever is trained.
 
     Args:
         model: The model, as it comes out of its class.
         dense: Names of further modules that stay dense; parts of names count too.
+        backend: What quantizes; without one, weights of experts are not among them.
     """
     output, holders = output_embeddings(model), parameter_holders(model)
     shared = {name.removesuffix(".weight") for name in tied_parameters(model)}
@@ -222,11 +232,15 @@ def quantizable(model: nn.Module, dense: list[str]) -> list[str]:
     return [
         name
         for name, child in model.named_modules()
-        if type(child) in LINEAR_LIKE
+        if (
+            backend is not None and backend.takes_experts(child)
+            if isinstance(child, ExpertWeight)
+            else type(child) in LINEAR_LIKE
+        )
         and child is not output
         and name not in shared
         and not inside(name, heads)
-        and not any(f".{part}." in f".{name}." for part in dense)
+        and not any(f".{part}." in f".{parameter_name(name)}." for part in dense)
         and len(holders[id(child._parameters["weight"])]) == 1
     ]
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.backends.share import current_share
+from lightning_peft.engine.layers.expert_weights import ExpertWeight
 from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.loading import quantized_cache
 from lightning_peft.engine.loading.quantized_cache import (
@@ -54,7 +55,12 @@ def track_load(
     load.model = model
     # With conversions, not every tensor of the file becomes one of the model.
     if not has_weight_conversions(model):
-        load.on_load = {name: stored_parameter(one, "weight") for name, one in on_load.items()}
+        load.on_load = {
+            name: stored_parameter(one, "weight")
+            for name, one in on_load.items()
+            # Experts are quantized again each time: most are joined from several tensors.
+            if not isinstance(one, ExpertWeight)
+        }
         if not load.weights:
             load.deferred = {
                 name: quantized_cache.crc(stored_parameter(model.get_submodule(name), "weight"))

@@ -59,6 +59,10 @@ class Method:
         """Why ``layer``, which is called ``name``, cannot have an adapter, or ``None``."""
         return None
 
+    def takes_experts(self, config: Any) -> bool:
+        """Whether the word for all linear layers means weights of experts too."""
+        return False
+
     def ranks(self, fields: Mapping[str, Any]) -> list[int]:
         """The ranks in a config: each is a dimension of a tensor in the adapter's file."""
         return []

@@ -9,9 +9,12 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from lightning_peft.compat.peft import ParamWrapper
 from lightning_peft.compat.torch import ConvTransposeNd
 from lightning_peft.engine.layers.attention import LoraAttention, attention_factors
 from lightning_peft.engine.layers.convolution_adapters import TransposedFactors, bare_convolution
+from lightning_peft.engine.layers.expert_adapters import LoraExperts
+from lightning_peft.engine.layers.expert_weights import ExpertWeight, run_problem
 from lightning_peft.engine.layers.kinds import (
     ADAPTABLE,
     CONVOLUTION_LIKE,
@@ -60,6 +63,10 @@ class Lora(InPlaceMethod):
     def limits_rows(self, config: Any) -> bool:
         return self.is_in_place(config) and not changes_base(config)
 
+    def takes_experts(self, config: Any) -> bool:
+        plain = config.init_lora_weights in (True, False, None, "gaussian")
+        return self.is_in_place(config) and plain and not config.lora_dropout
+
     def layer_class(self, layer: nn.Module) -> type[LoraLayer] | None:
         if isinstance(layer, CONVOLUTION_LIKE):
             return LoraConvolution
@@ -69,6 +76,8 @@ class Lora(InPlaceMethod):
             return LoraRecurrent
         if isinstance(layer, nn.MultiheadAttention):
             return LoraAttention
+        if isinstance(layer, ExpertWeight):
+            return LoraExperts
         return LoraLinear if isinstance(layer, ADAPTABLE) else None
 
     def unsupported_reason(
@@ -76,6 +85,8 @@ class Lora(InPlaceMethod):
     ) -> str | None:
         if isinstance(layer, (nn.RNNBase, nn.MultiheadAttention)) and in_place:
             return None
+        if isinstance(layer, ExpertWeight):
+            return _expert_problem(layer, config, in_place)
         reason = _unsupported_reason(layer, rank_of(config, name))
         return reason or shape_unsupported_reason(layer, in_place)
 
@@ -93,6 +104,15 @@ class Lora(InPlaceMethod):
             return RecurrentFactors(layer, name, original)
         if isinstance(layer, nn.MultiheadAttention):
             return attention_factors(layer, original)
+        if isinstance(layer, ExpertWeight):
+            return ParamWrapper(
+                layer.owner,
+                name,
+                parameter_name=layer.parameter_name,
+                config=config,
+                r=options["r"],
+                lora_alpha=options["lora_alpha"],
+            )
         # PEFT makes `A` of the class of the layer, which may be ours or the user's own.
         return original(bare_convolution(layer) if isinstance(layer, CONVOLUTIONS) else layer)
 
@@ -155,6 +175,21 @@ class Lora(InPlaceMethod):
         name = "rsLoRA" if fields.get("use_rslora") else "LoRA"
         name = "DoRA" if fields.get("use_dora") else name
         return f"{name} r={fields['r']} alpha={fields['lora_alpha']:g}"
+
+
+def _expert_problem(layer: Any, config: Any, in_place: bool) -> str | None:
+    """Why PEFT has no adapter with these settings on a weight of experts, or ``None``."""
+    if not in_place:
+        return (
+            "weights of experts are adapted in place only, and with these settings PEFT wraps the "
+            "layers. Use plain LoRA, or leave them out by target_parameters=[]"
+        )
+    if config.lora_dropout:
+        return (
+            f"lora_dropout={config.lora_dropout}: PEFT has no dropout in front of adapters on "
+            "parameters. Set it to 0, or leave the experts out by target_parameters=[]"
+        )
+    return run_problem(layer.owner)
 
 
 def _unsupported_reason(layer: Any, rank: int) -> str | None:

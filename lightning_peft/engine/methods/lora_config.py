@@ -11,6 +11,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig
 
 from lightning_peft.compat.peft import CUSTOM_MODULES_FIELD, get_pattern_key
+from lightning_peft.engine.layers.expert_weights import parameter_name
 from lightning_peft.errors import UnsupportedError
 
 # Inits that write into the base weight: what is trained is then not the base that was loaded.
@@ -23,7 +24,6 @@ REFUSED_INITS = ("eva", "mica", "corda", "lora_ga")
 
 # Extensions of LoRA that go through PEFT's model class or change the model around the layers.
 REFUSED_FIELDS = (
-    "target_parameters",
     "trainable_token_indices",
     "layer_replication",
     "megatron_config",
@@ -59,7 +59,7 @@ def lora_problems(fields: Mapping[str, Any]) -> list[str]:
     if bias not in ("none", "all", "lora_only"):
         problems.append(f"bias={bias!r}: one of 'none', 'all', 'lora_only'")
     targets = fields["target_modules"]
-    if targets is not None and not targets:
+    if targets is not None and not targets and not fields["target_parameters"]:
         problems.append("target_modules is empty: name at least one layer, or 'all-linear'")
     if fields["layers_to_transform"] is not None and is_pattern(targets):
         problems.append(
@@ -147,7 +147,8 @@ def refuse_extensions(config: LoraConfig) -> None:
 
 def rank_of(config: Any, name: str) -> int:
     """Returns the rank of an adapter on the layer ``name``, with ``rank_pattern`` applied."""
-    rank: int = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
+    key = get_pattern_key(config.rank_pattern, parameter_name(name))
+    rank: int = config.rank_pattern.get(key, config.r)
     return rank
 
 

@@ -6,6 +6,7 @@ import re
 
 from torch import nn
 
+from lightning_peft.engine.methods.base import InPlaceMethod
 from lightning_peft.errors import ConfigError
 
 # Parts of parameter names by which PEFT tells an adapter from what it was added to.
@@ -40,3 +41,10 @@ def _problem(name: str) -> str | None:
     if name in _RESERVED or "lora_" in name:
         return "is what PEFT calls something else in parameter names"
     return None
+
+
+def adapter_attributes(layer: nn.Module, method: InPlaceMethod | None) -> list[str]:
+    """Returns the attributes by which another library keeps adapters on ``layer``."""
+    kind = method.layer_class(layer) if method else None
+    names = ("lora_A", *(kind.adapter_layer_names if kind else ()))
+    return [name for name in dict.fromkeys(names) if hasattr(layer, name)][:1]

@@ -16,14 +16,16 @@ from lightning_peft.engine.adapters import trained_heads
 from lightning_peft.engine.backends.registry import backend_for, is_quantized, quantization_to_dict
 from lightning_peft.engine.layers.adapter import AdapterLayer
 from lightning_peft.engine.layers.attention import with_projections
+from lightning_peft.engine.layers.expert_weights import ExpertWeight, parameter_name
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, has_quantizable_class
 from lightning_peft.engine.layers.recurrent import stores_weight
 from lightning_peft.engine.methods.base import InPlaceMethod
 from lightning_peft.engine.methods.lora_config import changes_base
 from lightning_peft.engine.methods.registry import in_place_method, method_of
 from lightning_peft.engine.record import AdaptedModuleRecord, MomentumCopy, Record
-from lightning_peft.engine.selection.adapter_names import check_adapter_name
+from lightning_peft.engine.selection.adapter_names import adapter_attributes, check_adapter_name
 from lightning_peft.engine.selection.initialization import initialization_problems
+from lightning_peft.engine.selection.parameters import is_own_float, skip_names
 from lightning_peft.engine.selection.parts import (
     Exclusions,
     find_heads,
@@ -68,6 +70,7 @@ class InjectionRequest:
         saved: Names of the modules that are trained in full, by part, where they are known
             exactly; else they are those that ``config`` means.
         rows: The same of rows of layers, by part and layer.
+        dense_experts: Whether weights of experts are not quantized, as before they could be.
     """
 
     config: PeftConfig
@@ -75,6 +78,7 @@ class InjectionRequest:
     adapter_name: str = "default"
     saved: dict[str, list[str]] | None = None
     rows: dict[str, dict[str, Rows]] | None = None
+    dense_experts: bool = False
 
     @property
     def biases(self) -> str:
@@ -163,7 +167,7 @@ def make_plans(
         if plan.name in record.parts:
             _check_trained_heads(plan, record.parts[plan.name])
         else:
-            plan.quantize = layers_to_quantize(plan, request.quantization)
+            plan.quantize = _to_quantize(plan, request)
         _check_layers(plan, request)
     _check_distinct(plans)
     _check_quantization([plan for plan in plans if plan.name not in record.parts], request)
@@ -276,6 +280,11 @@ def _display_name(plan: InjectionPlan) -> str:
     return plan.name or type(plan.part).__name__
 
 
+def _to_quantize(plan: InjectionPlan, request: InjectionRequest) -> list[str]:
+    names = layers_to_quantize(plan, request.quantization)
+    return [n for n in names if not request.dense_experts or parameter_name(n) == n]
+
+
 def layers_to_quantize(plan: InjectionPlan, config: Any | None) -> list[str]:
     """Returns the names of the layers of a part that injection quantizes first.
 
@@ -296,19 +305,15 @@ def layers_to_quantize(plan: InjectionPlan, config: Any | None) -> list[str]:
         for name, child in plan.part.named_modules()
         if name not in rewritten
         and has_quantizable_class(child)
-        and child not in plan.left
+        and getattr(child, "owner", child) not in plan.left
+        and (not isinstance(child, ExpertWeight) or backend.takes_experts(child))
         # Elsewhere convolutions are small and sensitive, as in the first layer of a speech model.
         and (not isinstance(child, CONVOLUTION_LIKE) or (name in targets and kernels))
         and child is not output
         and not inside(name, skip)
-        and not any(name.endswith(f".{suffix}") for suffix in skip)
-        and _is_own_float(child._parameters.get("weight"), holders)
+        and not any(known.endswith(f".{suffix}") for suffix in skip for known in skip_names(name))
+        and is_own_float(child._parameters.get("weight"), holders)
     ]
-
-
-def _is_own_float(weight: nn.Parameter | None, holders: dict[int, list[str]]) -> bool:
-    """Whether ``weight`` is dense and no layer shares it, so that it can be replaced."""
-    return weight is not None and weight.is_floating_point() and len(holders[id(weight)]) == 1
 
 
 def _in_place_method(plan: InjectionPlan, config: PeftConfig) -> InPlaceMethod | None:
@@ -339,7 +344,7 @@ def _check_layers(plan: InjectionPlan, request: InjectionRequest) -> None:
         in_place = plan.in_place is not None
         reason = method_of(request.config).unsupported_reason(layer, name, request.config, in_place)
         problems += [f"{name}: {reason}"] if reason else []
-        own = () if isinstance(layer, AdapterLayer) else _adapter_attributes(layer, plan.in_place)
+        own = () if isinstance(layer, AdapterLayer) else adapter_attributes(layer, plan.in_place)
         problems += [
             f"{name} ({type(layer).__name__}) has adapters of its own: `{attribute}`"
             for attribute in own
@@ -353,13 +358,6 @@ def _check_layers(plan: InjectionPlan, request: InjectionRequest) -> None:
             f"{type(request.config).__name__} with these settings does not work on "
             f"{_display_name(plan)}:" + itemize(problems, 5)
         )
-
-
-def _adapter_attributes(layer: nn.Module, method: InPlaceMethod | None) -> list[str]:
-    """Returns the attributes by which another library keeps adapters on ``layer``."""
-    kind = method.layer_class(layer) if method else None
-    names = ("lora_A", *(kind.adapter_layer_names if kind else ()))
-    return [name for name in dict.fromkeys(names) if hasattr(layer, name)][:1]
 
 
 def _check_quantization(plans: list[InjectionPlan], request: InjectionRequest) -> None:

@@ -17,8 +17,10 @@ from peft import PeftConfig
 from torch import nn
 
 from lightning_peft.compat.peft import check_target_module_exists
+from lightning_peft.engine.layers.expert_weights import parameter_name
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, LINEAR_LIKE
 from lightning_peft.engine.methods.registry import in_place_method
+from lightning_peft.engine.selection.parameters import adaptable_weights, expert_layers
 from lightning_peft.engine.selection.parts import (
     NO_EXCLUSIONS,
     Exclusions,
@@ -68,10 +70,15 @@ def resolve_targets(
         found = {name: _all_linear(part, config, exclusions) for name, part in parts.items()}
         problems = []
     else:
-        found = {name: _matching(part, config, exclusions) for name, part in parts.items()}
+        # PEFT takes an empty list for none, where parameters are named.
+        found = {
+            name: _matching(part, config, exclusions) if wanted else []
+            for name, part in parts.items()
+        }
         problems = _unmatched(
             "target_modules", wanted, parts, partial(_layers, left=exclusions.left)
         )
+    problems += _add_parameters(found, parts, config, exclusions)
     problems += _unmatched("exclude_modules", excluded, parts, base_modules)
     problems += _unmatched_patterns(config, found)
     if not problems:
@@ -100,6 +107,32 @@ def rows_of(
     See :func:`lightning_peft.engine.selection.rows.requested_rows`.
     """
     return requested_rows(part, targets, all_names(part), config, in_place_method(config))
+
+
+def _add_parameters(
+    found: dict[str, list[str]], parts: Parts, config: PeftConfig, exclusions: Exclusions
+) -> list[str]:
+    """Adds the layers whose weights ``target_parameters`` names to ``found``, in module order.
+
+    Returns:
+        A problem for every entry that matches no weight of a layer or of experts in any part.
+    """
+    entries = sorted(getattr(config, "target_parameters", None) or [])
+    matched: set[str] = set()
+    known: list[str] = []
+    for name, part in parts.items() if entries else ():
+        weights = adaptable_weights(base_modules(part), all_names(part), exclusions.left)
+        known += weights
+        hits = {e: [w for w in weights if _is_suffix(e, w)] for e in entries}
+        matched |= {entry for entry, names in hits.items() if names}
+        layers = {*found[name], *(weights[w] for names in hits.values() for w in names)}
+        found[name] = [layer for layer in base_modules(part) if layer in layers]
+    return [
+        f"{entry!r} of target_parameters matches no weight of a layer, and none of experts that "
+        f"transformers runs by its own code{similar_layer_names(entry, known)}"
+        for entry in entries
+        if entry not in matched
+    ]
 
 
 def _note_on_left(parts: Parts, exclusions: Exclusions) -> str:
@@ -249,11 +282,13 @@ def _all_linear(part: nn.Module, config: PeftConfig, exclusions: Exclusions) -> 
         and not inside(name, heads)
     ]
     linear = [name for name in eligible if isinstance(modules[name], LINEAR_LIKE)]
+    linear += expert_layers(modules, config, exclusions)
     candidates = linear or [name for name in eligible if _is_ungrouped(modules[name])]
     # By last name, so that PEFT's rule for `layers_to_transform` and `exclude_modules` applies.
     by_suffix: Any = copy.copy(config)
-    by_suffix.target_modules = {name.rpartition(".")[2] for name in candidates}
-    return [name for name in candidates if _matches(by_suffix, name)]
+    by_suffix.target_modules = {parameter_name(name).rpartition(".")[2] for name in candidates}
+    chosen = {name for name in candidates if _matches(by_suffix, parameter_name(name))}
+    return [name for name in modules if name in chosen]
 
 
 def _is_ungrouped(layer: Any) -> bool:
@@ -272,7 +307,12 @@ def _unmatched(
     names = []
     for part in parts.values():
         aliases = _layers(part)
-        names += [alias for name in names_of(part) for alias in aliases.get(name, [name]) if alias]
+        names += [
+            parameter_name(alias)
+            for name in names_of(part)
+            for alias in aliases.get(name, [name])
+            if alias
+        ]
     if isinstance(wanted, str):
         found = any(re.fullmatch(wanted, name) for name in names)
         return (
@@ -288,7 +328,7 @@ def _unmatched(
 
 
 def _unmatched_patterns(config: PeftConfig, found: Mapping[str, list[str]]) -> list[str]:
-    targets = [name for names in found.values() for name in names]
+    targets = [parameter_name(name) for names in found.values() for name in names]
     return [
         f"{key!r} of {argument} matches no adapted layer{similar_layer_names(key, targets)}"
         for argument in PATTERN_FIELDS
@@ -302,7 +342,7 @@ def patterns_for(targets: Iterable[str], patterns: Mapping[str, Any]) -> dict[st
 
     The others are for another part of the module; PEFT warns of them.
     """
-    names = list(targets)
+    names = [parameter_name(name) for name in targets]
     return {
         key: value
         for key, value in patterns.items()

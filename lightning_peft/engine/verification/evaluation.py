@@ -28,6 +28,9 @@ from lightning_peft.engine.verification.gradients import (
 from lightning_peft.engine.verification.probe import ModuleProbe
 from lightning_peft.engine.verification.result import Check, abbreviated
 
+# What is called when code reads a weight, or multiplies with one of experts.
+_USES = ("effective_weight", "routed_product", "grouped_product", "one_expert")
+
 
 class Usage(IntEnum):
     """What an evaluation pass did with an adapted layer; a later value overrides an earlier one."""
@@ -51,16 +54,16 @@ def recorded_usage(module: nn.Module) -> Iterator[dict[str, Usage]]:
     # Not by hooks: torch leaves its fast paths, which are to be watched, where there are any.
     for name, layer in layers.items():
         layer.__dict__["forward"] = _recording_forward(name, layer, seen)
-        if hasattr(layer, "effective_weight"):
-            layer.__dict__["effective_weight"] = _recording_weight(
-                name, layer.effective_weight, seen
-            )
+        for attribute in _USES:
+            if hasattr(layer, attribute):
+                layer.__dict__[attribute] = _recording_use(name, getattr(layer, attribute), seen)
     try:
         yield seen
     finally:
         for name, layer in layers.items():
             del layer.__dict__["forward"]
-            layer.__dict__.pop("effective_weight", None)
+            for attribute in _USES:
+                layer.__dict__.pop(attribute, None)
             if others[name] is not None:
                 layer.__dict__["forward"] = others[name]
 
@@ -88,14 +91,14 @@ def _recording_forward(name: str, layer: Any, seen: dict[str, Usage]) -> Callabl
     return forward
 
 
-def _recording_weight(
-    name: str, read: Callable[[], Tensor], seen: dict[str, Usage]
-) -> Callable[[], Tensor]:
-    def effective_weight() -> Tensor:
+def _recording_use(
+    name: str, use: Callable[..., Tensor], seen: dict[str, Usage]
+) -> Callable[..., Tensor]:
+    def recorded(*args: Any, **kwargs: Any) -> Tensor:
         seen[name] = Usage.EFFECTIVE
-        return read()
+        return use(*args, **kwargs)
 
-    return effective_weight
+    return recorded
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -1,0 +1,66 @@
+"""Which weights ``target_parameters`` can mean, and those of experts that need not be named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft import PeftConfig
+from torch import nn
+
+from lightning_peft.engine.layers.expert_weights import ExpertWeight, parameter_name, run_problem
+from lightning_peft.engine.layers.kinds import ADAPTABLE
+from lightning_peft.engine.methods.registry import method_of
+from lightning_peft.engine.selection.parts import Exclusions
+
+
+def adaptable_weights(
+    modules: Mapping[str, Any], names: Mapping[str, list[str]], left: frozenset[nn.Module]
+) -> dict[str, str]:
+    """Returns the layer of every weight that may have an adapter, by all names of the weight.
+
+    Args:
+        modules: The submodules of a part by their first names.
+        names: All names of each.
+        left: Submodules that stay as they are.
+    """
+    found: dict[str, str] = {}
+    for name, known in names.items():
+        layer = modules[name]
+        if isinstance(layer, ExpertWeight):
+            if layer.owner not in left:
+                found |= {parameter_name(alias): name for alias in known}
+        elif isinstance(layer, ADAPTABLE) and layer not in left:
+            found |= {f"{alias}.weight": name for alias in known}
+    return found
+
+
+def expert_layers(
+    modules: Mapping[str, Any], config: PeftConfig, exclusions: Exclusions
+) -> list[str]:
+    """Returns the names of the layers of experts that the word for all linear layers means.
+
+    None where ``target_parameters`` says which, or the settings do not work on them.
+    """
+    named = getattr(config, "target_parameters", None) is not None
+    if named or not method_of(config).takes_experts(config):
+        return []
+    return [
+        name
+        for name, layer in modules.items()
+        if isinstance(layer, ExpertWeight)
+        and layer.owner not in exclusions.left
+        and layer.owner not in exclusions.unused
+        and run_problem(layer.owner) is None
+    ]
+
+
+def skip_names(name: str) -> list[str]:
+    """Returns the name of a layer; of one of experts, those of its parameter and its experts."""
+    parameter = parameter_name(name)
+    return [name] if parameter == name else [parameter, name.rpartition(".")[0]]
+
+
+def is_own_float(weight: nn.Parameter | None, holders: dict[int, list[str]]) -> bool:
+    """Whether ``weight`` is dense and no layer shares it, so that it can be replaced."""
+    return weight is not None and weight.is_floating_point() and len(holders[id(weight)]) == 1

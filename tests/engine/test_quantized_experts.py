@@ -1,0 +1,168 @@
+"""Weights of experts as 4-bit codes: the same numbers, and only those of experts in use."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_blockwise
+from transformers import AutoModelForCausalLM
+
+import lightning_peft
+from lightning_peft import engine
+from lightning_peft.engine.backends.bnb4 import FOUR_BIT
+from lightning_peft.engine.backends.expert_layers import QuantizedExperts
+from lightning_peft.engine.layers.expert_weights import ExpertWeight, RoutedExperts
+
+from .reference import injected, output_of, randomize, relative_error
+from .test_experts import IDS, PARAMETERS, WAYS, model_of
+
+NF4 = engine.quantization_config()
+# Products of bitsandbytes with linear layers round, and another expert is chosen then.
+EXPERTS_ALONE = engine.quantization_config()
+EXPERTS_ALONE.llm_int8_skip_modules = ["q_proj", "k_proj", "v_proj", "o_proj"]
+BATCH = {"input_ids": IDS}
+
+
+def quantized(kind="qwen3", way="grouped_mm", **settings):
+    model = injected(
+        model_of(kind, way),
+        **{"r": 2, "quantization_config": EXPERTS_ALONE, "target_modules": ["q_proj"], **settings},
+    )
+    randomize(model)
+    return model
+
+
+def dense_copy(model, kind="qwen3", way="grouped_mm"):
+    """Returns a model of dense weights with what the codes of ``model`` stand for, and adapters."""
+    plain = model_of(kind, way)
+    layers = {n: x for n, x in model.named_modules() if hasattr(x, "weight_info")}
+    with engine.exposed_experts(plain), torch.no_grad(), lightning_peft.disable_adapters(model):
+        for name, layer in layers.items():
+            stored = plain.get_submodule(name)._parameters["weight"]
+            stored.copy_(layer.effective_weight())
+    injected(plain, r=2, target_modules=["q_proj"], target_parameters=PARAMETERS)
+    state = engine.trainable_state_dict(model)
+    engine.load_trainable_state_dict(plain, state)
+    return plain
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("shape", [(6, 48, 128), (4, 16, 32), (3, 5, 30)])
+def test_rows_of_one_expert_are_those_that_were_quantized(double, shape):
+    config = engine.quantization_config(bnb_4bit_use_double_quant=double)
+    experts, height, width = shape
+    stored = FOUR_BIT.quantize(torch.randn(experts * height, width), config, torch.device("cpu"))
+    state, octets = stored.quant_state, stored.data.view(-1).long()
+    constants = state.absmax
+    if double:
+        constants = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    numbers = torch.stack([state.code[octets >> 4], state.code[octets & 15]], 1).view(-1)
+    count = experts * height * width
+    every = (numbers[:count] * constants.repeat_interleave(64)[:count]).view(-1, width)
+    for start in range(0, experts * height, height):
+        part = FOUR_BIT.dequantize_rows(stored, start, start + height)
+        assert torch.equal(part, every[start : start + height])
+    assert FOUR_BIT.dequantize_rows(stored, 1, 3, torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["qwen3", "gpt-oss"])
+def test_outputs_and_gradients_are_those_of_the_dequantized_weights(kind, way):
+    model = quantized(kind, way, target_parameters=PARAMETERS)
+    plain = dense_copy(model, kind, way)
+    for one in (model, plain):
+        output_of(one, BATCH).pow(2).mean().backward()
+    assert relative_error(output_of(model, BATCH), output_of(plain, BATCH)) < 1e-5
+    theirs = dict(plain.named_parameters())
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * (2 + 4)
+    for name, param in trained.items():
+        assert relative_error(param.grad, theirs[name].grad) < 1e-4, name
+
+
+def test_only_experts_in_use_are_dequantized(monkeypatch):
+    model = quantized(target_parameters=[])
+    asked = []
+    original = type(FOUR_BIT).dequantize_rows
+
+    def watched(self, stored, start, end, dtype=None):
+        asked.append((id(stored), start))
+        return original(self, stored, start, end, dtype)
+
+    monkeypatch.setattr(type(FOUR_BIT), "dequantize_rows", watched)
+    monkeypatch.setattr(QuantizedExperts, "effective_weight", None)
+    output_of(model, {"input_ids": IDS[:1, :1]}).sum()
+    # One token, two experts of four, two weights, two blocks.
+    assert len(asked) == len(set(asked)) == 2 * 2 * 2
+
+
+def test_the_bytes_of_codes_are_those_of_the_plan():
+    model = model_of()
+    report = lightning_peft.inject(model, r=2, quantization_config=NF4)
+    layers = [x for x in model.modules() if isinstance(x, ExpertWeight)]
+    assert len(layers) == 4
+    for layer in layers:
+        stored = layer.owner._parameters[layer.parameter_name]
+        held = sum(x.numel() * x.element_size() for x in (stored, *FOUR_BIT.constants(stored)))
+        assert held == FOUR_BIT.stored_bytes(layer.weight_info()[0].numel(), NF4)
+    assert "experts.gate_up_proj" not in report.parts[0].dense
+
+
+@pytest.mark.parametrize("kind", ["dense layer", "gpt-oss"])
+def test_quantized_experts_are_merged_and_come_back(kind):
+    model = quantized(kind, target_modules=None)
+    codes = {n: p.clone() for n, p in model.named_parameters() if p.dtype == torch.uint8}
+    assert {n.rpartition(".")[2] for n in codes} >= {"gate_up_proj", "down_proj"}
+    expected = output_of(model, BATCH)
+    report = lightning_peft.merge(model)
+    assert report.worst_error < 1e-6
+    assert relative_error(output_of(model, BATCH), expected) < 1e-5
+    lightning_peft.unmerge(model)
+    assert relative_error(output_of(model, BATCH), expected) < 1e-5
+    assert all(torch.equal(p, codes[n]) for n, p in model.named_parameters() if n in codes)
+    lightning_peft.merge(model)
+    lightning_peft.unload(model)
+    assert not any(isinstance(x, (ExpertWeight, RoutedExperts)) for x in model.modules())
+    assert all(p.is_floating_point() for p in model.parameters())
+    assert relative_error(output_of(model, BATCH), expected) < 1e-5
+
+
+def test_quantized_experts_are_copied_pickled_and_verified():
+    model = quantized(target_parameters=PARAMETERS)
+    expected = output_of(model, BATCH)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(output_of(other, BATCH), expected)
+    assert engine.trainable_state_dict(model).keys() == engine.adapter_parameters(model).keys()
+    result = engine.verify(model, {**BATCH, "labels": IDS})
+    assert result.passed, str(result)
+
+
+def test_experts_named_to_be_skipped_stay_dense():
+    config = engine.quantization_config()
+    config.llm_int8_skip_modules = ["experts"]
+    model = injected(model_of(), r=2, quantization_config=config)
+    experts = model.model.layers[0].mlp.experts
+    assert experts._parameters["down_proj"].dtype == torch.float32
+    assert not any(isinstance(x, QuantizedExperts) for x in model.modules())
+    assert engine.record_of(model).parts[""].quantized
+
+
+def test_loading_quantizes_experts_as_they_are_read(tmp_path):
+    model_of().save_pretrained(tmp_path)
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+
+    after = injected(load(), r=2, quantization_config=NF4)
+    with engine.quantize_on_load(NF4, torch.device("cpu"), []) as loading:
+        model = load()
+    assert sum(isinstance(x, ExpertWeight) for _, x in loading.layers) == 4
+    injected(model, r=2, quantization_config=NF4)
+    theirs = dict(after.named_parameters())
+    for name, param in model.named_parameters():
+        if param.dtype == torch.uint8:
+            assert torch.equal(param, theirs[name]), name
+    assert engine.record_of(model).parts[""].base == engine.record_of(after).parts[""].base
