@@ -40,7 +40,13 @@ def _parser() -> OptionParser:
         metavar="NAME=VALUE",
         help="argument of the constructor, in YAML; repeatable",
     )
-    parser.add_argument("--lora-alpha", type=float, help="the scale, where the file lacks it")
+    parser.add_argument(
+        "--lora-alpha",
+        action="append",
+        default=[],
+        metavar="[PART=]NUMBER",
+        help="the scale, where the file lacks it; repeatable, for parts with different ones",
+    )
     parser.add_argument("--use-rslora", action="store_true", help="the scale is alpha / sqrt(r)")
     parser.add_argument(
         "--allow-unmapped", action="store_true", help="leave out keys that have no place"
@@ -59,7 +65,7 @@ def _import(args: Namespace) -> dict[str, Any]:
         args.module,
         args.output or default,
         arguments=dict(map(_argument, args.init)),
-        lora_alpha=args.lora_alpha,
+        lora_alpha=_alpha(args.lora_alpha),
         use_rslora=args.use_rslora,
         allow_unmapped=args.allow_unmapped,
         adapt=args.adapt,
@@ -68,8 +74,19 @@ def _import(args: Namespace) -> dict[str, Any]:
         "output": str(result.output),
         "adapter": str(result.adapter),
         "optimizer": result.optimizer,
-        **vars(result.loaded),
+        **{key: value for key, value in vars(result.loaded).items() if key != "names"},
     }
+
+
+def _alpha(words: list[str]) -> float | dict[str, float] | None:
+    parts = [word.rpartition("=") for word in words]
+    try:
+        numbers = {name: float(value) for name, _, value in parts}
+    except ValueError as error:
+        raise ConfigError(f"--lora-alpha {words}: write NUMBER, or PART=NUMBER.") from error
+    if len(words) > 1 and not all(equals for _, equals, _ in parts):
+        raise ConfigError(f"--lora-alpha {words}: write NUMBER, or PART=NUMBER.")
+    return next(iter(numbers.values()), None) if "" in numbers else numbers or None
 
 
 def _argument(text: str) -> tuple[str, Any]:

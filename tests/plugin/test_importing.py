@@ -151,6 +151,58 @@ def test_a_base_other_than_the_constructors_is_kept_in_the_new_file(old, tmp_pat
     torch.testing.assert_close(module(loader().dataset.tensors[0]), outputs)
 
 
+class Pair(Net):
+    """Two trunks; the head is not used, so it has no optimizer state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            self.other = Trunk()
+
+    def forward(self, x):
+        return self.trunk(x) + self.other(x)
+
+
+class WrappedPair(Pair):
+    def __init__(self) -> None:
+        super().__init__()
+        names, ranks = ["first", "second"], {"second": 1}
+        for part, alpha in (("trunk", ALPHA), ("other", 5)):
+            config = peft.LoraConfig(
+                r=2, lora_alpha=alpha, target_modules=names, rank_pattern=ranks
+            )
+            setattr(self, part, peft.get_peft_model(getattr(self, part), config))
+
+
+def test_ranks_and_scales_by_layer_and_a_parameter_without_a_state(tmp_path):
+    torch.manual_seed(6)
+    module = WrappedPair()
+    fit(module).save_checkpoint(tmp_path / "old.ckpt")
+    content = torch.load(tmp_path / "old.ckpt", weights_only=True)
+    # As DeepSpeed and DDP name them.
+    content["state_dict"] = {f"_forward_module.{k}": v for k, v in content["state_dict"].items()}
+    torch.save(content, tmp_path / "old.ckpt")
+    where = (tmp_path / "old.ckpt", f"{__name__}:Pair", tmp_path / "new.ckpt")
+    with pytest.raises(CheckpointError, match=r"(?s)given for 'other', and not for:.*trunk\.first"):
+        import_checkpoint(*where, lora_alpha={"other": 5})
+    result = import_checkpoint(*where, lora_alpha={"other": 5, "trunk": ALPHA})
+    assert result.optimizer == "restored"
+    again = lightning_peft.load_from_checkpoint(Pair, where[2])
+    x = loader().dataset.tensors[0]
+    torch.testing.assert_close(again(x), module.eval()(x))
+    written = torch.load(where[2], weights_only=True)["optimizer_states"][0]["state"]
+    names = [name for name, _ in again.named_parameters()]
+    theirs = content["optimizer_states"][0]["state"]
+    assert len(written) == len(theirs) == 8
+    found = {names[i]: state["exp_avg"] for i, state in written.items()}
+    # In the old order: trunk, then other, each with its factors.
+    old_names = [name for name, _ in module.named_parameters()]
+    for index, state in theirs.items():
+        name = old_names[index].replace("base_model.model.", "")
+        assert torch.equal(found[name], state["exp_avg"])
+
+
 def test_a_peft_folder(old, tmp_path):
     folder, _, state, _ = old
     where = (folder / "peft", f"{__name__}:Net", tmp_path / "new.ckpt")

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_peft.engine.configuration import config_to_dict
 from lightning_peft.engine.files.adapter_format import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from lightning_peft.engine.files.adapter_loading import load_adapter
 from lightning_peft.engine.files.base_tensors import include_in_files
@@ -43,12 +44,14 @@ class ForeignState:
         saved: Values of modules that PEFT trained in full, by module and name in it.
         rest: All other parameters and buffers that the module has.
         unmapped: Keys of the file that the module has no place for.
+        names: Where the tensors are on the module, once it has adapters in place, by key.
     """
 
     factors: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     saved: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     rest: dict[str, Tensor] = field(default_factory=dict)
     unmapped: list[str] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -63,6 +66,7 @@ class ForeignLoad:
             files hold them.
         absent: Names of parameters that the file does not have, which are as they were built.
         unmapped: Keys of the file that the module has no place for.
+        names: Where the tensors of the file are now, by their keys there.
     """
 
     adapters: int
@@ -71,13 +75,14 @@ class ForeignLoad:
     base: list[str]
     absent: list[str]
     unmapped: list[str]
+    names: dict[str, str] = field(default_factory=dict)
 
 
 def load_foreign_state(
     module: nn.Module,
     state: Mapping[str, Any],
     *,
-    lora_alpha: float | None = None,
+    lora_alpha: float | Mapping[str, float] | None = None,
     use_rslora: bool = False,
     allow_unmapped: bool = False,
 ) -> ForeignLoad:
@@ -90,7 +95,8 @@ def load_foreign_state(
     Args:
         module: The module without adapters, or with those of ``peft.get_peft_model``.
         state: Tensors by key.
-        lora_alpha: The scale in training; not needed where the module itself wraps its layers.
+        lora_alpha: The scale in training, for all layers or by the submodule that they are in; not
+            needed where the module itself wraps its layers.
         use_rslora: Whether the scale was ``lora_alpha / sqrt(r)``.
         allow_unmapped: Leave out keys that the module has no place for.
 
@@ -99,37 +105,66 @@ def load_foreign_state(
             fit, or the scale is not known; all are named.
     """
     wrapped = find_peft_wrapped(module)
+    settings: dict[str, Any] = {"use_rslora": use_rslora}
     if wrapped:
-        config: Any = wrapped[0].config
-        lora_alpha, use_rslora = config.lora_alpha, config.use_rslora
+        fields = config_to_dict(wrapped[0].config)
+        lora_alpha = fields["lora_alpha"]
+        settings = {
+            key: fields[key] for key in ("use_rslora", "rank_pattern", "alpha_pattern", "r")
+        }
         _load_buffers(module, state)
         inject(module)
     found = sort_foreign_state(module, state)
     _check(module, found, lora_alpha, allow_unmapped)
     differing = _load_rest(module, found.rest)
+    alphas = _alphas([layer for layer, _ in found.factors], lora_alpha)
     groups = _by_part(module, found)
     for part, layers in groups.items():
+        scales = {layer: alphas[layer] for layer in layers}
         with tempfile.TemporaryDirectory() as folder:
-            _write_folder(Path(folder), part, layers, found, lora_alpha, use_rslora)
+            _write_folder(Path(folder), part, scales, found, settings)
             load_adapter(module, folder, adapt=part, is_trainable=True)
-    own = _names(module)
-    trained = {f"{name}.{leaf}" for name, leaf in found.saved}
-    known = {*found.rest, *trained}
+    known = {*found.rest, *(f"{name}.{leaf}" for name, leaf in found.saved)}
     frozen = require_record(module).frozen
     base = [name for name in differing if name in frozen]
-    for entry in require_record(module).parts.values():
-        prefix = f"{entry.name}." if entry.name else ""
-        names = [n.removeprefix(prefix) for n in base if inside(n, [entry.name]) or not prefix]
-        if names:
-            include_in_files(module, entry, names)
+    _keep_in_files(module, base)
     return ForeignLoad(
         adapters=len({layer for layer, _ in found.factors}),
         parts=list(groups),
         saved=sorted({name for name, _ in found.saved}),
         base=base,
-        absent=[n for n in own if n not in known and "lora_" not in n],
+        absent=[n for n in _names(module) if n not in known and "lora_" not in n],
         unmapped=found.unmapped,
+        names=found.names,
     )
+
+
+def _keep_in_files(module: nn.Module, base: list[str]) -> None:
+    for entry in require_record(module).parts.values():
+        prefix = f"{entry.name}." if entry.name else ""
+        names = [n.removeprefix(prefix) for n in base if inside(n, [entry.name]) or not prefix]
+        if names:
+            include_in_files(module, entry, names)
+
+
+def _alphas(
+    layers: list[str], lora_alpha: float | Mapping[str, float] | None
+) -> dict[str, float | None]:
+    """Returns the scale of each layer: that of the submodule named last above it.
+
+    Raises:
+        CheckpointError: If layers are in none of the submodules.
+    """
+    if not isinstance(lora_alpha, Mapping):
+        return dict.fromkeys(layers, lora_alpha)
+    above = {layer: [n for n in lora_alpha if inside(layer, [n])] for layer in layers}
+    unknown = [layer for layer, names in above.items() if not names]
+    if unknown:
+        raise CheckpointError(
+            f"lora_alpha is given for {', '.join(map(repr, lora_alpha))}, and not for:"
+            + itemize(unknown, 5)
+        )
+    return {layer: lora_alpha[max(names, key=len)] for layer, names in above.items()}
 
 
 def sort_foreign_state(module: nn.Module, state: Mapping[str, Any]) -> ForeignState:
@@ -148,12 +183,15 @@ def sort_foreign_state(module: nn.Module, state: Mapping[str, Any]) -> ForeignSt
             if factor and factor["layer"] in modules:
                 adapters[factor["adapter"] or "default"] += 1
                 found.factors[factor["layer"], factor["kind"]] = value
+                found.names[key] = _live_name(factor["layer"], factor["kind"])
                 break
             if saved and saved["module"] in modules:
                 found.saved[saved["module"], saved["leaf"]] = value
+                found.names[key] = f"{saved['module']}.{saved['leaf']}"
                 break
             if name in own and own[name].shape == value.shape:
                 found.rest[name] = value
+                found.names[key] = name
                 break
         else:
             found.unmapped.append(key)
@@ -163,6 +201,11 @@ def sort_foreign_state(module: nn.Module, state: Mapping[str, Any]) -> ForeignSt
             "them as PEFT folders, and load each by lightning_peft.load_adapter."
         )
     return found
+
+
+def _live_name(layer: str, kind: str) -> str:
+    """Returns the name of a factor on a module with adapters in place."""
+    return f"{layer}.{kind}.default" + ("" if "embedding" in kind else ".weight")
 
 
 def _plain_names(key: str) -> Iterator[str]:
@@ -179,9 +222,7 @@ def _names(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
 
 
-def _check(
-    module: nn.Module, found: ForeignState, lora_alpha: float | None, allow_unmapped: bool
-) -> None:
+def _check(module: nn.Module, found: ForeignState, lora_alpha: Any, allow_unmapped: bool) -> None:
     if not found.factors:
         raise CheckpointError(
             f"The file holds no LoRA factors (lora_A, lora_B) for a layer of "
@@ -238,16 +279,15 @@ def _by_part(module: nn.Module, found: ForeignState) -> dict[str, list[str]]:
 def _write_folder(
     folder: Path,
     part: str,
-    layers: list[str],
+    layers: Mapping[str, float | None],
     found: ForeignState,
-    lora_alpha: float | None,
-    use_rslora: bool,
+    settings: Mapping[str, Any],
 ) -> None:
     """Writes the adapter of one part as PEFT would have."""
     prefix = f"{part}." if part else ""
     tensors = {
         f"{PREFIX}{layer.removeprefix(prefix)}.{kind}"
-        + ("" if "embedding" in kind else ".weight"): value.contiguous()
+        + (".weight" if kind in ("lora_A", "lora_B") else ""): value.contiguous()
         for (layer, kind), value in found.factors.items()
         if layer in layers
     }
@@ -263,15 +303,18 @@ def _write_folder(
         if layer in layers and kind in ("lora_A", "lora_embedding_A")
     }
     usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    scales = {layer.removeprefix(prefix): alpha for layer, alpha in layers.items()}
+    alpha = Counter(scales.values()).most_common(1)[0][0]
     fields = {
         "peft_type": "LORA",
         "r": usual,
-        "lora_alpha": lora_alpha,
-        "use_rslora": use_rslora,
+        "lora_alpha": alpha,
+        "alpha_pattern": {re.escape(n): value for n, value in scales.items() if value != alpha},
         "use_dora": any(kind == "lora_magnitude_vector" for _, kind in found.factors),
         "target_modules": "|".join(re.escape(layer.removeprefix(prefix)) for layer in layers),
         "rank_pattern": {re.escape(name): rank for name, rank in ranks.items() if rank != usual},
         "modules_to_save": sorted(name.removeprefix(prefix) for name in saved) or None,
+        **settings,
     }
     (folder / CONFIG_FILE).write_text(json.dumps(fields), encoding="utf-8")
     save_file({key: value.clone() for key, value in tensors.items()}, folder / WEIGHTS_FILE)
