@@ -57,9 +57,7 @@ def test_german_pages_are_german(site, visit, page):
         for part in opened.locator(".label-wrap:not(.open)").all():
             if part.is_visible():
                 part.click()
-        opened.get_by_text("Mitgeliefertes Beispiel").click()
-        opened.get_by_label("Hochladen", exact=True).check()
-        opened.get_by_text("Datei hier ablegen").nth(1).wait_for()
+        opened.get_by_text("Datei hier ablegen").first.wait_for()
         opened.get_by_label("Datei hochladen").first.wait_for(state="attached")
         assert opened.locator("#f-warmup :is(input, textarea)").input_value() == "0,03"
     assert not_german(opened, "#data-report, #mapped-rows td, table.runs tbody th") == []
