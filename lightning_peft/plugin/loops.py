@@ -98,10 +98,18 @@ class TrainingLoops:
 
     def start(self) -> None:
         """Puts the rest back, the latest moment before the first batch; the random state last."""
-        resumed, self.resumed = self.resumed, None
+        resumed, self.resumed, fit = self.resumed, None, self.fit
+        if (
+            fit.restarted_mid_epoch
+            and self.epoch.restarted_on_train_batch_end
+            and self.epoch.batch_progress.is_last_batch
+        ):
+            # Lightning begins the next epoch and does not count that. A checkpoint inside of it
+            # would be taken for one at its end, and the rest of it would not be trained.
+            fit.epoch_progress.increment_ready()
+            fit.epoch_progress.increment_started()
         if resumed is None:
             return
-        fit = self.fit
         if fit.restarting and loader_states(fit):
             # The loaders were made before Lightning knew that it resumes.
             restore_loader_states(fit)

@@ -146,6 +146,11 @@ def free_port():
         return free.getsockname()[1]
 
 
+def is_open(port):
+    with socket.socket() as tried:
+        return tried.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_killed_rank_is_started_again_by_torchrun(launched, tmp_path) -> None:
@@ -202,7 +207,10 @@ def test_a_run_continues_with_the_nodes_that_are_left(launched, tmp_path) -> Non
     rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=left"]
     rendezvous += ["--rdzv-conf=last_call_timeout=5,keep_alive_interval=1"]
     words = torchrun("--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=2", *rendezvous)
-    first, second = (launched(*words, "--run_dir=left", GATE="1") for _ in range(2))
+    first = launched(*words, "--run_dir=left", GATE="1")
+    # The one that keeps the rendezvous has to stay.
+    wait(lambda: is_open(port), first)
+    second = launched(*words, "--run_dir=left", GATE="1")
     folder = RunFolder(tmp_path / "left")
     wait(held(tmp_path, 1), first)
     for one in family(second):

@@ -32,7 +32,10 @@ from lightning_peft.runs.recorder import RunRecorder
 from lightning_peft.tasks.callbacks import BestCheckpoint
 
 ROOT = "pytorch_lightning"
-IMPORTED = ("peft", "bitsandbytes", "torchmetrics", "torch.nn.parallel", "torch.distributed.nn")
+IMPORTED = (
+    *("bitsandbytes", "transformers.models.llama.modeling_llama", "torch.nn.parallel"),
+    *("pytorch_lightning.trainer", "lightning_peft.engine", "lightning_peft.plugin.strategies"),
+)
 # Seconds for one training, which takes less than one on a machine that is not busy.
 LONGEST = 300
 HOOKS = (
@@ -87,7 +90,7 @@ def train(folder: Path, processes: int, events: Events) -> None:
     callbacks = [
         bind_to_lightning(RunRecorder, ROOT)(folder),
         bind_to_lightning(SaveOnInterrupt, ROOT)(),
-        bind_to_lightning(BestCheckpoint, ROOT)(save_every=2),
+        bind_to_lightning(BestCheckpoint, ROOT)(save_every=3),
         events.callback(),
     ]
     run = trainer(

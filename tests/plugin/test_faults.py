@@ -28,9 +28,15 @@ PATHS = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 CYCLES = "import sys; sys.path[:0] = {paths!r}; import fault_cycles; fault_cycles.main({words!r})"
 
 
-@pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("words", [["--one=4", "--two=0"], ["--one=0", "--two=2"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--one=2", "--two=0", "--seed=6"],
+        pytest.param(["--one=4", "--two=0"], marks=pytest.mark.long),
+        pytest.param(["--one=0", "--two=2"], marks=pytest.mark.long),
+    ],
+)
 def test_runs_that_are_killed_end_as_if_they_were_not(words, program, tmp_path):
     """More of them: `make test-faults`."""
     code, out, err = program.run(tmp_path, code=CYCLES.format(paths=PATHS, words=words))
@@ -39,6 +45,28 @@ def test_runs_that_are_killed_end_as_if_they_were_not(words, program, tmp_path):
     assert f"={done['cycles']}" in words[0] + words[1]
     assert done["killed"] >= 1
     assert done["different"] == 0
+
+
+def test_a_run_that_is_resumed_at_an_epochs_end_is_resumed_again(tmp_path):
+    """Of the second epoch, the checkpoint of the second session holds three of six steps."""
+
+    def fit(name, checkpoint=None):
+        torch.manual_seed(5 if checkpoint is None else 6)
+        module = task(kind="residuals")
+        given = {"filename": "{step}", "every_n_train_steps": 3, "save_top_k": -1}
+        points = saver(ROOT, tmp_path / name, **given)
+        ours = strategy(target_modules=["up", "down"])
+        run = trainer(tmp_path, ours, max_epochs=2, callbacks=[points])
+        run.fit(module, loader("residuals", shuffle=True), ckpt_path=checkpoint)
+        return module
+
+    straight = fit("straight")
+    first = fit("first", tmp_path / "straight" / "step=6.ckpt")
+    second = fit("second", tmp_path / "first" / "step=9.ckpt")
+    assert first.losses == straight.losses[6:]
+    assert second.losses == straight.losses[9:]
+    assert len(second.losses) == 3
+    assert not differing(weights(second), weights(straight))
 
 
 class Limits(lightning(ROOT).Callback):
@@ -62,9 +90,10 @@ class Limits(lightning(ROOT).Callback):
 def test_a_checkpoint_that_the_disk_does_not_take(tmp_path):
     def fit(*callbacks, checkpoint=None):
         torch.manual_seed(5 if checkpoint is None else 6)
-        module = task(kind="llama")
+        module = task(kind="residuals")
         given = {"callbacks": list(callbacks), "enable_checkpointing": False}
-        trainer(tmp_path, "qlora", **given).fit(module, loader("llama"), ckpt_path=checkpoint)
+        ours = strategy(target_modules=["up", "down"])
+        trainer(tmp_path, ours, **given).fit(module, loader("residuals"), ckpt_path=checkpoint)
         return module
 
     with pytest.raises(StorageError, match=r"3\.ckpt' was not written: it would be larger than"):
