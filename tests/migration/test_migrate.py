@@ -115,7 +115,7 @@ FOUND = {
         "M.from_pretrained('x', load_in_8bit=True)", "quantization-argument", 1, "transformers 5",
     ),
     "map": ("M.from_pretrained('x', device_map='auto')", "device-map", 1, "all devices"),
-    "gptq": ("GPTQConfig(bits=4)", "other-quantization", 1, "16-bit"),
+    "gptq": ("GPTQConfig(bits=4)", "other-quantization", 1, "dense model"),
     "merge": ("m = m.merge_and_unload()", "merge", 1, "lightning-peft merge"),
     "zero": ("get_fp32_state_dict_from_zero_checkpoint('c')", "zero-conversion", 1, "import"),
     "qkv": ("def split(a):\n    return a.qkv.weight[:64]", "qkv-split", 2, "fused layer"),

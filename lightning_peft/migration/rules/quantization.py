@@ -113,4 +113,6 @@ class OtherFormats(MentionRule):
         }
     )
     served = "no"
-    becomes = "refused: load the 16-bit model, and QLoRAStrategy quantizes it to NF4"
+    becomes = (
+        "a dense model (dequantize=True where transformers can), which QLoRAStrategy quantizes"
+    )
