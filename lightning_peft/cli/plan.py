@@ -107,16 +107,39 @@ def _parser() -> OptionParser:
         action="store_true",
         help="do not search the largest batch and the longest sequence",
     )
+    _add_processes(parser)
     return parser
 
 
+def _add_processes(parser: OptionParser) -> None:
+    add = parser.add_argument
+    add("--gpus", type=int, default=1, help="GPUs in a node, each with a process; default: 1")
+    add("--nodes", type=int, default=1, help="nodes; default: 1")
+    add(
+        "--sharding",
+        choices=("fsdp2",),
+        help="share the frozen base; by default each GPU has all of it (DDP)",
+    )
+    figures = {
+        "--tflops": "TFLOP/s of a GPU",
+        "--memory-bandwidth": "GB/s of its memory",
+        "--link-bandwidth": "GB/s that a GPU sends to the others of its node",
+        "--network-bandwidth": "GB/s that a node sends to the others",
+    }
+    for name, what in figures.items():
+        add(name, type=float, help=f"{what}; by default what the maker of --gpu says")
+
+
 def _survey(args: argparse.Namespace, progress: Callable[[str], None]) -> MethodComparison:
+    from lightning_peft.plan.cluster import FIGURES, cluster_of
     from lightning_peft.plan.device_memory import device_memory
     from lightning_peft.plan.method_comparison import compare_methods
     from lightning_peft.plan.settings import PlanSettings
     from lightning_peft.plan.sources import from_name
 
     device = None if args.gpu is None else device_memory(args.gpu)
+    given = {name: getattr(args, name) for name in FIGURES}
+    cluster = cluster_of(device.name if device else None, args.gpus, args.nodes, given)
     targets = args.target_modules
     lora: dict[str, Any] = {"r": args.r}
     if targets is not None:
@@ -134,6 +157,8 @@ def _survey(args: argparse.Namespace, progress: Callable[[str], None]) -> Method
         gradient_checkpointing={"on": True, "off": False}.get(args.gradient_checkpointing, "auto"),
         lora=lora,
         device="cuda" if device is None else device.kind,
+        processes=args.gpus * args.nodes,
+        sharding=args.sharding,
     )
     source = from_name(args.model, args.revision, args.dtype)
     if args.logits == "chunked" and source.causal:
@@ -141,7 +166,8 @@ def _survey(args: argparse.Namespace, progress: Callable[[str], None]) -> Method
 
         step: Any = chunked_loss
         source = replace(source, step=step)
-    return compare_methods(source, run, device, limits=not args.no_limits, progress=progress)
+    compared = compare_methods(source, run, device, limits=not args.no_limits, progress=progress)
+    return replace(compared, cluster=cluster)
 
 
 @contextmanager

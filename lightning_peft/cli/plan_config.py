@@ -65,11 +65,11 @@ def plan_from_config(
         else data.get("max_length"),
         "batch-size": int(data.get("batch_size") or 8) * sequences,
         "accumulate": trainer.get("accumulate_grad_batches"),
-        "precision": trainer.get("precision"),
         "r": strategy.get("r"),
         "optimizer": strategy.get("optimizer"),
         "gradient-checkpointing": checkpointing,
         "logits": task.logits if task else None,
+        **_of_trainer(trainer, strategy),
     }
     words = [f"--{name}={value}" for name, value in named.items() if value is not None]
     for name in ("target_modules", "modules_to_save"):
@@ -77,6 +77,18 @@ def plan_from_config(
             values = [value] if isinstance(value, str) else value
             words += [f"--{name.replace('_', '-')}", *values]
     return words
+
+
+def _of_trainer(trainer: Any, strategy: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options that the Trainer has; `devices` that only the machine knows are one."""
+    given = trainer.get("devices")
+    count = len(given) if isinstance(given, list) else given
+    return {
+        "precision": trainer.get("precision"),
+        "gpus": count if isinstance(count, int) and count > 0 else None,
+        "nodes": trainer.get("num_nodes"),
+        "sharding": strategy.get("sharding"),
+    }
 
 
 def _has_images(task: Any, config: Any) -> bool:

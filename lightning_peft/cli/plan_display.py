@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -51,6 +52,7 @@ def _parts(comparison: MethodComparison) -> Iterator[str | tuple[str, list[list[
     yield "memory", rows
     yield f"between {readable(plan.low_bytes)} and {readable(plan.high_bytes)}"
     yield from _activations(comparison)
+    yield from _processes(comparison)
     yield from _room(comparison)
     rows = [["method", "trained", "peak", "up to", "fits"]]
     for method, other in comparison.methods.items():
@@ -71,6 +73,41 @@ def _activations(comparison: MethodComparison) -> Iterator[str]:
     if comparison.plan.trace.paged:
         paged = readable(comparison.plan.trace.paged)
         yield f"{paged} of the optimizer state can be paged out to the CPU"
+
+
+def _processes(comparison: MethodComparison) -> Iterator[str | tuple[str, list[list[str]]]]:
+    run, work, cluster = comparison.plan.settings, comparison.plan.trace.work, comparison.cluster
+    if cluster is None or run.processes == 1:
+        return
+    how = f"sharding={run.sharding!r}" if run.sharding else "a whole base on each"
+    yield (
+        f"{run.processes} processes ({cluster.nodes} x {cluster.gpus} GPUs), {how}: memory and "
+        f"batch are those of one"
+    )
+    yield (
+        f"in each step a GPU gathers {readable(work.gathered)} of weights, averages "
+        f"{readable(work.averaged)} of gradients, and sends {readable(work.sent(run.processes))}"
+    )
+    bounds = comparison.bounds
+    if bounds is None:
+        missing = [name for name, value in cluster.figures.items() if value is None]
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
+        yield f"what bounds a step is not known: give a --gpu by name, or {options}"
+        return
+    amounts = [
+        f"{work.flops / 1e12:,.1f} TFLOP",
+        readable(work.moved),
+        readable(work.sent(run.processes)),
+    ]
+    rows = [["at full speed", "amount", "seconds"]]
+    for (name, seconds), amount in zip(asdict(bounds).items(), amounts, strict=True):
+        rows.append([name, amount, f"{seconds:.3f}"])
+    yield "a step", rows
+    yield (
+        f"a step takes {bounds.seconds:.3g} s or more, bound by {bounds.bound}: a GPU of "
+        f"{cluster.tflops:g} TFLOP/s with {cluster.memory_bandwidth:g} GB/s of memory sends "
+        f"{cluster.link_bandwidth:g} GB/s within a node, a node {cluster.network_bandwidth:g} GB/s"
+    )
 
 
 def _room(comparison: MethodComparison) -> Iterator[str]:

@@ -207,3 +207,8 @@ def is_tuning(trainer: Any) -> bool:
     """Says whether a fit is a trial of Lightning's tuner, which takes all callbacks away for it."""
     callbacks = trainer.callbacks
     return not callbacks or any(type(one).__name__ == "_LRCallback" for one in callbacks)
+
+
+def averages_models(strategy: Any) -> bool:
+    """Whether processes average their weights now and then, and not their gradients each time."""
+    return getattr(strategy, "_model_averaging_period", None) is not None

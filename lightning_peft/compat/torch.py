@@ -78,6 +78,21 @@ def schema_of(operation: Any) -> Any:
     return getattr(operation, "_schema", None)
 
 
+@functools.cache
+def flop_formula(operation: Any) -> Any:
+    """Returns torch's formula for the FLOPs of an operation; ``None`` where it has none.
+
+    Those that change a tensor in place, and attention on CPUs, are counted as their relatives.
+    Public alternative: ``FlopCounterMode``, which knows neither of them.
+    """
+    namespace, _, name = operation.name().partition("::")
+    if namespace != "aten":
+        return None
+    name = name.partition(".")[0].replace("_for_cpu", "").removesuffix("_")
+    registry = import_module("torch.utils.flop_counter").flop_registry
+    return registry.get(getattr(_aten, name, None))
+
+
 def version_of(tensor: Tensor | None) -> int:
     """Returns how often a tensor was changed in place; -1 where that is not counted."""
     return -1 if tensor is None or tensor.is_inference() else tensor._version

@@ -86,6 +86,8 @@ from .sharding import is_sharded as is_sharded
 from .sharding import keep_own_part as keep_own_part
 from .sharding import reshard_base as reshard_base
 from .sharding import shard_base as shard_base
+from .shared_weights import SharedWeight as SharedWeight
+from .shared_weights import shared_weights as shared_weights
 from .training.activation_budget import read_budget as read_budget
 from .training.activation_checkpointing import checkpoint_activations as checkpoint_activations
 from .training.activation_checkpointing import has_activation_budget as has_activation_budget
@@ -111,6 +113,12 @@ from .training.rank_budget import rank_budget as rank_budget
 from .training_mode import set_training_mode as set_training_mode
 from .unloading import unload as unload
 from .verification.probe import default_step as default_step
+from .verification.processes import GatheredBits as GatheredBits
+from .verification.processes import RestoredState as RestoredState
+from .verification.processes import checksums_of_trained as checksums_of_trained
+from .verification.processes import differing_problems as differing_problems
+from .verification.processes import gradient_problems as gradient_problems
+from .verification.processes import own_problems as own_problems
 from .verification.result import Check as Check
 from .verification.result import Verification as Verification
 from .verification.structure import structural_problems as structural_problems

@@ -65,7 +65,7 @@ def keep_own_part(module: nn.Module, share: Share, device: torch.device) -> dict
         for layer in quantized
         if layer.packed is not None
     }
-    for param in _frozen(module).values():
+    for param in spread_parameters(module).values():
         if id(param) not in shapes:
             shapes[id(param)] = param.shape
             param.data = share.of(param.data, device)
@@ -94,21 +94,22 @@ def shard_base(module: nn.Module, device: torch.device, shapes: dict[int, torch.
     mesh = distributed.device_mesh.DeviceMesh.from_group(distributed.group.WORLD, device.type)
     for layer in _layers_with_frozen_weight(module):
         layer.is_sharded = True
-    parts = _frozen(module)
+    parts = spread_parameters(module)
     # FSDP cuts up whole parameters, which are nowhere: it gets some without values.
     frozen = _replaced(module, parts, lambda part: _outline(part, shapes[id(part)]))
     ids = {id(param) for param in frozen.values()}
     kept = {param for param in module.parameters() if id(param) not in ids}
-    found = {id(b) for name in record.parts for b in all_blocks(module.get_submodule(name))}
-    blocks = {name: child for name, child in module.named_modules() if id(child) in found}
+    blocks = gathered_blocks(module)
     if mesh.get_rank() == 0:
         warn_of_few_blocks(frozen.values(), blocks.values())
     # Those inside of others first.
     for block in reversed(blocks.values()):
         fully_shard(block, mesh=mesh, ignored_params=kept)
     fully_shard(module, mesh=mesh, ignored_params=kept)
-    values = {id(param): parts[name].data for name, param in _frozen(module).items()}
-    _replaced(module, _frozen(module), lambda outline: _filled(outline, values[id(outline)]))
+    values = {id(param): parts[name].data for name, param in spread_parameters(module).items()}
+    _replaced(
+        module, spread_parameters(module), lambda outline: _filled(outline, values[id(outline)])
+    )
     CalledBlocks(module, blocks, device)
     # DDP would broadcast the first process's part to the others.
     leave_out_of_ddp(module, list(frozen))
@@ -178,19 +179,29 @@ def call_inside(module: nn.Module, function: Callable[[], Any]) -> Any:
 
     Args:
         module: The whole module.
-        function: May call parts of it.
+        function: May call it, or parts of it.
     """
     record = record_of(module)
     if record is None or record.shards == 1:
         return function()
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = function
+    attributes = module.__dict__
+    before = attributes.get("forward")
+
+    def put_back() -> None:
+        attributes.pop("forward", None)
+        if before is not None:
+            attributes["forward"] = before
+
+    def forward() -> Any:
+        # It may call the module.
+        put_back()
+        return function()
+
+    attributes["forward"] = forward
     try:
         return module()
     finally:
-        del module.__dict__["forward"]
-        if before is not None:
-            module.__dict__["forward"] = before
+        put_back()
 
 
 def reshard_base(module: nn.Module) -> None:
@@ -257,11 +268,27 @@ def _layers_with_frozen_weight(module: nn.Module) -> list[Any]:
     ]
 
 
-def _frozen(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the parameters that are cut up, by all of their names; single numbers cannot be."""
+def spread_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the frozen parameters that are spread, by every name that one has.
+
+    Numbers cannot be cut up, and stay whole.
+    """
     frozen = require_record(module).frozen
     named = module.named_parameters(remove_duplicate=False)
     return {name: param for name, param in named if name in frozen and param.ndim}
+
+
+def local_part(tensor: Any) -> torch.Tensor:
+    """Returns the part of a parameter or buffer that is in this process, as a plain tensor."""
+    part: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part.detach()
+
+
+def gathered_blocks(module: nn.Module) -> dict[str, nn.Module]:
+    """Returns the blocks that are gathered one at a time; those inside of others come later."""
+    parts = [module.get_submodule(name) for name in require_record(module).parts]
+    found = {id(block) for part in parts for block in all_blocks(part)}
+    return {name: child for name, child in module.named_modules() if id(child) in found}
 
 
 def _pack(layers: list[Any], device: torch.device, share: Share) -> None:

@@ -12,8 +12,10 @@ from lightning_peft.plan.suggestions import Change
 NAMES = {
     "weights_quantized": "quantized weights",
     "weights_dense": "other weights and buffers",
+    "gathered": "weights gathered to compute with",
     "adapters": "adapters",
     "gradients": "gradients",
+    "gradient_buckets": "buckets in which gradients are averaged",
     "optimizer": "optimizer",
     "activations": "activations",
     "logits": "logits and their gradients",

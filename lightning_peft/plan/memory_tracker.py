@@ -86,6 +86,10 @@ class MemoryTracker(TorchDispatchMode):
         if self.total > self.peak:
             self.peak, self.at_peak = self.total, dict(self.live)
 
+    def forget_peak(self) -> None:
+        """Takes what is there now for the fullest moment so far."""
+        self.peak, self.at_peak = self.total, dict(self.live)
+
     def _pass(self, purpose: str, size: int) -> None:
         """Counts what an operation holds only while it runs."""
         self.hold(purpose, size)

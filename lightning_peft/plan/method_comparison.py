@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lightning_peft.errors import UnsupportedError
+from lightning_peft.plan.cluster import Cluster, StepBounds, step_bounds
 from lightning_peft.plan.device_memory import DeviceMemory
 from lightning_peft.plan.limits import largest_batch, longest_sequence
 from lightning_peft.plan.prediction import Prediction, predict
@@ -33,6 +34,7 @@ class MethodComparison:
         longest: Longest sequence that the model was made for, if its config says so.
         limits_checkpointing: Whether these two are with blocks checkpointed.
         logits: ``"chunked"`` if they are those of some tokens at a time, else ``"all"``.
+        cluster: The GPUs, if that was said.
     """
 
     model: str
@@ -46,11 +48,19 @@ class MethodComparison:
     longest: int | None = None
     logits: str = "all"
     limits_checkpointing: bool = False
+    cluster: Cluster | None = None
 
     @property
     def fits(self) -> bool | None:
         """Whether the run fits; ``None`` without a device."""
         return None if self.device is None else self.plan.fits(self.device.bytes)
+
+    @property
+    def bounds(self) -> StepBounds | None:
+        """What bounds a step in several processes, where their speed is known."""
+        if self.cluster is None or self.plan.settings.processes == 1:
+            return None
+        return step_bounds(self.plan.trace.work, self.cluster)
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the answers as primitives."""
@@ -77,6 +87,7 @@ class MethodComparison:
                 "with_checkpointing": self.kept.get(True),
                 "without_checkpointing": self.kept.get(False),
             },
+            "processes": self._processes(),
             "device": None if device is None else {"name": device.name, "bytes": device.bytes},
             "fits": self.fits,
             "largest_batch_size": self.batch_size,
@@ -92,6 +103,20 @@ class MethodComparison:
             },
             "recommended_method": self.recommendation.method,
             "recommendation": self.recommendation.text,
+        }
+
+    def _processes(self) -> dict[str, Any] | None:
+        work, run = self.plan.trace.work, self.plan.settings
+        if self.cluster is None or run.processes == 1:
+            return None
+        bounds = self.bounds
+        return {
+            **asdict(self.cluster),
+            "sharding": run.sharding,
+            **{f"{name}_in_a_step": value for name, value in asdict(work).items()},
+            "sent_in_a_step": work.sent(run.processes),
+            "least_seconds": None if bounds is None else asdict(bounds),
+            "bound": None if bounds is None else bounds.bound,
         }
 
 
@@ -170,7 +195,8 @@ def _by_checkpointing(
 ) -> dict[bool, Prediction]:
     """Returns predictions by whether blocks are checkpointed; the last one is of the run."""
     automatic = settings.gradient_checkpointing == "auto" and settings.method != "full"
-    if not automatic or device is None:
+    # A run that shares its base has them checkpointed.
+    if not automatic or device is None or settings.is_sharded:
         return {settings.checkpointing: predict(source, settings)}
     found = {False: predict(source, replace(settings, gradient_checkpointing=False))}
     if not found[False].fits_comfortably(device.bytes):

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_peft.plan import margins
 from lightning_peft.plan.memory_tracker import ACTIVATIONS, DEQUANTIZATION, LOGITS
+from lightning_peft.plan.processes import BUCKETS, GATHERED
 from lightning_peft.plan.settings import PlanSettings
 from lightning_peft.plan.sources import ModelSource, from_config, from_module, from_name, rows_of
 from lightning_peft.plan.trace import (
@@ -27,8 +28,8 @@ OVERHEAD, KERNELS, HEAP = "overhead", "kernels", "heap"
 PROCESS = (OVERHEAD, KERNELS, HEAP)
 # The order in which a breakdown is shown.
 PARTS = (
-    QUANTIZED, DENSE, ADAPTERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, DEQUANTIZATION,
-    OVERHEAD, KERNELS, HEAP,
+    QUANTIZED, DENSE, GATHERED, ADAPTERS, GRADIENTS, BUCKETS, OPTIMIZER, ACTIVATIONS, LOGITS,
+    DEQUANTIZATION, OVERHEAD, KERNELS, HEAP,
 )  # fmt: skip
 
 
@@ -116,7 +117,8 @@ def predict(source: ModelSource, settings: PlanSettings, step: Step | None = Non
         step or source.step,
         source.vocabulary,
     )
-    breakdown = {part: traced.at_peak.get(part, 0) for part in PARTS}
+    fullest = max(traced.at_peak, traced.at_start, key=lambda held: sum(held.values()))
+    breakdown = {part: fullest.get(part, 0) for part in PARTS}
     breakdown |= process_bytes(traced, settings.device)
     return Prediction(settings, traced, breakdown)
 

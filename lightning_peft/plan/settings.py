@@ -33,13 +33,16 @@ class PlanSettings:
             one of the engine's names such as ``"paged_adamw_8bit"``, or ``"auto"``: what the
             strategies do by default, the fused step for QLoRA and AdamW for the others.
         gradient_checkpointing: Whether blocks keep only their inputs. ``"auto"`` is decided by the
-            device, as in a run; where none is given, it is on for QLoRA.
+            device, as in a run; where none is given it is on for QLoRA, and it is always on where
+            the base is shared.
         lora: LoRA arguments by PEFT's names.
         quantization: Arguments of :func:`lightning_peft.engine.quantization_config`.
         adapt: Names of the parts to adapt.
         device: ``"cuda"`` or ``"cpu"``: the optimizers of both need other temporary memory.
         padded: Whether the rows of a batch differ in length, which needs an attention mask; by
             default where there is more than one.
+        processes: How many train together, each on a device of its own; the batch is that of one.
+        sharding: ``"fsdp2"`` where they share the frozen base, as in the strategies.
     """
 
     method: Method = "qlora"
@@ -54,11 +57,13 @@ class PlanSettings:
     adapt: tuple[str, ...] | None = None
     device: Literal["cuda", "cpu"] = "cuda"
     padded: bool | None = None
+    processes: int = 1
+    sharding: Literal["fsdp2"] | None = None
 
     def __post_init__(self) -> None:
         problems = [
             f"{name}={getattr(self, name)!r}: a positive integer"
-            for name in ("batch_size", "seq_len", "accumulate")
+            for name in ("batch_size", "seq_len", "accumulate", "processes")
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1
         ]
         for name, known in (("method", METHODS), ("precision", PRECISIONS)):
@@ -67,6 +72,8 @@ class PlanSettings:
                 problems.append(
                     f"{name}={value!r}: one of {', '.join(known)}{similar_names(str(value), known)}"
                 )
+        if self.sharding not in (None, "fsdp2"):
+            problems.append(f"sharding={self.sharding!r}: 'fsdp2', or None")
         problems += check_optimizer(self.optimizer)
         if problems:
             raise ConfigError("This run cannot be planned:" + itemize(problems))
@@ -75,7 +82,12 @@ class PlanSettings:
     def checkpointing(self) -> bool:
         """Whether activations are checkpointed."""
         setting = self.gradient_checkpointing
-        return self.method == "qlora" if setting == "auto" else bool(setting)
+        return self.method == "qlora" or self.is_sharded if setting == "auto" else bool(setting)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes share the frozen base."""
+        return self.sharding is not None and self.processes > 1 and self.method != "full"
 
     @property
     def optimizer_name(self) -> str:

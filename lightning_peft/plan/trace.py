@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +23,9 @@ from lightning_peft.errors import ConfigError, LightningPeftError, UnsupportedEr
 from lightning_peft.plan.memory_tracker import MemoryTracker
 from lightning_peft.plan.meta_copy import fake_mode, make_fake
 from lightning_peft.plan.optimizer_states import paged_bytes, state_bytes, step_bytes
+from lightning_peft.plan.processes import BUCKETS, Gathered, share_weights
 from lightning_peft.plan.settings import PlanSettings
+from lightning_peft.plan.work import Work, WorkCounter
 
 Step = Callable[[nn.Module, Any], Tensor]
 
@@ -38,6 +40,7 @@ class Trace:
     Attributes:
         peak: Bytes at the fullest moment.
         at_peak: The same by purpose.
+        at_start: Bytes by purpose when the first weights of a shared base come; empty for others.
         kept: Bytes that are kept from the forward for the backward pass, logits included.
         gradients: Bytes of all gradients.
         optimizer: Bytes of all optimizer states.
@@ -45,6 +48,7 @@ class Trace:
         trainable: Trained weights.
         total: All weights, adapters included.
         products: Products of 16-bit matrices that differ in shape.
+        work: What a process computes, moves and sends in a step; counted where there are several.
     """
 
     peak: int
@@ -56,6 +60,8 @@ class Trace:
     trainable: int
     total: int
     products: int = 0
+    work: Work = Work()
+    at_start: dict[str, int] = field(default_factory=dict)
 
 
 def trace(
@@ -96,7 +102,8 @@ def _trace(
             make_fake(module, mode)
             tracker = MemoryTracker(vocabulary, settings.is_padded)
             _enter_weights(module, quantized, names, settings, tracker)
-            return _run(module, batch(), settings, step, tracker)
+            gathered = share_weights(module, settings, tracker, (QUANTIZED, DENSE))
+            return _run(module, batch(), settings, step, tracker, gathered)
     finally:
         checkpointing()
 
@@ -204,7 +211,12 @@ def _enter_weights(
 
 
 def _run(
-    module: nn.Module, batch: Any, settings: PlanSettings, step: Step, tracker: MemoryTracker
+    module: nn.Module,
+    batch: Any,
+    settings: PlanSettings,
+    step: Step,
+    tracker: MemoryTracker,
+    gathered: Gathered,
 ) -> Trace:
     trained = [param for param in module.parameters() if param.requires_grad]
     if engine.has_activation_budget(module):
@@ -222,10 +234,12 @@ def _run(
         param.grad = torch.empty_like(param)
         param.register_post_accumulate_grad_hook(accumulated)
     gradients = tracker.enter((p.grad for p in trained if p.grad is not None), GRADIENTS)
-    before = tracker.total
-    kept = 0
-    with tracker:
-        for index in range(min(2, settings.accumulate)):
+    if settings.processes > 1:
+        tracker.hold(BUCKETS, gradients)
+    before, at_start = tracker.total, gathered.at_start(tracker.live)
+    kept, batches, counter = 0, min(2, settings.accumulate), WorkCounter()
+    with tracker, counter if settings.processes > 1 else nullcontext():
+        for index in range(batches):
             loss = _loss(module, batch, settings, step)
             kept = max(kept, tracker.total - before)
             if index == 0:
@@ -234,6 +248,7 @@ def _run(
             loss.backward()
             del loss
     tracker.hold(OPTIMIZER, needed)
+    count = sum(param.numel() for param in trained)
     return Trace(
         peak=tracker.peak,
         at_peak={purpose: size for purpose, size in tracker.at_peak.items() if size},
@@ -241,9 +256,11 @@ def _run(
         gradients=gradients,
         optimizer=states,
         paged=paged_bytes(trained, name) if settings.device == "cuda" else 0,
-        trainable=sum(param.numel() for param in trained),
+        trainable=count,
         total=sum(map(engine.parameter_count, module.parameters())),
         products=len(tracker.products),
+        work=counter.work(settings.accumulate, batches, count, gathered.batch, gradients),
+        at_start=at_start,
     )
 
 

@@ -92,6 +92,7 @@ class AdapterStrategy(_Base):
         """Arranges for the injection at the end of ``configure_model``."""
         super().connect(model)
         self._restored, self._training_loops = False, None
+        self.lifecycle.checks.restored = engine.RestoredState()
         self.lifecycle.install(model, self)
 
     def setup(self, trainer: Any) -> None:
@@ -300,6 +301,8 @@ class AdapterStrategy(_Base):
             )
         engine.check_description(self._module, checkpoint[CHECKPOINT_KEY])
         load_tensors(self._module, checkpoint, strict)
+        if self.world_size > 1:
+            self.lifecycle.checks.restored.note_tensors(checkpoint["state_dict"])
         self._restored = True
         self._resume(checkpoint)
 
@@ -325,6 +328,7 @@ class AdapterStrategy(_Base):
         """
         engine.check_same_optimizers(checkpoint[CHECKPOINT_KEY].get("optimizers"), self.optimizers)
         super().load_optimizer_state_dict(checkpoint)
+        self.lifecycle.checks.restored.note_states(checkpoint["optimizer_states"])
         for optimizer in self.optimizers:
             engine.restore_paging(optimizer)
         if self._budget is not None:

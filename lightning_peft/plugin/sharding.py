@@ -164,11 +164,6 @@ def check_sharding(arguments: Any) -> None:
     if value != _FSDP2:
         raise ConfigError(f"sharding={value!r}: choose 'fsdp2', or None for a whole base each.")
     problems = []
-    if arguments.verify == "full":
-        problems.append(
-            "verify='full', which calls the module's step past the gathering of its weights. Use "
-            "'cheap' here, and lightning_peft.verify in one process"
-        )
     if arguments.gradient_checkpointing not in (True, False, "auto"):
         problems.append(
             f"gradient_checkpointing={arguments.gradient_checkpointing!r}: what a budget keeps is "

@@ -10,6 +10,7 @@ import torch
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError, LifecycleError, itemize
 from lightning_peft.plugin.adapter_checks import exclusion_advice
+from lightning_peft.plugin.process_checks import ProcessChecks
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ class TrainingChecks:
         self._has_started = False
         self._first_step_is_due = True
         self._first_step: FirstStepCheck | None = None
+        self._processes: ProcessChecks | None = None
+        self.restored = engine.RestoredState()
 
     def new_run(self) -> None:
         """Called when a run is set up, before training starts in it."""
@@ -48,21 +51,26 @@ class TrainingChecks:
         self.stop()
         if self.mode == "off":
             return
+        problems: list[str] = []
         if not self._has_started:
             problems = engine.structural_problems(strategy.lightning_module)
-            if problems:
+            if problems and strategy.world_size == 1:
                 raise LifecycleError("The adapters cannot train as they are:" + itemize(problems))
             self._full_is_due = self.mode == "full"
         self._has_started = True
         if self._first_step_is_due:
             self._first_step = FirstStepCheck(strategy)
+            if strategy.world_size > 1:
+                self._processes = ProcessChecks(strategy, self.restored, problems)
+        self.restored = engine.RestoredState()
 
     def before_batch(self, strategy: Any, batch: Any) -> None:
-        """Runs the full verification before the first batch.
+        """Compares the processes after their first step; verifies in full before the first batch.
 
         Raises:
             LifecycleError: If a check fails, on any rank.
         """
+        self._compare_processes()
         if self._full_is_due:
             self._full_is_due = False
             if batch is None:
@@ -73,16 +81,27 @@ class TrainingChecks:
             else:
                 _verify_on_all_ranks(strategy, batch)
 
+    def _compare_processes(self, last: bool = False) -> None:
+        first = self._first_step
+        if self._processes is None or first is None:
+            return
+        if self._processes.after_batch(first.gradients, first.infinite, first.is_due, last):
+            self._processes = None
+
     def stop(self) -> None:
         """Takes away whatever still waits for a first step."""
         self._full_is_due = False
+        if self._processes is not None:
+            self._processes.stop()
+        self._processes = None
         if self._first_step is not None:
             self._first_step_is_due = self._first_step.is_due
             self._first_step.stop()
         self._first_step = None
 
     def end(self) -> None:
-        """Tells of adapters that no optimizer step ever reached, when training is over."""
+        """Warns of adapters that no optimizer step ever reached, when training is over."""
+        self._compare_processes(last=True)
         if self._first_step is not None:
             self._first_step.warn_missing_steps()
         self.stop()
@@ -127,6 +146,10 @@ class FirstStepCheck:
 
     Of a fresh adapter one factor is zero, and the gradient of the other one with it, so layers are
     judged and not tensors.
+
+    Attributes:
+        gradients: ``"alive"``, ``"zero"`` or ``"none"`` by the name of a layer that was judged.
+        infinite: Names of those with a gradient that is not finite.
     """
 
     def __init__(self, strategy: Any) -> None:
@@ -149,7 +172,8 @@ class FirstStepCheck:
             self._parts[name] = {
                 n: params for n, params in tensors.items() if params and n not in record.unoptimized
             }
-        self._gradients: dict[str, str] = {}
+        self.gradients: dict[str, str] = {}
+        self.infinite: list[str] = []
         self._reported: set[str] = set()
         self._indices = {id(optimizer): i for i, optimizer in enumerate(strategy.optimizers)}
         self._handles = {
@@ -184,7 +208,9 @@ class FirstStepCheck:
         for name, params in mine.items():
             grads = [param.grad for param in params if param.grad is not None]
             alive = "alive" if any(bool(grad.any()) for grad in grads) else "zero"
-            self._gradients.setdefault(name, alive if grads else "none")
+            self.gradients.setdefault(name, alive if grads else "none")
+            if not all(bool(grad.isfinite().all()) for grad in grads):
+                self.infinite.append(name)
         self._evaluate()
 
     def _evaluate(self) -> None:
@@ -192,13 +218,13 @@ class FirstStepCheck:
         seen = [
             part
             for part, layers in self._parts.items()
-            if part not in self._reported and layers and not layers.keys() - self._gradients.keys()
+            if part not in self._reported and layers and not layers.keys() - self.gradients.keys()
         ]
         self._reported |= set(seen)
         unreached = [
             part
             for part in seen
-            if all(self._gradients[layer] == "none" for layer in self._parts[part])
+            if all(self.gradients[layer] == "none" for layer in self._parts[part])
             and not engine.inside(part, self._copies)
         ]
         if unreached:
@@ -213,7 +239,7 @@ class FirstStepCheck:
                 + "Where a later step will reach them, pass verify='off'."
             )
         layers = [layer for part in seen for layer in self._parts[part]]
-        idle = [layer for layer in layers if self._gradients[layer] != "alive"]
+        idle = [layer for layer in layers if self.gradients[layer] != "alive"]
         if idle and self._strategy.is_global_zero:
             log.warning(
                 "In the first step no gradient reached %d of %d adapted layers: %s%s. That is "

@@ -43,6 +43,7 @@ def test_json_alone_is_printed(plan):
     assert found["breakdown"]["adapters"] == 4 * found["trainable_parameters"]
     assert found["low_bytes"] < found["peak_bytes"] < found["high_bytes"]
     assert found["fits"] is True
+    assert found["processes"] is None
     assert found["device"] == {"name": "1GB", "bytes": 10**9}
     assert found["largest_batch_size"] > 1
     assert found["longest_seq_len"] == 256
@@ -167,3 +168,30 @@ def test_images_are_counted_as_the_processor_makes_them(tmp_path, monkeypatch, c
     assert "so they are taken as of 4,096 tokens" in capsys.readouterr().err
     assert not [word for word in planned(absent, length=False) if word.startswith("--seq-len")]
     assert "note:" not in capsys.readouterr().err
+
+
+def test_several_gpus_and_nodes(here):
+    words = ["--model", "model", "--seq-len", "32", "--no-limits", "--gpus", "4", "--nodes", "2"]
+    shared = [*words, "--gpu", "h100", "--sharding", "fsdp2"]
+    found = json.loads(here(*shared, "--link-bandwidth", "0.001", "--json").stdout)
+    assert sum(found["breakdown"].values()) == found["peak_bytes"]
+    several = found["processes"]
+    assert (several["gpus"], several["nodes"], several["sharding"]) == (4, 2, "fsdp2")
+    assert (several["tflops"], several["link_bandwidth"]) == (989, 0.001)
+    assert several["sent_in_a_step"] == (
+        (several["gathered_in_a_step"] + 2 * several["averaged_in_a_step"]) * 7 // 8
+    )
+    seconds = several["least_seconds"]
+    assert seconds[several["bound"]] == max(seconds.values()) > 0
+    assert several["bound"] == "interconnect"
+    slow = ["--tflops", "0.001", "--network-bandwidth", "1e6"]
+    text = here(*shared, *slow).stdout
+    assert "8 processes (2 x 4 GPUs), sharding='fsdp2': memory and batch are those of one" in text
+    assert "bound by compute: a GPU of 0.001 TFLOP/s with 3350 GB/s of memory sends" in text
+    assert "weights gathered to compute with" in text
+    text = here(*words, "--gpu", "1GB", "--tflops", "9").stdout
+    assert "a whole base on each" in text
+    assert "give a --gpu by name, or --memory-bandwidth, --link-bandwidth, --network-ban" in text
+    done = here(*words, "--gpus", "0")
+    assert done.returncode == 2
+    assert "gpus=0: a number above 0" in done.stderr

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from modules import build, differing, loader, strategy, task, trainer
-from two_sharded_processes import ROOT, SETTINGS, local_bytes, trained
+from process_faults import check_answers
+from two_sharded_processes import FAULTS, ROOT, SETTINGS, local_bytes, trained
 
 import lightning_peft
 from lightning_peft.compat.torch import leave_out_of_ddp
@@ -28,11 +29,10 @@ HERE = Path(__file__).parent
 PATHS = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
 
-def run_processes(folder, count, *cases):
-    """Runs the script in a process group of its own, which is ended in any case."""
-    script = [sys.executable, str(HERE / "two_sharded_processes.py"), str(folder), str(count)]
+def run_processes(folder, count, *cases, script="two_sharded_processes.py"):
+    """Runs a script in a process group of its own, which is ended in any case."""
     process = subprocess.Popen(
-        [*script, *cases],
+        [sys.executable, str(HERE / script), str(folder), str(count), *cases],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -143,6 +143,7 @@ def test_two_processes_share_a_base(tmp_path):
     for case in cases:
         check_case(ranks, case, tmp_path)
 
+    check_answers(ranks, FAULTS)
     for rank in ranks:
         assert "Ranks [1] have another base model than rank 0" in rank["other base"]
         assert "model.model.layers.1.mlp.up_proj.weight" in rank["other base"]
@@ -290,7 +291,6 @@ def test_layerdrop_cannot_be_sharded(tmp_path):
 
 REFUSED = {
     "fsdp1": ({"sharding": "fsdp1"}, "sharding='fsdp1': choose 'fsdp2'"),
-    "verify": ({"sharding": "fsdp2", "verify": "full"}, "verify='full', which calls the module's"),
     "budget": (
         {"sharding": "fsdp2", "gradient_checkpointing": "2GB"},
         "gradient_checkpointing='2GB': what a budget keeps",

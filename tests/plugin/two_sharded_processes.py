@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from modules import LENGTH, build, lightning, loader, steps_class, strategy, task, trainer
+from process_faults import answer
 from torch import distributed
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import LlamaForCausalLM
@@ -21,6 +22,8 @@ from lightning_peft.errors import LightningPeftError
 from lightning_peft.tasks.token_loss import TokenLoss
 
 ROOT = "lightning.pytorch"
+# Found in all processes; the others are in a test of their own.
+FAULTS = ("gathered bits", "replicated", "other adapters")
 # Settings that have to go together with sharding, one set for each model.
 SETTINGS = {
     "llama": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "val_check_interval": 2},
@@ -127,7 +130,9 @@ def compare(folder, count, kind, method):
     whole_run, whole = fit(folder, count, kind, method, sharding=None)
     whole_run.save_checkpoint(folder / f"{kind} {method}" / "whole.ckpt")
     seen = {"whole": trained(whole), "whole bytes": local_bytes(whole)}
-    run, module = fit(folder, count, kind, method)
+    # Which changes nothing.
+    checked = {"verify": "full"} if kind == "llama" else {}
+    run, module = fit(folder, count, kind, method, ours=checked)
     run.save_checkpoint(folder / f"{kind} {method}" / "sharded.ckpt")
     seen |= {"sharded": trained(module), "bytes": local_bytes(module)}
     if method == "qlora" and kind == "llama":
@@ -300,6 +305,8 @@ def main(folder: Path, count: int, cases: list[str]) -> None:
         seen["tokens"] = tokens(folder, count)
     seen["other base"] = other_base(folder / "other", count)
     seen["other blocks"] = other_blocks(folder / "other", count)
+    for case in FAULTS:
+        seen[case] = answer(folder / "faults", count, case)
     torch.save(seen, folder / f"rank{distributed.get_rank()}.pt")
     distributed.barrier()
 

@@ -91,3 +91,9 @@ class PackedWeight:
             return piece.view(tensor.dtype).view(tensor.shape)
 
         return self.backend.map_tensors(self.template, view)
+
+
+def packed_bytes(backend: QuantizationBackend[Any], stored: Any) -> int:
+    """Returns how many bytes a quantized weight takes when packed; no value is read."""
+    pieces = [stored, *backend.constants(stored)]
+    return sum(tensor.nbytes + -tensor.nbytes % _ALIGNMENT for tensor in pieces)

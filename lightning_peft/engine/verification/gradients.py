@@ -45,6 +45,8 @@ def base_passes_gradients(module: nn.Module) -> Check:
     """
     name = "gradients pass through every quantized layer after an evaluation pass"
     layers = {n: x for n, x in module.named_modules() if isinstance(x, QuantizedLayer)}
+    if require_record(module).shards > 1:
+        return Check(name, None, "each process has a part of each weight")
     wrong = [layer_name for layer_name, layer in layers.items() if not _passes_gradient(layer)]
     if not layers:
         return Check(name, None, "no layer is quantized")
@@ -107,8 +109,13 @@ def gradients_reach_adapters(probe: ModuleProbe, gradients: Gradients) -> Check:
 
 
 def dense_weight(layer: Any) -> Tensor | None:
-    """Returns the stored weight of an adapted layer, or ``None`` where it is packed or none."""
+    """Returns the stored weight of an adapted layer.
+
+    ``None`` where it is packed, none, or shared by processes, each of which may ask another way.
+    """
     base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    if getattr(base, "is_sharded", False):
+        return None
     weight = base._parameters.get("weight")
     return weight if weight is not None and weight.is_floating_point() else None
 

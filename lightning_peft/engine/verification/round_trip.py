@@ -49,6 +49,8 @@ def adapter_files_round_trip(module: nn.Module, loss: Loss) -> Check:
     """Saves every adapter as a folder, changes the values, and loads the folders."""
     name = "adapter files give back every adapter"
     record = require_record(module)
+    if record.shards > 1:
+        return Check(name, None, "they are read where the base is whole: load the checkpoint there")
     rewritten = [
         adapter
         for adapter in record.adapter_names

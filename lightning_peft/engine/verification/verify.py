@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from lightning_peft.engine.adapters import (
 )
 from lightning_peft.engine.fingerprint import exact_checksum
 from lightning_peft.engine.layers.adapter import AdapterLayer
-from lightning_peft.engine.record import refuse_sharded, require_record
+from lightning_peft.engine.record import require_record
+from lightning_peft.engine.sharding import call_inside, local_part, reshard_base
 from lightning_peft.engine.verification.evaluation import adapters_act_in_evaluation, recorded_usage
 from lightning_peft.engine.verification.gradients import (
     active_tensors,
@@ -56,6 +58,8 @@ def verify(module: nn.Module, batch: Any, step: Step | None = None) -> Verificat
     About a dozen passes, however many layers there are. Trainable parameters, gradients, buffers,
     plain attributes, train modes and random states (Python, NumPy, torch) are put back afterwards.
 
+    Where processes share the frozen base, all of them have to call it.
+
     Args:
         module: A module with adapters.
         batch: One batch, on the module's device.
@@ -70,13 +74,17 @@ def verify(module: nn.Module, batch: Any, step: Step | None = None) -> Verificat
     Raises:
         LifecycleError: If the module has no adapters, or merged ones.
     """
-    require_record(module)
-    refuse_sharded(module, "Checking")
+    shards = require_record(module).shards
     refuse_merged(module, "Checking")
+    own_step = step or default_step
+    if shards > 1:
+        reshard_base(module)
     # Code that torch.compile made before the check has no room for its hooks.
     with torch.compiler.set_stance("force_eager"), preserved_state(module):
         base = _BaseSnapshot(module)
-        probe = ModuleProbe(module, batch, step or default_step)
+        probe = ModuleProbe(
+            module, batch, lambda one, batch: call_inside(one, partial(own_step, one, batch))
+        )
         problems = structural_problems(module)
         count = len(adapted_layers_of(module, require_record(module)))
         in_place = Check(
@@ -179,15 +187,18 @@ class _BaseSnapshot:
                     for name, buffer in child._buffers.items()
                     if buffer is not None
                 }
-        self.sums = {name: exact_checksum(tensor) for name, tensor in self.tensors.items()}
+        self.sums = {n: exact_checksum(local_part(t)) for n, t in self.tensors.items()}
 
     def check(self) -> Check:
         """Compares the base with what it was."""
+        if require_record(self.module).shards > 1:
+            # No backward pass did it.
+            reshard_base(self.module)
         now = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         changed = [
             name
             for name, value in self.sums.items()
-            if name not in now or exact_checksum(now[name]) != value
+            if name not in now or exact_checksum(local_part(now[name])) != value
         ]
         detail = f"changed: {abbreviated(changed)}" if changed else f"{len(self.sums)} tensors"
         return Check("base unchanged by evaluation, training and a step", not changed, detail)

@@ -1,0 +1,253 @@
+"""Plans for 1 to 512 GPUs, and what others have published of several.
+
+``python benchmarks/many_gpus.py`` plans for Llama 3.1 of 8B, 70B and 405B parameters, whose
+dimensions are below (a minute or two; nothing is loaded), and writes three tables into
+``docs/planner.md``: of these plans; of published figures; and of the bytes that
+``benchmarks/sharding.py`` counted in 1, 2 and 4 processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, replace
+from typing import Any
+
+from planner_anchors import GB, GIB, LLAMAS
+from planner_grid import PAGE
+from record import markdown, read, write_between
+from sharding import COUNTS, METHODS, SIZES
+
+from lightning_peft.plan.cluster import cluster_of, step_bounds
+from lightning_peft.plan.device_memory import readable
+from lightning_peft.plan.prediction import PARTS, Prediction, predict, process_bytes
+from lightning_peft.plan.settings import PlanSettings
+from lightning_peft.plan.sources import from_config
+from lightning_peft.plan.work import Work
+from lightning_peft.tasks.token_loss import chunked_loss
+
+# Those of Llama 3.1 are the dimensions of Llama 3.
+MODELS: dict[str, dict[str, int]] = {
+    "Llama-3.1-8B": LLAMAS["Llama-3-8B"],
+    "Llama-3.1-70B": LLAMAS["Llama-3-70B"],
+    "Llama-3.1-405B": {
+        "vocab_size": 128256, "hidden_size": 16384, "intermediate_size": 53248,
+        "num_hidden_layers": 126, "num_attention_heads": 128, "num_key_value_heads": 8,
+    },
+    "Llama-2-70B": {**LLAMAS["Llama-3-70B"], "vocab_size": 32000},
+}  # fmt: skip
+# LoRA of the large ones does not fit into one.
+GPUS = {"qlora": (1, 8, 64, 512), "lora": (8, 64)}
+IN_A_NODE = 8
+SOME_LAYERS = (4, 8)
+
+
+def plan(model: str, settings: PlanSettings, chunked: bool = True) -> Prediction:
+    """Returns the plan of one process, in bfloat16.
+
+    Layers are alike, so that all numbers lie on a straight line; two points of it are planned.
+    """
+    layers = MODELS[model]["num_hidden_layers"]
+    few, more = (
+        plan_of(
+            {**MODELS[model], "max_position_embeddings": 131072, "num_hidden_layers": count},
+            settings,
+            chunked,
+        )
+        for count in SOME_LAYERS
+    )
+
+    def at(a: float, b: float) -> int:
+        first, second = SOME_LAYERS
+        return round(a + (b - a) * (layers - first) / (second - first))
+
+    pairs = zip(astuple(few.trace.work), astuple(more.trace.work), strict=True)
+    moments = []
+    for name in ("at_peak", "at_start"):
+        first, second = getattr(few.trace, name), getattr(more.trace, name)
+        moments.append({part: at(first.get(part, 0), second.get(part, 0)) for part in PARTS})
+    fullest = max(moments, key=lambda held: sum(held.values()))
+    trace = replace(
+        more.trace,
+        optimizer=at(few.trace.optimizer, more.trace.optimizer),
+        work=Work(*(at(a, b) for a, b in pairs)),
+    )
+    breakdown = {**fullest, **process_bytes(trace, settings.device)}
+    return replace(more, trace=trace, breakdown=breakdown)
+
+
+def plan_of(dimensions: dict[str, int], settings: PlanSettings, chunked: bool) -> Prediction:
+    """Returns the plan of one process for a Llama of some dimensions."""
+    import transformers
+
+    config = transformers.LlamaConfig(**dimensions, architectures=["LlamaForCausalLM"])
+    source = from_config(config, dtype="bfloat16")
+    return predict(source, settings, chunked_loss if chunked else None)
+
+
+def table() -> str:
+    """Returns the plans for 1 to 512 GPUs."""
+    rows = []
+    for model in list(MODELS)[:3]:
+        for method, counts in GPUS.items():
+            for count in counts:
+                run: dict[str, Any] = {"seq_len": 2048, "precision": "bf16-mixed"}
+                settings = PlanSettings(
+                    method,  # type: ignore[arg-type]
+                    **run,
+                    processes=count,
+                    sharding="fsdp2",
+                    gradient_checkpointing=True,
+                )
+                rows.append([model, method, str(count), *_cells(plan(model, settings), count)])
+                print(*rows[-1], sep=" | ", flush=True)
+    columns = (
+        "model | method | GPUs | GB each | its part of the base | gathered | sent in a step | "
+        "compute s | memory s | interconnect s | bound by"
+    )
+    return "\n".join(markdown(columns, rows))
+
+
+def _cells(found: Prediction, count: int) -> list[str]:
+    cluster = cluster_of("h100", min(count, IN_A_NODE), -(-count // IN_A_NODE), {})
+    cells = [
+        f"{found.peak_bytes / GB:.1f}",
+        readable(base_bytes(found)),
+        readable(found.breakdown["gathered"]),
+        readable(found.trace.work.sent(count)),
+    ]
+    if count == 1:
+        # Nothing is counted in one process.
+        return [*cells[:2], "-", "-", "-", "-", "-", "-"]
+    bounds = step_bounds(found.trace.work, cluster)
+    assert bounds is not None
+    seconds = [bounds.compute, bounds.memory, bounds.interconnect]
+    return [*cells, *(f"{one:.2f}" for one in seconds), bounds.bound]
+
+
+def base_bytes(found: Prediction) -> int:
+    """What a process holds of the frozen weights, with code tables and buffers."""
+    return found.breakdown["weights_quantized"] + found.breakdown["weights_dense"]
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A published figure of one GPU of several.
+
+    Attributes:
+        what: The run.
+        model: One of the models.
+        settings: The run, for the planner.
+        published: Bytes.
+        share: What of the prediction the figure is compared with.
+        note: What is different, and why.
+        chunked: Whether logits are made by chunks there.
+    """
+
+    what: str
+    model: str
+    settings: PlanSettings
+    published: float
+    share: Callable[[Prediction], float]
+    note: str
+    chunked: bool = False
+
+
+def all_shared(found: Prediction) -> float:
+    """What torch's allocator holds where what trains is shared too, and needs no buckets."""
+    parts = found.breakdown
+    trained = parts["adapters"] + parts["gradients"] + parts["optimizer"]
+    whole = found.allocated - parts["gradient_buckets"]
+    return whole - trained * (1 - 1 / found.settings.processes)
+
+
+def without_base(found: Prediction) -> float:
+    """The same without the process's part of the base, which waits in the CPU's memory."""
+    return all_shared(found) - base_bytes(found)
+
+
+def anchors() -> list[Anchor]:
+    """Returns the published figures."""
+
+    def run(count: int, **given: Any) -> PlanSettings:
+        return PlanSettings(
+            "qlora", processes=count, sharding="fsdp2", precision="bf16-mixed", **given
+        )
+
+    long = run(2, batch_size=2, seq_len=2048, lora={"r": 8}, padded=False)
+    return [
+        Anchor("PEFT docs, r=8, batch 2, 2048 tokens, 2 GPUs", "Llama-2-70B", long, 35.6 * GB,
+               all_shared, ""),
+        Anchor("the same, base on the CPU", "Llama-2-70B", long, 19.6 * GB, without_base,
+               "not planned: what is left without the base"),
+        Anchor("axolotl, 512 tokens, 2 x 24 GB", "Llama-2-70B",
+               run(2, lora={"r": 32}, optimizer="adamw_8bit"), 14 * GB, without_base,
+               "not planned: what is left without the base"),
+        Anchor("torchtune, LoRA r=16, batch 2, 2048 tokens, 8 x A100, compiled", "Llama-3.1-70B",
+               PlanSettings("lora", processes=8, sharding="fsdp2", batch_size=2, seq_len=2048,
+                            padded=False), 27.6 * GIB, all_shared, "", True),
+        Anchor("torchtune, QLoRA r=16, batch 1, 8 x A100", "Llama-3.1-405B",
+               run(8), 44.8 * GB, all_shared, "512 tokens, not stated by the source", True),
+    ]  # fmt: skip
+
+
+def anchor_table() -> str:
+    """Returns predictions and published figures."""
+    made: dict[str, Prediction] = {}
+    rows = []
+    for anchor in anchors():
+        key = f"{anchor.model} {anchor.settings} {anchor.chunked}"
+        if key not in made:
+            made[key] = plan(anchor.model, anchor.settings, anchor.chunked)
+        found = made[key]
+        value = anchor.share(found)
+        parts = ", ".join(
+            f"{name} {readable(size)}" for name, size in found.breakdown.items() if size > GB / 10
+        )
+        deviation = f"{value / anchor.published - 1:+.1%}"
+        figures = [f"{anchor.published / GB:.1f}", f"{value / GB:.1f}", deviation]
+        rows.append([anchor.what, anchor.model, *figures, anchor.note])
+        print(*rows[-1], parts, sep=" | ", flush=True)
+    columns = "run | model | published GB | predicted GB | deviation | compared"
+    return "\n".join(markdown(columns, rows))
+
+
+def counted_plan(method: str, count: int) -> Prediction:
+    """Returns the plan of what ``benchmarks/sharding.py`` trains in ``count`` processes."""
+    dimensions = {
+        **SIZES[False], "vocab_size": 4096, "num_attention_heads": 8, "max_position_embeddings": 64,
+    }  # fmt: skip
+    settings = PlanSettings(
+        method,  # type: ignore[arg-type]
+        seq_len=16,
+        precision="bf16-mixed",
+        optimizer="adamw",
+        device="cpu",
+        processes=count,
+        sharding="fsdp2",
+    )
+    return plan_of(dimensions, settings, chunked=False)
+
+
+def counted_table() -> str:
+    """Returns plans and counted bytes of 1, 2 and 4 processes."""
+    record = read("sharding")
+    assert record is not None
+    rows = []
+    for method in METHODS:
+        for count in COUNTS:
+            found, held = counted_plan(method, count), record["held"][f"{method} {count}"][0]
+            pairs = {
+                "frozen": (base_bytes(found), held["frozen"] + held["tables"]),
+                "adapters": (found.breakdown["adapters"], held["adapters"]),
+                "optimizer": (found.trace.optimizer, held["optimizer"]),
+            }
+            for what, (planned, counted) in pairs.items():
+                figures = [f"{planned:,}", f"{counted:,}", f"{planned / counted - 1:+.2%}"]
+                rows.append([method, count, what, *figures])
+    return "\n".join(markdown("method | processes | bytes of | planned | counted | off", rows))
+
+
+if __name__ == "__main__":
+    write_between("counted", counted_table(), PAGE)
+    write_between("published of several", anchor_table(), PAGE)
+    write_between("many gpus", table(), PAGE)
