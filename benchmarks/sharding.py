@@ -240,16 +240,17 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join([*markdown(header, rows), "", format_conditions(record["conditions"])])
 
 
+def _peak(taken: list[dict[str, int]] | None) -> str:
+    return f"{max(one['peak'] for one in taken) / 1e6:,.0f}" if taken else "not measured"
+
+
 def loading_table(record: dict[str, Any]) -> str:
     """Returns the table of what loading takes."""
     loading = record["loading"]
     rows = [
         [
             way,
-            *(
-                f"{max(one['peak'] for one in loading['taken'][f'{way} {count}']) / 1e6:,.0f}"
-                for count in COUNTS
-            ),
+            *(_peak(loading["taken"].get(f"{way} {count}")) for count in COUNTS),
         ]
         for way in WAYS
     ]

@@ -58,7 +58,9 @@ def quantize(
     bias = layer._parameters.get("bias")
     if bias is not None:
         bias.data = bias.data.to(device)
-    trim = backend.leaves_freed_memory and device.type == "cpu" and dense.numel() >= _TRIM_FROM
+    # Freed pages of all layers are more than a part of the codes.
+    keeps_much = backend.leaves_freed_memory or share is not None
+    trim = keeps_much and device.type == "cpu" and dense.numel() >= _TRIM_FROM
     del dense
     if trim:
         release_freed_memory()
