@@ -8,12 +8,14 @@ import pickle
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_blockwise
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import lightning_peft
 from lightning_peft import engine
 from lightning_peft.engine.backends.bnb4 import FOUR_BIT
 from lightning_peft.engine.backends.expert_layers import QuantizedExperts
+from lightning_peft.engine.backends.registry import storage_bytes
 from lightning_peft.engine.layers.expert_weights import ExpertWeight, RoutedExperts
 
 from .reference import injected, output_of, randomize, relative_error
@@ -166,3 +168,27 @@ def test_loading_quantizes_experts_as_they_are_read(tmp_path):
         if param.dtype == torch.uint8:
             assert torch.equal(param, theirs[name]), name
     assert engine.record_of(model).parts[""].base == engine.record_of(after).parts[""].base
+
+
+@pytest.mark.parametrize("blocks", [2, pytest.param(48, marks=pytest.mark.long)])
+def test_the_plan_of_qwen3_30b_a3b_is_its_bytes(blocks):
+    config = Qwen3MoeConfig(
+        vocab_size=151936, hidden_size=2048, num_hidden_layers=blocks, num_attention_heads=32,
+        num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+        moe_intermediate_size=768,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=[])
+    names = engine.inject_on_meta(model, lora, NF4)
+    for name in names:
+        engine.quantize_on_meta(model.get_submodule(name), NF4)
+    assert len(names) == 6 * blocks
+    experts, attention = 128 * 768 * 2048, 2048 * 128
+    weights = [2 * experts, experts, *(heads * attention for heads in (32, 4, 4, 32))]
+    codes = blocks * sum(FOUR_BIT.stored_bytes(count, NF4) for count in weights)
+    dense = 2 * (2 * 151936 * 2048 + 2048 + blocks * (128 * 2048 + 2 * 2048 + 2 * 128))
+    held = {id(p) for p in engine.all_adapter_parameters(model)}
+    assert sum(storage_bytes(p) for p in model.parameters() if id(p) not in held) == codes + dense
+    # In 16 bits it would be 61 GB.
+    assert blocks < 48 or codes + dense == pytest.approx(16.7e9, rel=0.01)
