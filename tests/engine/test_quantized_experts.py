@@ -190,5 +190,5 @@ def test_the_plan_of_qwen3_30b_a3b_is_its_bytes(blocks):
     dense = 2 * (2 * 151936 * 2048 + 2048 + blocks * (128 * 2048 + 2 * 2048 + 2 * 128))
     held = {id(p) for p in engine.all_adapter_parameters(model)}
     assert sum(storage_bytes(p) for p in model.parameters() if id(p) not in held) == codes + dense
-    # In 16 bits it would be 61 GB.
+    # A 16-bit base has 61 GB.
     assert blocks < 48 or codes + dense == pytest.approx(16.7e9, rel=0.01)
