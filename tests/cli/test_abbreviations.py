@@ -28,6 +28,8 @@ SHORT = {
     "merge": ("--dty=float32", ("adapter",), "--dtype"),
     "export": ("--form=gguf", ("adapter", "out"), "--format"),
     "cache": ("--js", (), "--json"),
+    "migrate": ("--dif", (".",), "--diff"),
+    "import": ("--all=x", ("old.ckpt",), "--allow-unmapped"),
 }
 MORE = {
     "preview": [("--js", "json"), ("--ro=2", "rows"), ("--enc=utf-8", "encoding")],
