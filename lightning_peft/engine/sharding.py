@@ -279,9 +279,12 @@ def spread_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def local_part(tensor: Any) -> torch.Tensor:
-    """Returns the part of a parameter or buffer that is in this process, as a plain tensor."""
-    part: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return part.detach()
+    """Returns the part of a parameter or buffer that is in this process.
+
+    A whole one is returned as it is: what ``detach`` makes has no quantization state.
+    """
+    part: torch.Tensor = tensor.to_local().detach() if hasattr(tensor, "to_local") else tensor
+    return part
 
 
 def gathered_blocks(module: nn.Module) -> dict[str, nn.Module]:
