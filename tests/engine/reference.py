@@ -123,3 +123,16 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     """Returns ``||value - expected|| / ||expected||``, in float64."""
     value, expected = value.detach().double(), expected.detach().double()
     return ((value - expected).norm() / expected.norm()).item()
+
+
+def dequantized_by_torch(codes: Tensor, state: Any) -> Tensor:
+    """Returns what 4-bit codes stand for: blocks are counted over the whole weight, not by row."""
+    octets = codes.view(-1)
+    places = torch.stack([octets >> 4, octets & 15], 1).view(-1)[: state.shape.numel()]
+    constants = state.absmax
+    if state.nested:
+        outer = state.state2
+        factors = outer.absmax.repeat_interleave(outer.blocksize)[: len(constants)]
+        constants = outer.code[constants.long()] * factors + state.offset
+    scales = constants.repeat_interleave(state.blocksize)[: len(places)]
+    return (state.code[places.long()] * scales).view(state.shape)

@@ -7,7 +7,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import quantize_4bit
 from models import stack
 from torch import nn
 from transformers import LlamaConfig
@@ -28,7 +28,7 @@ from lightning_peft.engine.backends.conversion import (
 from lightning_peft.errors import UnsupportedError
 from lightning_peft.plan.prediction import plan_memory
 
-from .reference import injected, relative_error
+from .reference import dequantized_by_torch, injected, relative_error
 
 NF4 = engine.quantization_config(bnb_4bit_use_double_quant=False)
 INT8 = engine.quantization_config(load_in_8bit=True)
@@ -46,7 +46,7 @@ def test_codes_are_those_of_bitsandbytes(kind: str, double: bool, dtype: torch.d
     stored = layer._parameters["weight"]
     assert torch.equal(stored.data, codes)
     assert torch.equal(stored.quant_state.absmax, state.absmax)
-    assert torch.equal(layer.weight + 0, dequantize_4bit(codes, state))
+    assert torch.equal(layer.weight + 0, dequantized_by_torch(codes, state).to(dtype))
     assert (layer.weight + 0).dtype == dtype
     assert isinstance(layer, (FourBitLayer, bnb.nn.Linear4bit))
     assert not stored.requires_grad

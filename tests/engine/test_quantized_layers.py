@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import bitsandbytes as bnb
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor, nn
 from torch.nn import functional as F
 from toy_backend import ToyConfig
@@ -13,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.engine.backends.bnb4 import FourBitLayer
+from lightning_peft.compat.bitsandbytes import prequantized
+from lightning_peft.engine.backends.bnb4 import FOUR_BIT, FourBitLayer
 from lightning_peft.engine.backends.conversion import quantize
 from lightning_peft.engine.backends.registry import (
     parameter_count,
@@ -21,9 +24,7 @@ from lightning_peft.engine.backends.registry import (
     storage_bytes,
 )
 
-from .reference import (
-    relative_error,
-)
+from .reference import dequantized_by_torch, relative_error
 
 NF4 = engine.quantization_config()
 INT8 = engine.quantization_config(load_in_8bit=True)
@@ -126,6 +127,48 @@ def test_the_hazard_is_real_without_this_package() -> None:
     assert probe.grad is None
 
 
+@pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("size", [64, 128])
+def test_weights_and_products_are_those_of_codes_and_constants(size, kind, double) -> None:
+    fields = {"compress_statistics": double, "quant_type": kind}
+    for width in (32, 48, 64, 96, 100, 33, 128):
+        # More blocks than a constant of constants is for, and a last block that is not whole.
+        dense = torch.randn(401, width) * torch.rand(401, 1).exp2()
+        codes, state = quantize_4bit(dense, blocksize=size, **fields)
+        stored = prequantized(codes, quant_state=state, **fields)
+        exact = dequantized_by_torch(codes, state)
+        assert torch.allclose(FOUR_BIT.dequantize(stored), exact, rtol=1e-5, atol=1e-6), width
+        some = FOUR_BIT.dequantize_rows(stored, 3, 30)
+        assert torch.allclose(some, exact[3:30], rtol=1e-5, atol=1e-6), width
+        again = FOUR_BIT.requantize(stored, dense)
+        assert torch.allclose(again, exact, rtol=1e-5, atol=1e-6), width
+        for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+            x = torch.randn(2, 3, width, dtype=dtype).requires_grad_()
+            bias = torch.randn(401, dtype=dtype)
+            product = FOUR_BIT.matmul(None, x, stored, bias)
+            product.sum().backward()
+            expected = x.float() @ exact.t() + bias.float()
+            assert product.dtype == x.grad.dtype == dtype
+            assert relative_error(product, expected) < error, (width, dtype)
+            assert relative_error(x.grad, exact.sum(0).expand(2, 3, -1)) < error, (width, dtype)
+
+
+@pytest.mark.skipif(
+    (sys.platform, torch.backends.cpu.get_cpu_capability()) != ("linux", "AVX512"),
+    reason="bitsandbytes dequantizes in another way on this CPU",
+)
+def test_bitsandbytes_takes_constants_of_other_blocks_without_this_package() -> None:
+    """If this fails, bitsandbytes counts blocks right, and ``bnb4._is_misread`` can go."""
+    for width in (32, 48, 96):
+        codes, state = quantize_4bit(torch.randn(64, width), quant_type="nf4")
+        exact = dequantized_by_torch(codes, state)
+        assert relative_error(dequantize_4bit(codes, state), exact) > 0.05
+        x = torch.randn(2, width)
+        product = bnb.matmul_4bit(x, codes, quant_state=state)
+        assert relative_error(product, x @ exact.t()) > 0.05
+
+
 def test_other_dtypes_leave_the_stored_bias_alone() -> None:
     for config in (NF4, INT8):
         layer = layer_of((96, 10), config)
@@ -209,4 +252,4 @@ def test_state_dict_holds_what_rebuilds_the_weight() -> None:
     state = layer.state_dict()
     constants = {k.removeprefix("weight."): v for k, v in state.items() if k.startswith("weight.")}
     rebuilt = bnb.nn.Params4bit.from_prequantized(state["weight"], constants, device="cpu")
-    assert torch.equal(dequantize_4bit(rebuilt.data, rebuilt.quant_state), layer.weight + 0)
+    assert torch.equal(dequantized_by_torch(rebuilt.data, rebuilt.quant_state), layer.weight + 0)

@@ -149,8 +149,7 @@ class FourBit(BitsAndBytesBackend):
             compress_statistics=state.nested,
             quant_type=state.quant_type,
         )
-        again: Tensor = dequantize_4bit(packed, new_state)
-        return again
+        return _dequantized(packed, new_state)
 
     def dequantize(self, stored: Any, dtype: torch.dtype | None = None) -> Tensor:
         state = stored.quant_state
@@ -159,8 +158,7 @@ class FourBit(BitsAndBytesBackend):
             # those of the weight before quantization, and they would be copied.
             state = copy.copy(state)
             state.dtype = dtype
-        rows: Tensor = dequantize_4bit(stored.data, state)
-        return rows
+        return _dequantized(stored.data, state)
 
     def dequantize_rows(
         self, stored: Any, start: int, end: int, dtype: torch.dtype | None = None
@@ -172,9 +170,7 @@ class FourBit(BitsAndBytesBackend):
         count = min(blocks.stop * size, state.shape.numel()) - first
         part = QuantState(
             absmax=_constants(state, blocks),
-            # Not as rows: bitsandbytes on a CPU takes the wrong constants where blocks of 64 do
-            # not end where rows do.
-            shape=torch.Size((1, count) if count % size else (count // size, size)),
+            shape=_as_blocks(count, size),
             dtype=dtype or state.dtype,
             blocksize=size,
             code=state.code,
@@ -185,7 +181,10 @@ class FourBit(BitsAndBytesBackend):
         return rows[: (end - start) * width].view(end - start, width)
 
     def matmul(self, layer: Any, input: Tensor, stored: Any, bias: Tensor | None) -> Tensor:
-        product: Tensor = bnb.matmul_4bit(input, stored, bias=bias, quant_state=stored.quant_state)
+        state = stored.quant_state
+        if _is_misread(stored, state):
+            return super().matmul(layer, input, stored, bias)
+        product: Tensor = bnb.matmul_4bit(input, stored, bias=bias, quant_state=state)
         return product
 
     def multiplies_dequantized(self, device: torch.device) -> bool:
@@ -283,6 +282,32 @@ class FourBit(BitsAndBytesBackend):
 
     def is_dequantization(self, operation: Any) -> bool:
         return operation.namespace == "bitsandbytes" and "dequantize" in operation.name()
+
+
+def _is_misread(codes: Tensor, state: Any) -> bool:
+    """Whether bitsandbytes would scale weights by the constants of other blocks.
+
+    Its kernel for CPUs with AVX-512 (0.50.0, 0.50.2) starts each row at constant number
+    ``row * (width // blocksize)``, which is right only where rows end with blocks. Its pull request
+    1828 keeps blocks of 2,048 and more away from that kernel; no issue names the reason. On GPUs
+    blocks are counted over the whole weight, and nothing changes.
+    """
+    return codes.device.type == "cpu" and state.shape[-1] % state.blocksize != 0
+
+
+def _as_blocks(count: int, size: int) -> torch.Size:
+    """A shape of ``count`` weights in which no row ends within a block, but the last."""
+    return torch.Size((1, count) if count % size else (count // size, size))
+
+
+def _dequantized(codes: Tensor, state: Any) -> Tensor:
+    """What ``codes`` stand for, in the shape and dtype of ``state``."""
+    shape = state.shape
+    if _is_misread(codes, state):
+        state = copy.copy(state)
+        state.shape = _as_blocks(shape.numel(), state.blocksize)
+    numbers: Tensor = dequantize_4bit(codes, state)
+    return numbers.reshape(shape)
 
 
 def _constants(state: Any, blocks: slice) -> Tensor:
