@@ -126,7 +126,7 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
 
 
 def dequantized_by_torch(codes: Tensor, state: Any) -> Tensor:
-    """Returns what 4-bit codes stand for: blocks are counted over the whole weight, not by row."""
+    """Returns the weights of 4-bit codes: blocks are counted over all of them, not by row."""
     octets = codes.view(-1)
     places = torch.stack([octets >> 4, octets & 15], 1).view(-1)[: state.shape.numel()]
     constants = state.absmax
