@@ -37,8 +37,8 @@ usage: lightning-peft {name} --config RECIPE [--config FILE ...] [--KEY VALUE ..
                          each other, the last one on top
   --run_dir FOLDER       the folder of this run; by default a new one below `runs`
   --resume RUN           go on in the folder of a run that was stopped or killed
-  --ckpt_path FILE       start from this checkpoint, or evaluate it; with --run_dir, `last` goes on
-                         in that folder where it has a checkpoint, and else begins there
+  --ckpt_path FILE       start from this checkpoint, or evaluate it; with --run_dir, `last` is the
+                         newest of that folder; `fit` begins there where it has none
   --devices N            processes on this machine, each with a device of its own
   --num_nodes N          machines, each of which runs this command (docs/devices.md)
   --sharding fsdp2       a part of the frozen base in each process

@@ -12,6 +12,11 @@ from lightning_peft.errors import ConfigError, itemize
 _RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JSM_NAMESPACE_RANK")
 # What Lightning sets, or takes from the user, where it starts the processes itself.
 _PLACES = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
+# How torch says that a process of a DataLoader is gone, and that it raised an error.
+_ENDED_WORKER = re.compile(
+    r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)", re.DOTALL
+)
+_RAISED_IN_WORKER = re.compile(r"Caught \w+ in ")
 
 
 def is_first_process() -> bool:
@@ -76,7 +81,10 @@ def torchrun_layout() -> tuple[int, int] | None:
 def ended_process(error: BaseException) -> str | None:
     """Returns which process has ended, in words, where that is what an error says."""
     text = str(error) if isinstance(error, RuntimeError) else ""
-    if "DataLoader worker" in text or _is_of_multiprocessing(error):
+    if _RAISED_IN_WORKER.match(text):
+        # What the process itself raised: its message may quote any of the words below.
+        return None
+    if _ENDED_WORKER.match(text) or _is_of_multiprocessing(error):
         return (
             "a process that loads batches was ended from outside, as the system does when memory "
             "runs out. A lower num_workers or batch_size needs less"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
-from lightning_peft.errors import LightningPeftError, StorageError
+from lightning_peft.errors import ConfigError, LightningPeftError, StorageError
 from lightning_peft.file_errors import write_problem
 from lightning_peft.plugin.interruption import SaveOnInterrupt
 from lightning_peft.plugin.launch import (
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 # Processes that the first one starts, by DDP, inherit it and leave the record alone.
 _VARIABLE = "LIGHTNING_PEFT_RUN"
+# Reading never gives these, so they are of a file that the run writes, wherever that is.
+_OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 class RunSession:
@@ -186,6 +189,9 @@ class RunSession:
         """
         explained = self._explained(error)
         if self._recorder is not None:
+            if explained is not None:
+                # The record has both.
+                explained.__cause__ = error
             if error is not None:
                 self._recorder.fail(explained or error)
             self._recorder.close()
@@ -197,31 +203,51 @@ class RunSession:
         """Returns an error that says what happened to the folder or to another process."""
         if error is None or isinstance(error, LightningPeftError):
             return None
-        place = self.folder.path if self.folder is not None else Path()
-        again = f"`lightning-peft fit --resume {place}` continues from the newest checkpoint."
-        if isinstance(error, OSError) and self.folder is not None:
-            problem = write_problem(Path(error.filename or self.folder.status_file), error)
+        place = self.folder.path if self.folder is not None else None
+        again = "Then run the same command again."
+        if self.kind == "fit":
+            resume = f"`lightning-peft fit --resume {place or 'RUN'}`"
+            again = f"Then {resume} continues from the newest checkpoint."
+        if isinstance(error, OSError) and place is not None:
+            problem = _storage_problem(place, error)
             if problem is not None:
-                return StorageError(f"The run in {str(place)!r} ended: {problem}. Then {again}")
+                return StorageError(f"The run in {str(place)!r} ended: {problem}. {again}")
         process = ended_process(error)
         return None if process is None else LightningPeftError(f"The run ended: {process}. {again}")
+
+
+def _storage_problem(folder: Path, error: OSError) -> str | None:
+    """Returns why a file cannot be written, in words; ``None`` for one that the run reads."""
+    named = isinstance(error.filename, (str, os.PathLike))
+    path = Path(os.path.abspath(error.filename if named else folder / "status.json"))
+    if named and path.is_relative_to(os.path.abspath(folder)):
+        return write_problem(path, error)
+    problem = write_problem(path, error) if error.errno in _OF_WRITING else None
+    return f"{str(path)!r}: {problem}" if problem and named else problem
 
 
 def _choose_checkpoint(config: Namespace, kind: str, warn: bool) -> None:
     """Continues a run that torchrun started again, or where ``ckpt_path`` is ``"last"``.
 
     Raises:
-        ConfigError: If a restart could not continue it.
+        ConfigError: If a restart could not continue it, or there is nothing to evaluate.
     """
     run_dir, given = config.get("run_dir"), config.get("ckpt_path")
     if kind == "fit":
         check_restarts(has_folder=bool(run_dir))
-    if not run_dir:
+    # What is evaluated is what was asked for, also after a restart.
+    if given != "last" and not (kind == "fit" and is_restarted()):
         return
-    if given == "last" or is_restarted():
-        newest = RunFolder(Path(run_dir)).resumable_checkpoint(warn)
-        if newest is not None or given == "last":
-            config["ckpt_path"] = None if newest is None else str(newest)
+    newest = RunFolder(Path(run_dir)).resumable_checkpoint(warn) if run_dir else None
+    if newest is None and kind != "fit":
+        where = f"{run_dir!r} has none" if run_dir else "there is no --run_dir"
+        raise ConfigError(
+            f"{kind} --ckpt_path last takes the newest checkpoint of the run folder, and {where}. "
+            "Without one the untrained model would be evaluated. Name the folder of a run that "
+            "saved a checkpoint, or the file itself."
+        )
+    if run_dir and (newest is not None or given == "last"):
+        config["ckpt_path"] = None if newest is None else str(newest)
 
 
 def _step_of(checkpoint: str) -> int:

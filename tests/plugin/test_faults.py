@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from jsonargparse import Namespace
 from modules import ROOTS, differing, lightning, loader, saver, strategy, task, trainer, weights
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_peft.errors import ConfigError, DivergenceError, LightningPeftError, StorageError
 from lightning_peft.file_errors import write_problem
 from lightning_peft.runs.folder import RunFolder
-from lightning_peft.runs.session import RunSession
+from lightning_peft.runs.session import RunSession, _choose_checkpoint
 
 ROOT = ROOTS[0]
 HERE = Path(__file__).parent
@@ -32,7 +33,7 @@ CYCLES = "import sys; sys.path[:0] = {paths!r}; import fault_cycles; fault_cycle
 @pytest.mark.parametrize(
     "words",
     [
-        ["--one=2", "--two=0", "--seed=6"],
+        ["--one=1", "--two=0", "--seed=6"],
         pytest.param(["--one=4", "--two=0"], marks=pytest.mark.long),
         pytest.param(["--one=0", "--two=2"], marks=pytest.mark.long),
     ],
@@ -131,6 +132,85 @@ def log_in(folder):
     with RunSession("fit", "mine") as session:
         session.folder = folder
         folder.append(folder.metrics, {"step": 1})
+
+
+class Ragged(Dataset):
+    """Rows of different lengths, which do not make a batch, or that raise an error."""
+
+    def __init__(self, error=None):
+        self.error = error
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if self.error is not None:
+            raise self.error
+        return torch.zeros(index + 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (None, "Caught RuntimeError in DataLoader worker"),
+        (RuntimeError("cat.png: Connection reset by peer"), "reset by peer"),
+    ],
+)
+def test_what_a_process_that_loads_batches_raises_is_not_its_end(error, words):
+    rows = DataLoader(Ragged(error), batch_size=2, num_workers=1)
+    with pytest.raises(RuntimeError, match=words), RunSession("fit", "mine"):
+        list(rows)
+
+
+def test_files_that_the_run_reads_are_not_those_that_it_writes(tmp_path):
+    folder = RunFolder.at(tmp_path / "mine")
+
+    def run(error):
+        with RunSession("fit", "mine") as session:
+            session.folder = folder
+            raise error
+
+    def raised(kind, error, match):
+        with pytest.raises(kind, match=match) as info:
+            run(error)
+        return info.value
+
+    image = str(tmp_path / "images" / "cat.png")
+    absent, locked = (OSError(code, "x", image) for code in (errno.ENOENT, errno.EACCES))
+    assert raised(FileNotFoundError, absent, "cat") is absent
+    assert raised(PermissionError, locked, "cat") is locked
+    raised(OSError, OSError(errno.EIO, "x"), "Errno 5")
+    full = raised(StorageError, OSError(errno.ENOSPC, "x", image), r"cat\.png': the disk is full")
+    assert full.__cause__.errno == errno.ENOSPC
+    raised(StorageError, OSError(errno.ENOSPC, "x"), "ended: the disk is full")
+    own = OSError(errno.EACCES, "x", os.path.relpath(folder.metrics))
+    raised(StorageError, own, "cannot be written to .* fit --resume .*mine` continues")
+
+
+def test_last_is_for_the_run_and_a_restart_keeps_what_is_evaluated(tmp_path, monkeypatch):
+    """Of the run: a checkpoint that training begins without, and evaluation does not."""
+    folder = RunFolder.at(tmp_path / "mine")
+
+    def chosen(kind, **given):
+        config = Namespace(**{"run_dir": str(folder.path), "ckpt_path": "last", **given})
+        _choose_checkpoint(config, kind, warn=True)
+        return config["ckpt_path"]
+
+    assert chosen("fit") is None
+    assert chosen("fit", run_dir=None) == "last"
+    for kind in ("validate", "test", "predict"):
+        with pytest.raises(ConfigError, match=rf"{kind} --ckpt_path last .*mine' has none"):
+            chosen(kind)
+    with pytest.raises(ConfigError, match="there is no --run_dir"):
+        chosen("test", run_dir=None)
+    newest = folder.checkpoints / "new.ckpt"
+    torch.save({}, newest)
+    assert chosen("fit") == chosen("test") == str(newest)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert chosen("fit", ckpt_path="best.ckpt") == str(newest)
+    for kind in ("validate", "test", "predict"):
+        assert chosen(kind, ckpt_path="best.ckpt") == "best.ckpt"
 
 
 def test_the_last_checkpoint_is_cut_short(tmp_path, caplog):
