@@ -189,6 +189,9 @@ class AdapterStrategy(_Base):
         """Ends what still waits for a first step."""
         super().on_train_end()
         self.lifecycle.divergence.at_end(self._module.trainer)
+        unfinished = self._budget.unfinished() if self._budget is not None else None
+        if unfinished and self.is_global_zero:
+            log.warning(unfinished)
         self.lifecycle.checks.end()
 
     def _gather_process_states(self) -> list[Any]:

@@ -9,7 +9,7 @@ as their weights, and those of the run besides.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,8 @@ else:
 
 # Keys of a checkpoint, which are Lightning's.
 _CURRENT, _AVERAGE = "current_model_state", "averaging_state"
+# Keys of the state of a callback; the first is Lightning's.
+_STATE, _NAMES = "average_model_state", "names"
 
 
 class TrainedTensors(nn.Module):
@@ -93,6 +95,20 @@ class _OverTrained(_Base):
         set_average(self, None)
         self.holds_average, self.restored, self.names = False, None, []
 
+    def check_same(self, saved: Iterable[str]) -> None:
+        """Compares the averaged tensors with those of a checkpoint, by name.
+
+        Raises:
+            CheckpointError: If they are others.
+        """
+        problems = {*saved} ^ {*self.names}
+        if problems:
+            raise CheckpointError(
+                "The checkpoint has averages of other tensors than train now:"
+                + itemize(sorted(problems), 5)
+                + "\nTrain and freeze the same layers as the run that wrote it."
+            )
+
     def _view(self, module: Any) -> Any:
         return TrainedTensors(module, self.names) if self.names else module
 
@@ -118,13 +134,7 @@ class AdapterAveraging(_OverTrained):
     @torch.no_grad()
     def _continue(self, view: TrainedTensors, saved: dict[str, Any]) -> None:
         # The module has the averages: they are the weights of the file.
-        problems = {*saved[_CURRENT]} ^ {*self.names}
-        if problems:
-            raise CheckpointError(
-                "The checkpoint has averages of other tensors than train now:"
-                + itemize(sorted(problems), 5)
-                + "\nTrain and freeze the same layers as the run that wrote it."
-            )
+        self.check_same(saved[_CURRENT])
         for name, tensor in zip(self.names, _tensors_in_order(view), strict=True):
             tensor.copy_(saved[_CURRENT][name])
         running_average(self).load_state_dict(saved[_AVERAGE], strict=False)
@@ -138,12 +148,16 @@ class AdapterAveraging(_OverTrained):
         super().on_train_epoch_end(trainer, self._view(pl_module))
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Validates the average."""
+        """Validates the average; outside of a fit, what the module has."""
+        if self._is_over(trainer):
+            return
         super().on_validation_epoch_start(trainer, self._view(pl_module))
         self.holds_average = bool(self.names)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Trains on."""
+        if self._is_over(trainer):
+            return
         super().on_validation_epoch_end(trainer, self._view(pl_module))
         self.holds_average = False
 
@@ -153,6 +167,8 @@ class AdapterAveraging(_OverTrained):
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Puts the average in the place of the weights, and these next to it."""
+        if self._is_over(trainer):
+            return
         state, average = checkpoint["state_dict"], running_average(self)
         super().on_save_checkpoint(trainer, self._view(pl_module), checkpoint)
         if average is None or not self.names:
@@ -175,6 +191,15 @@ class AdapterAveraging(_OverTrained):
         elif trainer.state.fn == "fit" and _CURRENT in checkpoint:
             self.restored = {key: checkpoint[key] for key in (_CURRENT, _AVERAGE)}
 
+    def averages(self, trainer: Any) -> bool:
+        """Whether there is an average that the module does not have already."""
+        waits = self.names and not self.holds_average and not self._is_over(trainer)
+        return bool(waits) and running_average(self) is not None
+
+    def _is_over(self, trainer: Any) -> bool:
+        # The average is in the module since the fit ended, unless that has another checkpoint now.
+        return bool(self.names) and trainer.state.fn != "fit"
+
     @torch.no_grad()
     def exchange(self, module: Any) -> None:
         """Exchanges the values of the module and of the average."""
@@ -192,6 +217,7 @@ class AdapterSWA(_OverTrained):
         """Makes the average, or what a checkpoint has of it.
 
         Raises:
+            CheckpointError: If the checkpoint averaged other tensors.
             UnsupportedError: If the module has batch norms, whose statistics Lightning computes
                 again for the average, over the whole module.
         """
@@ -211,7 +237,10 @@ class AdapterSWA(_OverTrained):
         set_average(self, copy.deepcopy(view))
         saved, self.restored = self.restored, None
         if saved is not None:
-            running_average(self).load_state_dict(saved)
+            names = saved.get(_NAMES, [])
+            self.check_same(names)
+            tensors = [saved[_STATE][str(names.index(name))] for name in self.names]
+            running_average(self).load_state_dict({str(i): one for i, one in enumerate(tensors)})
         super().on_fit_start(trainer, view)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -225,7 +254,11 @@ class AdapterSWA(_OverTrained):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the average until the fit starts."""
         super().load_state_dict(state_dict)
-        self.restored = state_dict["average_model_state"]
+        self.restored = state_dict if state_dict[_STATE] is not None else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns Lightning's state, with the names of the averaged tensors."""
+        return {**super().state_dict(), _NAMES: list(self.names)}
 
 
 def _tensors_in_order(holder: nn.Module) -> list[torch.Tensor]:
@@ -260,13 +293,11 @@ def serve_averages(module: Any) -> None:
 @contextmanager
 def averages_in(module: Any) -> Iterator[None]:
     """Within the body, the module has the average that a callback keeps of it, if one does."""
+    trainer = trainer_of(module)
     found = [
         callback
-        for callback in getattr(trainer_of(module), "callbacks", [])
-        if isinstance(callback, AdapterAveraging)
-        and callback.names
-        and not callback.holds_average
-        and running_average(callback) is not None
+        for callback in getattr(trainer, "callbacks", [])
+        if isinstance(callback, AdapterAveraging) and callback.averages(trainer)
     ]
     for callback in found:
         callback.exchange(module)

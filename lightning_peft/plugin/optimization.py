@@ -8,9 +8,11 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_peft import engine
 from lightning_peft.compat.lightning import is_compiled, is_mock_optimizer
+from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.namespace import namespace_of
 
 log = logging.getLogger(__name__)
@@ -101,13 +103,23 @@ def rank_budget(strategy: Any) -> engine.RankBudget | None:
     """Returns the budget of AdaLoRA, for as many steps as the config or the Trainer says.
 
     Raises:
-        ConfigError: If that number is not known, or leaves no steps to cut ranks in.
+        ConfigError: If that number is not known, or leaves no steps to cut ranks in, or DDP would
+            take what only the penalty reaches for unused.
     """
     module = strategy.lightning_module
     configured = getattr(strategy.lifecycle.injection.peft_config, "total_step", None)
-    return engine.rank_budget(
+    budget = engine.rank_budget(
         module, lambda: configured or module.trainer.estimated_stepping_batches
     )
+    wrapped = strategy.model
+    searches = isinstance(wrapped, DistributedDataParallel) and wrapped.find_unused_parameters
+    if searches and budget is not None and budget.has_penalty:
+        raise ConfigError(
+            "find_unused_parameters=True with AdaLoRA: DDP looks for unused parameters in the "
+            "output of the step, and the penalty on the loss comes after that. Set "
+            "`orth_reg_weight` to 0 for no penalty, or leave find_unused_parameters out."
+        )
+    return budget
 
 
 def float32_advice(module: Any, device: torch.device, precision: Any) -> str | None:

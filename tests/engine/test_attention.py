@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 import lightning_peft
 from lightning_peft import engine
 from lightning_peft.engine.layers.attention import times_added
-from lightning_peft.errors import UnsupportedError
+from lightning_peft.errors import CheckpointError, UnsupportedError
 
 from .reference import adapted, injected, refused, relative_error
 
@@ -82,6 +83,25 @@ def test_the_projection_counts_as_often_as_in_peft() -> None:
     times_added.cache_clear()
     assert attention.out_proj.adapter_settings["default"].scaling == times_added() * once
     assert torch.random.get_rng_state().equal(state)
+
+
+def test_files_of_a_peft_that_counts_otherwise_are_refused(tmp_path: Path) -> None:
+    model = injected(encoder(), r=2, **NAMED)
+    described = engine.describe(model)
+    saved = described["parts"][""]["adapters"]["default"]
+    assert saved["projection_scale"] == times_added()
+    engine.check_description(model, described)
+    saved["projection_scale"] = other = times_added() + 1
+    with pytest.raises(CheckpointError, match=f"out_proj behind attentions count {other} times"):
+        engine.check_description(model, described)
+    lightning_peft.save_adapter(model, tmp_path)
+    facts = tmp_path / "provenance.json"
+    written = json.loads(facts.read_text())
+    assert written["projection_scale"] == times_added()
+    facts.write_text(json.dumps(written | {"projection_scale": other}))
+    fresh = encoder()
+    with refused(fresh, CheckpointError, f"out_proj behind attentions count {other} times"):
+        lightning_peft.load_adapter(fresh, tmp_path)
 
 
 def test_what_an_attention_does_not_take_is_refused() -> None:

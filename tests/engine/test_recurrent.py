@@ -147,6 +147,12 @@ def test_what_they_do_not_take_is_refused() -> None:
         lightning_peft.inject(model, LoraConfig(target_modules=["memory"], use_dora=True))
     with refused(model, UnsupportedError, "'pissa' is for linear layers, not a LSTM"):
         lightning_peft.inject(model, target_modules=["memory"], init_lora_weights="pissa")
+    for biases in ("all", "lora_only"):
+        with refused(
+            model, UnsupportedError, f"bias='{biases}' trains what is called `bias`, and a"
+        ):
+            lightning_peft.inject(model, target_modules=["memory"], bias=biases)
+    injected(forecaster("gru"), target_modules=["memory"], bias="all")
     nn.utils.parametrizations.weight_norm(model.memory, "weight_hh_l0")
     with refused(model, UnsupportedError, "a ParametrizedLSTM keeps several weights"):
         lightning_peft.inject(model, target_modules=["memory"])

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import tiny_gpt2, tiny_llama, token_batch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Phi3Config, Phi3ForCausalLM
+from transformers import (
+    CodeGenConfig,
+    CodeGenForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Phi4MultimodalAudioConfig,
+)
+from transformers.models.phi4_multimodal.modeling_phi4_multimodal import Phi4MultimodalAudioMLP
 
 import lightning_peft
 from lightning_peft import engine
+from lightning_peft.engine.selection.row_orders import CHECKED, ORDERED, OTHER_ORDERS, is_checked
 from lightning_peft.errors import CheckpointError, LifecycleError, UnsupportedError
 
 from .reference import injected, output_of, randomize, refused, relative_error
@@ -62,6 +72,19 @@ def phi3(**changes: Any) -> Phi3ForCausalLM:
         **sizes, **tokens, **changes, hidden_size=32, intermediate_size=64, vocab_size=97
     )
     return Phi3ForCausalLM(config).eval()
+
+
+def codegen() -> CodeGenForCausalLM:
+    """CodeGen, with its queries, values and keys in four groups."""
+    sizes = {"n_embd": 32, "n_head": 4, "n_layer": 1, "n_positions": 16, "rotary_dim": 4}
+    return CodeGenForCausalLM(CodeGenConfig(vocab_size=97, **sizes))
+
+
+class AudioMLP(Phi4MultimodalAudioMLP):
+    """A subclass in another module."""
+
+    def __init__(self) -> None:
+        super().__init__(Phi4MultimodalAudioConfig(hidden_size=8, intermediate_size=12))
 
 
 def steps(model: nn.Module, batch: Any, count: int = 2) -> None:
@@ -193,7 +216,13 @@ REFUSED = {
     "past the end": (ViT, ["qkv[128:200]"], "is not a range in its 192 rows"),
     "uneven": (ViT, ["qkv[1/5]"], "does not fit its 192 rows"),
     "no such piece": (ViT, ["proj[q]"], "which rows of a proj of Attention are .q. is not known"),
-    "by head": (lambda: ViT(by_head=True), ["qkv[q]"], "some models go from head to head"),
+    "by head": (lambda: ViT(by_head=True), ["qkv[q]"], "has the rows of its qkv head by head"),
+    "groups of heads": (
+        codegen,
+        ["qkv_proj[q]"],
+        "CodeGenAttention has the rows of its qkv_proj four",
+    ),
+    "up first": (AudioMLP, ["gate_up_proj[gate]"], "gate_up_proj first up, then gate"),
     "not linear": (tiny_llama, ["embed_tokens[0:4]"], "rows are those of a linear layer"),
 }
 
@@ -221,6 +250,29 @@ def test_an_order_that_was_not_checked_is_named(caplog: pytest.LogCaptureFixture
     injected(ViT(), r=4, target_modules=["qkv[128:192]"])
     injected(tiny_gpt2(), r=4, target_modules=["c_attn[v]"])
     assert not caplog.text
+
+
+def test_every_class_of_transformers_with_such_a_layer_was_read() -> None:
+    """A class that is not listed is warned of; a listed one whose code is new has to be read."""
+    made = re.compile(rf"self\.({'|'.join(ORDERED)}) *= *(nn\.\w*Linear|Conv1D)\(")
+    kind = re.compile(r"^class (\w+)(?:\((.*)\))?:", re.MULTILINE)
+    found = set()
+    for file in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        text = file.read_text(encoding="utf-8")
+        if not any(f"self.{leaf} =" in text for leaf in ORDERED):
+            continue
+        starts = [*kind.finditer(text)]
+        ends = [one.start() for one in starts[1:]] + [len(text)]
+        owners: set[str] = set()
+        for one, end in zip(starts, ends, strict=True):
+            if made.search(text, one.end(), end) or owners & {*(one[2] or "").split(", ")}:
+                owners.add(one[1])
+        found |= {f"{file.parent.name}.{name}" for name in owners}
+    assert found
+    unread = {name for name in found if name.split(".")[1] not in OTHER_ORDERS} - CHECKED
+    assert not unread
+    assert is_checked(type(tiny_gpt2().transformer.h[0].attn))
+    assert not is_checked(AudioMLP)
 
 
 def test_other_rows_than_those_there_are_noticed() -> None:

@@ -5,7 +5,18 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from modules import ROOTS, build, loader, outputs, resumed, saver, strategy, task, task_class
+from modules import (
+    ROOTS,
+    build,
+    lightning,
+    loader,
+    outputs,
+    resumed,
+    saver,
+    strategy,
+    task,
+    task_class,
+)
 from modules import trainer as make_trainer
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 
@@ -169,3 +180,43 @@ def test_other_methods_have_no_budget():
     module = build("llama")
     lightning_peft.inject(module, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     assert engine.rank_budget(module, lambda: 8) is None
+
+
+def test_a_run_that_ends_before_the_cut_warns(tmp_path, caplog):
+    class Stopped(WithLoss):
+        def on_train_batch_end(self, *given):
+            self.trainer.should_stop = self.trainer.global_step == self.ends
+
+    for Stopped.ends, kept in ((2, 16), (5, 10), (9, 8)):
+        caplog.clear()
+        module = fitted(tmp_path, cls=Stopped, min_epochs=0)
+        assert module.trainer.global_step == Stopped.ends
+        assert kept_ranks(module) == kept
+        said = f"ended after {Stopped.ends} optimizer steps with {kept} ranks. Its budget is 8"
+        assert (said in caplog.text) is (kept > 8)
+        assert ("in step 9 of 10" in caplog.text) is (kept > 8)
+
+
+def test_ddp_looks_for_unused_parameters_before_the_penalty(tmp_path, monkeypatch):
+    # One process that is not started by Lightning, with a store in memory: it opens no port.
+    for name, value in (("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("NODE_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for weight in (0.5, 0.0):
+            module = WithLoss()
+            ddp = lightning(ROOTS[0]).strategies.DDPStrategy(find_unused_parameters=True)
+            settings = {**SETTINGS, "orth_reg_weight": weight}
+            ours = lightning_peft.LoRACallback(r=16, peft_config=settings, announce=False)
+            run = make_trainer(tmp_path, ddp, callbacks=[ours], max_epochs=2, max_steps=6)
+            if weight:
+                with pytest.raises(ConfigError, match="find_unused_parameters=True with AdaLoRA"):
+                    run.fit(module, loader("llama"))
+            else:
+                run.fit(module, loader("llama"))
+            assert run.global_step == (0 if weight else 6)
+    finally:
+        dist.destroy_process_group()

@@ -40,12 +40,22 @@ def averaging(root=ROOTS[0], decay=0.75):
     return lightning(root).callbacks.EMAWeightAveraging(decay=decay)
 
 
+class WithCallback(Recorder):
+    """Brings the callback by itself."""
+
+    def configure_callbacks(self):
+        return [self.own]
+
+
+@pytest.mark.parametrize("cls", [Recorder, WithCallback])
 @METHODS
-def test_the_average_is_of_what_trains_and_ends_in_the_module(method, tmp_path):
+def test_the_average_is_of_what_trains_and_ends_in_the_module(method, cls, tmp_path):
     Recorder.share = 0.25
     torch.manual_seed(5)
-    module, callback = Recorder(), averaging()
-    run = trainer(tmp_path / "root", method, callbacks=[callback], max_epochs=2)
+    module, callback = cls(), averaging()
+    module.own = callback
+    given = [] if cls is WithCallback else [callback]
+    run = trainer(tmp_path / "root", method, callbacks=given, max_epochs=2)
     run.fit(module, loader(), loader())
     for name, param in module.named_parameters():
         if param.requires_grad:
@@ -110,6 +120,36 @@ def test_files_hold_the_average_and_resume_exactly(method, root, tmp_path):
     assert torch.equal(outputs(folder), outputs(loaded))
 
 
+def test_after_a_fit_another_checkpoint_is_validated_and_saved_as_it_is(tmp_path):
+    name = "model.layers.0.lora_B.default.weight"
+    seen = []
+
+    class Module(task_class(ROOTS[0])):
+        def validation_step(self, batch, batch_idx):
+            seen.append(self.model.layers[0].lora_B["default"].weight.detach().clone())
+            return super().validation_step(batch, batch_idx)
+
+    points = saver(ROOTS[0], tmp_path, filename="{epoch}", save_top_k=-1)
+    run = trainer(tmp_path / "root", callbacks=[averaging(), points], max_epochs=2)
+    module = Module()
+    run.fit(module, loader(), loader())
+    first, last = (
+        torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True)["state_dict"][name]
+        for epoch in (0, 1)
+    )
+    assert not torch.equal(first, last)
+    for file, expected in (("epoch=0.ckpt", first), (None, first), ("epoch=1.ckpt", last)):
+        seen.clear()
+        run.validate(module, loader(), ckpt_path=file and tmp_path / file, verbose=False)
+        assert torch.equal(seen[0], expected)
+        run.save_checkpoint(tmp_path / "again.ckpt")
+        again = torch.load(tmp_path / "again.ckpt", weights_only=True)
+        assert torch.equal(again["state_dict"][name], expected)
+        folder = task()
+        lightning_peft.load_adapter(folder, tmp_path / "adapters" / "again")
+        assert torch.equal(engine.trainable_state_dict(folder)[name], expected)
+
+
 @pytest.mark.long
 def test_a_run_goes_on_in_the_weights_that_train(tmp_path):
     plain, averaged = (_losses(tmp_path, callbacks) for callbacks in ([], [averaging()]))
@@ -153,15 +193,28 @@ def test_it_averages_the_whole_model_without_adapters_again(tmp_path):
     assert not differing(weights(module), weights(expected))
 
 
-def test_a_checkpoint_of_other_tensors_is_refused(tmp_path):
-    class Frozen(task_class(ROOTS[0])):
+def stochastic():
+    return lightning(ROOTS[0]).callbacks.StochasticWeightAveraging(
+        0.01, swa_epoch_start=1, annealing_epochs=1
+    )
+
+
+@pytest.mark.parametrize("average", [averaging, stochastic])
+def test_a_checkpoint_of_other_tensors_is_refused(average, tmp_path):
+    class Module(task_class(ROOTS[0])):
+        def build(self):
+            super().build()
+            # SWA is for models without batch norms.
+            self.model.norm = torch.nn.Identity()
+
+    class Frozen(Module):
         def configure_optimizers(self):
             self.model.head.requires_grad_(False)
             return super().configure_optimizers()
 
     points = saver(ROOTS[0], tmp_path, filename="one")
-    trainer(tmp_path / "root", callbacks=[points, averaging()]).fit(task(), loader())
-    run = trainer(tmp_path / "root", callbacks=[averaging()], max_epochs=2)
+    trainer(tmp_path / "root", callbacks=[points, average()]).fit(Module(), loader())
+    run = trainer(tmp_path / "root", callbacks=[average()], max_epochs=2)
     with pytest.raises(CheckpointError, match=r"averages of other tensors(.|\n)*model\.head\.bias"):
         run.fit(Frozen(), loader(), ckpt_path=tmp_path / "one.ckpt")
 

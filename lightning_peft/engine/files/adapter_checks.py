@@ -19,6 +19,7 @@ from lightning_peft.engine.files.adapter_format import (
 from lightning_peft.engine.files.base_tensors import base_tensors, differences
 from lightning_peft.engine.files.state_dicts import tensor_problems
 from lightning_peft.engine.fingerprint import Fingerprint, checksum
+from lightning_peft.engine.layers.attention import projection_scale, scale_problem
 from lightning_peft.engine.layers.lora import only_rows
 from lightning_peft.engine.record import AdaptedModuleRecord
 from lightning_peft.engine.selection.parts import inside
@@ -95,6 +96,7 @@ def check_fit(
     """
     fields, tensors = folder.fields, folder.tensors
     mine = exported_config(part, entry, name)
+    scale = projection_scale(part, entry.adapters[name].targets)
     # The values before training do not matter, and files may leave fields out.
     compared = {key: value for key, value in fields.items() if key in mine}
     compared["init_lora_weights"] = mine.get("init_lora_weights")
@@ -115,6 +117,7 @@ def check_fit(
         if key in tensors and tensors[key].is_floating_point() != value.is_floating_point()
     ]
     problems += unusable + _tie_problems(part, tensors)
+    problems += scale_problem(folder.facts.get("projection_scale"), scale)
     # Rows are of layers whose tensors fit.
     problems = problems or [
         f"{target}: the adapter in the module is for the rows {rows}, and the file has more"

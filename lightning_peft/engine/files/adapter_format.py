@@ -27,7 +27,7 @@ from lightning_peft.engine.configuration import config_from_dict
 from lightning_peft.engine.files.base_tensors import changed_buffers, keys_in_file
 from lightning_peft.engine.files.peft_names import replaced_under_one_name, saved_entries
 from lightning_peft.engine.fingerprint import Fingerprint, checksum
-from lightning_peft.engine.layers.attention import projections
+from lightning_peft.engine.layers.attention import projection_scale, projections
 from lightning_peft.engine.layers.expert_weights import parameter_name
 from lightning_peft.engine.layers.mixin import class_key
 from lightning_peft.engine.methods.base import InPlaceMethod
@@ -229,6 +229,7 @@ def provenance_of(part: nn.Module, entry: AdaptedModuleRecord, name: str) -> dic
         },
         "config": to_primitives(entry.adapters[name].config),
         "rows": to_primitives(entry.adapters[name].rows),
+        "projection_scale": projection_scale(part, entry.adapters[name].targets),
         "modules_to_save": saved,
         "quantization": entry.quantization,
         "versions": versions,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from lightning_peft.engine.backends.registry import quantization_from_dict
 from lightning_peft.engine.configuration import config_differences, config_from_dict
 from lightning_peft.engine.files.base_tensors import include_in_files
 from lightning_peft.engine.injection import EXPERTS, inject_config
+from lightning_peft.engine.layers.attention import projection_scale, scale_problem
 from lightning_peft.engine.layers.expert_weights import parameter_name
 from lightning_peft.engine.primitives import to_primitives
 from lightning_peft.engine.record import (
@@ -43,17 +44,21 @@ def describe(module: nn.Module) -> dict[str, Any]:
         "format": FORMAT,
         "active": list(record.active),
         "left": dict(record.left or {}),
-        "parts": {name: _describe_part(part) for name, part in record.parts.items()},
+        "parts": {
+            name: _describe_part(part, module.get_submodule(name))
+            for name, part in record.parts.items()
+        },
     }
 
 
-def _describe_part(part: AdaptedModuleRecord) -> dict[str, Any]:
+def _describe_part(part: AdaptedModuleRecord, module: nn.Module) -> dict[str, Any]:
     described: dict[str, Any] = {
         "adapters": {
             name: {
                 "config": to_primitives(info.config),
                 "targets": list(info.targets),
                 "rows": to_primitives(info.rows),
+                "projection_scale": projection_scale(module, info.targets),
             }
             for name, info in part.adapters.items()
         },
@@ -84,6 +89,7 @@ def check_description(module: nn.Module, described: Mapping[str, Any]) -> None:
             f"{FORMAT}. Install the version of lightning-peft that wrote it."
         )
     problems = _part_problems(record, described)
+    problems += _scale_problems(module, record, described["parts"])
     for name in record.parts.keys() & described["parts"].keys():
         other = vocabulary_mismatch(described["parts"][name]["base_id"], module.get_submodule(name))
         problems += [other] if other else []
@@ -141,6 +147,16 @@ def _part_problems(record: Record, described: Mapping[str, Any]) -> list[str]:
                 for key in config_differences(info.config, saved["config"])
             ]
     return problems
+
+
+def _scale_problems(
+    module: nn.Module, record: Record, described: Mapping[str, Any]
+) -> Iterator[str]:
+    for name in record.parts.keys() & described.keys():
+        part = module.get_submodule(name)
+        for adapter, info in record.parts[name].adapters.items():
+            saved = described[name]["adapters"].get(adapter, {}).get("projection_scale")
+            yield from scale_problem(saved, projection_scale(part, info.targets))
 
 
 def _stored(as_codes: bool) -> str:

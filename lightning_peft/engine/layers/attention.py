@@ -52,6 +52,24 @@ def times_added() -> int:
     return round((added.norm() / once.norm()).item())
 
 
+def projection_scale(part: nn.Module, targets: Iterable[str]) -> int:
+    """Returns how often the adapters of projections count, which the installed PEFT decides.
+
+    1 where none of ``targets`` is an attention that is adapted in place.
+    """
+    return times_added() if projections(part, targets) else 1
+
+
+def scale_problem(saved: Any, now: int) -> list[str]:
+    """Returns a sentence where :func:`projection_scale` was another one when a file was written."""
+    if saved in (None, now):
+        return []
+    return [
+        f"adapters of {PROJECTION} behind attentions count {saved} times in the PEFT that wrote it "
+        f"and {now} times in the installed one. Install the PEFT of that run"
+    ]
+
+
 def attention_factors(layer: Any, make: Callable[[nn.Module], nn.Module]) -> Any:
     """Returns PEFT's adapter for the input of an attention, with that of ``out_proj`` on it.
 

@@ -84,7 +84,7 @@ class Lora(InPlaceMethod):
         self, layer: nn.Module, name: str, config: Any, in_place: bool
     ) -> str | None:
         if isinstance(layer, (nn.RNNBase, nn.MultiheadAttention)) and in_place:
-            return None
+            return _bias_problem(layer, config)
         if isinstance(layer, ExpertWeight):
             return _expert_problem(layer, config, in_place)
         reason = _unsupported_reason(layer, rank_of(config, name))
@@ -175,6 +175,17 @@ class Lora(InPlaceMethod):
         name = "rsLoRA" if fields.get("use_rslora") else "LoRA"
         name = "DoRA" if fields.get("use_dora") else name
         return f"{name} r={fields['r']} alpha={fields['lora_alpha']:g}"
+
+
+def _bias_problem(layer: Any, config: Any) -> str | None:
+    """Why the biases of a layer cannot train as ``bias`` says, or ``None``."""
+    if not isinstance(layer, nn.RNNBase) or not layer.bias or config.bias == "none":
+        return None
+    return (
+        f"bias={config.bias!r} trains what is called `bias`, and a {type(layer).__name__} has its "
+        "biases under other names (`bias_ih_l0`), which would stay frozen. Leave `bias` at 'none', "
+        "or train the layer in full: name it in `modules_to_save`"
+    )
 
 
 def _expert_problem(layer: Any, config: Any, in_place: bool) -> str | None:

@@ -18,6 +18,13 @@ from torch import nn
 from lightning_peft.engine.layers.kinds import LINEAR_LIKE
 from lightning_peft.engine.layers.sizes import mismatched_shapes
 from lightning_peft.engine.methods.base import InPlaceMethod
+from lightning_peft.engine.selection.row_orders import (
+    ORDERED,
+    PIECES,
+    QKV,
+    is_checked,
+    other_order,
+)
 
 log = logging.getLogger(__name__)
 
@@ -25,24 +32,6 @@ Rows = tuple[tuple[int, int], ...]
 
 _ENTRY = re.compile(r"(.*[^\[\]])\[([^\[\]]+)\]")
 _NUMBERS = re.compile(r"(\d+)([:/])(\d+)")
-_QKV, _GATE_UP = ("q", "k", "v"), ("gate", "up")
-_PIECES = (*_QKV, *_GATE_UP)
-# Layers whose rows are first all of the queries, then all keys, then all values, in each class of
-# transformers that has a linear layer of this name, but for the marks below. Not here:
-# `query_key_value` and DeBERTa's `in_proj`, which go from head to head.
-_ORDERED = {
-    **dict.fromkeys(("qkv", "qkv_proj", "to_qkv", "Wqkv", "c_attn"), _QKV),
-    "gate_up_proj": _GATE_UP,
-}
-# Attentions that go from head to head: GPT-BigCode's, and timm's in MaxViT and TinyViT.
-_BY_HEAD = {"multi_query": False, "head_first": True}
-_BY_HEAD_CLASSES = ("timm.models.tiny_vit",)
-_CHECKED = (
-    "transformers",
-    "timm.layers.attention",
-    "timm.models.swin_transformer",
-    "timm.models.vision_transformer",
-)
 
 
 def split_rows(entry: str) -> tuple[str, str | None]:
@@ -116,7 +105,7 @@ def requested_rows(
             continue
         if ranges:
             found[target] = ranges
-            named |= {target} if wanted & {*_PIECES} else set()
+            named |= {target} if wanted & {*PIECES} else set()
     _warn_of_order(part, {target: rows for target, rows in found.items() if target in named})
     return found, problems
 
@@ -145,9 +134,9 @@ def _range(part: nn.Module, target: str, layer: Any, rows: str) -> tuple[int, in
     """
     size: int = layer.nf if hasattr(layer, "nf") else layer.out_features
     numbers = _NUMBERS.fullmatch(rows)
-    if rows not in _PIECES and numbers is None:
+    if rows not in PIECES and numbers is None:
         raise ValueError(
-            f"rows are not written as [{rows}]. They are one of {', '.join(_PIECES)}, a range such "
+            f"rows are not written as [{rows}]. They are one of {', '.join(PIECES)}, a range such "
             "as 0:384, or a share: 1/3 is the first of three equal parts"
         )
     if numbers is None:
@@ -165,14 +154,19 @@ def _range(part: nn.Module, target: str, layer: Any, rows: str) -> tuple[int, in
 def _piece(part: nn.Module, target: str, layer: Any, size: int, piece: str) -> tuple[int, int]:
     above, _, leaf = target.rpartition(".")
     owner: Any = part.get_submodule(above)
-    pieces, home = _ORDERED.get(leaf, ()), type(owner).__module__
-    by_head = any(getattr(owner, name, None) is value for name, value in _BY_HEAD.items())
-    if piece not in pieces or by_head or home in _BY_HEAD_CLASSES:
+    pieces, other = ORDERED.get(leaf, ()), other_order(owner)
+    first = f"{leaf}[0:{max(1, size // 3)}]"
+    if other is not None:
+        raise ValueError(
+            f"{type(owner).__name__} has the rows of its {leaf} {other}, so [{piece}] is refused. "
+            f"Write the rows as numbers, an entry for each range, such as {first}"
+        )
+    if piece not in pieces:
         shares = ", ".join(f"{leaf}[{count}/3]" for count in (1, 2, 3))
         raise ValueError(
             f"which rows of a {leaf} of {type(owner).__name__} are [{piece}] is not known: some "
-            "models go from head to head. Write the rows as numbers, such as "
-            f"{leaf}[0:{max(1, size // 3)}], or as shares, {shares}"
+            f"models go from head to head. Write the rows as numbers, such as {first}, or as "
+            f"shares, {shares}"
         )
     sizes = _sizes(owner, layer, size, len(pieces))
     begin = sum(sizes[: pieces.index(piece)])
@@ -185,15 +179,14 @@ def _warn_of_order(part: nn.Module, found: Mapping[str, Rows]) -> None:
     seen = set()
     for target, owner in owners.items():
         kind, rows = type(owner), found[target]
-        known = any(f"{kind.__module__}.".startswith(f"{checked}.") for checked in _CHECKED)
-        if not known and (kind, rows) not in seen:
+        if not is_checked(kind) and (kind, rows) not in seen:
             seen.add((kind, rows))
             log.warning(
                 "Of %s the rows %s are taken, with %s one after the other, as in most models. That "
                 "was not checked for %s: write the numbers if its order is another.",
                 target,
                 ", ".join(f"{first}:{last}" for first, last in rows),
-                ", ".join(_ORDERED[target.rpartition(".")[2]]),
+                ", ".join(ORDERED[target.rpartition(".")[2]]),
                 kind.__name__,
             )
 
@@ -204,7 +197,7 @@ def _sizes(owner: Any, layer: Any, size: int, count: int) -> list[int]:
     Raises:
         ValueError: If the sizes that the owner says do not add up to ``size``.
     """
-    if count == len(_QKV):
+    if count == len(QKV):
         heads = _number(owner, "num_heads", "num_attention_heads", "n_heads", "n_head")
         kv_heads = _number(owner, "num_key_value_heads", "num_kv_heads", "kv_heads")
         width = _number(owner, "head_dim") or size // max(1, heads + 2 * kv_heads)
@@ -217,7 +210,7 @@ def _sizes(owner: Any, layer: Any, size: int, count: int) -> list[int]:
                 )
             return sizes
     inputs = layer.nx if hasattr(layer, "nx") else layer.in_features
-    if size % count or (count == len(_QKV) and size == 2 * inputs):
+    if size % count or (count == len(QKV) and size == 2 * inputs):
         raise ValueError(f"its {size} rows are not {count} parts of one size. Write numbers")
     return [size // count] * count
 

@@ -61,6 +61,25 @@ class RankBudget:
         loss: Tensor = _PENALTY(self._peft).loss
         return loss
 
+    @property
+    def has_penalty(self) -> bool:
+        """Whether :meth:`penalty` is more than zero."""
+        return bool(self._config.orth_reg_weight > 0)
+
+    def unfinished(self) -> str | None:
+        """Returns a warning for a run that ends with more ranks than its budget, or ``None``."""
+        config, allocator = self._config, self._peft.rankallocator
+        masks = (config.rank_pattern or {}).values()
+        kept = sum(map(sum, masks)) if masks else allocator.init_bgt
+        if kept <= allocator.target_bgt:
+            return None
+        return (
+            f"AdaLoRA: training ended after {self.step} optimizer steps with {kept} ranks. Its "
+            f"budget is {allocator.target_bgt} (target_r={config.target_r}), at the latest in step "
+            f"{config.total_step - config.tfinal + 1} of {config.total_step}. Resume the run, or "
+            "train again with a `total_step` that it reaches."
+        )
+
     def after_step(self, held: set[int]) -> None:
         """Updates the importance of ranks from the gradients, and zeroes those out of the budget.
 
