@@ -21,6 +21,7 @@ from .configuration import as_peft_config as as_peft_config
 from .configuration import config_differences as config_differences
 from .configuration import config_to_dict as config_to_dict
 from .configuration import lora_config as lora_config
+from .files.adapter_checks import experts_were_dense as experts_were_dense
 from .files.adapter_files import packed_adapters as packed_adapters
 from .files.adapter_files import save_adapter as save_adapter
 from .files.adapter_format import read_adapter as read_adapter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,17 +160,9 @@ def load_with_adapters(
     """
     base_bits = bits or (adapters[0].bits if adapters else 16)
     settings = _settings(adapters, base_bits)
-    # Everything that is to stay dense, when weights are quantized as they are read.
-    saved = [a.facts.get("modules_to_save") or a.config.get("modules_to_save") for a in adapters]
-    dense = [name for names in saved for name in names or []]
-    streamed = (
-        settings is not None
-        and device.type != "cpu"
-        and engine.backend_for(settings).quantizes_on_load
-    )
     dtype = dtype_in_training(adapters[0]) if adapters else "auto"
     check_generates(adapters)
-    with engine.quantize_on_load(settings, device, dense) if streamed else nullcontext():
+    with _quantized_on_load(settings, device, adapters):
         model = load_model(base, adapters[0] if adapters else None, dtype)
     for adapter in adapters:
         engine.load_adapter(
@@ -193,6 +185,22 @@ def load_with_adapters(
         if not a.base.get("fingerprint")
     ]
     return LoadedModel(model.eval(), load_tokenizer(base), notes)
+
+
+def _quantized_on_load(
+    settings: Any | None, device: torch.device, adapters: Sequence[Adapter]
+) -> AbstractContextManager[Any]:
+    """A context in which weights are quantized as they are read, where that saves memory."""
+    if (
+        settings is None
+        or device.type == "cpu"
+        or not engine.backend_for(settings).quantizes_on_load
+    ):
+        return nullcontext()
+    saved = [a.facts.get("modules_to_save") or a.config.get("modules_to_save") for a in adapters]
+    dense = [name for names in saved for name in names or []]
+    dense_experts = any(engine.experts_were_dense(adapter.facts) for adapter in adapters)
+    return engine.quantize_on_load(settings, device, dense, dense_experts=dense_experts)
 
 
 def check_generates(adapters: Sequence[Adapter]) -> None:

@@ -80,6 +80,23 @@ def test_peft_reads_all_that_is_adapted_by_default(kind, tmp_path):
     assert torch.equal(output_of(fresh, {"input_ids": IDS}), expected)
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        {"rank_pattern": {"experts.gate_up_proj": 2, "down_proj": 3}},
+        {"alpha_pattern": {r".*experts\.down_proj": 2}},
+    ],
+)
+def test_patterns_for_experts_are_read_from_folders(pattern, tmp_path):
+    model, base = trained(target_parameters=PARAMETERS, **pattern)
+    lightning_peft.save_adapter(model, tmp_path)
+    expected, fresh = output_of(model, {"input_ids": IDS}), copy.deepcopy(base)
+    lightning_peft.load_adapter(fresh, tmp_path)
+    assert torch.equal(output_of(fresh, {"input_ids": IDS}), expected)
+    theirs = PeftModel.from_pretrained(base, str(tmp_path))
+    assert relative_error(output_of(theirs, {"input_ids": IDS}), expected) < 2e-6
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["qwen3", "gpt-oss"])
 def test_outputs_and_gradients_are_those_of_peft(kind, way):

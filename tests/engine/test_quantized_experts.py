@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -17,6 +18,7 @@ from lightning_peft.engine.backends.bnb4 import FOUR_BIT
 from lightning_peft.engine.backends.expert_layers import QuantizedExperts
 from lightning_peft.engine.backends.registry import storage_bytes
 from lightning_peft.engine.layers.expert_weights import ExpertWeight, RoutedExperts
+from lightning_peft.errors import BaseMismatchError, CheckpointError
 
 from .reference import injected, output_of, randomize, relative_error
 from .test_experts import IDS, PARAMETERS, WAYS, model_of
@@ -26,6 +28,12 @@ NF4 = engine.quantization_config()
 EXPERTS_ALONE = engine.quantization_config()
 EXPERTS_ALONE.llm_int8_skip_modules = ["q_proj", "k_proj", "v_proj", "o_proj"]
 BATCH = {"input_ids": IDS}
+
+
+def without_experts():
+    config = engine.quantization_config()
+    config.llm_int8_skip_modules = ["experts"]
+    return config
 
 
 def quantized(kind="qwen3", way="grouped_mm", **settings):
@@ -143,13 +151,65 @@ def test_quantized_experts_are_copied_pickled_and_verified():
 
 
 def test_experts_named_to_be_skipped_stay_dense():
-    config = engine.quantization_config()
-    config.llm_int8_skip_modules = ["experts"]
-    model = injected(model_of(), r=2, quantization_config=config)
+    model = injected(model_of(), r=2, quantization_config=without_experts())
     experts = model.model.layers[0].mlp.experts
     assert experts._parameters["down_proj"].dtype == torch.float32
     assert not any(isinstance(x, QuantizedExperts) for x in model.modules())
     assert engine.record_of(model).parts[""].quantized
+
+
+def test_folders_keep_experts_as_they_were_in_training(tmp_path):
+    model = quantized(quantization_config=without_experts())
+    lightning_peft.save_adapter(model, tmp_path)
+    # As versions wrote it that could not quantize experts.
+    written = tmp_path / "provenance.json"
+    facts = json.loads(written.read_text())
+    facts["quantization"].pop("llm_int8_skip_modules")
+    written.write_text(json.dumps(facts))
+    fresh = model_of()
+    lightning_peft.load_adapter(fresh, tmp_path, quantization_config=NF4)
+    assert not any(isinstance(x, QuantizedExperts) for x in fresh.modules())
+    assert torch.equal(output_of(fresh, BATCH), output_of(model, BATCH))
+    match = "on a quantized base with dense experts, and the experts of this module are quantized"
+    with pytest.raises(BaseMismatchError, match=match):
+        lightning_peft.load_adapter(quantized(), tmp_path, adapter_name="other")
+    lightning_peft.save_adapter(quantized(quantization_config=NF4), tmp_path / "codes")
+    with pytest.raises(BaseMismatchError, match="with quantized experts, and the .* are dense"):
+        lightning_peft.load_adapter(fresh, tmp_path / "codes", adapter_name="other")
+    lightning_peft.load_adapter(model_of(), tmp_path / "codes")
+
+
+def test_runs_of_before_go_on_without_quantized_experts():
+    described = engine.describe(quantized(quantization_config=without_experts()))
+    described["parts"][""]["quantization"].pop("llm_int8_skip_modules")
+    engine.check_description(quantized(quantization_config=without_experts()), described)
+    match = r"dense in the checkpoint and quantized now\. llm_int8_skip_modules=\['experts'\] in"
+    with pytest.raises(CheckpointError, match=match):
+        engine.check_description(quantized(quantization_config=NF4), described)
+
+
+def test_state_dicts_have_the_constants():
+    model = quantized()
+    state = model.state_dict()
+    experts = model.model.layers[0].mlp.experts
+    name = "model.layers.0.mlp.experts.down_proj"
+    tensors = {key: state[f"{name}.{key}"] for key in FOUR_BIT.state_tensors(
+        experts._parameters["down_proj"]) if key != "codes"}  # fmt: skip
+    again = FOUR_BIT.from_state_tensors({"codes": state[name], **tensors}, torch.device("cpu"))
+    layer = experts.down_proj_per_expert
+    assert torch.equal(
+        FOUR_BIT.dequantize_rows(again, 0, 128).view(4, 32, 16), layer.effective_weight()
+    )
+    left = engine.drop_frozen_base(model, state)
+    assert left.keys() == engine.trainable_state_dict(model).keys()
+
+
+def test_loading_leaves_experts_dense_where_they_were(tmp_path):
+    model_of().save_pretrained(tmp_path)
+    with engine.quantize_on_load(NF4, torch.device("cpu"), [], dense_experts=True) as loading:
+        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loading.layers
+    assert not any(isinstance(x, ExpertWeight) for _, x in loading.layers)
 
 
 def test_loading_quantizes_experts_as_they_are_read(tmp_path):

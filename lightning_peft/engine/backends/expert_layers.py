@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_peft.compat.torch import FakeTensor
 from lightning_peft.engine.backends.layers import QuantizedLayer, output_dtype
-from lightning_peft.engine.layers.expert_weights import ExpertMixin
+from lightning_peft.engine.layers.expert_weights import ExpertMixin, parameter_name
 
 
 class QuantizedExperts(ExpertMixin, QuantizedLayer):
@@ -71,7 +71,10 @@ class QuantizedExperts(ExpertMixin, QuantizedLayer):
         return input.float() @ (weight if self.is_transposed else weight.t())
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Saves nothing: the codes are the experts' own parameter."""
+        """Saves the constants next to the codes, which are the experts' own parameter."""
+        name = parameter_name(prefix.removesuffix("."))
+        for key, value in self.constants_in_state().items():
+            destination[f"{name}.{key}"] = value if keep_vars else value.detach()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The experts put the codes back: they may have no attributes yet.

@@ -108,12 +108,16 @@ class QuantizedLayer(LayerMixin):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         # Not that of the library's class below, which may change the stored weight.
         save_to_state_dict(self, destination, prefix, keep_vars)  # type: ignore[arg-type]
+        for key, value in self.constants_in_state().items():
+            destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
+
+    def constants_in_state(self) -> dict[str, Tensor]:
+        """What a state dict has of the weight besides the codes, by the last step of its keys."""
         if self.packed is not None:
             # The constants are among the bytes.
-            return
-        for key, value in self.backend.state_tensors(self._parameters["weight"]).items():
-            if key != "codes":
-                destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
+            return {}
+        tensors = self.backend.state_tensors(self._parameters["weight"])
+        return {key: value for key, value in tensors.items() if key != "codes"}
 
     def quantization_keys(self) -> list[str]:
         """The keys in a state dict, besides those of parameters, that the weight consists of."""

@@ -20,7 +20,12 @@ from lightning_peft.engine.adapters import (
     trained_parameters,
 )
 from lightning_peft.engine.configuration import config_from_dict
-from lightning_peft.engine.files.adapter_checks import AdapterFolder, check_base_of, check_fit
+from lightning_peft.engine.files.adapter_checks import (
+    AdapterFolder,
+    check_base_of,
+    check_fit,
+    experts_were_dense,
+)
 from lightning_peft.engine.files.adapter_fields import checked_fields
 from lightning_peft.engine.files.adapter_format import CONFIG_FILE, read_adapter
 from lightning_peft.engine.files.base_tensors import include_in_files
@@ -273,7 +278,12 @@ def _inject_for_file(
             layer: tuple(map(tuple, r)) for layer, r in (folder.facts.get("rows") or {}).items()
         }
         request = InjectionRequest(
-            config, quantization, adapter_name, {folder.part: folder.saved}, {folder.part: rows}
+            config,
+            quantization,
+            adapter_name,
+            {folder.part: folder.saved},
+            {folder.part: rows},
+            dense_experts=experts_were_dense(folder.facts),
         )
         inject_config(module, request, [folder.part])
     except (ConfigError, TargetModulesError) as error:

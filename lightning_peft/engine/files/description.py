@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from lightning_peft.engine.adapters import set_adapter
-from lightning_peft.engine.backends.registry import quantization_from_dict
+from lightning_peft.engine.backends.registry import backend_for, backends, quantization_from_dict
 from lightning_peft.engine.configuration import config_differences, config_from_dict
+from lightning_peft.engine.files.adapter_checks import stored_as
 from lightning_peft.engine.files.base_tensors import include_in_files
 from lightning_peft.engine.injection import EXPERTS, inject_config
 from lightning_peft.engine.layers.attention import projection_scale, scale_problem
@@ -114,16 +115,18 @@ def _part_problems(record: Record, described: Mapping[str, Any]) -> list[str]:
     for name in sorted(mine & theirs):
         part, other = record.parts[name], described["parts"][name]
         where = name or "the module"
-        if part.quantization != other["quantization"]:
+        codes = [bool(facts.get(EXPERTS)) for facts in (other["base_id"], part.base_id)]
+        if _without_experts(part.quantization) != _without_experts(other["quantization"]):
             problems.append(
                 f"{where}: quantization is {other['quantization']} in the checkpoint and "
                 f"{part.quantization} now"
             )
-        codes = [bool(facts.get(EXPERTS)) for facts in (other["base_id"], part.base_id)]
-        if other["quantization"] and codes[0] != codes[1]:
+        elif part.quantization and codes[0] != codes[1]:
+            argument = backend_for(quantization_from_dict(part.quantization)).skip_argument
             problems.append(
-                f"{where}: weights of experts are {_stored(codes[0])} in the checkpoint and "
-                f"{_stored(codes[1])} now (the skipped modules of the quantization decide)"
+                f"{where}: weights of experts are {stored_as(codes[0])} in the checkpoint and "
+                f"{stored_as(codes[1])} now. {argument}=['experts'] in the quantization config "
+                "leaves them dense, as versions that could not quantize them did"
             )
         for adapter in sorted({*part.adapters, *other["adapters"]}):
             if adapter not in part.adapters or adapter not in other["adapters"]:
@@ -159,8 +162,15 @@ def _scale_problems(
             yield from scale_problem(saved, projection_scale(part, info.targets))
 
 
-def _stored(as_codes: bool) -> str:
-    return "quantized" if as_codes else "dense"
+def _without_experts(settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Returns quantization settings without the entry that leaves experts dense, compared apart."""
+    if settings is None:
+        return None
+    arguments = {backend.skip_argument for backend in backends()}
+    kept = dict(settings)
+    for name in arguments & settings.keys():
+        kept[name] = [entry for entry in settings[name] or [] if entry != "experts"]
+    return {name: value for name, value in kept.items() if name not in arguments or value}
 
 
 def _check_base(part: AdaptedModuleRecord, described: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_peft.engine.methods.registry import method_of
+from lightning_peft.engine.selection.parameters import expert_weights
 from lightning_peft.engine.selection.parts import inside
 from lightning_peft.engine.selection.targets import PATTERN_FIELDS, all_names
 from lightning_peft.errors import CheckpointError, itemize
@@ -29,7 +30,10 @@ def fields_for(part: nn.Module, fields: Mapping[str, Any]) -> dict[str, Any]:
 
     PEFT passes over them. That all tensors of the file have a place is checked later.
     """
-    names = [known for names in all_names(part).values() for known in names]
+    known = all_names(part)
+    names = [alias for aliases in known.values() for alias in aliases]
+    # Here experts have no layers yet.
+    adapted = [*names, *expert_weights(part, known)]
 
     def steps(entry: str) -> bool:
         return any(name == entry or name.endswith(f".{entry}") for name in names)
@@ -39,7 +43,7 @@ def fields_for(part: nn.Module, fields: Mapping[str, Any]) -> dict[str, Any]:
 
     def pattern(entry: str) -> bool:
         try:
-            return any(re.match(rf"(.*\.)?({entry})$", name) for name in names)
+            return any(re.match(rf"(.*\.)?({entry})$", name) for name in adapted)
         except re.error:
             # Named in an error later.
             return True

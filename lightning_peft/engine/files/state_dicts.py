@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lightning_peft.compat.torch import persistent_buffers
 from lightning_peft.engine.adapters import adapted_layers, adapter_parameters, refuse_merged
 from lightning_peft.engine.backends.layers import QuantizedLayer
+from lightning_peft.engine.layers.expert_weights import weight_name
 from lightning_peft.engine.record import AdaptedModuleRecord, require_record
 from lightning_peft.errors import CheckpointError, itemize
 
@@ -124,7 +125,7 @@ def _companions(module: nn.Module, names: Mapping[str, set[str]]) -> set[str]:
         weight.removesuffix("weight") + key
         for name, child in module.named_modules(remove_duplicate=False)
         if isinstance(child, QuantizedLayer)
-        for weight in names.get(f"{name}.weight".lstrip("."), ())
+        for weight in names.get(weight_name(name), ())
         for key in child.quantization_keys()
     }
 

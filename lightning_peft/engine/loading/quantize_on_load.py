@@ -54,7 +54,11 @@ _current: ContextVar[Loading | None] = ContextVar("quantize_on_load", default=No
 
 @contextmanager
 def quantize_on_load(
-    settings: Any, device: torch.device, dense: list[str], cached: bool = False
+    settings: Any,
+    device: torch.device,
+    dense: list[str],
+    cached: bool = False,
+    dense_experts: bool = False,
 ) -> Iterator[Loading]:
     """Within the body, ``from_pretrained`` of this thread quantizes linear layers as it reads them.
 
@@ -66,11 +70,12 @@ def quantize_on_load(
         device: Where the model goes.
         dense: Names of further modules that stay dense; parts of names count too.
         cached: Take codes from the cache of quantized bases, and note what may go into it.
+        dense_experts: Leave weights of experts dense.
 
     Yields:
         What was loaded.
     """
-    loading = Loading(settings, device, dense, cached)
+    loading = Loading(settings, device, dense, cached, dense_experts)
     token = _current.set(loading)
     try:
         with intercepted_from_pretrained(from_pretrained):

@@ -65,6 +65,7 @@ class Loading:
         device: Where the model ends up.
         dense: Names, relative to the model, of modules that stay dense.
         cached: Whether the cache of quantized bases is used.
+        dense_experts: Whether weights of experts stay dense.
         layers: The layers that were quantized while they were loaded, by their names.
         loads: The calls that the cache may serve, in order, with their models.
     """
@@ -73,6 +74,7 @@ class Loading:
     device: torch.device
     dense: list[str]
     cached: bool = False
+    dense_experts: bool = False
     layers: list[tuple[str, nn.Module]] = field(default_factory=list)
     loads: list[CachedLoad] = field(default_factory=list)
 
@@ -125,7 +127,8 @@ class _StreamedQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: Any = None, **kwargs: Any
     ) -> None:
         expose_experts(model)
-        candidates = quantizable(model, self.loading.dense, backend_for(self.loading.settings))
+        backend = None if self.loading.dense_experts else backend_for(self.loading.settings)
+        candidates = quantizable(model, self.loading.dense, backend)
         # A load may read newer files of the hub than those that were hashed.
         if (
             self.cached is not None

@@ -8,7 +8,12 @@ from typing import Any
 from peft import PeftConfig
 from torch import nn
 
-from lightning_peft.engine.layers.expert_weights import ExpertWeight, parameter_name, run_problem
+from lightning_peft.engine.layers.expert_weights import (
+    ExpertWeight,
+    expert_parameters,
+    parameter_name,
+    run_problem,
+)
 from lightning_peft.engine.layers.kinds import ADAPTABLE
 from lightning_peft.engine.methods.registry import method_of
 from lightning_peft.engine.selection.parts import Exclusions
@@ -52,6 +57,21 @@ def expert_layers(
         and layer.owner not in exclusions.left
         and layer.owner not in exclusions.unused
         and run_problem(layer.owner) is None
+    ]
+
+
+def expert_weights(part: nn.Module, names: Mapping[str, list[str]]) -> list[str]:
+    """Returns all names of the weights of experts in ``part``, whether they have layers or not.
+
+    Args:
+        part: The part.
+        names: All names of its submodules, by the first one.
+    """
+    return [
+        f"{alias}.{weight}"
+        for name, known in names.items()
+        for weight in expert_parameters(part.get_submodule(name))
+        for alias in known
     ]
 
 
