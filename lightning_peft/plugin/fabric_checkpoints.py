@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lightning_peft import engine
-from lightning_peft.errors import CheckpointError, ConfigError
+from lightning_peft.errors import CheckpointError, ConfigError, itemize
 from lightning_peft.plugin.adapter_checks import check_frozen, check_same_base_on_all_ranks
 from lightning_peft.plugin.checkpoint_content import (
     CHECKPOINT_KEY,
@@ -46,12 +48,14 @@ def save_fabric_checkpoint(
         module: What ``fabric.setup`` returned, or the module itself, after
             :func:`lightning_peft.inject`.
         optimizers: One optimizer or several.
-        **state: Further tensors and plain values to get back, such as ``step=step``.
+        **state: Further tensors and plain values to get back, such as ``step=step``, also in
+            dicts, lists and tuples. Scalars of NumPy come back as numbers of Python.
 
     Returns:
         The path.
 
     Raises:
+        ConfigError: If values of ``state`` or of the optimizers could not be loaded; all are named.
         LifecycleError: If the module has no adapters, or base weights were set to train since.
         BaseMismatchError: If the processes have different bases.
     """
@@ -59,19 +63,20 @@ def save_fabric_checkpoint(
     engine.require_record(plain)
     check_frozen(plain)
     check_same_base_on_all_ranks(plain)
+    own = _listed(optimizers)
+    _check_loadable(state, own)
     processes: list[Any] = [random_state()]
     if fabric.world_size > 1:
         processes *= fabric.world_size
         torch.distributed.all_gather_object(processes, random_state())
     if fabric.is_global_zero:
         tensors = engine.trainable_state_dict(plain)
-        own = _listed(optimizers)
         described = engine.describe(plain)
         described |= {"processes": [], "left_out": [], "optimizers": engine.optimizer_names(own)}
         content = {
             "state_dict": tensors,
-            "optimizer_states": [optimizer.state_dict() for optimizer in own],
-            _STATE: {"random": processes, "user": state},
+            "optimizer_states": [_numbers(optimizer.state_dict()) for optimizer in own],
+            _STATE: {"random": processes, "user": _numbers(state)},
         }
         write_adapter_folder(target, engine.packed_adapters(plain, {}))
         write_whole_file(pack_checkpoint(plain, content, described, tuple(tensors)), target)
@@ -120,6 +125,54 @@ def load_fabric_checkpoint(
         set_random_state(processes[fabric.global_rank])
     user: dict[str, Any] = checkpoint[_STATE]["user"]
     return user
+
+
+def _check_loadable(state: dict[str, Any], optimizers: list[Any]) -> None:
+    """Checks that ``load_fabric_checkpoint``, which runs no code, will take the values."""
+    values = dict(state)
+    for index, optimizer in enumerate(optimizers):
+        for group in optimizer.param_groups:
+            settings = {key: value for key, value in group.items() if key != "params"}
+            values |= {f"{key} of optimizer {index}": value for key, value in settings.items()}
+    objects = [f"{name}={v!r:.60}" for name, v in values.items() if not _is_loadable(v)]
+    if objects:
+        raise ConfigError(
+            "These values could not be loaded again without running code in the file:"
+            + itemize(objects)
+            + "\nGive tensors, numbers, texts, and dicts, lists or tuples of them: str(path) for a "
+            "path, torch.as_tensor(array) for an array."
+        )
+
+
+def _is_loadable(value: Any) -> bool:
+    file = io.BytesIO()
+    try:
+        # All but the tensors, which may be large and are always taken.
+        torch.save(_numbers(value, tensors=False), file)
+        file.seek(0)
+        _read(file, weights_only=True)
+    except Exception:
+        return False
+    return True
+
+
+def _numbers(value: Any, tensors: bool = True) -> Any:
+    """Returns a value with numbers of Python for NumPy's, which are objects.
+
+    Args:
+        value: Anything.
+        tensors: Whether to leave tensors in; else there is ``None`` for each.
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) in (torch.Tensor, torch.nn.Parameter):
+        return value if tensors else None
+    if type(value) is dict:
+        pairs = value.items()
+        return {_numbers(key, tensors): _numbers(item, tensors) for key, item in pairs}
+    if type(value) in (list, tuple, set):
+        return type(value)(_numbers(item, tensors) for item in value)
+    return value
 
 
 def _plain_module(module: Any) -> Any:

@@ -20,6 +20,7 @@ from lightning_peft.plugin.checkpoint_io import (
     write_adapter_folder,
     write_whole_file,
 )
+from lightning_peft.plugin.foreign_optimizer import optimizer_states
 from lightning_peft.plugin.lightning_cli import find_modules_here
 from lightning_peft.plugin.loading import build_module, load_from_checkpoint
 from lightning_peft.plugin.namespace import namespace_of_class
@@ -65,12 +66,13 @@ def import_checkpoint(
         arguments: Arguments of the constructor, over those in the file.
         lora_alpha: The scale of the adapters, for all or by submodule, where neither file nor
             module says it.
-        use_rslora: Whether that scale was by the root of the rank.
+        use_rslora: Whether that scale was by the root of the rank, where the file lacks it.
         allow_unmapped: Leave out keys that the module has no place for.
         adapt: The submodule that a PEFT folder is for; by default the only pretrained part.
 
     Raises:
-        CheckpointError: If the file is sharded, damaged, unsafe, or does not fit.
+        CheckpointError: If the file is sharded, damaged, unsafe, or does not fit, or the module
+            wraps its layers with another scale.
         ConfigError: If the class or its arguments are wrong, or ``output`` is there already.
     """
     if output.exists() or adapter_folder(output).exists():
@@ -87,13 +89,12 @@ def import_checkpoint(
         engine.load_adapter(module, source, adapt=adapt, is_trainable=True)
         loaded = _of_folder(module)
     else:
-        saved = checkpoint.get(MODULE_KEY) or {}
-        known = saved.get("lora_alpha")
         loaded = engine.load_foreign_state(
             module,
             checkpoint["state_dict"],
-            lora_alpha=known if lora_alpha is None else lora_alpha,
+            lora_alpha=lora_alpha,
             use_rslora=use_rslora,
+            hyperparameters=checkpoint.get(MODULE_KEY) or {},
             allow_unmapped=allow_unmapped,
         )
     result = Imported(output, adapter_folder(output), loaded)
@@ -189,7 +190,7 @@ def _content(
     """Returns the content of the new file; without an optimizer it cannot be resumed."""
     described = engine.describe(module)
     state = engine.trainable_state_dict(module)
-    states, result.optimizer, names = _optimizer_states(module, checkpoint, result.loaded.names)
+    states, result.optimizer, names = optimizer_states(module, checkpoint, result.loaded.names)
     described["processes"], described["optimizers"] = [], names
     old = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
     content = {
@@ -207,96 +208,6 @@ def _content(
     content, described["left_out"] = strip_objects(content)
     module.on_save_checkpoint(content)
     return pack_checkpoint(module, content, described, tuple(state))
-
-
-def _optimizer_states(
-    module: Any, checkpoint: Mapping[str, Any], names: Mapping[str, str]
-) -> tuple[list[Any] | None, str, list[str] | None]:
-    """Returns the states for the optimizers of the module as it is now, or why there are none."""
-    old = checkpoint.get("optimizer_states")
-    if not old:
-        return None, "not in the file", None
-    try:
-        optimizers = _listed(module.configure_optimizers())
-    except Exception as error:
-        reason = f"configure_optimizers needs a Trainer ({first_line(error)})"
-        return None, f"left out: {reason}", None
-    if len(old) != len(optimizers):
-        return None, f"left out: {len(old)} in the file, {len(optimizers)} in the module", None
-    keys = _parameter_keys(module, checkpoint["state_dict"], names)
-    live = {id(param): name for name, param in module.named_parameters()}
-    states = []
-    for theirs, optimizer in zip(old, optimizers, strict=True):
-        mapped = _mapped_state(theirs, optimizer, keys, live)
-        if isinstance(mapped, str):
-            return None, f"left out: {mapped}", None
-        states.append(mapped)
-    return states, "restored", engine.optimizer_names(optimizers)
-
-
-def _listed(made: Any) -> list[Any]:
-    if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], list):
-        made = made[0]
-    found = list(made) if isinstance(made, (list, tuple)) else [made]
-    return [one["optimizer"] if isinstance(one, dict) else one for one in found if one is not None]
-
-
-def _parameter_keys(
-    module: Any, state: Mapping[str, Any], names: Mapping[str, str]
-) -> list[str | None]:
-    """Returns the names of now of all parameters of the old module, in its order.
-
-    ``None`` stands for one that is not there any more: the values before training that PEFT keeps.
-    """
-    buffers = {name for name, _ in module.named_buffers()}
-    seen: set[int] = set()
-    keys: list[str | None] = []
-    for key, value in state.items():
-        # Tied parameters are one, and have one place in memory.
-        if isinstance(value, torch.Tensor) and names.get(key) not in buffers:
-            if value.data_ptr() not in seen or not value.numel():
-                keys.append(names.get(key))
-            seen.add(value.data_ptr())
-    return keys
-
-
-def _mapped_state(
-    theirs: Mapping[str, Any], optimizer: Any, keys: list[str | None], live: Mapping[int, str]
-) -> dict[str, Any] | str:
-    """Moves states to the places of the same parameters, or returns why that is not possible.
-
-    By name where the old optimizer had all parameters; by order, and with the same shapes, where it
-    had those that train.
-    """
-    groups, old_groups = optimizer.param_groups, theirs["param_groups"]
-    if len(groups) != len(old_groups):
-        return f"{len(old_groups)} parameter groups in the file, {len(groups)} in the module"
-    state, written, place = {}, [], 0
-    for group, old in zip(groups, old_groups, strict=True):
-        params, indexes = group["params"], old["params"]
-        position = {live.get(id(param)): i for i, param in enumerate(params)}
-        trained = [i for i, param in enumerate(params) if param.requires_grad]
-        with_state = [index for index in indexes if index in theirs["state"]]
-        if len(groups) == 1 and len(indexes) == len(keys):
-            pairs = [(i, position.get(key)) for i, key in zip(indexes, keys, strict=True)]
-            pairs = [(i, where) for i, where in pairs if i in theirs["state"]]
-        elif len(trained) in (len(indexes), len(with_state)):
-            source = indexes if len(indexes) == len(trained) else with_state
-            pairs = [(i, w) for i, w in zip(source, trained, strict=True) if i in theirs["state"]]
-        else:
-            return f"{len(indexes)} tensors in a group of the file, and {len(trained)} train in it"
-        for index, where in pairs:
-            shapes = _shapes(theirs["state"][index])
-            if where is None or any(shape != params[where].shape for shape in shapes):
-                return f"state {index} in the file is not that of a tensor that trains"
-            state[place + where] = theirs["state"][index]
-        written.append({**old, "params": list(range(place, place + len(params)))})
-        place += len(params)
-    return {"state": state, "param_groups": written}
-
-
-def _shapes(values: Mapping[str, Any]) -> list[torch.Size]:
-    return [v.shape for v in values.values() if isinstance(v, torch.Tensor) and v.ndim]
 
 
 def _check_written(cls: Any, output: Path, arguments: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fabric_run import build, train
@@ -66,6 +67,27 @@ def test_the_file_resumes_in_this_process_and_holds_no_base(fabric, tmp_path):
     assert saved == {"step": 2}
     assert train(fabric, again, optimizer, 3, 6) == whole[3:]
     assert equal(module.state_dict(), again.state_dict())
+
+
+def test_values_that_could_not_be_loaded_are_refused_before_anything_is_written(fabric, tmp_path):
+    module, optimizer = build()
+    path = tmp_path / "a.ckpt"
+    odd = {"best": Path("b.ckpt"), "scores": [1.5, {"f1": np.ones(2)}], "step": 3}
+    with pytest.raises(ConfigError, match=r"(?s)again without.*- best=.*- scores=\[1\.5") as info:
+        lightning_peft.save_fabric_checkpoint(fabric, path, module, optimizer, **odd)
+    assert "step" not in str(info.value)
+    assert not list(tmp_path.iterdir())
+    optimizer.param_groups[0]["lr"] = np.float64(0.5)
+    plain = {"loss": np.float32(1.5), "by": {np.int64(2): (np.bool_(True),)}, "w": torch.ones(2)}
+    lightning_peft.save_fabric_checkpoint(fabric, path, module, optimizer, **plain)
+    found = lightning_peft.load_fabric_checkpoint(fabric, path, module, optimizer)
+    assert torch.equal(found.pop("w"), torch.ones(2))
+    assert found == {"loss": 1.5, "by": {2: (True,)}}
+    assert type(optimizer.param_groups[0]["lr"]) is type(found["loss"]) is float
+    optimizer.param_groups[0]["origin"] = Path("recipe")
+    with pytest.raises(ConfigError, match="origin of optimizer 0="):
+        lightning_peft.save_fabric_checkpoint(fabric, tmp_path / "b.ckpt", module, optimizer)
+    assert not (tmp_path / "b.ckpt").exists()
 
 
 def test_what_does_not_fit_is_refused(fabric, tmp_path):

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_peft
 from lightning_peft.cli import main
 from lightning_peft.errors import CheckpointError, ConfigError
+from lightning_peft.plugin.foreign_optimizer import _mapped_state
 from lightning_peft.plugin.importing import import_checkpoint
 
 ALPHA = 12
@@ -201,6 +202,116 @@ def test_ranks_and_scales_by_layer_and_a_parameter_without_a_state(tmp_path):
     for index, state in theirs.items():
         name = old_names[index].replace("base_model.model.", "")
         assert torch.equal(found[name], state["exp_avg"])
+
+
+class Towers(pl.LightningModule):
+    """Two small towers; ``order`` is that of their definition, ``taken`` that of the optimizer."""
+
+    def __init__(self, order="ab", taken="ab", lora_alpha=ALPHA, use_rslora=False):
+        super().__init__()
+        self.save_hyperparameters()
+        self.taken = taken
+        for name in order:
+            with torch.random.fork_rng():
+                torch.manual_seed(ord(name))
+                setattr(self, name, nn.Sequential(nn.Linear(6, 6)))
+
+    def forward(self, x):
+        return self.a(x).sum(1) * 2 + self.b(x).sum(1) ** 2
+
+    def configure_optimizers(self):
+        params = [p for name in self.taken for p in getattr(self, name).parameters()]
+        return torch.optim.AdamW([p for p in params if p.requires_grad], lr=0.1)
+
+
+class WrappedTowers(Towers):
+    def __init__(self, order="ab", taken="ab", lora_alpha=ALPHA, use_rslora=False):
+        super().__init__(order, taken, lora_alpha, use_rslora)
+        for name in "ab":
+            config = peft.LoraConfig(
+                r=4, lora_alpha=lora_alpha, use_rslora=use_rslora, target_modules=["0"]
+            )
+            setattr(self, name, peft.get_peft_model(getattr(self, name), config))
+
+
+def trained(folder: Path, **given) -> tuple[Path, nn.Module, torch.optim.Optimizer]:
+    """A checkpoint of wrapped towers after two steps, the module and its optimizer."""
+    torch.manual_seed(4)
+    module = WrappedTowers(**given)
+    optimizer = module.configure_optimizers()
+    for _ in range(2):
+        optimizer.zero_grad()
+        module(loader().dataset.tensors[0]).sum().backward()
+        optimizer.step()
+    content = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    torch.save({**content, "optimizer_states": [optimizer.state_dict()]}, folder / "old.ckpt")
+    return folder / "old.ckpt", module, optimizer
+
+
+@pytest.mark.parametrize(
+    ("given", "changed", "certain"),
+    [
+        ({}, {}, True),
+        ({}, {"order": "ba", "taken": "ba"}, False),
+        ({"taken": "ba"}, {}, False),
+    ],
+)
+def test_moments_come_over_where_their_order_is_certain(given, changed, certain, tmp_path):
+    source, module, optimizer = trained(tmp_path, **given)
+    new = tmp_path / "new.ckpt"
+    result = import_checkpoint(source, f"{__name__}:Towers", new, arguments=changed)
+    x = loader().dataset.tensors[0]
+    again = lightning_peft.load_from_checkpoint(Towers, new, **changed)
+    torch.testing.assert_close(again(x), module(x))
+    content = torch.load(new, weights_only=True)
+    if not certain:
+        assert "left out: the file does not say in which order its optimizer" in result.optimizer
+        assert "optimizer_states" not in content
+        return
+    assert result.optimizer == "restored"
+    ours = again.configure_optimizers()
+    ours.load_state_dict(content["optimizer_states"][0])
+    names = {id(p): name for name, p in again.named_parameters()}
+    found = {names[id(p)]: state["exp_avg"] for p, state in ours.state.items()}
+    for name, param in module.named_parameters():
+        if param in optimizer.state:
+            moment = found.pop(name.replace("base_model.model.", ""))
+            assert torch.equal(moment, optimizer.state[param]["exp_avg"])
+    assert not found
+
+
+def test_shapes_decide_where_orders_differ(tmp_path):
+    """One tensor of each shape is in another order now."""
+    param = {name: torch.nn.Parameter(torch.ones(n)) for n, name in enumerate("abc", 1)}
+    live = {id(value): name for name, value in param.items()}
+    states = {n: {"exp_avg": torch.full((n + 1,), float(n))} for n in range(3)}
+    old = {"state": states, "param_groups": [{"lr": 0.5, "params": [0, 1, 2]}]}
+    optimizer = torch.optim.AdamW([param["c"], param["b"], param["a"]])
+    mapped = _mapped_state(old, optimizer, ["a", "b", "c"], live)
+    assert mapped["state"] == {0: states[2], 1: states[1], 2: states[0]}
+    assert mapped["param_groups"] == [{"lr": 0.5, "params": [0, 1, 2]}]
+    # The other way round: the old optimizer had the order of the one of now.
+    turned = {"state": {n: states[2 - n] for n in range(3)}, "param_groups": old["param_groups"]}
+    assert _mapped_state(turned, optimizer, ["a", "b", "c"], live)["state"] == turned["state"]
+    assert "state 0 in the file is not that" in _mapped_state(old, optimizer, ["b", "a", "c"], live)
+
+
+def test_the_scale_of_the_file_and_that_of_the_module(tmp_path):
+    source, module, _ = trained(tmp_path, use_rslora=True)
+    where = (source, f"{__name__}:Towers", tmp_path / "new.ckpt")
+    import_checkpoint(*where)
+    x = loader().dataset.tensors[0]
+    again = lightning_peft.load_from_checkpoint(Towers, where[2])
+    torch.testing.assert_close(again(x), module(x))
+    itself = (source, f"{__name__}:WrappedTowers", tmp_path / "wrapped.ckpt")
+    with pytest.raises(CheckpointError, match=f"lora_alpha=3 is given, the module has {ALPHA}"):
+        import_checkpoint(*itself, lora_alpha=3)
+    with pytest.raises(CheckpointError, match="use_rslora is given, the module has lora_alpha / r"):
+        import_checkpoint(*itself, arguments={"use_rslora": False}, use_rslora=True)
+    assert not itself[2].exists()
+    import_checkpoint(*itself, lora_alpha={"a": ALPHA}, use_rslora=True)
+    again = lightning_peft.load_from_checkpoint(WrappedTowers, itself[2])
+    torch.testing.assert_close(again(x), module(x))
 
 
 def test_a_peft_folder(old, tmp_path):

@@ -20,7 +20,7 @@ from lightning_peft.engine.files.adapter_format import CONFIG_FILE, PREFIX, WEIG
 from lightning_peft.engine.files.adapter_loading import load_adapter
 from lightning_peft.engine.files.base_tensors import include_in_files
 from lightning_peft.engine.injection import inject
-from lightning_peft.engine.peft_wrappers import find_peft_wrapped
+from lightning_peft.engine.peft_wrappers import PeftWrapped, find_peft_wrapped
 from lightning_peft.engine.record import record_of, require_record
 from lightning_peft.engine.selection.parts import inside
 from lightning_peft.engine.selection.scope import find_parts
@@ -85,6 +85,7 @@ def load_foreign_state(
     lora_alpha: float | Mapping[str, float] | None = None,
     use_rslora: bool = False,
     allow_unmapped: bool = False,
+    hyperparameters: Mapping[str, Any] | None = None,
 ) -> ForeignLoad:
     """Loads a state dict with LoRA factors, written by PEFT in a LightningModule or by hand.
 
@@ -99,19 +100,20 @@ def load_foreign_state(
             needed where the module itself wraps its layers.
         use_rslora: Whether the scale was ``lora_alpha / sqrt(r)``.
         allow_unmapped: Leave out keys that the module has no place for.
+        hyperparameters: Those of the file, which may have the scale.
 
     Raises:
         CheckpointError: If there are no factors, or keys without a place, or tensors that do not
-            fit, or the scale is not known; all are named.
+            fit, or the scale is not known, or not that of the module; all are named.
     """
     wrapped = find_peft_wrapped(module)
-    settings: dict[str, Any] = {"use_rslora": use_rslora}
-    if wrapped:
-        fields = config_to_dict(wrapped[0].config)
-        lora_alpha = fields["lora_alpha"]
-        settings = {
-            key: fields[key] for key in ("use_rslora", "rank_pattern", "alpha_pattern", "r")
-        }
+    if not wrapped:
+        saved = hyperparameters or {}
+        lora_alpha = saved.get("lora_alpha") if lora_alpha is None else lora_alpha
+        settings = {"use_rslora": use_rslora or bool(saved.get("use_rslora"))}
+    else:
+        settings = _settings_of(wrapped[0], lora_alpha, use_rslora)
+        lora_alpha = settings["lora_alpha"]
         _load_buffers(module, state)
         inject(module)
     found = sort_foreign_state(module, state)
@@ -125,8 +127,7 @@ def load_foreign_state(
             _write_folder(Path(folder), part, scales, found, settings)
             load_adapter(module, folder, adapt=part, is_trainable=True)
     known = {*found.rest, *(f"{name}.{leaf}" for name, leaf in found.saved)}
-    frozen = require_record(module).frozen
-    base = [name for name in differing if name in frozen]
+    base = [name for name in differing if name in require_record(module).frozen]
     _keep_in_files(module, base)
     return ForeignLoad(
         adapters=len({layer for layer, _ in found.factors}),
@@ -137,6 +138,31 @@ def load_foreign_state(
         unmapped=found.unmapped,
         names=found.names,
     )
+
+
+def _settings_of(
+    wrapped: PeftWrapped, lora_alpha: float | Mapping[str, float] | None, use_rslora: bool
+) -> dict[str, Any]:
+    """Returns the settings of a module that wraps its layers.
+
+    Raises:
+        CheckpointError: If another scale was asked for.
+    """
+    fields = config_to_dict(wrapped.config)
+    asked = lora_alpha.values() if isinstance(lora_alpha, Mapping) else [lora_alpha]
+    problems = []
+    if any(alpha not in (None, fields["lora_alpha"]) for alpha in asked):
+        problems.append(f"lora_alpha={lora_alpha} is given, the module has {fields['lora_alpha']}")
+    if use_rslora and not fields["use_rslora"]:
+        problems.append("use_rslora is given, the module has lora_alpha / r")
+    if problems:
+        raise CheckpointError(
+            "The module wraps its layers with a scale of its own, and another one was asked for:"
+            + itemize(problems)
+            + "\nLeave it out, or build the module as the run that wrote the file did."
+        )
+    names = ("lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "r")
+    return {name: fields[name] for name in names}
 
 
 def _keep_in_files(module: nn.Module, base: list[str]) -> None:
