@@ -87,8 +87,6 @@ from .sharding import is_sharded as is_sharded
 from .sharding import keep_own_part as keep_own_part
 from .sharding import reshard_base as reshard_base
 from .sharding import shard_base as shard_base
-from .shared_weights import SharedWeight as SharedWeight
-from .shared_weights import shared_weights as shared_weights
 from .training.activation_budget import read_budget as read_budget
 from .training.activation_checkpointing import checkpoint_activations as checkpoint_activations
 from .training.activation_checkpointing import has_activation_budget as has_activation_budget
@@ -124,3 +122,5 @@ from .verification.result import Check as Check
 from .verification.result import Verification as Verification
 from .verification.structure import structural_problems as structural_problems
 from .verification.verify import verify as verify
+from .weight_shares import SharedWeight as SharedWeight
+from .weight_shares import shared_weights as shared_weights

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from data import loader
+from made_data import loader
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
