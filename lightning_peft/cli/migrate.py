@@ -59,11 +59,12 @@ def _parser() -> OptionParser:
 
 
 def _write(args: Namespace, changed: dict[Path, tuple[Source, str]], diff: str) -> None:
-    from lightning_peft.migration.edits import write
+    from lightning_peft.migration.edits import require_tracked, write
 
     if not changed:
         print("Nothing can be changed mechanically.", file=sys.stderr)
         return
+    require_tracked(args.path, changed)
     if not args.yes:
         if not sys.stdin.isatty():
             raise ConfigError(

@@ -7,17 +7,18 @@ import difflib
 import os
 import re
 import subprocess
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, first_line
 from lightning_peft.migration.finding import Edit, Finding
 from lightning_peft.migration.source import Source
 
 _GIT_SECONDS = 60
 # Of these, imports that nothing uses any more are removed with the code that used them.
-_PACKAGES = ("peft", "pytorch_lightning.plugins", "lightning.pytorch.plugins")
+_PACKAGES = re.compile(r"(peft|pytorch_lightning\.plugins|lightning\.pytorch\.plugins)(\.|$)")
 
 
 def new_texts(findings: Iterable[Finding]) -> tuple[dict[Path, tuple[Source, str]], list[str]]:
@@ -26,31 +27,67 @@ def new_texts(findings: Iterable[Finding]) -> tuple[dict[Path, tuple[Source, str
     A change is made as a whole: a finding whose pieces cannot all be placed changes nothing.
     """
     problems: list[str] = []
-    edits: dict[Path, list[Edit]] = defaultdict(list)
+    placed: list[Finding] = []
     for finding in findings:
-        if not finding.edits:
-            continue
-        taken = [edit for edit in finding.edits if not _placeable(edit, edits)]
-        if taken:
-            problems.append(f"{finding.place}: {finding.rule} is left to you: {_reason(taken[0])}")
-            continue
+        others = [edit for one in placed for edit in one.edits]
+        reasons = (
+            _obstacle(edit, [*others, *finding.edits[:index]])
+            for index, edit in enumerate(finding.edits)
+        )
+        reason = next(filter(None, reasons), "")
+        if reason:
+            problems.append(f"{finding.place}: {finding.rule} is left to you: {reason}")
+        elif finding.edits:
+            placed.append(finding)
+    edits: dict[Path, list[Edit]] = defaultdict(list)
+    for finding in placed:
         for edit in finding.edits:
             edits[edit.source.path].append(edit)
-    changed = {path: (given[0].source, _changed(given)) for path, given in edits.items() if given}
+    changed = {}
+    for path, given in edits.items():
+        try:
+            changed[path] = (given[0].source, _changed(given))
+        except SyntaxError as error:
+            reason = f"{path} would not be Python any more ({first_line(error)})"
+            left = [one for one in placed if any(e.source.path == path for e in one.edits)]
+            problems += [f"{one.place}: {one.rule} is left to you: {reason}" for one in left]
+            again, more = new_texts(
+                one for one in placed if all(one is not other for other in left)
+            )
+            return again, problems + more
     return changed, problems
 
 
-def _placeable(edit: Edit, others: dict[Path, list[Edit]]) -> bool:
-    overlap = any(
-        edit.start < other.end and other.start < edit.end for other in others[edit.source.path]
-    )
-    return not (overlap or edit.source.cells or not _whole_lines(edit))
-
-
-def _reason(edit: Edit) -> str:
+def _obstacle(edit: Edit, others: Iterable[Edit]) -> str:
+    """Returns why a piece cannot be changed; ``""`` if it can."""
     if edit.source.cells:
         return "notebooks are not written"
-    return "it shares its lines with other code or with another change"
+    overlap = any(
+        edit.source is other.source and edit.start < other.end and other.start < edit.end
+        for other in others
+    )
+    if overlap or not _whole_lines(edit):
+        return "it shares its lines with other code or with another change"
+    start, end = _span(edit)
+    if not edit.removes and b"#" in edit.source.text.encode("utf-8")[start:end]:
+        return "a comment in it would be lost"
+    if edit.needs and edit.needs in _bound(edit.source):
+        return f"{edit.needs} is a name of its own there"
+    return ""
+
+
+def _bound(source: Source) -> set[str]:
+    """Returns the names that a file defines or imports, besides those of this package."""
+    methods = {id(item) for cls in source.classes for item in cls.body}
+    found = {name for name, full in source.names.items() if full != f"lightning_peft.{name}"}
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.arg):
+            found.add(node.arg)
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)) and id(node) not in methods:
+            found.add(node.name)
+    return found
 
 
 def _whole_lines(edit: Edit) -> bool:
@@ -68,30 +105,43 @@ def _whole_lines(edit: Edit) -> bool:
 
 
 def _split(text: str) -> list[str]:
-    """Returns lines with their ends; form feeds and the like end none, as for `ast`."""
+    """Returns lines with their ends, as git counts them: nothing but line feeds ends one."""
     return [line for line in re.split(r"(?<=\n)", text) if line]
 
 
 def _lines(source: Source) -> list[bytes]:
+    """Returns lines with their ends, as ``ast`` counts them: form feeds and the like end none."""
     return source.text.encode("utf-8").splitlines(keepends=True)
 
 
+def _span(edit: Edit) -> tuple[int, int]:
+    """Returns the bytes of a file that a piece takes up: its first, and the one behind it."""
+    lines = _lines(edit.source)
+    start, end = (sum(map(len, lines[: at[0] - 1])) + at[1] for at in (edit.start, edit.end))
+    return start, min(end, sum(map(len, lines)))
+
+
 def _changed(edits: list[Edit]) -> str:
+    """Returns the new text of a file.
+
+    Raises:
+        SyntaxError: If it would not be Python.
+    """
     source = edits[0].source
-    lines = _lines(source)
-    starts = [0]
-    for line in lines:
-        starts.append(starts[-1] + len(line))
-    content = b"".join(lines)
+    content = source.text.encode("utf-8")
+    filled = _emptied_blocks(source, edits)
     for edit in sorted(edits, key=lambda edit: edit.start, reverse=True):
-        start = starts[edit.start[0] - 1] + edit.start[1]
-        end = min(starts[min(edit.end[0], len(starts)) - 1] + edit.end[1], len(content))
-        text = edit.text or _in_place_of(source, edit)
-        if edit.removes and not text:
+        start, end = _span(edit)
+        new = (edit.text or filled.get(edit.start, "")).encode("utf-8")
+        if edit.removes and not new:
             end = _behind_blank_lines(content, start, end)
-        content = content[:start] + text.encode("utf-8") + content[end:]
+        content = content[:start] + new + content[end:]
     needed = sorted({edit.needs for edit in edits if edit.needs})
-    return _with_imports(content.decode("utf-8"), needed)
+    text = _with_imports(source, content.decode("utf-8"), needed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compile(text, str(source.path), "exec", dont_inherit=True)
+    return text
 
 
 def _behind_blank_lines(content: bytes, start: int, end: int) -> int:
@@ -102,41 +152,73 @@ def _behind_blank_lines(content: bytes, start: int, end: int) -> int:
     return end
 
 
-def _in_place_of(source: Source, edit: Edit) -> str:
-    """Returns ``pass`` where a removed statement was the only one of its block."""
+def _emptied_blocks(source: Source, edits: list[Edit]) -> dict[tuple[int, int], str]:
+    """Returns ``pass`` by the start of a removal, where no statement of a block would be left."""
+    removed = {(edit.start, edit.end) for edit in edits if edit.removes}
+    lines = _lines(source)
+    found = {}
     for node in ast.walk(source.tree):
-        for block in ("body", "orelse", "finalbody"):
-            inner = getattr(node, block, None)
-            if isinstance(inner, list) and len(inner) == 1 and not isinstance(node, ast.Module):
-                only = inner[0]
-                if (only.lineno, (only.end_lineno or 0) + 1) == (edit.start[0], edit.end[0]):
-                    return f"{' ' * only.col_offset}pass\n"
-    return ""
+        for name in ("body", "orelse", "finalbody"):
+            block = getattr(node, name, None)
+            if not isinstance(block, list) or not block or isinstance(node, ast.Module):
+                continue
+            pieces = [Edit.remove(source, statement) for statement in block]
+            if all((piece.start, piece.end) in removed for piece in pieces):
+                line = lines[pieces[0].start[0] - 1].decode("utf-8")
+                indent = line[: len(line) - len(line.lstrip())]
+                found[pieces[0].start] = f"{indent}pass" + ("\r\n" if "\r\n" in line else "\n")
+    return found
 
 
-def _with_imports(text: str, names: list[str]) -> str:
-    """Returns code with an import of names, and without imports of PEFT that nothing uses."""
+def _with_imports(source: Source, text: str, names: list[str]) -> str:
+    """Returns code with an import of names, and without imports that were of use before only."""
     tree = ast.parse(text)
     newline = "\r\n" if "\r\n" in text else "\n"
-    lines = _split(text)
-    imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    last = max((node.end_lineno or 0 for node in imports), default=_start(tree, lines))
+    lines = [line.decode("utf-8") for line in text.encode("utf-8").splitlines(keepends=True)]
+    unused = _words(source.tree) - _words(tree)
+    imports = [node for node in tree.body if _is_import(node) and _is_alone(node, tree)]
     changes = []
     if names:
+        used = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in names]
+        ends = [node.end_lineno or 0 for node in imports]
+        last = max((end for end in ends if end < min(used)), default=_start(tree, lines))
         line = f"from lightning_peft import {', '.join(names)}{newline}"
         changes.append((last, last, line))
     for node in imports:
-        module = getattr(node, "module", None) or ""
-        if not module.startswith(_PACKAGES) or node.col_offset:
+        if not isinstance(node, ast.ImportFrom) or node.level:
             continue
-        kept = [alias for alias in node.names if (alias.asname or alias.name) in used]
+        start, end = node.lineno - 1, node.end_lineno or 0
+        kept = [alias for alias in node.names if (alias.asname or alias.name) not in unused]
+        if not _PACKAGES.match(node.module or "") or "#" in "".join(lines[start:end]):
+            continue
         if len(kept) < len(node.names):
-            line = ast.unparse(ast.ImportFrom(module, kept, 0)) + newline if kept else ""
-            changes.append((node.lineno - 1, node.end_lineno or 0, line))
+            line = ast.unparse(ast.ImportFrom(node.module, kept, 0)) + newline if kept else ""
+            changes.append((start, end, line))
     for start, end, line in sorted(changes, reverse=True):
         lines[start:end] = [line] if line else []
     return "".join(lines)
+
+
+def _words(tree: ast.Module) -> set[str]:
+    """Returns the names that code uses, and all words in its strings, such as of ``__all__``."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found |= set(re.findall(r"\w+", node.value))
+    return found
+
+
+def _is_import(node: ast.stmt) -> bool:
+    return isinstance(node, (ast.Import, ast.ImportFrom))
+
+
+def _is_alone(node: ast.stmt, tree: ast.Module) -> bool:
+    """Whether no other statement shares lines with one of a file."""
+    end = node.end_lineno or 0
+    others = (one for one in tree.body if one is not node)
+    return not any(one.lineno <= end and node.lineno <= (one.end_lineno or 0) for one in others)
 
 
 def _start(tree: ast.Module, lines: list[str]) -> int:
@@ -164,14 +246,8 @@ def require_clean_tree(path: Path) -> None:
     Raises:
         ConfigError: If the path is not in a git tree, or in one with changes.
     """
-    folder = path if path.is_dir() else path.parent
-    command = ["git", "-C", str(folder), "status", "--porcelain", "--", "."]
-    try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_SECONDS)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(
-            f"--write needs git to look for changes, and it failed: {error}"
-        ) from error
+    folder = _folder(path)
+    ran = _git(folder, "status", "--porcelain", "--", ".")
     if ran.returncode:
         raise ConfigError(
             f"--write: {str(folder)!r} is not in a git tree, so the files of before could not be "
@@ -182,6 +258,49 @@ def require_clean_tree(path: Path) -> None:
             f"--write: the git tree of {str(folder)!r} has changes that are not committed. Commit "
             "or stash them first, or use --diff."
         )
+
+
+def require_tracked(path: Path, changed: Iterable[Path]) -> None:
+    """Refuses to write files that git ignores, or that are links to other places.
+
+    Args:
+        path: What is read.
+        changed: The files of it that change.
+
+    Raises:
+        ConfigError: If there are such files.
+    """
+    folder = _folder(path)
+    names = {file.relative_to(folder).as_posix(): file for file in changed}
+    ran = _git(folder, "--literal-pathspecs", "ls-files", "-z", "--", *names)
+    tracked = set(ran.stdout.split("\0"))
+    refused = [
+        str(file) for name, file in names.items() if file.is_symlink() or name not in tracked
+    ]
+    if refused:
+        raise ConfigError(
+            f"--write: git could not give these files back, as it ignores them or they are links: "
+            f"{', '.join(refused)}. Add them to git or name a folder without them, or use --diff."
+        )
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def _git(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Runs git in a folder.
+
+    Raises:
+        ConfigError: If it cannot be run.
+    """
+    command = ["git", "-C", str(folder), *words]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_GIT_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(
+            f"--write needs git to look for changes, and it failed: {error}"
+        ) from error
 
 
 def write(changed: dict[Path, tuple[Source, str]]) -> None:

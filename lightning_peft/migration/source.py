@@ -95,7 +95,8 @@ class Source:
                     found[alias.asname or first] = alias.name if alias.asname else first
             elif isinstance(node, ast.ImportFrom):
                 for alias in node.names:
-                    found[alias.asname or alias.name] = f"{node.module or ''}.{alias.name}"
+                    module = f"{'.' * node.level}{node.module or ''}"
+                    found[alias.asname or alias.name] = f"{module}.{alias.name}"
         return found
 
     def name_of(self, node: ast.AST) -> str:
@@ -114,6 +115,12 @@ class Source:
         """Returns an expression on one line of at most 70 characters."""
         text = " ".join(ast.unparse(node).split())
         return text if len(text) <= 70 else f"{text[:66]} ..."
+
+    def expression(self, node: ast.expr) -> str:
+        """Returns an expression as it is written, in parentheses unless it can do without."""
+        text = ast.get_source_segment(self.text, node) or ast.unparse(node)
+        whole = isinstance(node, (ast.Name, ast.Attribute, ast.Call, ast.Subscript))
+        return text if whole and node.lineno == node.end_lineno else f"({text})"
 
     @cached_property
     def mentions(self) -> tuple[Mention, ...]:

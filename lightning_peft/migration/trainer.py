@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
 from lightning_peft.migration.finding import Edit, Finding
 from lightning_peft.migration.source import CodeBase, Source, keyword
 
+WRAPPING = "peft-wrapping"
 SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 _LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 # Strategies that LoRAStrategy stands in for: one device or several.
 _REPLACED = ("", "auto", "ddp")
+# What makes a Trainer, or does without one.
+_MAKERS = {"Trainer", "LightningCLI", "Fabric", "instantiate", "instantiate_class"}
+_NAMED = re.compile(r"(^|[.:])(Trainer|LightningCLI)$")
+_IN_YAML = re.compile(r"^\s*(- )?(_target_|class_path):.*\bTrainer\b|^trainer:", re.MULTILINE)
 
 
 def trainer_calls(base: CodeBase) -> Iterator[tuple[Source, ast.Call]]:
@@ -38,8 +44,9 @@ def shards(name: str) -> bool:
 def with_strategy(base: CodeBase, findings: list[Finding]) -> list[Finding]:
     """Returns the findings; the first that asks for a strategy has the changes of all that do.
 
-    Where the Trainer is not the only one, is given more than is known here, or has another
-    strategy, the changes that need its strategy are left out, and why is in ``becomes``.
+    Where no adapters of PEFT are put on in a way that is clear, the Trainer may not be the only
+    one, is given more than is known here, or has another strategy, the changes that need its
+    strategy are left out, and why is in ``becomes``.
     """
     asking = [finding for finding in findings if finding.strategy is not None]
     if not asking:
@@ -48,7 +55,12 @@ def with_strategy(base: CodeBase, findings: list[Finding]) -> list[Finding]:
     for finding in asking:
         asked |= finding.strategy or {}
     trainers = list(trainer_calls(base))
-    reason = _unclear(trainers)
+    if all(finding.rule != WRAPPING for finding in asking):
+        reason = "there is no get_peft_model here that --diff changes"
+    else:
+        reason = _unclear(trainers, asked) or _other_trainer(base, trainers[0][1])
+        if not reason and not any(base.mentions("fit")):
+            reason = "no call of fit"
     if reason:
         return [
             replace(f, edits=(), strategy=None, becomes=f"{f.becomes} (by hand: {reason})")
@@ -65,7 +77,7 @@ def with_strategy(base: CodeBase, findings: list[Finding]) -> list[Finding]:
     ]
 
 
-def _unclear(trainers: list[tuple[Source, ast.Call]]) -> str:
+def _unclear(trainers: list[tuple[Source, ast.Call]], asked: dict[str, str]) -> str:
     if len(trainers) != 1:
         return f"{len(trainers)} calls of Trainer" if trainers else "no call of Trainer"
     source, call = trainers[0]
@@ -75,7 +87,41 @@ def _unclear(trainers: list[tuple[Source, ast.Call]]) -> str:
     name = strategy_text(call)
     if name not in _REPLACED and not name.startswith(("fsdp", "deepspeed")):
         return f"the Trainer in {where} has a strategy of its own"
+    if keyword(call, "plugins") and "plugins" not in asked:
+        return f"the Trainer in {where} has plugins of its own"
     return ""
+
+
+def _other_trainer(base: CodeBase, call: ast.Call) -> str:
+    """Returns where something may make a Trainer that is not the call; ``""`` if nothing does."""
+    for source in base.sources:
+        found = _IN_YAML.search(source.text) if not source.tree.body else None
+        if found:
+            line = source.text.count("\n", 0, found.end()) + 1
+            return f"{source.place(line)} may make another Trainer"
+        annotations = _in_annotations(source.tree)
+        for node in ast.walk(source.tree):
+            if isinstance(node, (ast.Name, ast.Attribute)):
+                named = source.name_of(node).rpartition(".")[2] in _MAKERS
+            elif isinstance(node, ast.ImportFrom):
+                named = (node.module or "").startswith(_LIGHTNING) and node.names[0].name == "*"
+            else:
+                value = node.value if isinstance(node, ast.Constant) else None
+                named = isinstance(value, str) and _NAMED.search(value) is not None
+            if named and node is not call.func and id(node) not in annotations:
+                return f"{source.place(node.lineno)} may make another Trainer"  # type: ignore[attr-defined]
+    return ""
+
+
+def _in_annotations(tree: ast.Module) -> set[int]:
+    """Returns the ids of the nodes of annotations."""
+    found = set()
+    for node in ast.walk(tree):
+        for name in ("annotation", "returns"):
+            annotation = getattr(node, name, None)
+            if annotation is not None:
+                found |= {id(inner) for inner in ast.walk(annotation)}
+    return found
 
 
 def _trainer_edits(source: Source, call: ast.Call, asked: dict[str, str]) -> list[Edit]:

@@ -11,6 +11,13 @@ from lightning_peft.migration.source import CodeBase, Source, is_false, keyword,
 
 _HOOKS = ("on_save_checkpoint", "on_load_checkpoint", "state_dict", "load_state_dict")
 _DROPS = re.compile(r"\bdel \w|\.pop\(|\bif .*requires_grad|for .* in .* if ")
+# Functions and methods that a hook may call and still do nothing but leave parameters out.
+_READING = {
+    *("named_parameters", "named_buffers", "get_parameter", "items", "keys", "values"),
+    *("list", "set", "dict", "tuple", "isinstance", "hasattr", "getattr"),
+    *("startswith", "endswith"),
+}
+_SIMPLE = (ast.If, ast.Try, ast.Pass, ast.Continue)
 _RENAMES = re.compile(r"\.replace\(|\.removeprefix\(|\.removesuffix\(|re\.sub\(")
 
 
@@ -28,27 +35,81 @@ class CheckpointHooks(Rule):
                     code = ast.unparse(method)
                     drops, renames = _DROPS.search(code), _RENAMES.search(code)
                     if drops or renames:
-                        edits = () if renames else self._removal(source, cls, method, code)
+                        edits = () if renames else self._removal(source, method, code)
                         yield self.finding(
                             source,
                             method,
                             f"{cls.name}.{method.name}",
                             problem=_lost(code),
                             edits=edits,
+                            strategy={} if edits else None,
                             **({"becomes": _RENAMED} if renames else {}),
                         )
 
-    def _removal(
-        self, source: Source, cls: ast.ClassDef, method: ast.FunctionDef, code: str
-    ) -> tuple[Edit, ...]:
+    def _removal(self, source: Source, method: ast.FunctionDef, code: str) -> tuple[Edit, ...]:
         """Only where a saving hook does nothing but leave frozen parameters out."""
-        if method.name != "on_save_checkpoint" or "requires_grad" not in code:
+        given = method.args
+        plain = method.name == "on_save_checkpoint" and "requires_grad" in code and given.args
+        if not plain or method.decorator_list or given.vararg or given.kwonlyargs or given.kwarg:
             return ()
-        name = method.args.args[-1].arg
-        keys = set(re.findall(rf"\b{name}\[(.+?)\]", code))
-        others = re.sub(rf"\b{name}\['state_dict'\]", "", code.partition("\n")[2])
-        plain = keys == {"'state_dict'"} and not re.search(rf"\b{name}\b|super\(", others)
-        return (Edit.remove(source, method),) if plain and len(cls.body) > 1 else ()
+        leaves_out = _only_leaves_out(method.body, given.args[-1].arg)
+        return (Edit.remove(source, method),) if leaves_out else ()
+
+
+def _only_leaves_out(body: list[ast.stmt], checkpoint: str) -> bool:
+    """Whether statements do nothing but leave keys of a checkpoint's state dict out."""
+    state = f"{checkpoint}['state_dict']"
+    nodes = [node for statement in body for node in ast.walk(statement)]
+    values: dict[str, set[str]] = {}
+    for one in (node for node in nodes if isinstance(node, ast.Assign)):
+        for target in one.targets:
+            values.setdefault(ast.unparse(target), set()).add(ast.unparse(one.value))
+    lists = {name for name, given in values.items() if given <= {"[]", "set()", "list()"}}
+    named = sum(isinstance(node, ast.Name) and node.id == checkpoint for node in nodes)
+    used = sum(isinstance(node, ast.Subscript) and ast.unparse(node) == state for node in nodes)
+    calls = (node.func for node in nodes if isinstance(node, ast.Call))
+    known = all(
+        getattr(f, "attr", getattr(f, "id", "")) in _READING or _fills(f, lists) for f in calls
+    )
+    statements = (node for node in nodes if isinstance(node, ast.stmt))
+    return named == used and known and all(_is_plain(one, state, lists) for one in statements)
+
+
+def _is_plain(node: ast.stmt, state: str, lists: set[str]) -> bool:
+    """Whether one statement changes nothing but local names, and the keys of the state dict."""
+    if isinstance(node, ast.Assign):
+        return all(isinstance(t, ast.Name) for t in node.targets) or (
+            [ast.unparse(target) for target in node.targets] == [state]
+            and _filters(node.value, state)
+        )
+    if isinstance(node, ast.Delete):
+        return all(
+            isinstance(target, ast.Subscript) and ast.unparse(target.value) == state
+            for target in node.targets
+        )
+    if isinstance(node, ast.For):
+        return all(isinstance(n, (ast.Name, ast.Tuple, ast.Store)) for n in ast.walk(node.target))
+    if isinstance(node, ast.Expr):
+        filled = isinstance(node.value, ast.Call) and _fills(node.value.func, lists)
+        return filled or isinstance(node.value, ast.Constant)
+    return isinstance(node, _SIMPLE)
+
+
+def _fills(function: ast.expr, lists: set[str]) -> bool:
+    """Whether a method adds to a list or set of the hook's own."""
+    adds = isinstance(function, ast.Attribute) and function.attr in ("append", "add")
+    return adds and ast.unparse(function.value) in lists  # type: ignore[attr-defined]
+
+
+def _filters(node: ast.expr, state: str) -> bool:
+    """Whether an expression is a dict with some of the tensors under their names, unchanged."""
+    if not isinstance(node, ast.DictComp) or len(node.generators) != 1:
+        return False
+    loop = node.generators[0]
+    pair = f"({ast.unparse(node.key)}, {ast.unparse(node.value)})"
+    source = ast.unparse(loop.iter)
+    known = source in (f"{state}.items()", "self.named_parameters()")
+    return known and ast.unparse(loop.target) in (pair, pair[1:-1])
 
 
 _RENAMED = (
@@ -158,7 +219,12 @@ class LoadFromCheckpoint(Rule):
         classes = [cls for source in base.sources for cls in source.classes]
         others = {cls.name for cls in classes} - base.lightning_modules
         # Files of modules without adapters stay files of the whole module.
-        adapted = {cls.name for cls in classes if "get_peft_model(" in ast.unparse(cls)}
+        adapted = {
+            cls.name
+            for cls in classes
+            if "get_peft_model(" in ast.unparse(cls)
+            and not any(methods(cls, "load_from_checkpoint"))
+        }
         for source, mention in base.mentions("load_from_checkpoint"):
             call = mention.call
             if call is None or mention.name.startswith("lightning_peft."):
@@ -166,7 +232,13 @@ class LoadFromCheckpoint(Rule):
             owner = mention.name.rpartition(".")[0].rpartition(".")[2]
             if owner not in others:
                 edits = self._edits(source, call) if owner in adapted - others else ()
-                yield self.finding(source, mention.line, source.code(call), edits=edits)
+                yield self.finding(
+                    source,
+                    mention.line,
+                    source.code(call),
+                    edits=edits,
+                    strategy={} if edits else None,
+                )
 
     def _edits(self, source: Source, call: ast.Call) -> tuple[Edit, ...]:
         """Returns the change, where all arguments are known here."""

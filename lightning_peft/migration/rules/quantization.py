@@ -47,13 +47,13 @@ class BitsandbytesPlugin(Rule):
 
 
 def _mode(call: ast.Call | None) -> str | None:
-    """Returns the constant ``mode`` of a call without other arguments than a dtype."""
+    """Returns the constant ``mode`` of a call without other arguments."""
     if call is None:
         return None
     word = keyword(call, "mode")
     value = word.value if word else next(iter(call.args), None)
-    others = {w.arg for w in call.keywords} - {"mode", "dtype"}
-    known = isinstance(value, ast.Constant) and not others
+    others = {w.arg for w in call.keywords} - {"mode"}
+    known = isinstance(value, ast.Constant) and not others and len(call.args) < 2
     return str(value.value) if known and isinstance(value, ast.Constant) else None
 
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
+from lightning_peft.arguments import LoRAFields
 from lightning_peft.migration.finding import Edit, Finding, MentionRule, Rule
-from lightning_peft.migration.source import CodeBase, Mention, Source
+from lightning_peft.migration.position import place_of
+from lightning_peft.migration.source import CodeBase, Mention, Source, is_false
+from lightning_peft.migration.trainer import WRAPPING
 
-# Fields of PEFT's config that say nothing about the adapters, or that are found by themselves.
-_LEFT_OUT = {"task_type", "inference_mode", "base_model_name_or_path"}
+# PEFT's own defaults, where those of this package differ.
+_DEFAULTS = {"r": "8", "lora_alpha": "8"}
+_FIELDS = {field.name for field in fields(LoRAFields)}
+# For other tasks PEFT trains heads in full.
+_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 # Without PEFT's wrapper these are not there.
 OF_THE_WRAPPER = frozenset(
     {
@@ -30,7 +37,7 @@ OF_THE_WRAPPER = frozenset(
 class PeftWrapping(Rule):
     """``get_peft_model`` in the code base's own module."""
 
-    name = "peft-wrapping"
+    name = WRAPPING
     becomes = "the model without it; Trainer(strategy=LoRAStrategy({})) adds the adapters"
 
     def find(self, base: CodeBase) -> Iterator[Finding]:
@@ -41,15 +48,22 @@ class PeftWrapping(Rule):
             if mention.call is None:
                 continue
             config = _config_of(source, mention.call)
-            arguments = None if config is None else lora_arguments(source, config)
+            arguments = None if config is None else lora_arguments(config)
+            place = place_of(base, source, mention.call)
+            if arguments is not None and place.attribute:
+                arguments["adapt"] = repr(place.attribute)
             shown = ", ".join(f"{k}={v}" for k, v in (arguments or {"peft_config": "..."}).items())
             why = ""
             if len(calls) > 1:
                 why = f" (by hand: {len(calls)} calls of get_peft_model)"
             elif dependent is not None:
                 why = f" (by hand: {dependent} needs PEFT's wrapper)"
-            elif _in_branch(source, mention.call):
-                why = " (by hand: it is in a branch or loop)"
+            elif mention.name.partition(".")[0] != "peft":
+                why = " (by hand: it is not imported from peft by this name)"
+            elif place.problem:
+                why = f" (by hand: {place.problem})"
+            elif arguments is not None and "target_modules" not in arguments:
+                why = " (by hand: without target_modules, PEFT chooses them by the architecture)"
             clear = arguments is not None and not why
             edits = self._edits(base, source, mention.call, config) if clear else ()
             yield self.finding(
@@ -65,7 +79,7 @@ class PeftWrapping(Rule):
         self, base: CodeBase, source: Source, call: ast.Call, config: ast.Call | None
     ) -> tuple[Edit, ...]:
         wrapped = call.args[0]
-        edits = [Edit.replace(source, call, ast.unparse(wrapped))]
+        edits = [Edit.replace(source, call, source.expression(wrapped))]
         for node in ast.walk(source.tree):
             if isinstance(node, ast.Assign) and node.value is config:
                 edits.append(Edit.remove(source, node))
@@ -84,12 +98,6 @@ class PeftWrapping(Rule):
         return tuple(edits)
 
 
-def _in_branch(source: Source, call: ast.Call) -> bool:
-    kinds = (ast.If, ast.For, ast.While, ast.Try, ast.IfExp, ast.Match)
-    branches = (node for node in ast.walk(source.tree) if isinstance(node, kinds))
-    return any(node is call for branch in branches for node in ast.walk(branch))
-
-
 def _is_printing(node: ast.AST) -> bool:
     return (
         isinstance(node, ast.Call)
@@ -103,47 +111,82 @@ def wrapper_uses(base: CodeBase) -> Iterator[str]:
     for source, mention in base.mentions(*OF_THE_WRAPPER):
         yield str(source.place(mention.line))
     for source in base.sources:
+        removed = {
+            id(node.value.func)  # type: ignore[attr-defined]
+            for node in ast.walk(source.tree)
+            if isinstance(node, ast.Expr) and _is_printing(node.value)
+        }
         for node in ast.walk(source.tree):
-            if isinstance(node, ast.Attribute) and node.attr in ("base_model", "peft_config"):
+            names = ("base_model", "peft_config", "print_trainable_parameters")
+            if isinstance(node, ast.Attribute) and node.attr in names and id(node) not in removed:
                 yield str(source.place(node.lineno))
 
 
 def _config_of(source: Source, call: ast.Call) -> ast.Call | None:
     """Returns the ``LoraConfig(...)`` that a call is given, directly or by a name."""
-    given = [*call.args[1:2], *(w.value for w in call.keywords if w.arg == "peft_config")]
-    if len(given) != 1 or not call.args:
+    words = {word.arg: word.value for word in call.keywords}
+    given = [*call.args[1:], *words.values()]
+    if len(call.args) + len(words) != 2 or not call.args or words.keys() - {"peft_config"}:
         return None
     value: ast.AST = given[0]
-    if isinstance(value, (ast.Name, ast.Attribute)):
-        text = ast.unparse(value)
+    if isinstance(value, ast.Name):
+        name = value.id
         assigned = [
             node.value
             for node in ast.walk(source.tree)
-            if isinstance(node, ast.Assign) and [ast.unparse(t) for t in node.targets] == [text]
+            if isinstance(node, ast.Assign) and [ast.unparse(t) for t in node.targets] == [name]
         ]
-        used = sum(ast.unparse(n) == text for n in ast.walk(source.tree) if type(n) is type(value))
-        if len(assigned) != 1 or used != 2:
+        used = sum(getattr(node, "id", "") == name for node in ast.walk(source.tree))
+        if len(assigned) != 1 or used != 2 or not _runs_before(source, assigned[0], call):
             return None
         value = assigned[0]
-    lora = isinstance(value, ast.Call) and source.name_of(value.func).endswith("LoraConfig")
-    return value if lora and isinstance(value, ast.Call) else None
+    if not isinstance(value, ast.Call):
+        return None
+    first, _, last = source.name_of(value.func).partition(".")
+    return value if (first, last.rpartition(".")[2]) == ("peft", "LoraConfig") else None
 
 
-def lora_arguments(source: Source, config: ast.Call) -> dict[str, str] | None:
-    """Returns the arguments of a ``LoraConfig(...)`` as code, where all of them are constants."""
+def _runs_before(source: Source, value: ast.AST, call: ast.Call) -> bool:
+    """Whether a value is assigned in the block of a call, or of the file, and above it."""
+    for node in ast.walk(source.tree):
+        block = getattr(node, "body", None)
+        if isinstance(block, list):
+            assigned = [s for s in block if isinstance(s, ast.Assign) and s.value is value]
+            users = [s for s in block if any(inner is call for inner in ast.walk(s))]
+            if assigned and users:
+                same = isinstance(node, ast.Module) or any(
+                    inner is call for s in users if not hasattr(s, "body") for inner in ast.walk(s)
+                )
+                return same and assigned[0].lineno < users[0].lineno
+    return False
+
+
+def lora_arguments(config: ast.Call) -> dict[str, str] | None:
+    """Returns the arguments of a ``LoraConfig(...)`` as code, with PEFT's defaults.
+
+    ``None`` where one is not a constant, or not an argument here.
+    """
     if config.args:
         return None
-    arguments = {}
+    arguments = dict(_DEFAULTS)
     for word in config.keywords:
-        if word.arg in _LEFT_OUT:
+        text = ast.unparse(word.value)
+        if word.arg == "task_type" and text.strip("'").rpartition(".")[2] in _TASKS:
             continue
+        if word.arg == "inference_mode" and is_false(word.value):
+            continue
+        if word.arg == "base_model_name_or_path":
+            continue
+        if word.arg not in _FIELDS:
+            return None
         try:
             value = ast.literal_eval(word.value)
         except ValueError:
             return None
-        if word.arg is None:
+        if value is not None:
+            arguments[word.arg] = repr(value)
+        elif getattr(LoRAFields, word.arg) is not None or word.arg in _DEFAULTS:
             return None
-        arguments[word.arg] = repr(value)
     return arguments
 
 
