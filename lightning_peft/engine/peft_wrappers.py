@@ -18,6 +18,7 @@ from lightning_peft.compat.peft import (
     BaseTunerLayer,
     ModulesToSaveWrapper,
     MultiheadAttention,
+    ParamWrapper,
 )
 from lightning_peft.compat.transformers import forget_peft_adapters
 from lightning_peft.engine.adapters import adapter_parameters
@@ -112,6 +113,9 @@ def _problem(part: Any, layers: dict[str, Any]) -> str | None:
     if len(configs) != 1:
         return f"it has several adapters ({', '.join(part.peft_config)})"
     (config,) = configs
+    if any(isinstance(layer, ParamWrapper) for layer in layers.values()):
+        named = sorted(getattr(config, "target_parameters", None) or [])
+        return f"target_parameters={named} put them on parameters, such as weights of experts"
     kind: Any = getattr(PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], "tuner_layer_cls", ())
     method = METHODS.get(config.peft_type)
     in_place = isinstance(method, InPlaceMethod) and method.is_in_place(config)

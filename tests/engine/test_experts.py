@@ -20,7 +20,11 @@ from transformers import (
 import lightning_peft
 from lightning_peft import engine
 from lightning_peft.engine.adapters import adapted_layers, adapter_file_tensors, adapter_parameters
-from lightning_peft.engine.layers.expert_weights import ExpertWeight, RoutedExperts
+from lightning_peft.engine.layers.expert_weights import (
+    ExpertWeight,
+    RoutedExperts,
+    parameter_name,
+)
 from lightning_peft.errors import TargetModulesError, UnsupportedError
 
 from .reference import injected, output_of, randomize, refused, relative_error
@@ -48,6 +52,14 @@ CONFIGS = {
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 IDS = torch.arange(3, 27).view(2, 12)
 WAYS = ("eager", "grouped_mm", "batched_mm")
+LONG = pytest.mark.long
+# Of weights that are stored transposed and of others.
+SHORT_RUNS = [("qwen3", "grouped_mm"), ("gpt-oss", "eager"), ("qwen3", "batched_mm")]
+RUNS = [
+    pytest.param(kind, way, marks=() if (kind, way) in SHORT_RUNS else LONG)
+    for kind in ("qwen3", "gpt-oss")
+    for way in WAYS
+]
 
 
 def model_of(kind="qwen3", way="grouped_mm"):
@@ -65,7 +77,10 @@ def trained(kind="qwen3", way="grouped_mm", **settings):
     return model, base
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=() if k in ("dense layer", "gpt-oss") else LONG) for k in CONFIGS],
+)
 def test_peft_reads_all_that_is_adapted_by_default(kind, tmp_path):
     model, base = trained(kind, target_modules=None)
     experts = [n for n, x in adapted_layers(model).items() if isinstance(x, ExpertWeight)]
@@ -97,8 +112,7 @@ def test_patterns_for_experts_are_read_from_folders(pattern, tmp_path):
     assert relative_error(output_of(theirs, {"input_ids": IDS}), expected) < 2e-6
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", ["qwen3", "gpt-oss"])
+@pytest.mark.parametrize(("kind", "way"), RUNS)
 def test_outputs_and_gradients_are_those_of_peft(kind, way):
     model, base = trained(kind, way, target_parameters=PARAMETERS, rank_pattern={"down_proj": 2})
     config = LoraConfig(
@@ -136,7 +150,7 @@ def test_first_values_are_those_of_peft():
     assert sorted(x.sum().item() for x in mine) == sorted(x.sum().item() for x in theirs)
 
 
-@pytest.mark.parametrize("kind", ["dense layer", "gpt-oss"])
+@pytest.mark.parametrize("kind", [pytest.param("dense layer", marks=LONG), "gpt-oss"])
 def test_merging_and_unloading(kind):
     model, base = trained(kind, target_modules=None)
     names, expected = list(base.state_dict()), output_of(model, {"input_ids": IDS})
@@ -232,11 +246,52 @@ def test_what_does_not_work_on_experts_is_refused_where_they_are_named(settings,
     assert not any(isinstance(x, RoutedExperts) for x in left.modules())
 
 
+@pytest.mark.parametrize("entry", ["experts", "mlp.experts", r".*\.experts"])
+def test_experts_are_left_out_by_name(entry):
+    excluded = entry if "*" in entry else [entry]
+    model = injected(model_of(), r=2, exclude_modules=excluded)
+    assert {n.rpartition(".")[2] for n in adapted_layers(model)} == {
+        "q_proj", "k_proj", "v_proj", "o_proj",
+    }  # fmt: skip
+    assert not any(isinstance(x, RoutedExperts) for x in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("settings", "layer"),
+    [
+        ({"exclude_modules": ["self_attn"]}, "model.layers.0.self_attn.q_proj"),
+        (
+            {"exclude_modules": ["mlp.experts"], "target_parameters": PARAMETERS},
+            "model.layers.0.mlp.experts.gate_up_proj",
+        ),
+    ],
+)
+def test_exclusions_that_leave_out_nothing_are_named(settings, layer, caplog):
+    model = injected(model_of(), r=2, **settings)
+    assert layer in {parameter_name(name) for name in adapted_layers(model)}
+    (entry,) = settings["exclude_modules"]
+    assert f"exclude_modules={entry!r} leaves out no layer" in caplog.text
+    assert f"keeps its adapters, here {layer}. Name the layers" in caplog.text
+
+
 def test_names_that_match_no_weight_are_refused():
     model = model_of()
     match = "'experts.up_proj' of target_parameters matches no weight.*near names: .*gate_up_proj"
     with refused(model, TargetModulesError, match):
         lightning_peft.inject(model, target_parameters=["experts.up_proj"])
+    match = (
+        r"'down_proj' of target_modules matches nothing.*\n.*weights of experts are named by "
+        r"target_parameters=\['experts.down_proj'\]"
+    )
+    with refused(model, TargetModulesError, match):
+        lightning_peft.inject(model, target_modules=["q_proj", "down_proj"])
+
+
+def test_models_that_peft_wrapped_at_parameters_are_refused_by_that_name():
+    config = LoraConfig(target_modules=[], target_parameters=PARAMETERS)
+    match = r"target_parameters=\['experts.down_proj', 'experts.gate_up_proj'\] put them on param"
+    with pytest.raises(UnsupportedError, match=match):
+        lightning_peft.inject(get_peft_model(model_of(), config))
 
 
 def test_ways_of_running_that_read_whole_weights_are_refused():

@@ -21,7 +21,7 @@ from lightning_peft.engine.layers.expert_weights import ExpertWeight, RoutedExpe
 from lightning_peft.errors import BaseMismatchError, CheckpointError
 
 from .reference import injected, output_of, randomize, relative_error
-from .test_experts import IDS, PARAMETERS, WAYS, model_of
+from .test_experts import IDS, LONG, PARAMETERS, RUNS, model_of
 
 NF4 = engine.quantization_config()
 # Products of bitsandbytes with linear layers round, and another expert is chosen then.
@@ -78,8 +78,7 @@ def test_rows_of_one_expert_are_those_that_were_quantized(double, shape):
     assert FOUR_BIT.dequantize_rows(stored, 1, 3, torch.bfloat16).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", ["qwen3", "gpt-oss"])
+@pytest.mark.parametrize(("kind", "way"), RUNS)
 def test_outputs_and_gradients_are_those_of_the_dequantized_weights(kind, way):
     model = quantized(kind, way, target_parameters=PARAMETERS)
     plain = dense_copy(model, kind, way)
@@ -121,7 +120,7 @@ def test_the_bytes_of_codes_are_those_of_the_plan():
     assert "experts.gate_up_proj" not in report.parts[0].dense
 
 
-@pytest.mark.parametrize("kind", ["dense layer", "gpt-oss"])
+@pytest.mark.parametrize("kind", [pytest.param("dense layer", marks=LONG), "gpt-oss"])
 def test_quantized_experts_are_merged_and_come_back(kind):
     model = quantized(kind, target_modules=None)
     codes = {n: p.clone() for n, p in model.named_parameters() if p.dtype == torch.uint8}
@@ -230,7 +229,7 @@ def test_loading_quantizes_experts_as_they_are_read(tmp_path):
     assert engine.record_of(model).parts[""].base == engine.record_of(after).parts[""].base
 
 
-@pytest.mark.parametrize("blocks", [2, pytest.param(48, marks=pytest.mark.long)])
+@pytest.mark.parametrize("blocks", [2, pytest.param(48, marks=LONG)])
 def test_the_plan_of_qwen3_30b_a3b_is_its_bytes(blocks):
     config = Qwen3MoeConfig(
         vocab_size=151936, hidden_size=2048, num_hidden_layers=blocks, num_attention_heads=32,

@@ -16,6 +16,7 @@ from lightning_peft.engine.layers.expert_weights import (
 )
 from lightning_peft.engine.layers.kinds import ADAPTABLE
 from lightning_peft.engine.methods.registry import method_of
+from lightning_peft.engine.selection.excluded import is_named
 from lightning_peft.engine.selection.parts import Exclusions
 
 
@@ -73,6 +74,15 @@ def expert_weights(part: nn.Module, names: Mapping[str, list[str]]) -> list[str]
         for weight in expert_parameters(part.get_submodule(name))
         for alias in known
     ]
+
+
+def experts_named_as_layers(
+    wanted: Any, part: nn.Module, names: Mapping[str, list[str]]
+) -> list[str]:
+    """Returns a problem where ``target_modules`` names weights of experts, for which it is not."""
+    hits = [name for name in expert_weights(part, names) if is_named(wanted, [name])]
+    ends = sorted({".".join(name.split(".")[-2:]) for name in hits})
+    return [f"weights of experts are named by target_parameters={ends}"] if ends else []
 
 
 def skip_names(name: str) -> list[str]:

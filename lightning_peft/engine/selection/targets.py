@@ -20,7 +20,13 @@ from lightning_peft.compat.peft import check_target_module_exists
 from lightning_peft.engine.layers.expert_weights import parameter_name
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, LINEAR_LIKE
 from lightning_peft.engine.methods.registry import in_place_method
-from lightning_peft.engine.selection.parameters import adaptable_weights, expert_layers
+from lightning_peft.engine.selection.excluded import is_named, warn_of_unused_exclusions
+from lightning_peft.engine.selection.parameters import (
+    adaptable_weights,
+    expert_layers,
+    experts_named_as_layers,
+    skip_names,
+)
 from lightning_peft.engine.selection.parts import (
     NO_EXCLUSIONS,
     Exclusions,
@@ -78,6 +84,8 @@ def resolve_targets(
         problems = _unmatched(
             "target_modules", wanted, parts, partial(_layers, left=exclusions.left)
         )
+        for part in parts.values() if problems else ():
+            problems += experts_named_as_layers(wanted, part, all_names(part))
     problems += _add_parameters(found, parts, config, exclusions)
     problems += _unmatched("exclude_modules", excluded, parts, base_modules)
     problems += _unmatched_patterns(config, found)
@@ -96,6 +104,8 @@ def resolve_targets(
             + itemize(problems)
             + _note_on_left(parts, exclusions)
         )
+    for name, part in parts.items():
+        warn_of_unused_exclusions(part, all_names(part), found[name], excluded)
     return found
 
 
@@ -287,7 +297,12 @@ def _all_linear(part: nn.Module, config: PeftConfig, exclusions: Exclusions) -> 
     # By last name, so that PEFT's rule for `layers_to_transform` and `exclude_modules` applies.
     by_suffix: Any = copy.copy(config)
     by_suffix.target_modules = {parameter_name(name).rpartition(".")[2] for name in candidates}
-    chosen = {name for name in candidates if _matches(by_suffix, parameter_name(name))}
+    chosen = {
+        name
+        for name in candidates
+        if _matches(by_suffix, parameter_name(name))
+        and not is_named(getattr(config, "exclude_modules", None), skip_names(name))
+    }
     return [name for name in modules if name in chosen]
 
 
