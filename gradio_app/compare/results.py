@@ -18,6 +18,8 @@ AXES = ("step", "minutes")
 # Times are read with the rows, of a very long run those of its end only.
 _MOST_BYTES = 20_000_000
 MAX_ROWS = 12
+# What tells bases apart without checksums; of a GGUF file, the hash of its bytes.
+_IDENTITY = ("name_or_path", "revision", "gguf_sha256")
 
 
 def loss_curve(metrics: Metrics, loss: str, axis: str) -> list[tuple[float, float]]:
@@ -75,9 +77,26 @@ def compare_answers(runs: Sequence[Run]) -> list[AnswerComparison]:
 def comparable(runs: Sequence[Run]) -> bool:
     """Whether losses of runs can be ranked: of the same base, on the same validation rows."""
     bases = [read_json_object(run.folder.provenance, "base") for run in runs]
-    names = [{key: object_below(base, key).get("name_or_path") for key in base} for base in bases]
-    known = all(one and None not in one.values() for one in names)
-    return known and names.count(names[0]) == len(runs) and same_validation_rows(runs)
+    parts = [{name: object_below(base, name) for name in base} for base in bases]
+    same = all(_same_base(parts[0], other) for other in parts)
+    return same and same_validation_rows(runs)
+
+
+def _same_base(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two runs began with the same weights; ``False`` also where that is not known."""
+    if not one or one.keys() != other.keys():
+        return False
+    for mine, others in zip(one.values(), (other[name] for name in one), strict=True):
+        sums = [part.get("fingerprint") for part in (mine, others)]
+        # They are of all parameters but those that the adapter's files hold themselves.
+        if None in sums or mine.get("left_out") != others.get("left_out"):
+            named = mine.get("name_or_path")
+            same = named and all(mine.get(key) == others.get(key) for key in _IDENTITY)
+        else:
+            same = sums[0] == sums[1]
+        if not same:
+            return False
+    return True
 
 
 def same_validation_rows(runs: Sequence[Run]) -> bool:

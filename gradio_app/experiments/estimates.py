@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from gradio_app.experiments.summaries import Summaries, kind_of
-from gradio_app.recipe.content import value_at
+from gradio_app.recipe.content import count_at, value_at
 from gradio_app.runs.files import number, read_json_object
 from gradio_app.runs.types import Run
 
@@ -18,10 +21,14 @@ MOST_RUNS = 10
 
 @dataclass(frozen=True)
 class Work:
-    """Rows and tokens that a run trains on, over all epochs; no tokens where rows have none."""
+    """What a run reads over all epochs, and of the tokens those that are trained.
+
+    0 tokens where rows have none, and 0 trained ones where that is not counted.
+    """
 
     rows: float
     tokens: float
+    trained: float = 0
 
 
 @dataclass(frozen=True)
@@ -34,22 +41,34 @@ class Duration:
 
 
 def planned_work(content: dict[str, Any], numbers: dict[str, Any]) -> Work | None:
-    """Returns the work of a recipe, by the numbers of its data; ``None`` where it has no end."""
+    """Returns the work of a recipe, by the numbers of its data.
+
+    ``None`` where it has no end, or a setting is not a number that can be counted with. A time
+    limit is not looked at.
+    """
     train = numbers.get("splits", {}).get("train", {})
     epochs = value_at(content, "trainer.max_epochs", None)
     steps = value_at(content, "trainer.max_steps", -1)
     ended = isinstance(steps, int) and steps > 0
     if not train.get("rows") or not (ended or isinstance(epochs, int) and epochs > 0):
         return None
-    batches = math.ceil(train["rows"] / value_at(content, "data.init_args.batch_size", 8))
+    size = count_at(content, "data.init_args.batch_size", 8)
+    accumulated = count_at(content, "trainer.accumulate_grad_batches", 1)
     limit = value_at(content, "trainer.limit_train_batches", None)
+    if size is None or accumulated is None or not isinstance(limit, (int, float, type(None))):
+        return None
+    rows = train["rows"]
+    if value_at(content, "data.init_args.packing", None):
+        rows = numbers.get("packing", {}).get("rows") or rows
+    batches = math.ceil(rows / size)
     used = batches if limit is None else limit * batches if isinstance(limit, float) else limit
     used = max(1, min(int(used), batches))
-    each = math.ceil(used / value_at(content, "trainer.accumulate_grad_batches", 1))
+    each = math.ceil(used / accumulated)
     passes = epochs if isinstance(epochs, int) and epochs > 0 else math.inf
     passes = min(passes, steps / each) if ended else passes
     share = passes * used / batches
-    return Work(share * train["rows"], share * train.get("tokens", 0))
+    counts = [train["rows"], train.get("tokens", 0), train.get("trained_tokens", 0)]
+    return Work(*(share * count for count in counts))
 
 
 def expected_duration(
@@ -57,10 +76,11 @@ def expected_duration(
 ) -> Duration | None:
     """Returns how long some work takes; ``None`` before a run of the same kind was timed.
 
-    Of that kind are runs of the same model with the same method in the same precision. Their
-    slowest and fastest tenth of steps are the range; what they took besides is added to it.
+    Of that kind are runs of the same task and model with the same method in the same precision on
+    the same devices. Their slowest and fastest tenth of steps are the range, up to the recipe's
+    time limit; what they took besides is added to it.
     """
-    kind = kind_of(content)
+    kind, most = kind_of(content), _most_seconds(content)
     ranges: list[tuple[float, float]] = []
     for run in runs:
         if len(ranges) == MOST_RUNS:
@@ -73,10 +93,22 @@ def expected_duration(
         if rates:
             slow, middle, fast = (rates[int(share * (len(rates) - 1))] for share in (0.1, 0.5, 0.9))
             besides = _besides(run, unit, middle)
-            ranges.append((besides + amount / fast, besides + amount / slow))
+            low, high = (besides + min(amount / rate, most) for rate in (fast, slow))
+            ranges.append((low, high))
     if not ranges:
         return None
     return Duration(min(low for low, _ in ranges), max(high for _, high in ranges), len(ranges))
+
+
+def _most_seconds(content: dict[str, Any]) -> float:
+    """Returns the time limit of a recipe, such as ``00:08:00:00``: days, hours and so on."""
+    limit = value_at(content, "trainer.max_time", None)
+    if isinstance(limit, str) and re.fullmatch(r"\d+(:\d+){3}", limit):
+        limit = dict(zip(("days", "hours", "minutes", "seconds"), limit.split(":"), strict=True))
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        units = {name: float(number) for name, number in dict(limit or {}).items()}
+        return timedelta(**units).total_seconds() or math.inf
+    return math.inf
 
 
 def _besides(run: Run, unit: str, rate: float) -> float:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradio_app.errors import UserError
-from gradio_app.recipe.content import data_of, short_name, value_at
+from gradio_app.recipe.content import class_name, data_of, short_name, value_at
 from gradio_app.recipe.fields import BY_PATH
 from gradio_app.recipe.form import display_value, method_of
 from gradio_app.recipe.presets import DEMO_BASE
@@ -126,10 +126,16 @@ def summarize(run: Run, metrics: Metrics) -> Summary:
 
 
 def kind_of(content: dict[str, Any]) -> tuple[str, ...]:
-    """Returns model, precision and method: runs that share them are equally fast."""
-    model = value_at(content, "model.init_args.model", None)
-    precision = value_at(content, "trainer.precision", None)
-    return str(model), str(precision or "32-true"), method_of(content)
+    """Returns task, model, precision, method and devices: runs that share them are equally fast."""
+    task = task_of_config(content)
+    return (
+        task.name if task is not None else class_name(content.get("model")),
+        str(value_at(content, "model.init_args.model", None)),
+        str(value_at(content, "trainer.precision", None) or "32-true"),
+        method_of(content),
+        str(value_at(content, "trainer.accelerator", None) or "auto"),
+        str(value_at(content, "trainer.devices", None) or "auto"),
+    )
 
 
 def _content(run: Run) -> dict[str, Any]:

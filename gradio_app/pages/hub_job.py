@@ -45,7 +45,7 @@ def build(studio: Studio, t: Texts, recipe: Any, name: Any, gone: Any) -> None:
         show = gr.Button(t("hub_job.show"))
         machine = field(gr.Dropdown, t, "hub_job.machine", choices=[])
         minutes = field(gr.Number, t, "hub_job.minutes", value=60, precision=0)
-        repository = field(gr.Textbox, t, "hub_job.repository")
+        repository = field(gr.Textbox, t, "hub_job.repository", elem_classes="warns")
         cost = html()
         agreed = field(gr.Checkbox, t, "hub_job.agree")
         start = gr.Button(t("hub_job.start"), variant="primary", interactive=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +10,12 @@ import gradio as gr
 
 from gradio_app.assets import CLICK_DELEGATE, script
 from gradio_app.compare.selection import MAX_RUNS
+from gradio_app.errors import UserError
 from gradio_app.experiments.listing import STATES, Listing, Query, list_runs
 from gradio_app.experiments.summaries import Summary
+from gradio_app.guards import escaped
 from gradio_app.pages.components import changed_updates, field, markup, on_event
+from gradio_app.pages.error_reporting import localized_message
 from gradio_app.pages.run_state import state_badge
 from gradio_app.pages.templating import render
 from gradio_app.recipe.fields import BY_PATH
@@ -129,22 +132,38 @@ class RunTable:
             shown = [gr.Column(visible=True), run.id, run.name, tags, run.metadata.notes]
             return query, None, shown
         if act == "pick":
-            return query.picking(about), None, None
+            # Of runs that are gone, nothing counts.
+            here = frozenset(run.id for run in self.studio.store.list(owner))
+            return replace(query, picked=query.picked & here).picking(about), None, None
         if act == "unpick":
             return replace(query, picked=frozenset()), None, None
-        self._change_runs(owner, query, act, about)
-        return query, None, None
+        if act == "delete_picked":
+            self._delete_picked(owner, query.picked)
+            return replace(query, picked=frozenset()), None, None
+        self._change_run(owner, act, about)
+        return replace(query, picked=query.picked - {about}), None, None
 
-    def _change_runs(self, owner: str, query: Query, act: object, about: str) -> None:
+    def _change_run(self, owner: str, act: object, about: str) -> None:
         store = self.studio.store
         if act == "delete":
-            store.delete(owner, about)
-        elif act == "delete_picked":
-            for run in store.list(owner):
-                if run.id in query.picked:
-                    store.delete(owner, run.id)
+            self.studio.queue.delete(owner, about)
         elif act == "restore":
             store.restore(owner, about)
+        elif act == "erase":
+            store.erase_now(owner, about)
+
+    def _delete_picked(self, owner: str, picked: Collection[str]) -> None:
+        """Deletes the selected runs that can be, and says why the others cannot."""
+        refused = []
+        for run in self.studio.store.list(owner):
+            if run.id in picked:
+                try:
+                    self.studio.queue.delete(owner, run.id)
+                except UserError as error:
+                    refused.append(localized_message(error, self.t))
+        if refused:
+            text = escaped("\n".join(refused))
+            gr.Warning(text, title=self.t("frame.refused"), duration=None)
 
 
 def _checked(query: Any) -> Query:

@@ -47,6 +47,12 @@ def value_at(content: Any, path: str, default: Any = MISSING) -> Any:
     return found
 
 
+def count_at(content: Any, path: str, default: int) -> int | None:
+    """Returns the whole number above 0 at ``path``, or ``default``; ``None`` for other values."""
+    found = value_at(content, path, default)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def data_of(content: Any) -> str:
     """Returns where the rows of a recipe are; empty if none were chosen."""
     return str(value_at(content, "data.init_args.data", None) or "")

@@ -55,12 +55,17 @@ def is_cached(name: str) -> bool:
     return any(snapshots.glob(f"*/{file}")) if file else snapshots.is_dir()
 
 
-def free_bytes() -> int:
-    """Returns how much of the disk is free on which models of the hub are kept."""
+def cache_disk() -> Path:
+    """Returns a folder on the disk on which models of the hub are kept."""
     place = hub_cache()
     while not place.exists():
         place = place.parent
-    return shutil.disk_usage(place).free
+    return place
+
+
+def free_bytes() -> int:
+    """Returns how much of the disk is free on which models of the hub are kept."""
+    return shutil.disk_usage(cache_disk()).free
 
 
 def remote_code_files(folder: Path) -> list[str]:

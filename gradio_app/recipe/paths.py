@@ -54,8 +54,8 @@ class AllowedPaths:
         if path_like or "\\" in text or _FILE.fullmatch(text.lower()):
             if root is None:
                 raise UserError("checks.no_paths", path=shortened(text))
-            near = get_close_matches(text, data_files(root).sizes, n=1)
-            hint = UserError("checks.near", near=shortened(near[0])) if near else None
+            near = nearest_file(root, text)
+            hint = UserError("checks.near", near=shortened(near)) if near else None
             more = [hint or UserError("checks.not_near")]
             raise UserError("checks.no_data", path=shortened(text), more=more)
         return _hub_name(text)
@@ -127,6 +127,12 @@ def data_files(root: Path) -> DataFiles:
             first |= _sizes_in([entry])
     found = [*sorted(first.items()), *sorted(nested.items())]
     return DataFiles(dict(sorted(found[:MAX_LISTED])), len(found[MAX_LISTED:]))
+
+
+def nearest_file(root: Path | None, text: str) -> str:
+    """Returns the data file below a root whose name is most like a text; empty if none is."""
+    near = get_close_matches(text, data_files(root).sizes, n=1) if root is not None else []
+    return near[0] if near else ""
 
 
 def _entries_in(folder: Path, top: Path) -> list[os.DirEntry[str]]:

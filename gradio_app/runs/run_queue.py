@@ -110,6 +110,14 @@ class RunQueue:
         with self._lock:
             return self.store.update_metadata(self._waiting(owner, run_id), waiting=None)
 
+    def delete(self, owner: str, run_id: str) -> None:
+        """Deletes a run as :meth:`RunStore.delete` does; a waiting one leaves the queue first."""
+        # Not between the look at it and its start.
+        with self._lock:
+            if self.store.get(owner, run_id).waiting:
+                self.cancel(owner, run_id)
+            self.store.delete(owner, run_id)
+
     def _waiting(self, owner: str, run_id: str) -> Run:
         run = self.store.get(owner, run_id)
         if not run.waiting:

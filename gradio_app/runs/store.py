@@ -107,19 +107,36 @@ class RunStore:
         """
         path = self._resting(owner, run_id)
         self.erase_deleted()
-        target = self._deleted / path.name
         self._deleted.mkdir(exist_ok=True)
+        name, taken = path.name, {one.name for one in self._deleted.iterdir()}
+        if name in taken:
+            # A folder of that name was made once more: both can be restored.
+            name = next_name(name[: NAME_LENGTH - 5], {*taken, *os.listdir(self.root)})
         os.utime(path)
-        path.rename(target)
+        path.rename(self._deleted / name)
 
     def restore(self, owner: str, run_id: object) -> Run:
-        """Takes a deletion back; raises the same UserError for none and for another owner's."""
+        """Takes a deletion back; a run that waited does not wait any more.
+
+        Raises the same UserError for none and for another owner's.
+        """
+        run = self._deleted_run(owner, run_id)
+        if (self.root / run.id).exists():
+            raise UserError("run.refused_restore", run=run.id)
+        run.folder.path.rename(self.root / run.id)
+        found = self.get(owner, run.id)
+        return self.update_metadata(found, waiting=None) if found.waiting else found
+
+    def erase_now(self, owner: str, run_id: object) -> None:
+        """Erases a deleted run before its hour is over; raises as :meth:`restore` does."""
+        shutil.rmtree(self._deleted_run(owner, run_id).folder.path)
+
+    def _deleted_run(self, owner: str, run_id: object) -> Run:
         name = checked_run_id(run_id)
         run = self._read(name, self._deleted)
-        if run is None or run.owner != owner or (self.root / name).exists():
+        if run is None or run.owner != owner or run.folder.path.is_symlink():
             raise UserError("errors.no_such_run", run=name)
-        run.folder.path.rename(self.root / name)
-        return self.get(owner, name)
+        return run
 
     def erase(self, owner: str, run_id: str) -> None:
         """Deletes a run for good, as :meth:`delete` does at first."""

@@ -114,7 +114,8 @@ def test_only_runs_on_the_same_rows_are_ranked(store):
             },
             **changes,
         }
-        base = {"model": {"name_or_path": changes.get("base", "a/base")}}
+        identity = {"name_or_path": changes.pop("base", "a/base"), **changes.pop("identity", {})}
+        base = {"model": identity}
         run.folder.write(run.folder.provenance, {"data": record, "base": base})
         return run
 
@@ -136,6 +137,18 @@ def test_only_runs_on_the_same_rows_are_ranked(store):
     for other in others:
         assert not comparable([one, same, other])
     assert comparable([others[6], validated(recipe=limited)])
+    commits = [validated(identity={"revision": letter * 40}) for letter in "aab"]
+    assert comparable(commits[:2])
+    assert not comparable(commits[1:])
+    files = [validated(identity={"gguf_sha256": letter}) for letter in "ab"]
+    assert not comparable(files)
+    # Checksums say it of bases without a name, and of one that lies in two places.
+    sums = {"fingerprint": "1", "left_out": []}
+    assert not comparable([validated(base="") for _ in "ab"])
+    assert comparable([validated(base=name, identity=sums) for name in ("", "/a/copy")])
+    assert not comparable([validated(identity={**sums, "fingerprint": one}) for one in "12"])
+    heads = [{**sums, "fingerprint": one, "left_out": [one]} for one in "12"]
+    assert comparable([validated(identity=one) for one in heads])
     curves = {"A one": [(0.0, 3.0), (5.0, 1.0)], "B other": [(0.0, 3.0), (5.0, 0.5)]}
     ranked = compare.summary(curves, "val_loss", "step", True, Texts())
     assert "Lowest at the end: B other, Validation loss 0.5." in ranked
@@ -152,6 +165,11 @@ def test_settings_have_the_names_of_the_form(store):
     assert '<span title="model.init_args.learning_rate">Learning rate</span>' in shown
     assert '<span title="fake.a">Fake a</span>' in shown
     assert shown.index("Learning rate") < shown.index("Fake a")
+    seeds = [f"model: {{seed: {n}}}\ndata: {{seed: {n}}}\n" for n in (1, 2)]
+    runs = [store.create("local", seed, "seeds").id for seed in seeds]
+    shown = compare.settings_diff(select_runs(store, "local", runs), Texts())
+    for part in ("model", "data"):
+        assert f">Seed <small>{part}.seed</small></span>" in shown
 
 
 def test_long_curves_are_thinned(tmp_path):

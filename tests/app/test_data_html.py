@@ -1,5 +1,6 @@
 """What the data step writes without a browser."""
 
+from gradio_app.pages.new import data_html
 from gradio_app.pages.new.data_html import report, selected_data
 from gradio_app.recipe.preview import DataReport
 from gradio_app.texts import Texts
@@ -81,3 +82,11 @@ def test_numbers_on_all_rows_are_shown_and_escaped():
     # Two uploads of one name.
     assert f"Zeile 7, {NAMES[0]}" in made
     assert "<i>" not in made
+
+
+def test_rows_of_a_file_are_named_in_the_language_of_the_page():
+    rows = [{"file": f"{name}.csv", "row": n, "detail": ""} for name in "ab" for n in range(1, 20)]
+    one = {"kind": "empty", "rows": rows, "numbers": "1-19 of a.csv; 1-19 of b.csv"}
+    one |= {"title": "", "what_to_do": ""}
+    shown = data_html._problem(one, {}, Texts("de"))["rest"]
+    assert "Zeilen 1-19 von a.csv; 1-19 von b.csv." in shown

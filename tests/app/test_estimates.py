@@ -3,7 +3,7 @@
 import yaml
 
 from gradio_app.experiments.estimates import Work, expected_duration, planned_work
-from gradio_app.experiments.summaries import Summaries
+from gradio_app.experiments.summaries import Summaries, kind_of
 from gradio_app.recipe.content import with_value
 from gradio_app.recipe.edits import base_recipe, with_method
 from gradio_app.runs.store import RunStore
@@ -22,6 +22,34 @@ def test_work_is_counted_over_all_epochs_and_up_to_the_last_step():
     endless = with_value(base_recipe("sft", small=False), "trainer.max_epochs", -1)
     assert planned_work(endless, numbers) is None
     assert planned_work(content, {"series": True}) is None
+    for path in ("trainer.accumulate_grad_batches", "data.init_args.batch_size"):
+        for value in (0, None, "8"):
+            assert planned_work(with_value(content, path, value), numbers) is None
+
+
+def test_packed_rows_make_fewer_batches():
+    train = {"rows": 100, "tokens": 1300, "trained_tokens": 650}
+    numbers = {"splits": {"train": train}, "packing": {"rows": 20}}
+    content = with_value(base_recipe("sft", small=False), "trainer.max_steps", 7)
+    content = with_value(content, "trainer.max_epochs", 9)
+    # An epoch has 7 steps of two batches; of 20 packed rows, 2.
+    assert planned_work(content, numbers) == Work(100, 1300, 650)
+    content = with_value(content, "data.init_args.packing", True)
+    assert planned_work(content, numbers) == Work(350, 4550, 2275)
+
+
+def test_runs_of_one_kind_share_task_and_devices():
+    content = base_recipe("sft")
+    same = with_value(content, "trainer.devices", "auto")
+    assert kind_of(same) == kind_of(content)
+    others = [
+        with_value(content, "trainer.devices", 2),
+        with_value(content, "trainer.accelerator", "tpu"),
+        with_value(content, "model.class_path", "lightning_peft.tasks.RewardTuning"),
+        with_value(content, "model.class_path", "mine.Tuning"),
+        with_value(content, "model.init_args.model", "org/other"),
+    ]
+    assert len({kind_of(one) for one in [content, *others]}) == 6
 
 
 def test_a_range_is_that_of_the_steps_of_earlier_runs_of_the_same_kind(tmp_path):
@@ -45,6 +73,11 @@ def test_a_range_is_that_of_the_steps_of_earlier_runs_of_the_same_kind(tmp_path)
     took(content, range(100, 200, 10), 30)
     found = expected()
     assert (found.low, found.high, found.runs) == (20 + 1800 / 180, 20 + 1800 / 100, 1)
+    content = with_value(content, "trainer.max_time", "00:00:00:12")
+    assert (expected().low, expected().high) == (20 + 1800 / 180, 20 + 12)
+    content = with_value(content, "trainer.max_time", {"seconds": 15})
+    assert expected().high == 20 + 15
+    content = with_value(content, "trainer.max_time", None)
     took(content, [70.0], 20)
     found = expected()
     assert (found.low, found.high, found.runs) == (1800 / 70, 20 + 1800 / 100, 2)

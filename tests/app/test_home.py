@@ -7,10 +7,11 @@ import re
 from dataclasses import asdict
 from urllib.parse import parse_qs, urlsplit
 
+import gradio as gr
 import pytest
 import yaml
 
-from gradio_app.experiments.listing import Query, list_runs
+from gradio_app.experiments.listing import MAX_PICKED, Query, list_runs
 from gradio_app.experiments.summaries import Summaries
 from gradio_app.pages import home, run_table
 from gradio_app.pages.templating import render
@@ -20,11 +21,13 @@ from gradio_app.recipe.edits import demo_recipe
 from gradio_app.runs.formatting import format_bytes
 from gradio_app.runs.machine import Machine
 from gradio_app.runs.store import RunStore, checked_notes
+from gradio_app.studio import Studio
 from gradio_app.texts import LANGUAGES, Texts
 from lightning_peft.demo.real_base import SMOLLM2_PLACE, absence_of_smollm2
 from lightning_peft.runs.status import Status, write_json
 from tests.app.browsing import DESKTOP, PHONE, assert_readable, not_german, screenshot, violations
 from tests.app.runs import queued, recipe, settings
+from tests.app.test_store import written
 
 HOSTILE = '<img src=x onerror="window.hacked=1">'
 
@@ -324,6 +327,29 @@ def test_the_list_comes_in_pages(tmp_path):
     ]
     assert "Page 2 of 3" in run_table.run_table(pages[1], t)
     assert "Someone else" in render("home.queue", t, runs=[None])
+
+
+def test_of_a_selection_what_can_be_deleted_is_and_the_rest_says_why(tmp_path):
+    studio = Studio(settings(tmp_path))
+    try:
+        store = studio.store
+        written(store.root / "busy")
+        one, two, kept = (store.create("local", recipe(), name).id for name in ("a", "b", "c"))
+        with gr.Blocks():
+            table = run_table.RunTable(studio, Texts())
+        picked = Query(picked=frozenset({"busy", one, two}))
+        with pytest.warns(UserWarning, match="busy"):
+            query, *_ = table._act("local", picked, {"act": "delete_picked", "run": ""})
+        assert query.picked == frozenset()
+        assert {run.id for run in store.list("local")} == {"busy", kept}
+        full = Query(picked=frozenset(f"gone-{n}" for n in range(MAX_PICKED)))
+        query, *_ = table._act("local", full, {"act": "pick", "run": kept})
+        assert query.picked == {kept}
+        assert table._act("local", query, {"act": "delete", "run": kept})[0].picked == frozenset()
+        table._act("local", query, {"act": "erase", "run": one})
+        assert {run.id for run in store.deleted("local")} == {two, kept}
+    finally:
+        studio.close()
 
 
 @pytest.mark.parametrize("folder", ["upload:", "/srv/data/uploads/somebody/"])

@@ -12,9 +12,19 @@ import yaml
 from finished import BASE
 
 from gradio_app.errors import UserError
-from gradio_app.pages.new.editor import Editor, Session
+from gradio_app.experiments.summaries import Summaries
+from gradio_app.pages.new import data, memory, model, review
+from gradio_app.pages.new.editor import Editor, Session, _replace_content
+from gradio_app.recipe.content import value_at, with_value
+from gradio_app.recipe.edits import base_recipe, with_data, with_model
+from gradio_app.recipe.paths import AllowedPaths
+from gradio_app.recipe.presets import DEMO_BASE
+from gradio_app.recipe.preview import DataReport
+from gradio_app.runs.store import RunStore
+from gradio_app.texts import Texts
 from lightning_peft.data.templates import NAMED
 from tests.app.browsing import PHONE, overflow, screenshot, violations
+from tests.app.runs import settings
 
 STEPS = ("model", "data", "method", "review")
 GOOD = [{"question": f"What is {n} and {n}?", "reply": f"It is {2 * n}."} for n in range(60)]
@@ -67,6 +77,65 @@ def test_of_a_page_that_the_server_has_forgotten_nothing_is_done(session):
     # It would be done with the recipe of a new page instead of what this one shows.
     with pytest.raises(UserError, match="checks.session"):
         Editor.of(SimpleNamespace(studio=None), session, SimpleNamespace(username=None))
+
+
+@pytest.fixture
+def editor(tmp_path):
+    studio = SimpleNamespace(settings=settings(tmp_path), summaries=Summaries())
+    studio.store = RunStore(studio.settings)
+    places = AllowedPaths(studio.settings, "local")
+    return SimpleNamespace(studio=studio, t=Texts(), places=lambda session: places)
+
+
+def test_a_menu_that_loses_the_focus_changes_nothing(editor):
+    content = with_model(base_recipe("sft"), "org/model", "f" * 40)
+    content = with_data(content, "org/set", hub_config="de", hub_revision="abc")
+    problem = UserError("checks.number")
+    session = Session(content, content, field_errors={"model.init_args.learning_rate": problem})
+    for choose, shown in ((model._choose, "org/model"), (data._choose, "org/set")):
+        for given in (shown, f" {shown} ", "", None):
+            assert choose(editor, session, given) is content
+    _replace_content(session, content, own=False)
+    assert session.field_errors
+    other = model._choose(editor, session, "org/other")
+    assert value_at(other, "model.init_args.revision", None) is None
+    other = data._choose(editor, session, "imdb")
+    assert value_at(other, "data.init_args", None)["data"] == "imdb"
+    assert value_at(other, "data.init_args.hub_config", None) is None
+    (editor.studio.settings.data_root / "imdb.csv").write_text("prompt,completion\n")
+    with pytest.raises(UserError, match=r"checks\.near.*imdb\.csv"):
+        data._choose(editor, session, "imdb")
+
+
+def test_tokens_that_are_trained_are_those_that_count_in_the_loss(editor):
+    content = with_value(base_recipe("sft", small=False), "trainer.max_epochs", 2)
+    train = {"rows": 16, "tokens": 5000, "trained_tokens": 1200}
+    for counted, label, number in (
+        (train, "Tokens trained", "2,400"),
+        ({**train, "trained_tokens": 0}, "Tokens read", "10,000"),
+    ):
+        session = Session(content, content, report=DataReport({"splits": {"train": counted}}))
+        shown = review.facts_html(editor, session)
+        assert label in shown
+        assert number in shown
+
+
+def test_the_disk_that_a_run_needs_has_the_download_of_its_model(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    content, name, t = base_recipe("sft"), "Qwen/Qwen2.5-0.5B-Instruct", Texts()
+    for place, fetched in (
+        (DEMO_BASE, 0),
+        (str(tmp_path), 0),
+        (name, 2 * 494_032_768),
+        ("org/unlisted", None),
+        ("unlisted", None),
+        ("org/unlisted:file.gguf", None),
+    ):
+        chosen = with_value(content, "model.init_args.model", place)
+        assert memory.fetched_bytes(chosen) == fetched
+    assert memory._disk(10**9, 0, tmp_path, t).startswith("1.0 GB of ")
+    assert memory._disk(10**9, 2 * 10**9, tmp_path, t).startswith("3.0 GB of ")
+    assert memory._disk(10**9, None, tmp_path, t) == ""
 
 
 def test_own_data_with_bad_rows_is_put_right_and_started(visit, site):

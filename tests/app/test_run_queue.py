@@ -155,6 +155,21 @@ def test_a_visitor_has_so_many_runs_at_a_time(store, lines):
     line.add(store.create("v-b", recipe(), "three"))
 
 
+def test_a_waiting_run_that_was_deleted_rests_once_it_is_restored(store, lines):
+    written(store.root / "busy")
+    line = lines(limits=Limits(waiting=1))
+    first = line.add(store.create("v-a", recipe(), "one"))
+    line.delete("v-a", first.id)
+    line.add(store.create("v-a", recipe(), "two"))
+    assert not store.restore("v-a", first.id).waiting
+    with pytest.raises(UserError, match="run.refused_waiting"):
+        line.add(first)
+    # One that an older version deleted while it waited.
+    store.update_metadata(first, waiting=time.time())
+    store.delete("v-a", first.id)
+    assert not store.restore("v-a", first.id).waiting
+
+
 def test_nothing_waits_twice_and_nothing_goes_on_without_a_checkpoint(store, lines):
     written(store.root / "busy")
     line = lines()

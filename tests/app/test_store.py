@@ -121,12 +121,18 @@ def test_only_what_rests_is_deleted_and_nothing_outside(store, tmp_path):
     for owner, name in (("v-other", run.id), ("local", f"../{run.id}"), ("local", "none")):
         with pytest.raises(UserError, match="errors.no_such_run"):
             store.restore(owner, name)
+        with pytest.raises(UserError, match="errors.no_such_run"):
+            store.erase_now(owner, name)
     assert store.restore("local", run.id).name == "a"
     store.delete("local", run.id)
     store.erase_deleted()
     assert store.deleted("local")
     store.erase_deleted(seconds=0)
     assert store.deleted("local") == []
+    other = store.create("local", recipe(), "b")
+    store.delete("local", other.id)
+    store.erase_now("local", other.id)
+    assert not list((store.root / ".deleted").iterdir())
     written(store.root / "alive")
     with pytest.raises(UserError) as refusal:
         store.delete("local", "alive")
@@ -137,6 +143,18 @@ def test_only_what_rests_is_deleted_and_nothing_outside(store, tmp_path):
     with pytest.raises(UserError):
         store.delete("local", "link")
     assert (outside / "status.json").is_file()
+
+
+def test_a_run_of_a_name_that_was_deleted_before_is_deleted_too(store):
+    for step in (1, 2):
+        written(store.root / "my-run", state="finished", step=step, pid=2**22 + 1)
+        store.delete("local", "my-run")
+    steps = {run.id: run.status.step for run in store.deleted("local")}
+    assert steps == {"my-run": 1, "my-run-2": 2}
+    written(store.root / "my-run", state="finished")
+    with pytest.raises(UserError, match="run.refused_restore"):
+        store.restore("local", "my-run")
+    assert store.restore("local", "my-run-2").status.step == 2
 
 
 def test_broken_files_hide_nothing_else(store):

@@ -15,6 +15,7 @@ NAME = "Nobody else knows"
 ACTS = (
     "delete",
     "restore",
+    "erase",
     "pick",
     "delete_picked",
     "earlier",

@@ -21,6 +21,7 @@ from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.pages.templating import message
 from gradio_app.recipe.content import MISSING, data_of, value_at, with_value
 from gradio_app.recipe.edits import base_recipe, with_data
+from gradio_app.recipe.paths import nearest_file
 from gradio_app.recipe.preview import DataReport, local_path
 from gradio_app.recipe.table import count_rows, first_rows
 from gradio_app.redaction import UPLOAD
@@ -70,6 +71,9 @@ def build(editor: Editor) -> None:
 
 def _choose(editor: Editor, session: Session, given: Any) -> dict[str, Any]:
     text = str(given or "").strip()
+    if text in ("", _shown_data(session, editor)):
+        # A menu sends its value once more when it loses the focus; subset and revision stay.
+        return session.content
     if text == _example(session):
         content = with_data(session.content, text)
         return with_value(content, _DATA + "skip_bad_rows", MISSING)
@@ -77,9 +81,10 @@ def _choose(editor: Editor, session: Session, given: Any) -> dict[str, Any]:
     if text.startswith(UPLOAD):
         # Its folder is the server's.
         return with_data(session.content, text)
-    if not place.startswith("/") and "/" not in place:
-        more = [UserError("checks.not_near")]
-        raise UserError("checks.no_data", path=shortened(given), more=more)
+    if "/" not in place and (near := nearest_file(editor.studio.settings.data_root, place)):
+        # Data sets of the hub without a namespace look like files whose ending was left out.
+        more = [UserError("checks.near", near=shortened(near))]
+        raise UserError("checks.no_data", path=shortened(place), more=more)
     return with_data(session.content, place)
 
 
@@ -90,7 +95,7 @@ def _example(session: Session) -> str:
 
 def _updates(session: Session, editor: Editor, hint: str) -> list[Any]:
     """Returns the data to choose from, with the one that is chosen, and what that is."""
-    t, root = editor.t, editor.studio.settings.data_root
+    t = editor.t
     place, sizes = data_of(session.content), session.data_files.sizes
     rows = [(f"{name} ({format_bytes(size, t)})", name) for name, size in sizes.items()]
     rows += [
@@ -98,14 +103,20 @@ def _updates(session: Session, editor: Editor, hint: str) -> list[Any]:
         for one in Uploads(editor.studio.settings, session.owner).list()
     ]
     rows.append((t("new.data_example"), _example(session)))
-    named = next((one for one in sizes if root and (root / one).as_posix() == place), place)
+    named = _shown_data(session, editor)
     if named and named not in [value for _, value in rows]:
         rows.append((named, named))
-    info = editor.files_hint(session, hint)
     return [
-        gr.update(choices=rows, value=named or None, info=info),
+        gr.update(choices=rows, value=named or None, **editor.files_hint(session, hint)),
         data_html.selected_data(place, t),
     ]
+
+
+def _shown_data(session: Session, editor: Editor) -> str:
+    """Returns the data of a recipe as the menu shows it; empty for none."""
+    root, place = editor.studio.settings.data_root, data_of(session.content)
+    sizes = session.data_files.sizes
+    return next((one for one in sizes if root and (root / one).as_posix() == place), place)
 
 
 def _build_hub(editor: Editor) -> None:

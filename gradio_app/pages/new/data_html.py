@@ -101,13 +101,15 @@ def mapped_rows(found: DataReport, columns: Mapping[str, str], t: Texts) -> str:
 def _problem(one: dict[str, Any], numbers: dict[str, Any], t: Texts) -> dict[str, Any]:
     known = t.has(f"new.problem_{one['kind']}")
     rows = one["rows"][:MAX_PROBLEMS]
-    more = len(one["rows"]) - len(rows)
+    more, places = len(one["rows"]) - len(rows), str(one["numbers"])
+    for file in {row["file"] for row in one["rows"]}:
+        places = places.replace(f" of {file}", t("new.rows_of", file=file))
     return {
         "title": t(f"new.problem_{one['kind']}") if known else one["title"],
         "todo": t(f"new.todo_{one['kind']}") if known else one["what_to_do"],
         "rows": [(row["row"], row["detail"], _file_title(row["file"], numbers)) for row in rows],
         "count": t.number(len(one["rows"])),
-        "rest": t("new.more_rows", more=more, numbers=one["numbers"]) if more > 0 else "",
+        "rest": t("new.more_rows", more=more, numbers=places) if more > 0 else "",
     }
 
 

@@ -236,10 +236,13 @@ class Editor:
         session.owner = self.studio.owner(request)
         return session
 
-    def files_hint(self, session: Session, hint: str) -> str:
-        """Returns the help of a field that lists the data files, with how many are not listed."""
+    def files_hint(self, session: Session, hint: str) -> dict[str, Any]:
+        """Returns the help of a field that lists the data files; always shown if some are not."""
         more = session.data_files.left_out
-        return f"{hint}. {self.t('new.files_cut', count=self.t.number(more))}" if more else hint
+        if not more:
+            return {"info": hint, "elem_classes": []}
+        info = f"{hint}. {self.t('new.files_cut', count=self.t.number(more))}"
+        return {"info": info, "elem_classes": ["warns"]}
 
     def places(self, session: Session) -> AllowedPaths:
         """Returns the places that the owner of a session may read."""
@@ -253,6 +256,8 @@ def draft_of(session: Session) -> dict[str, str]:
 
 def _replace_content(session: Session, content: dict[str, Any], own: bool) -> None:
     """Makes a session's recipe another one; what was found of other data counts no more."""
+    if content is session.content:
+        return
     if not own:
         session.baseline = rebase_defaults(session.baseline, session.content, content)
     if content.get("data") != session.content.get("data"):

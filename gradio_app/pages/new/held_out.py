@@ -67,6 +67,6 @@ def _updates(editor: Editor, session: Session) -> list[Any]:
         # One that a recipe names, such as a data set on the hub, stays.
         more = [(str(place), str(place))] if place and place not in known else []
         choices = [(t(f"data.{split}_none"), ""), *files, *more]
-        info = editor.files_hint(session, t(f"data.{split}_file_hint"))
-        updates.append(gr.update(choices=choices, value=place or "", info=info))
+        help_text = editor.files_hint(session, t(f"data.{split}_file_hint"))
+        updates.append(gr.update(choices=choices, value=place or "", **help_text))
     return updates

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -18,7 +19,7 @@ from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.pages.templating import message, render
 from gradio_app.recipe.content import value_at
 from gradio_app.recipe.edits import base_recipe
-from gradio_app.recipe.model_files import is_cached
+from gradio_app.recipe.model_files import cache_disk, free_bytes, is_cached
 from gradio_app.recipe.planner import Fix, Plan, find_fixes, plan_memory, validate_device, with_fix
 from gradio_app.recipe.presets import GPUS, MODELS, THIS_MACHINE
 from gradio_app.recipe.validation import validate_content
@@ -114,8 +115,8 @@ def needs_html(editor: Editor, session: Session, waits: str = "", plan: Plan | N
     if plan is not None and numbers:
         has = plan.available_bytes or plan.required_bytes
         memory = _share(plan.required_bytes, has, t)
-        disk_bytes = _DISK_BYTES * numbers["trainable_parameters"] + _fetched_bytes(session)
-        disk = _share(disk_bytes, shutil.disk_usage(editor.studio.settings.runs).free, t)
+        saved = _DISK_BYTES * numbers["trainable_parameters"]
+        disk = _disk(saved, fetched_bytes(session.content), editor.studio.settings.runs, t) or disk
     cards = [(t("new.memory"), memory, ""), (t("new.strip_disk"), disk, "")]
     return render("parts.numbers", t, cards=cards, label="", kind="numbers")
 
@@ -124,10 +125,27 @@ def _share(needs: int, has: int, t: Texts) -> str:
     return t("new.strip_of", needs=format_gigabytes(needs, t), has=format_gigabytes(has, t))
 
 
-def _fetched_bytes(session: Session) -> int:
-    name = value_at(session.content, "model.init_args.model", None)
-    known = next((one for one in MODELS if one.name == name and ":" not in one.name), None)
-    return 0 if known is None or is_cached(known.name) else known.download_bytes
+def _disk(saved: int, fetched: int | None, runs: Path, t: Texts) -> str:
+    """Returns a run's share of the free disk; of two disks, of the one that it fills more."""
+    if fetched is None:
+        return ""
+    parts = [(saved, shutil.disk_usage(runs).free)]
+    if fetched and runs.stat().st_dev == cache_disk().stat().st_dev:
+        parts = [(saved + fetched, parts[0][1])]
+    elif fetched:
+        parts.append((fetched, free_bytes()))
+    return _share(*max(parts, key=lambda part: part[0] / max(1, part[1])), t)
+
+
+def fetched_bytes(content: dict[str, Any]) -> int | None:
+    """Returns the bytes of a recipe's model that are fetched first; ``None`` if not known."""
+    name = str(value_at(content, "model.init_args.model", None) or "")
+    repository, colon, _ = name.partition(":")
+    # What comes with a package has a mark such as `package:`.
+    here = not name or Path(name).is_absolute() or colon and "/" not in repository
+    if here or is_cached(name):
+        return 0
+    return next((one.download_bytes for one in MODELS if one.name == name), None)
 
 
 def plan_html(plan: Plan, t: Texts, found: list[Fix] | None = None, more: bool = False) -> str:

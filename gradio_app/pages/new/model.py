@@ -60,7 +60,8 @@ def _build_hub(editor: Editor) -> None:
     trust: Any = gr.State(False)
     confirmed: Any = gr.State("")
     if not editor.studio.settings.space:
-        trust = field(gr.Checkbox, t, "new.trust", "model-trust", value=False)
+        options: Any = {"value": False, "elem_classes": "warns"}
+        trust = field(gr.Checkbox, t, "new.trust", "model-trust", **options)
         confirmed = field(gr.Textbox, t, "new.trust_confirm", "trust-confirm", visible=False)
         on_event(t, trust.input, lambda on: gr.update(visible=bool(on)), trust, confirmed)
     use = gr.Button(t("new.use_model"), elem_id="use-model")
@@ -90,10 +91,14 @@ def _from_hub(
     return with_model(session.content, place, revision), hub_name
 
 
-def _choose(editor: Editor, session: Session, name: Any) -> dict[str, Any]:
+def _choose(editor: Editor, session: Session, given: Any) -> dict[str, Any]:
     root = editor.studio.settings.models_root
+    name = str(given or "").strip()
+    if name in ("", _shown_model(session, root)):
+        # A menu sends its value once more when it loses the focus; the revision stays.
+        return session.content
     if root is not None and name in model_places(root):
-        place = inside(root, str(name)).as_posix()
+        place = inside(root, name).as_posix()
         check_files(place, None, trusted=False)
         return with_model(session.content, place, None)
     if any(model.name == name for model in MODELS):
@@ -125,15 +130,21 @@ def _choices(session: Session, editor: Editor) -> Any:
     rows = [(t("new.model_in_folder", name=name), name) for name in folders]
     listed = [model for model in available_models(session, editor) if model.name not in folders]
     rows += [(_model_label(model, t), model.name) for model in listed]
+    current = _shown_model(session, root)
+    if current is not None and current not in [value for _, value in rows]:
+        rows.append((current, current))
+    return gr.update(choices=rows, value=current)
+
+
+def _shown_model(session: Session, root: Path | None) -> str | None:
+    """Returns the model of a recipe as the menu shows it; ``None`` for none and a random one."""
     current = value_at(session.content, "model.init_args.model", None)
     if current is None or value_at(session.content, "model.init_args.config", None) is not None:
-        return gr.update(choices=rows, value=None)
+        return None
     if root is not None and Path(str(current)).is_absolute():
-        here = (name for name in folders if (root / name).resolve() == Path(current))
+        here = (name for name in model_places(root) if (root / name).resolve() == Path(current))
         current = next(here, current)
-    if current not in [value for _, value in rows]:
-        rows.append((str(current), current))
-    return gr.update(choices=rows, value=current)
+    return str(current)
 
 
 def _model_label(model: Model, t: Texts) -> str:

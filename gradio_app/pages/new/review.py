@@ -21,7 +21,7 @@ from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.pages.new.starting_point import validate_pasted
 from gradio_app.pages.templating import message, render
 from gradio_app.recipe.commands import FILE, command_line, python_code
-from gradio_app.recipe.content import data_of, short_name, value_at
+from gradio_app.recipe.content import count_at, data_of, short_name, value_at
 from gradio_app.recipe.edits import limit_steps
 from gradio_app.recipe.fields import BY_PATH
 from gradio_app.recipe.form import format_value, method_of
@@ -271,8 +271,8 @@ def facts_html(editor: Editor, session: Session) -> str:
     work = planned_work(session.content, session.report.numbers) if session.report else None
     time, amount, unit = (unknown, ""), unknown, "rows"
     if work is not None:
-        unit = "tokens" if work.tokens else "rows"
-        amount = t.number(getattr(work, unit))
+        unit = "tokens" if work.trained else "tokens_read" if work.tokens else "rows"
+        amount = t.number(work.trained or work.tokens or work.rows)
         runs = [one for one in store.list(session.owner) if store.executor(one).uses_this_machine]
         found = expected_duration(session.content, work, runs, editor.studio.summaries)
         if found is not None:
@@ -311,8 +311,9 @@ def summary_text(session: Session, t: Texts) -> str:
         words.append(t("new.words_data", data=place))
     epochs = value_at(content, "trainer.max_epochs", None)
     steps = value_at(content, "trainer.max_steps", -1)
-    batch = value_at(content, "data.init_args.batch_size", 8)
-    each = batch * value_at(content, "trainer.accumulate_grad_batches", 1)
+    batch = count_at(content, "data.init_args.batch_size", 8)
+    accumulated = count_at(content, "trainer.accumulate_grad_batches", 1)
+    each = batch * accumulated if batch and accumulated else "?"
     amount = (
         t("new.words_steps", steps=steps)
         if isinstance(steps, int) and steps > 0

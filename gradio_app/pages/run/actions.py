@@ -129,7 +129,7 @@ class Actions:
         buttons["try_it"].click(None, None, None, js=_OPEN_PLAYGROUND)
         for name, button, do in (
             ("kill", buttons["stop_now"], line.kill),
-            ("delete", buttons["delete"], store.delete),
+            ("delete", buttons["delete"], line.delete),
         ):
             row, _, yes, no = self._confirmations[name]
             self._toggle(button.click, row, True)
@@ -141,14 +141,14 @@ class Actions:
         on_event(self.t, event, lambda: gr.Row(visible=visible), None, row)
 
     def _on(self, button: gr.Button, do: Action, info: str = "") -> Any:
-        view, store = self._view, self.studio.store
+        view, line = self._view, self.studio.queue
 
         def act(request: gr.Request, run_id: str, *choices: Any) -> list[Any]:
             run_id = requested_run_id(run_id, request)
             do(self.studio.owner(request), run_id)
             if info:
                 gr.Info(info)
-            notice = "gone" if do == store.delete else "unknown"
+            notice = "gone" if do == line.delete else "unknown"
             return view.update(run_id, "", choices, request, notice)
 
         return on_event(self.t, button.click, act, view.click_inputs, view.outputs)

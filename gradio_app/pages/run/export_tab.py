@@ -138,7 +138,8 @@ class ExportTab:
                 max_length=200,
                 placeholder="my-name/my-adapter",
             )
-            self._private = field(gr.Checkbox, t, "export.private", "export-private", value=True)
+            options: Any = {"value": True, "elem_classes": "warns"}
+            self._private = field(gr.Checkbox, t, "export.private", "export-private", **options)
             self._preview = self._button("preview", "export-preview")
 
     def _build_confirmation(self) -> None:
