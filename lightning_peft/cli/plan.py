@@ -78,6 +78,11 @@ def _parser() -> OptionParser:
     add("--gpu", help="an amount such as 24GB, a GPU such as rtx4090 or a100-80, or 'this'")
     add("--r", type=int, default=16, help="rank of the adapters; default: 16")
     add("--target-modules", nargs="+", help="layers to adapt; default: all linear layers")
+    add(
+        "--target-parameters",
+        nargs="*",
+        help="weights of experts to adapt; default: all, none after the bare option",
+    )
     add("--modules-to-save", nargs="+", help="modules that are trained in full")
     add(
         "--optimizer",
@@ -145,6 +150,8 @@ def _survey(args: argparse.Namespace, progress: Callable[[str], None]) -> Method
     if targets is not None:
         # One word may be a regular expression, or "all-linear".
         lora["target_modules"] = targets[0] if targets == ["all-linear"] else targets
+    if args.target_parameters is not None:
+        lora["target_parameters"] = args.target_parameters
     if args.modules_to_save is not None:
         lora["modules_to_save"] = args.modules_to_save
     run = PlanSettings(

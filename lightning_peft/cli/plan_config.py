@@ -72,8 +72,16 @@ def plan_from_config(
         **_of_trainer(trainer, strategy),
     }
     words = [f"--{name}={value}" for name, value in named.items() if value is not None]
-    for name in ("target_modules", "modules_to_save"):
-        if value := strategy.get(name):
+    return [*words, *_lists_of(strategy)]
+
+
+def _lists_of(strategy: dict[str, Any]) -> list[str]:
+    """Returns the options of several words."""
+    words: list[str] = []
+    for name in ("target_modules", "target_parameters", "modules_to_save"):
+        value = strategy.get(name)
+        # No parameters are not the default.
+        if value or (name == "target_parameters" and value is not None):
             values = [value] if isinstance(value, str) else value
             words += [f"--{name.replace('_', '-')}", *values]
     return words
@@ -81,14 +89,31 @@ def plan_from_config(
 
 def _of_trainer(trainer: Any, strategy: dict[str, Any]) -> dict[str, Any]:
     """Returns the options that the Trainer has; `devices` that only the machine knows are one."""
-    given = trainer.get("devices")
-    count = len(given) if isinstance(given, list) else given
+    given, sharding = trainer.get("devices"), strategy.get("sharding")
+    gpus = device_count(given)
+    if gpus is None and sharding:
+        print(
+            f"note: trainer.devices={given!r} depends on the machine, so one GPU is planned for, "
+            "and nothing is shared there. --gpus plans for more.",
+            file=sys.stderr,
+        )
     return {
         "precision": trainer.get("precision"),
-        "gpus": count if isinstance(count, int) and count > 0 else None,
+        "gpus": gpus,
         "nodes": trainer.get("num_nodes"),
-        "sharding": strategy.get("sharding"),
+        "sharding": sharding,
     }
+
+
+def device_count(devices: Any) -> int | None:
+    """Returns how many the Trainer takes by ``devices``; ``None`` where the machine decides."""
+    if isinstance(devices, str):
+        # As Lightning reads them: "2" is a number of devices, "0,1" and "2," are indices.
+        text = devices.strip()
+        indices = [part for part in text.split(",") if part.strip()]
+        devices = indices if "," in text else int(text) if text.isdigit() else None
+    count = len(devices) if isinstance(devices, (list, tuple)) else devices
+    return count if isinstance(count, int) and count > 0 else None
 
 
 def _has_images(task: Any, config: Any) -> bool:

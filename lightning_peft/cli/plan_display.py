@@ -79,7 +79,7 @@ def _processes(comparison: MethodComparison) -> Iterator[str | tuple[str, list[l
     run, work, cluster = comparison.plan.settings, comparison.plan.trace.work, comparison.cluster
     if cluster is None or run.processes == 1:
         return
-    how = f"sharding={run.sharding!r}" if run.sharding else "a whole base on each"
+    how = f"sharding={run.sharding!r}" if run.is_sharded else "a whole base on each"
     yield (
         f"{run.processes} processes ({cluster.nodes} x {cluster.gpus} GPUs), {how}: memory and "
         f"batch are those of one"
@@ -90,8 +90,7 @@ def _processes(comparison: MethodComparison) -> Iterator[str | tuple[str, list[l
     )
     bounds = comparison.bounds
     if bounds is None:
-        missing = [name for name, value in cluster.figures.items() if value is None]
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in cluster.missing)
         yield f"what bounds a step is not known: give a --gpu by name, or {options}"
         return
     amounts = [
@@ -103,10 +102,12 @@ def _processes(comparison: MethodComparison) -> Iterator[str | tuple[str, list[l
     for (name, seconds), amount in zip(asdict(bounds).items(), amounts, strict=True):
         rows.append([name, amount, f"{seconds:.3f}"])
     yield "a step", rows
+    sends = [f"{cluster.link_bandwidth:g} GB/s within a node"] * (cluster.gpus > 1)
+    sends += [f"{cluster.network_bandwidth:g} GB/s from node to node"] * (cluster.nodes > 1)
     yield (
-        f"a step takes {bounds.seconds:.3g} s or more, bound by {bounds.bound}: a GPU of "
-        f"{cluster.tflops:g} TFLOP/s with {cluster.memory_bandwidth:g} GB/s of memory sends "
-        f"{cluster.link_bandwidth:g} GB/s within a node, a node {cluster.network_bandwidth:g} GB/s"
+        f"a step takes {bounds.seconds:.3g} s or more, bound by {bounds.bound}: GPUs of "
+        f"{cluster.tflops:g} TFLOP/s with {cluster.memory_bandwidth:g} GB/s of memory, and "
+        + ", ".join(sends)
     )
 
 

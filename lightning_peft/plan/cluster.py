@@ -71,6 +71,12 @@ class Cluster:
         """The figures by name."""
         return {name: getattr(self, name) for name in FIGURES}
 
+    @property
+    def missing(self) -> list[str]:
+        """Names of the figures that bounds of a step need, and that are not known."""
+        unused = {"link_bandwidth": self.gpus == 1, "network_bandwidth": self.nodes == 1}
+        return [n for n, value in self.figures.items() if value is None and not unused.get(n)]
+
 
 # The names of the figures that can be given instead of a maker's.
 FIGURES = tuple(field.name for field in fields(Cluster))[2:]
@@ -109,15 +115,14 @@ def step_bounds(work: Work, cluster: Cluster) -> StepBounds | None:
     Returns:
         The bounds; ``None`` where a figure is not known.
     """
-    tflops, memory, link, network = cluster.figures.values()
-    if not (tflops and memory and link and network):
+    if cluster.missing:
         return None
+    tflops, memory, link, network = (value or 0.0 for value in cluster.figures.values())
     sent = work.sent(cluster.processes)
-    return StepBounds(
-        work.flops / (tflops * 1e12),
-        work.moved / (memory * 1e9),
-        max(sent / link * (cluster.gpus > 1), sent / network * (cluster.nodes > 1)) / 1e9,
+    slowest = max(
+        sent / link if cluster.gpus > 1 else 0.0, sent / network if cluster.nodes > 1 else 0.0
     )
+    return StepBounds(work.flops / (tflops * 1e12), work.moved / (memory * 1e9), slowest / 1e9)
 
 
 def cluster_of(gpu: str | None, gpus: int, nodes: int, given: Mapping[str, Any]) -> Cluster:

@@ -25,7 +25,7 @@ class MethodComparison:
         model: The model's name.
         plan: The run that was asked for.
         device: Where it is to run, if that was said.
-        methods: The same run with each method.
+        methods: The same run with each method that can be run so.
         kept: Bytes of activations and logits that are kept for the backward pass, by whether
             blocks are checkpointed; without an entry where that cannot be done.
         batch_size: The most rows that fit at the run's length, if that was searched.
@@ -112,7 +112,7 @@ class MethodComparison:
         bounds = self.bounds
         return {
             **asdict(self.cluster),
-            "sharding": run.sharding,
+            "sharding": run.sharding if run.is_sharded else None,
             **{f"{name}_in_a_step": value for name, value in asdict(work).items()},
             "sent_in_a_step": work.sent(run.processes),
             "least_seconds": None if bounds is None else asdict(bounds),
@@ -159,7 +159,7 @@ def compare_methods(
     for method in METHODS:
         if method not in methods:
             progress(f"{method} {runs}")
-            methods[method] = predict(source, _by(method, settings))
+            methods |= _by(method, source, settings)
     other = not settings.checkpointing
     progress(f"gradient_checkpointing={other}")
     with suppress(UnsupportedError):
@@ -179,7 +179,7 @@ def compare_methods(
         source.name,
         plan,
         device,
-        {method: methods[method] for method in METHODS},
+        {method: methods[method] for method in METHODS if method in methods},
         saved,
         batch_size,
         seq_len,
@@ -205,9 +205,18 @@ def _by_checkpointing(
     return found
 
 
-def _by(method: Method, settings: PlanSettings) -> PlanSettings:
-    """Returns the run with another method and, where it was left open, that method's optimizer.
+def _by(method: Method, source: ModelSource, settings: PlanSettings) -> dict[Method, Prediction]:
+    """Predicts the run with another method and, where it was left open, that method's optimizer.
 
     Checkpointing is that of the run asked for, so that the methods are compared and nothing else.
+
+    Returns:
+        The prediction; nothing where the base can be shared by one method and not by this one.
     """
-    return replace(settings, method=method, gradient_checkpointing=settings.checkpointing)
+    run = replace(settings, method=method, gradient_checkpointing=settings.checkpointing)
+    try:
+        return {method: predict(source, run)}
+    except UnsupportedError:
+        if not run.is_sharded:
+            raise
+        return {}

@@ -50,9 +50,13 @@ def share_weights(
         settings: The run.
         tracker: Where they are entered.
         names: Under what quantized and other weights are entered.
+
+    Raises:
+        UnsupportedError: If a run refuses to share them.
     """
     if not settings.is_sharded:
         return Gathered()
+    engine.check_shardable(module)
     sizes: Counter[str | None] = Counter()
     for weight in engine.shared_weights(module):
         share = weight.share(settings.processes)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from lightning_peft.plan.device_memory import DeviceMemory, readable
 from lightning_peft.plan.memory_tracker import ACTIVATIONS, LOGITS
 from lightning_peft.plan.prediction import Prediction
-from lightning_peft.plan.settings import Method
+from lightning_peft.plan.settings import METHODS, Method
 
 _LARGE = 13_000_000_000
 
@@ -28,6 +28,11 @@ class Recommendation:
 
 def recommend(plans: Mapping[Method, Prediction], device: DeviceMemory | None) -> Recommendation:
     """Recommends a method."""
+    refused = [method for method in METHODS if method not in plans]
+    if refused:
+        first = next(method for method in reversed(METHODS) if method in plans)
+        text = f"{first}: a run with {' or '.join(refused)} cannot share the base of this model."
+        return Recommendation(first, text)
     lora, qlora = plans["lora"], plans["qlora"]
     large = _weights(lora) > _LARGE
     if device is None:

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 from image_text_models import FAMILIES
 
-from lightning_peft.cli.plan_config import plan_from_config
+from lightning_peft.cli.plan_config import device_count, plan_from_config
 from lightning_peft.errors import ConfigError
 
 CONFIG = {
@@ -184,14 +184,39 @@ def test_several_gpus_and_nodes(here):
     seconds = several["least_seconds"]
     assert seconds[several["bound"]] == max(seconds.values()) > 0
     assert several["bound"] == "interconnect"
-    slow = ["--tflops", "0.001", "--network-bandwidth", "1e6"]
-    text = here(*shared, *slow).stdout
-    assert "8 processes (2 x 4 GPUs), sharding='fsdp2': memory and batch are those of one" in text
-    assert "bound by compute: a GPU of 0.001 TFLOP/s with 3350 GB/s of memory sends" in text
-    assert "weights gathered to compute with" in text
-    text = here(*words, "--gpu", "1GB", "--tflops", "9").stdout
-    assert "a whole base on each" in text
+    full = ["--method", "full", "--sharding", "fsdp2"]
+    text = here(*words, *full, "--gpu", "1GB", "--tflops", "9").stdout
+    # There is no frozen base to share.
+    assert "8 processes (2 x 4 GPUs), a whole base on each: memory and batch are those" in text
     assert "give a --gpu by name, or --memory-bandwidth, --link-bandwidth, --network-ban" in text
     done = here(*words, "--gpus", "0")
     assert done.returncode == 2
     assert "gpus=0: a number above 0" in done.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("nodes", "more"), [("2", ", 1e+06 GB/s from node to node"), ("1", "")])
+def test_the_bounds_of_a_step_are_shown(here, nodes, more):
+    words = ["--model", "model", "--seq-len", "32", "--no-limits", "--gpus", "4", "--nodes", nodes]
+    speed = ["--gpu", "h100", "--tflops", "0.001", "--network-bandwidth", "1e6"]
+    text = here(*words, "--sharding", "fsdp2", *speed).stdout
+    assert f"{4 * int(nodes)} processes ({nodes} x 4 GPUs), sharding='fsdp2': memory and" in text
+    assert "bound by compute: GPUs of 0.001 TFLOP/s with 3350 GB/s of memory" in text
+    assert f"of memory, and 450 GB/s within a node{more}\n" in text
+    assert "weights gathered to compute with" in text
+
+
+def test_gpus_are_counted_as_the_trainer_counts_devices(capsys):
+    counts = {"2": 2, "0,1": 2, "2,": 1, "auto": None, "-1": None}
+    assert {text: device_count(text) for text in counts} == counts
+    assert [device_count(given) for given in ([0, 3], 4, -1, None)] == [2, 4, None, None]
+
+    def planned(devices):
+        sharding = "--trainer.strategy.init_args.sharding=fsdp2"
+        return plan_from_config(["sft-qlora"], [model, sharding, f"--trainer.devices={devices}"])
+
+    model = "--model.init_args.model=x/y"
+    assert "--gpus=2" in planned("2")
+    assert not capsys.readouterr().err
+    assert not [word for word in planned("auto") if word.startswith("--gpus")]
+    assert "trainer.devices='auto' depends on the machine, so one GPU" in capsys.readouterr().err

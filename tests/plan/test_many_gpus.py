@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_peft import engine
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, UnsupportedError
 from lightning_peft.plan.cluster import Cluster, cluster_of, step_bounds
 from lightning_peft.plan.prediction import plan_memory
 from lightning_peft.plan.settings import PlanSettings
@@ -25,7 +25,7 @@ def script():
         yield importlib.import_module("many_gpus")
 
 
-SOME = [("qlora", 4), ("lora", 2)]
+SOME = [("qlora", 4)]
 ALL = [(method, count) for method in ("qlora", "lora") for count in (1, 2, 4)]
 
 
@@ -99,6 +99,18 @@ def test_the_base_is_shared_and_the_rest_is_not():
     assert three.trace.work.averaged == three.trace.gradients
 
 
+def test_what_a_run_cannot_share_is_not_planned():
+    module = Blocks()
+    module.attention = nn.MultiheadAttention(64, 2)
+    batch = torch.zeros(4, 8, dtype=torch.long)
+    lora = {"target_modules": ["attention"]}
+    with pytest.raises(UnsupportedError, match="adapters on 'attention'"):
+        plan_memory(
+            module, batch, method="lora", lora=lora, processes=2, sharding="fsdp2", device="cpu",
+            gradient_checkpointing=False,
+        )  # fmt: skip
+
+
 def test_work_grows_with_batches_and_sends_what_rings_send():
     one, two = shared_plan(4), shared_plan(4, accumulate=2)
     work, twice = one.trace.work, two.trace.work
@@ -157,6 +169,10 @@ def test_what_bounds_a_step():
     assert (far.bound, far.seconds) == ("interconnect", 7.0)
     assert step_bounds(work, Cluster(1, 8, 1000, 2000, 1, 100)).interconnect == 0.7
     assert step_bounds(work, Cluster(8, 1, 1000, None, 100, 10)) is None
+    # What is not used need not be known.
+    assert step_bounds(work, Cluster(8, 1, 1000, 2000, 100)) == bounds
+    assert step_bounds(work, Cluster(1, 8, 1000, 2000, None, 100)).interconnect == 0.7
+    assert Cluster(8, 2, 1000, 2000, 100).missing == ["network_bandwidth"]
 
 
 def test_figures_of_makers_can_be_replaced():

@@ -5,7 +5,7 @@ import pytest
 from lightning_peft.plan.device_memory import DeviceMemory
 from lightning_peft.plan.explanation import memory_warning, out_of_memory_message
 from lightning_peft.plan.prediction import predict
-from lightning_peft.plan.recommendation import recommend
+from lightning_peft.plan.recommendation import Recommendation, recommend
 from lightning_peft.plan.settings import METHODS, PlanSettings
 from lightning_peft.plan.sources import from_name
 from lightning_peft.plan.suggestions import suggest_changes
@@ -47,6 +47,9 @@ def test_none_where_none_fits(plans):
     advice = recommend(plans, device(plans["qlora"].low_bytes - 1))
     assert advice.method is None
     assert "None of the methods fits" in advice.text
+    text = "lora: a run with qlora cannot share the base of this model."
+    rest = {method: plan for method, plan in plans.items() if method != "qlora"}
+    assert recommend(rest, None) == Recommendation("lora", text)
 
 
 def test_without_a_device_the_sizes_are_compared(plans):
