@@ -229,6 +229,12 @@ def check_shardable(module: nn.Module) -> None:
                 f"({', '.join(sorted(map(str, methods)))}), which were never tried with it: use "
                 "LoRA without use_dora"
             )
+    problems += [
+        f"adapters on {name!r} (nn.MultiheadAttention, nn.LSTM, nn.GRU or nn.RNN), which were "
+        "never tried with it: leave it out of target_modules"
+        for name, layer in module.named_modules()
+        if isinstance(layer, LayerMixin) and layer.weight_name != "weight"
+    ]
     whole = {
         (layer.backend.name, layer.backend.bits)
         for layer in _layers_with_frozen_weight(module)

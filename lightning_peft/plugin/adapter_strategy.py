@@ -15,7 +15,7 @@ from lightning_peft.errors import CheckpointError
 from lightning_peft.plugin.adapter_checks import check_frozen, check_optimizers
 from lightning_peft.plugin.adapter_defaults import KEPT_IN_FLOAT32
 from lightning_peft.plugin.automatic_checkpointing import AutomaticCheckpointing
-from lightning_peft.plugin.averaging import averages_in
+from lightning_peft.plugin.averaging import averages_in, continued_tensors
 from lightning_peft.plugin.checkpoint_content import (
     CHECKPOINT_KEY,
     DATAMODULE_KEY,
@@ -305,7 +305,8 @@ class AdapterStrategy(_Base):
         engine.check_description(self._module, checkpoint[CHECKPOINT_KEY])
         load_tensors(self._module, checkpoint, strict)
         if self.world_size > 1:
-            self.lifecycle.checks.restored.note_tensors(checkpoint["state_dict"])
+            continued = continued_tensors(self._module, checkpoint)
+            self.lifecycle.checks.restored.note_tensors(continued)
         self._restored = True
         self._resume(checkpoint)
 

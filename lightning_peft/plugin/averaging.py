@@ -9,7 +9,7 @@ as their weights, and those of the run besides.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -288,6 +288,17 @@ def serve_averages(module: Any) -> None:
         if mixin is not None and not isinstance(callback, mixin):
             callback.__class__ = mixed_class(mixin, type(callback))
             callback.begin()
+
+
+def continued_tensors(module: Any, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the tensors of a checkpoint that training continues from, by name.
+
+    Those of the run, where an averaging callback of its Trainer takes them out of the file.
+    """
+    callbacks = getattr(trainer_of(module), "callbacks", [])
+    averages = any(isinstance(callback, AdapterAveraging) for callback in callbacks)
+    current = checkpoint.get(_CURRENT, {}) if averages else {}
+    return {**checkpoint["state_dict"], **current}
 
 
 @contextmanager

@@ -200,6 +200,9 @@ class FirstStepCheck:
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not any(_has_gradient(one) for one in self._strategy.optimizers):
             return
+        if float(getattr(optimizer, "found_inf", None) or 0):
+            # A fused step is called, and changes nothing, where a GradScaler found an overflow.
+            return
         handle = self._handles.pop(self._indices[id(optimizer)], None)
         if handle is None:
             return

@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
         text=True,
         cwd=made,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(PATHS)},
-        timeout=240,
+        timeout=600,
     )
     assert run.returncode == 0, run.stderr[-4000:]
     (made / "printed").write_text(run.stdout)

@@ -103,7 +103,8 @@ def check_loading(ranks):
     """However a base is loaded, each process keeps its part of a weight once it is quantized."""
     for rank in ranks:
         seen = rank["loading"]
-        for name, whole in (("file", "whole"), ("cache", "whole, cache"), ("cast", "whole, cast")):
+        pairs = {"full disk": "whole", "file": "whole", "cache": "whole, cache"}
+        for name, whole in {**pairs, "cast": "whole, cast"}.items():
             assert seen[name]["losses"] == seen[whole]["losses"]
             assert not differing(seen[name]["weights"], seen[whole]["weights"])
             assert seen[name]["mine"] * len(ranks) == seen[name]["whole"] > 0
@@ -111,7 +112,8 @@ def check_loading(ranks):
             assert seen[name]["report"] == seen[whole]["report"]
         # Those of a file are dense until they are adapted, and go into the cache then.
         assert {name: way["on load"] for name, way in seen.items()} == {
-            "whole": 0, "file": 0, "cache": 14, "whole, cache": 14, "whole, cast": 14, "cast": 14,
+            "whole": 0, "full disk": 0, "file": 0,
+            "cache": 14, "whole, cache": 14, "whole, cast": 14, "cast": 14,
         }  # fmt: skip
         assert not differing(seen["whole"]["weights"], seen["whole, cache"]["weights"])
         assert "keeps 1/2 of it in this process" in seen["cast"]["read"]
@@ -159,6 +161,7 @@ def test_two_processes_share_a_base(tmp_path):
         assert "different numbers of batches (num_predict_batches)" in stages["unequal"]
         assert "process 0: [2]\n" in stages["unequal"]
         assert "process 1: [1]" in stages["unequal"]
+        assert "as training_step returned None in process 1: " in rank["llama:qlora"]["verified"]
         refused = rank["llama:qlora"]["refusals"]
         assert refused["merge"].startswith("Merging needs the whole frozen base")
         assert "left 1/2 of it in this process" in refused["report"]
@@ -286,6 +289,15 @@ def test_layerdrop_cannot_be_sharded(tmp_path):
     lightning_peft.engine.inject(module)
     module.model.config.layerdrop = 0.1
     with pytest.raises(UnsupportedError, match="layerdrop=0.1 in the config of the model"):
+        lightning_peft.engine.check_shardable(module)
+
+
+def test_attention_and_recurrent_layers_cannot_be_sharded():
+    module = torch.nn.ModuleDict(
+        {"attention": torch.nn.MultiheadAttention(8, 2), "gru": torch.nn.GRU(8, 8)}
+    )
+    lightning_peft.engine.inject(module, r=4, target_modules=["attention", "gru"])
+    with pytest.raises(UnsupportedError, match=r"(?s)adapters on 'attention' .*adapters on 'gru'"):
         lightning_peft.engine.check_shardable(module)
 
 

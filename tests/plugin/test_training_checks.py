@@ -168,13 +168,24 @@ def test_a_dead_part_is_found_in_manual_optimization(tmp_path):
         fit(Detached(), tmp_path, adapt=["model.first", "model.second"])
 
 
-def test_a_loss_that_is_scaled_and_skipped(tmp_path, message):
-    """A GradScaler leaves the first steps out; the first one that is taken is judged."""
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_loss_that_is_scaled_and_skipped(fused, tmp_path, message):
+    """A GradScaler leaves the first steps out; the first one that is taken is judged.
+
+    One in fused code is called, and leaves itself out.
+    """
+    due = []
 
     class Scaled(task_class(ROOTS[0])):
         automatic_optimization = False
 
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), fused=fused)
+
         def training_step(self, batch, batch_idx):
+            first = self.trainer.strategy.lifecycle.checks._first_step
+            due.append(first.is_due)
+            assert not first.infinite
             optimizer = self.optimizers(use_pl_optimizer=False)
             scaler = self.scaler = getattr(self, "scaler", torch.amp.GradScaler("cpu"))
             optimizer.zero_grad()
@@ -184,6 +195,7 @@ def test_a_loss_that_is_scaled_and_skipped(tmp_path, message):
 
     fit(Scaled(), tmp_path)
     assert message() == []
+    assert due == [True] * 3 + [False] * 3
 
 
 class Skipping(task_class(ROOTS[0])):

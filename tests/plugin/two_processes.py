@@ -105,8 +105,11 @@ def main(folder: Path) -> None:
 
     points = [saver(ROOT, folder, filename="{step}", every_n_train_steps=4, save_top_k=-1)]
     again = {"dropout": 0.3, "shuffle": True, "max_epochs": 2}
-    _, straight = fit(folder, "qlora", points, **again)
-    _, resumed = fit(folder, "qlora", ckpt_path=folder / "step=4.ckpt", **again)
+    # A file of such a run has averages as its weights, and it continues from others.
+    average = lightning(ROOT).callbacks.EMAWeightAveraging
+    _, straight = fit(folder, "qlora", [*points, average(decay=0.75)], **again)
+    path = folder / "step=4.ckpt"
+    _, resumed = fit(folder, "qlora", [average(decay=0.75)], ckpt_path=path, **again)
     seen["straight"] = {"losses": straight.losses, "weights": weights(straight)}
     seen["resumed"] = {"losses": resumed.losses, "weights": weights(resumed)}
 

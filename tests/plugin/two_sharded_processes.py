@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from modules import LENGTH, build, lightning, loader, steps_class, strategy, task, trainer
 from process_faults import answer
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import distributed
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import LlamaForCausalLM
@@ -125,6 +127,20 @@ def stages(run, module, folder):
     }
 
 
+def verified(module):
+    """What a check says where the step of one process gives no loss."""
+
+    def training_step(batch, batch_idx):
+        loss = module.loss(batch)
+        return loss if distributed.get_rank() == 0 else None
+
+    module.training_step = training_step
+    try:
+        return str(lightning_peft.verify(module, next(iter(loader(module.kind)))))
+    finally:
+        del module.training_step
+
+
 def compare(folder, count, kind, method):
     """Trains with a whole base in each process and with a part of it."""
     whole_run, whole = fit(folder, count, kind, method, sharding=None)
@@ -137,6 +153,7 @@ def compare(folder, count, kind, method):
     seen |= {"sharded": trained(module), "bytes": local_bytes(module)}
     if method == "qlora" and kind == "llama":
         seen["stages"] = stages(run, module, folder / f"{kind} {method}")
+        seen["verified"] = verified(module)
     seen["refusals"] = refusals(module)
     adapted = next(m for m in module.modules() if hasattr(m, "adapter_settings"))
     seen["read"] = tuple(adapted.weight.shape), adapted.weight.dtype
@@ -211,12 +228,17 @@ def quantized_layers(module):
     return [layer for layer in module.modules() if hasattr(layer, "quantization_keys")]
 
 
+def no_room(*given, **named):
+    raise SafetensorError("no room")
+
+
 def loading(folder, count):
     """Loads a model from a file, casts it, and takes it out of the cache; each also whole."""
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     quantized_cache.SMALLEST = 1
     ways = {
         "whole": (None, torch.float32, False),
+        "full disk": ("fsdp2", torch.float32, True),
         "file": ("fsdp2", torch.float32, True),
         "cache": ("fsdp2", torch.float32, True),
         "whole, cache": (None, torch.float32, True),
@@ -229,6 +251,7 @@ def loading(folder, count):
         ours = strategy("qlora", ROOT, sharding=sharding, cache_quantized_base=cached)
         torch.manual_seed(7)
         run = trainer(folder / "root", ours, ROOT, devices=count, plugins=[noting], max_steps=3)
+        quantized_cache.save_file = no_room if name == "full disk" else save_file
         run.fit(module, loader("llama"))
         seen[name] = {**trained(module), **vars(noting), "read": module.read}
         seen[name]["on load"] = module.on_load

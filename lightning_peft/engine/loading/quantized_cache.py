@@ -282,7 +282,8 @@ def store(load: CachedLoad, weights: Mapping[str, CachedWeight], size: int) -> C
             )
             return None
         cache_entries.make(load.final, lambda working: _write(working, load, weights))
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        # safetensors has an error of its own for a disk, or a quota, that is full.
         log.warning("The quantized base of %s is not kept: %s.", load.name, error)
         return None
     return CacheEntry(load.final, size)

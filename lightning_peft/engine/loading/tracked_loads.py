@@ -131,7 +131,9 @@ def store_quantized(module: nn.Module, loading: Loading | None) -> list[CacheEnt
     ``module`` is as after the injection. Returns the new entries; one process for each machine
     writes them.
     """
-    writes = os.environ.get("LOCAL_RANK", "0") in ("", "0")
+    # Processes that SLURM starts have a name of its own for it.
+    local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+    writes = local == "0"
     if loading is None or not (writes or current_share()):
         return []
     sums = _checksums(module)
@@ -153,8 +155,11 @@ def _store_shared(
             gathered = GatheredWeights(
                 found, {name: load.model.get_submodule(name) for name in found}
             )
-            entry = quantized_cache.store(load, gathered, size)
-            gathered.finish()
+            try:
+                entry = quantized_cache.store(load, gathered, size)
+            finally:
+                # Whatever happens here, the others wait for its parts.
+                gathered.finish()
             kept += [entry] if entry else []
     return kept
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -82,9 +83,7 @@ def verify(module: nn.Module, batch: Any, step: Step | None = None) -> Verificat
     # Code that torch.compile made before the check has no room for its hooks.
     with torch.compiler.set_stance("force_eager"), preserved_state(module):
         base = _BaseSnapshot(module)
-        probe = ModuleProbe(
-            module, batch, lambda one, batch: call_inside(one, partial(own_step, one, batch))
-        )
+        probe = ModuleProbe(module, batch, _inside(own_step))
         problems = structural_problems(module)
         count = len(adapted_layers_of(module, require_record(module)))
         in_place = Check(
@@ -93,6 +92,8 @@ def verify(module: nn.Module, batch: Any, step: Step | None = None) -> Verificat
             abbreviated(problems) if problems else f"{count} layers",
         )
         try:
+            if shards > 1:
+                _agree_on_loss(module, batch, own_step)
             checks = _checks_with_loss(probe)
             loss: Callable[[], Tensor | None] = probe.evaluate
         except NoLossError as error:
@@ -109,6 +110,38 @@ def verify(module: nn.Module, batch: Any, step: Step | None = None) -> Verificat
             checks += [checkpoint_round_trip(module, loss), adapter_files_round_trip(module, loss)]
         checks.append(unchanged)
     return Verification(checks)
+
+
+def _agree_on_loss(module: nn.Module, batch: Any, step: Step) -> None:
+    """Runs one pass, and lets all processes do without a loss where one of them has none.
+
+    In other numbers of passes they would wait for each other.
+
+    Raises:
+        NoLossError: In all of them.
+    """
+    missing: list[str] = []
+
+    def attempt(one: nn.Module, batch: Any) -> Tensor:
+        try:
+            return step(one, batch)
+        except NoLossError as error:
+            # Not through the module's call, whose hooks take part in what others wait for.
+            missing.append(str(error))
+            return torch.zeros(())
+
+    ModuleProbe(module, batch, _inside(attempt)).evaluate()
+    distributed = import_module("torch.distributed")
+    everyone: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(everyone, missing)
+    for rank, why in enumerate(everyone):
+        if why:
+            raise NoLossError(f"{why[0]} in process {rank}")
+
+
+def _inside(step: Step) -> Step:
+    """Returns ``step`` inside of the module's own call."""
+    return lambda module, batch: call_inside(module, partial(step, module, batch))
 
 
 def _no_loss() -> None:
