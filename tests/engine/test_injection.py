@@ -126,7 +126,7 @@ def test_layers_that_were_quantized_before_are_adopted() -> None:
     import bitsandbytes as bnb
 
     model = stack()
-    model.first = bnb.nn.LinearNF4(96, 64).to("cpu")
+    model.second = bnb.nn.LinearNF4(64, 96).to("cpu")
     x = torch.randn(3, 96)
     before = model(x)
     report = lightning_peft.inject(model, r=4)
@@ -134,7 +134,7 @@ def test_layers_that_were_quantized_before_are_adopted() -> None:
     assert report.parts[0].quantized == 1
     assert torch.equal(model(x), before)
     model(x).sum().backward()
-    assert model.first.lora_B["default"].weight.grad.any()
+    assert model.second.lora_B["default"].weight.grad.any()
 
 
 # --- other methods, in PEFT's wrappers ----------------------------------------------------------
