@@ -13,7 +13,8 @@ from gradio_client.exceptions import AppError
 
 @pytest.fixture(scope="module")
 def client(site) -> Client:
-    return Client(site.url, verbose=False)
+    # Its own 5 seconds are few where other tests use the machine too.
+    return Client(site.url, verbose=False, httpx_kwargs={"timeout": 120})
 
 
 @pytest.fixture(scope="module")

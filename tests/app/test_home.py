@@ -355,3 +355,23 @@ def test_of_a_selection_what_can_be_deleted_is_and_the_rest_says_why(tmp_path):
 @pytest.mark.parametrize("folder", ["upload:", "/srv/data/uploads/somebody/"])
 def test_an_upload_is_named_as_its_file(folder):
     assert short_name(f"{folder}20261130-350ec5f4-mine-b.jsonl") == "mine-b.jsonl"
+
+
+def test_names_in_a_narrow_column_are_targets_and_runs_are_deleted_for_good(site, store, visit):
+    for name in ("Dachs", "Gone"):
+        run = store.create("local", recipe(), name)
+        store.update_metadata(run, launched=0.0, kill_asked=1.0)
+    page = visit(site.url)
+    page.get_by_role("link", name="Dachs").wait_for()
+    # As where the other columns are full: a name stands below its checkbox.
+    page.add_style_tag(content="table.runs tbody th { display: block; width: 60px; }")
+    page.get_by_role("button", name="Delete Gone", exact=True).click()
+    page.get_by_role("button", name="Yes, delete it").click()
+    gone = page.get_by_role("button", name="Delete Gone for good")
+    gone.wait_for()
+    assert violations(page) == []
+    gone.click()
+    page.get_by_role("alert").get_by_text("Delete Gone for good (").wait_for()
+    page.get_by_role("button", name="Yes, delete it").click()
+    gone.wait_for(state="detached")
+    assert store.deleted("local") == []
