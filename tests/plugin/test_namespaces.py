@@ -105,6 +105,7 @@ def test_a_module_of_the_other_tree_is_refused(root, tmp_path):
 
 
 def test_attributes_are_absent_while_two_packages_leave_the_choice_open():
+    assert all(lightning(each) for each in ROOTS)
     use_namespace(None)
     assert not hasattr(LoRACallback, "nothing")
     assert not hasattr(lightning_peft.LoRAStrategy, "nothing")
