@@ -279,11 +279,13 @@ class Layout:
         if problems:
             return problems
         turns = [self.with_column_name(key) for key in sample.unused]
+        context = {**own, **sample.context}
+        replaced = [name for name, value in own.items() if context[name] != value]
         return replace(
             sample,
-            context={**own, **sample.context},
+            context=context,
             columns=kept,
-            unused=tuple(dict.fromkeys(named + turns)),
+            unused=tuple(dict.fromkeys(named + replaced + turns)),
         )
 
     def _columns_of(self, row: Mapping[str, Any]) -> dict[str, str]:

@@ -83,7 +83,7 @@ def test_ask_compare_vote_and_unload(space, store, run, visit):
     page.wait_for_function(
         f"document.querySelector('#try-system-prompt textarea').value === '{SYSTEM}'"
     )
-    page.get_by_text("280 of 320 rows have it").wait_for()
+    page.get_by_text("280 of 320 training rows have it").wait_for()
     page.get_by_role("button", name="Clear", exact=True).click()
     page.wait_for_function("document.querySelector('#try-system-prompt textarea').value === ''")
     page.get_by_role("button", name=QUESTION).click()

@@ -156,6 +156,16 @@ def test_unused_keys_are_described_by_file():
     assert describe_unused([]) == ""
 
 
+def test_a_variable_that_is_given_twice_is_named():
+    turns = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b."}]
+    row = {"messages": turns, "style": "loud", "chat_template_kwargs": {"style": "low"}}
+    layout = replace(detect_layout([row], None, "auto"), variables=frozenset({"style"}))
+    sample = layout.parse(row)
+    assert sample.context == {"style": "low"}
+    assert sample.unused == ("style",)
+    assert layout.parse(row | {"style": "low"}).unused == ()
+
+
 def test_a_row_with_messages_and_two_answers_is_a_preference_where_those_are_wanted():
     other = [TALK[0], {"role": "assistant", "content": "c."}]
     row = {"messages": TALK, "chosen": TALK, "rejected": other, "prompt": "a?"}
