@@ -8,11 +8,10 @@ dimensions are below (a minute or two; nothing is loaded), and writes three tabl
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
-from planner_anchors import GB, GIB, LLAMAS
+from planner_anchors import GB, GIB, LLAMAS, Anchor
 from planner_grid import PAGE
 from record import markdown, read, write_between
 from sharding import COUNTS, METHODS, SIZES
@@ -130,25 +129,13 @@ def base_bytes(found: Prediction) -> int:
 
 
 @dataclass(frozen=True)
-class Anchor:
+class Published(Anchor):
     """A published figure of one GPU of several.
 
     Attributes:
-        what: The run.
-        model: One of the models.
-        settings: The run, for the planner.
-        published: Bytes.
-        share: What of the prediction the figure is compared with.
-        note: What is different, and why.
         chunked: Whether logits are made by chunks there.
     """
 
-    what: str
-    model: str
-    settings: PlanSettings
-    published: float
-    share: Callable[[Prediction], float]
-    note: str
     chunked: bool = False
 
 
@@ -165,7 +152,7 @@ def without_base(found: Prediction) -> float:
     return all_shared(found) - base_bytes(found)
 
 
-def anchors() -> list[Anchor]:
+def anchors() -> list[Published]:
     """Returns the published figures."""
 
     def run(count: int, **given: Any) -> PlanSettings:
@@ -175,17 +162,17 @@ def anchors() -> list[Anchor]:
 
     long = run(2, batch_size=2, seq_len=2048, lora={"r": 8}, padded=False)
     return [
-        Anchor("PEFT docs, r=8, batch 2, 2048 tokens, 2 GPUs", "Llama-2-70B", long, 35.6 * GB,
+        Published("PEFT docs, r=8, batch 2, 2048 tokens, 2 GPUs", "Llama-2-70B", long, 35.6 * GB,
                all_shared, ""),
-        Anchor("the same, base on the CPU", "Llama-2-70B", long, 19.6 * GB, without_base,
+        Published("the same, base on the CPU", "Llama-2-70B", long, 19.6 * GB, without_base,
                "not planned: what is left without the base"),
-        Anchor("axolotl, 512 tokens, 2 x 24 GB", "Llama-2-70B",
+        Published("axolotl, 512 tokens, 2 x 24 GB", "Llama-2-70B",
                run(2, lora={"r": 32}, optimizer="adamw_8bit"), 14 * GB, without_base,
                "not planned: what is left without the base"),
-        Anchor("torchtune, LoRA r=16, batch 2, 2048 tokens, 8 x A100, compiled", "Llama-3.1-70B",
+        Published("torchtune, LoRA r=16, batch 2, 2048 tokens, 8 x A100, compiled", "Llama-3.1-70B",
                PlanSettings("lora", processes=8, sharding="fsdp2", batch_size=2, seq_len=2048,
                             padded=False), 27.6 * GIB, all_shared, "", True),
-        Anchor("torchtune, QLoRA r=16, batch 1, 8 x A100", "Llama-3.1-405B",
+        Published("torchtune, QLoRA r=16, batch 1, 8 x A100", "Llama-3.1-405B",
                run(8), 44.8 * GB, all_shared, "512 tokens, not stated by the source", True),
     ]  # fmt: skip
 
