@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from modules import ROOTS, lightning, loader, outputs, strategy, task, task_class, trainer
 
@@ -78,6 +81,16 @@ SCENARIOS = scenarios(ROOTS[0]) | scenarios(ROOTS[1])
 def test_whichever_is_imported_first(name, program, tmp_path):
     code, out, err = program.run(tmp_path, code=SCENARIOS[name])
     assert code == 0, out + err
+
+
+def test_importing_loads_nothing_that_only_a_strategy_needs():
+    code = (
+        "import sys, pytorch_lightning, lightning_peft\n"
+        "print({'peft', 'bitsandbytes'} & set(sys.modules))"
+    )
+    # Not `program`, whose processes have imported them.
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 @pytest.mark.parametrize("root", ROOTS)
