@@ -81,10 +81,6 @@ def dequantize(data: np.ndarray, kind: int) -> np.ndarray:
 
 
 def file_of_hub(name: str, file: str, revision: str | None) -> tuple[Path, str | None]:
-    """Returns a file of a repository, which is fetched where it is not here, and its commit.
-
-    Raises:
-        OSError: If it cannot be had.
-    """
+    """Returns a file of a repository, which is fetched where it is not here, and its commit."""
     found = str(cached_file(name, file, revision=revision))
     return Path(found), extract_commit_hash(found, None)

@@ -191,11 +191,6 @@ def save_last(checkpoint: Any, trainer: Any, counted: bool = True) -> None:
     """Saves the last checkpoint of a ``ModelCheckpoint`` now.
 
     Public alternative: ``save_last`` with ``every_n_train_steps``, which counts for the best too.
-
-    Args:
-        checkpoint: The callback.
-        trainer: The Trainer.
-        counted: Whether the callback takes this step for saved.
     """
     before = checkpoint._last_global_step_saved
     checkpoint._save_last_checkpoint(trainer, checkpoint._monitor_candidates(trainer))

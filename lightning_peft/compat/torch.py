@@ -264,9 +264,6 @@ def is_fsdp_asking(frame: Any) -> bool:
     """Says whether a property is read where FSDP looks for its own parameter on a layer.
 
     Public alternative: none.
-
-    Args:
-        frame: The one that reads the property, which may be the property of a subclass.
     """
     own = import_module("torch.distributed.fsdp._fully_shard._fsdp_param").FSDPParam
     code = own.reset_sharded_param.__code__

@@ -163,11 +163,7 @@ def set_adapter(module: nn.Module, names: str | Iterable[str]) -> None:
 
 
 def refuse_merged(module: nn.Module, what: str) -> None:
-    """Refuses ``what`` while adapters are folded into the weights.
-
-    Raises:
-        LifecycleError: If a layer has merged adapters.
-    """
+    """Refuses ``what`` while adapters are folded into the weights."""
     layers = adapted_layers_of(module, require_record(module))
     merged = [name for name, layer in layers.items() if is_merged(layer)]
     if merged:

@@ -76,11 +76,7 @@ def remove(final: Path) -> None:
 
 
 def make(final: Path, build: Callable[[Path], dict[str, Any]]) -> None:
-    """Makes an entry, unless another process was faster.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
+    """Makes an entry, unless another process was faster."""
     working = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
     try:
         publish(working, final, build(working))
@@ -89,11 +85,7 @@ def make(final: Path, build: Callable[[Path], dict[str, Any]]) -> None:
 
 
 def publish(working: Path, final: Path, summary: dict[str, Any]) -> None:
-    """Makes an entry of a folder of files, unless another process was faster.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
+    """Makes an entry of a folder of files, unless another process was faster."""
     summary["files"] = {path.name: path.stat().st_size for path in sorted(working.iterdir())}
     (working / SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
     for path in working.iterdir():
@@ -109,18 +101,7 @@ def publish(working: Path, final: Path, summary: dict[str, Any]) -> None:
 def entry(
     folder: Path, key: str, build: Callable[[Path], dict[str, Any]], kind: str, argument: str
 ) -> Path:
-    """Returns the folder of an entry, which is built first if it is not there.
-
-    Args:
-        folder: The cache.
-        key: From :func:`key_of`.
-        build: As for :func:`make`.
-        kind: What it is, for messages.
-        argument: What the user sets to have it elsewhere, for messages.
-
-    Raises:
-        ConfigError: If nothing can be written there.
-    """
+    """Returns the folder of an entry, which is built first if it is not there."""
     final = folder / key
     if find(final, kind) is not None:
         return final

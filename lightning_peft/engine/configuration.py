@@ -40,11 +40,7 @@ _NOT_DECISIVE = (
 
 
 def lora_config(arguments: LoRAFields | None = None) -> LoraConfig:
-    """Fills a ``peft.LoraConfig``; without arguments, with the defaults of this package.
-
-    Raises:
-        ConfigError: For every value that cannot work, all of them at once.
-    """
+    """Fills a ``peft.LoraConfig``; without arguments, with the defaults of this package."""
     arguments = arguments or LoRAFields()
     fields: dict[str, Any] = {
         field.name: getattr(arguments, field.name) for field in dataclasses.fields(LoRAFields)
@@ -90,12 +86,7 @@ def _make_config(cls: Any, fields: Mapping[str, Any]) -> Any:
 
 
 def as_peft_config(config: PeftConfig | Mapping[str, Any]) -> PeftConfig:
-    """Returns ``config`` itself, or the config that a mapping with a ``peft_type`` describes.
-
-    Raises:
-        ConfigError: If the mapping names no known method or holds an argument it does not know.
-        UnsupportedError: If the method cannot be injected into a module.
-    """
+    """Returns ``config`` itself, or the config that a mapping with a ``peft_type`` describes."""
     if isinstance(config, Mapping):
         config = _from_mapping(config)
     refuse_method(config)
@@ -140,12 +131,7 @@ def _from_mapping(fields: Mapping[str, Any]) -> PeftConfig:
 
 
 def config_class(method: Any) -> Any:
-    """Returns PEFT's config class for a ``peft_type``.
-
-    Raises:
-        ConfigError: If there is none.
-        UnsupportedError: If the method cannot be injected into a module.
-    """
+    """Returns PEFT's config class for a ``peft_type``."""
     kind = str(to_primitives(method))
     known: Any = PEFT_TYPE_TO_CONFIG_MAPPING
     cls = known.get(kind)
@@ -169,10 +155,6 @@ def config_from_dict(fields: Mapping[str, Any]) -> PeftConfig:
     """Returns the PEFT config that :func:`config_to_dict` wrote, or another version's.
 
     Fields that this version of PEFT does not know are left out.
-
-    Raises:
-        ConfigError: If the fields contradict each other, or name no method of PEFT.
-        UnsupportedError: If the method cannot be injected into a module.
     """
     cls = type(_from_mapping({"peft_type": fields["peft_type"]}))
     known = {field.name for field in dataclasses.fields(cls)}

@@ -216,11 +216,7 @@ def add_adapters(
     adapt: str | Iterable[str] | None,
     device: torch.device | str | None = None,
 ) -> Report:
-    """Does what :func:`inject` does, for a module that PEFT has not wrapped.
-
-    Raises:
-        ConfigError, TargetModulesError, LifecycleError, UnsupportedError: See :func:`inject`.
-    """
+    """Does what :func:`inject` does, for a module that PEFT has not wrapped."""
     refuse_sharded(module, "Adding adapters")
     with exposed_experts(module):
         return _add_adapters(module, request, adapt, device)

@@ -29,11 +29,7 @@ def outermost(layers: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_mergeable(module: nn.Module, layers: dict[str, Any]) -> None:
-    """Refuses layers whose weight is shared or has no form with the adapter built in.
-
-    Raises:
-        UnsupportedError: With the names of all such layers.
-    """
+    """Refuses layers whose weight is shared or has no form with the adapter built in."""
     problems = []
     holders = _holders(module)
     for name, layer in outermost(layers).items():
@@ -128,12 +124,7 @@ def share_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def check_values(layers: dict[str, Any], in_full: Mapping[str, Tensor]) -> None:
-    """Refuses adapters whose values cannot be merged now, with the names of all of them.
-
-    Raises:
-        LifecycleError: If adapters are switched off.
-        UnsupportedError: If a weight has no values, or values of an adapter are not finite.
-    """
+    """Refuses adapters whose values cannot be merged now, with the names of all of them."""
     off = [name for name, layer in layers.items() if layer.disable_adapters]
     if off:
         raise LifecycleError(

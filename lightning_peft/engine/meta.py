@@ -56,10 +56,6 @@ def inject_on_meta(
     Returns:
         The names of the layers that the injection of a module with values would quantize; they
         are dense still, and :func:`quantize_on_meta` makes them codes.
-
-    Raises:
-        ConfigError, TargetModulesError, LifecycleError, UnsupportedError: As
-            :func:`lightning_peft.inject`.
     """
     names: list[str] = []
     if quantization_config is not None:

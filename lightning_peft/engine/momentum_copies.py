@@ -231,11 +231,7 @@ def frozen_names(record: Record, pair: MomentumCopy) -> set[str]:
 
 
 def check_momentum_copies(module: nn.Module) -> None:
-    """Compares the frozen base of every copy with what it was at the first call.
-
-    Raises:
-        LifecycleError: If a loop went past ``parameters()`` and averaged it.
-    """
+    """Compares the frozen base of every copy with what it was at the first call."""
     record = require_record(module)
     for pair in record.momentum_copies:
         names = sorted(frozen_names(record, pair))

@@ -84,11 +84,7 @@ def quantize_layers(
 
 
 def inject_with_peft(plan: InjectionPlan, config: PeftConfig, adapter_name: str) -> None:
-    """Lets PEFT wrap the planned layers; adapters are float32, except where PEFT keeps them.
-
-    Raises:
-        UnsupportedError: If PEFT refuses. The layers are what they were before.
-    """
+    """Lets PEFT wrap the planned layers; adapters are float32, except where PEFT keeps them."""
     # As inject_adapter_in_model, which does not give the tuner back.
     tuners: Any = PEFT_TYPE_TO_TUNER_MAPPING
     layers = [plan.part.get_submodule(name) for name in plan.targets]

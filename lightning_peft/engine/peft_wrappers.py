@@ -58,11 +58,7 @@ class PeftWrapped:
 
 
 def find_peft_wrapped(module: nn.Module, known: Iterable[str] = ()) -> list[PeftWrapped]:
-    """Returns the submodules that carry adapters of PEFT.
-
-    Raises:
-        UnsupportedError: If they are of a kind that cannot be moved onto the layers.
-    """
+    """Returns the submodules that carry adapters of PEFT."""
     found, problems = [], []
     for name, part in _owners(module):
         if name in known:
@@ -152,9 +148,6 @@ def check_requested_config(
         config: PEFT's config, or ``None`` for any.
         adapt: Names of the parts to adapt, or ``None``.
         adapter_name: Name of the adapter; ``"default"`` goes with any.
-
-    Raises:
-        LifecycleError: If they differ.
     """
     problems = []
     if config is not None:

@@ -144,11 +144,7 @@ def record_of(module: nn.Module) -> Record | None:
 
 
 def require_record(module: nn.Module) -> Record:
-    """Returns the record on ``module``.
-
-    Raises:
-        LifecycleError: Where nothing was injected.
-    """
+    """Returns the record on ``module``."""
     record = record_of(module)
     if record is None:
         raise LifecycleError(
@@ -159,11 +155,7 @@ def require_record(module: nn.Module) -> Record:
 
 
 def refuse_sharded(module: nn.Module, what: str) -> None:
-    """Refuses ``what`` while the frozen base is spread over processes.
-
-    Raises:
-        UnsupportedError: If it is.
-    """
+    """Refuses ``what`` while the frozen base is spread over processes."""
     record = record_of(module)
     if record is not None and record.shards > 1:
         raise UnsupportedError(

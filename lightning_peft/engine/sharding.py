@@ -48,11 +48,6 @@ def keep_own_part(module: nn.Module, share: Share, device: torch.device) -> dict
 
     For :func:`shard_base`, which has to follow.
 
-    Args:
-        module: A module with adapters.
-        share: The part of this process.
-        device: Where the process computes.
-
     Returns:
         The shapes of the whole parameters by ids; empty where the base is sharded already.
     """
@@ -176,10 +171,6 @@ def call_inside(module: nn.Module, function: Callable[[], Any]) -> Any:
     """Calls ``function`` inside of a call of ``module``, around which FSDP gathers its weights.
 
     Without sharding, just calls it. All processes have to do the same.
-
-    Args:
-        module: The whole module.
-        function: May call it, or parts of it.
     """
     record = record_of(module)
     if record is None or record.shards == 1:
@@ -212,11 +203,7 @@ def reshard_base(module: nn.Module) -> None:
 
 
 def check_shardable(module: nn.Module) -> None:
-    """Looks for what cannot work, or was never tried, with a sharded base.
-
-    Raises:
-        UnsupportedError: With all that was found.
-    """
+    """Looks for what cannot work, or was never tried, with a sharded base."""
     record = require_record(module)
     problems = []
     if is_traced(module):

@@ -167,11 +167,7 @@ class StreamedMerge:
 
     @torch.no_grad()
     def merged(self, name: str, dense: Tensor) -> Tensor:
-        """The tensor of the merged model in place of one of the base.
-
-        Raises:
-            CheckpointError: If values of the result are infinite or no numbers.
-        """
+        """The tensor of the merged model in place of one of the base."""
         owner, _, leaf = name.rpartition(".")
         if layer_name(name) in {*self._layers, *self.quantized}:
             owner, leaf = layer_name(name), "weight"

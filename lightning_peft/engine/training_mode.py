@@ -21,9 +21,6 @@ def set_training_mode(module: nn.Module) -> None:
     checkpointing would be off. In eval mode stay: copies that follow what trains; what is left as
     it is; batch norms, whose statistics belong to the base and are in no adapter file; and what
     :func:`user_eval_modules` found. Adapters are in train mode everywhere but in copies.
-
-    Raises:
-        LifecycleError: If the module has no adapters.
     """
     record = require_record(module)
     apart = set(left_modules(module, record.left or {}))

@@ -93,12 +93,7 @@ def vocabulary_mismatch(recorded: Mapping[str, Any], part: nn.Module) -> str | N
 def resized_as_recorded(
     module: nn.Module, recorded: Iterable[tuple[str, Mapping[str, Any], bool]]
 ) -> Iterator[None]:
-    """Gives parts the vocabulary that is recorded; configurations are put back on an error.
-
-    Args:
-        module: The module.
-        recorded: For each part: its name, its record, and whether the file brings the embeddings.
-    """
+    """Gives parts the vocabulary that is recorded; configurations are put back on an error."""
     changed = []
     for name, record, brought in recorded:
         part: Any = module.get_submodule(name)

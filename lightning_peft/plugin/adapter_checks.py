@@ -76,11 +76,7 @@ def _target_differences(
 
 
 def check_frozen(module: nn.Module) -> None:
-    """The base must be as frozen as injection left it: checkpoints do not hold it.
-
-    Raises:
-        LifecycleError: If base weights were set to train since, or are not there any more.
-    """
+    """The base must be as frozen as injection left it: checkpoints do not hold it."""
     params = dict(module.named_parameters(remove_duplicate=False))
     frozen = sorted(engine.require_record(module).frozen)
     gone = [name for name in frozen if name not in params]
@@ -102,11 +98,7 @@ def check_frozen(module: nn.Module) -> None:
 
 
 def check_optimizers(module: nn.Module, optimizers: list[Any]) -> None:
-    """Every trainable adapter must be in an optimizer, and no optimizer without anything.
-
-    Raises:
-        LifecycleError: If training would leave adapters, or whole optimizers, idle.
-    """
+    """Every trainable adapter must be in an optimizer, and no optimizer without anything."""
     record = engine.require_record(module)
     held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
     problems, idle = [], []

@@ -96,11 +96,7 @@ class _OverTrained(_Base):
         self.holds_average, self.restored, self.names = False, None, []
 
     def check_same(self, saved: Iterable[str]) -> None:
-        """Compares the averaged tensors with those of a checkpoint, by name.
-
-        Raises:
-            CheckpointError: If they are others.
-        """
+        """Compares the averaged tensors with those of a checkpoint, by name."""
         problems = {*saved} ^ {*self.names}
         if problems:
             raise CheckpointError(

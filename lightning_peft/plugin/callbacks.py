@@ -55,11 +55,7 @@ class _AdapterCallback(_Base, metaclass=LateBoundMeta):
         self.lifecycle = Lifecycle(self)  # type: ignore[arg-type]
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Extends the strategy, just before ``configure_model``.
-
-        Raises:
-            UnsupportedError: If the strategy cannot be served, or adds adapters itself.
-        """
+        """Extends the strategy, just before ``configure_model``."""
         strategy = trainer.strategy
         if not isinstance(strategy, AdapterStrategy):
             _check_served(strategy, type(self).__name__)

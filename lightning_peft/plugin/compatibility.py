@@ -18,11 +18,7 @@ PRUNING_CALLBACK = "ModelPruning"
 
 
 def check_compatibility(module: Any, strategy: Any, quantized: bool) -> None:
-    """Looks at the strategy, its devices and plugins, and the callbacks.
-
-    Raises:
-        UnsupportedError: For what would undo or corrupt the adapters; all problems at once.
-    """
+    """Looks at the strategy, its devices and plugins, and the callbacks."""
     problems = []
     precisions = {cls.__name__ for cls in type(strategy.precision_plugin).__mro__}
     if "BitsandbytesPrecision" in precisions:
@@ -58,11 +54,7 @@ def check_compatibility(module: Any, strategy: Any, quantized: bool) -> None:
 
 
 def check_pruning(module: Any) -> None:
-    """Looks at what Lightning's pruning callbacks have chosen, once adapters are there.
-
-    Raises:
-        UnsupportedError: If weights of the frozen base are among it.
-    """
+    """Looks at what Lightning's pruning callbacks have chosen, once adapters are there."""
     params = dict(module.named_parameters(remove_duplicate=False))
     frozen = {id(params[n]): n for n in engine.require_record(module).frozen if n in params}
     problems = []

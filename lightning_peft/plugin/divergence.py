@@ -40,31 +40,19 @@ class DivergenceCheck:
         self._step = trainer.global_step
 
     def at_batch(self, trainer: Any) -> None:
-        """Looks as often as a run logs, where the loss is waited for as well.
-
-        Raises:
-            DivergenceError: If weights are spoilt.
-        """
+        """Looks as often as a run logs, where the loss is waited for as well."""
         step = trainer.global_step
         if step != self._step and step % max(1, trainer.log_every_n_steps) == 0:
             self._step = step
             self.at_end(trainer)
 
     def at_end(self, trainer: Any) -> None:
-        """Looks, unless Lightning's tuner tries something and puts the weights back afterwards.
-
-        Raises:
-            DivergenceError: If weights are spoilt.
-        """
+        """Looks, unless Lightning's tuner tries something and puts the weights back afterwards."""
         if not is_tuning(trainer):
             self.check(trainer)
 
     def check(self, trainer: Any) -> None:
-        """Looks at the weights.
-
-        Raises:
-            DivergenceError: If some are spoilt that were not before training.
-        """
+        """Looks at the weights."""
         broken = [n for n in broken_tensors(trainer.lightning_module) if n not in self._known]
         if broken:
             raise DivergenceError(

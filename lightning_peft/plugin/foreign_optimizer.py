@@ -21,11 +21,6 @@ def optimizer_states(
 ) -> tuple[list[Any] | None, str, list[str] | None]:
     """Returns the states for the optimizers of the module as it is now, or why there are none.
 
-    Args:
-        module: The module, with adapters in place.
-        checkpoint: What was read of the old file.
-        names: Where the tensors of the file are on the module, by their keys there.
-
     Returns:
         The states or ``None``; ``"restored"`` or the reason; the names of the optimizers.
     """

@@ -44,11 +44,7 @@ class InjectionSettings:
 
 
 def injection_settings(arguments: LoRAArguments) -> InjectionSettings:
-    """Validates arguments; QLoRA's mean that the base is quantized.
-
-    Raises:
-        ConfigError: If a ready config and its fields are both given, or the values cannot work.
-    """
+    """Validates arguments; QLoRA's mean that the base is quantized."""
     changed = arguments.explicitly_set()
     _check_exclusive("peft_config", arguments.peft_config, changed & _LORA)
     peft_config = (

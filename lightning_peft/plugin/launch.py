@@ -33,11 +33,7 @@ def is_started_by_torchrun() -> bool:
 
 
 def check_restarts(has_folder: bool) -> None:
-    """Checks that the run can continue when torchrun starts its processes again.
-
-    Raises:
-        ConfigError: If it would begin again, or the processes could not find each other.
-    """
+    """Checks that the run can continue when torchrun starts its processes again."""
     if not is_started_by_torchrun() or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         return
     problems = []
@@ -62,11 +58,7 @@ def is_restarted() -> bool:
 
 
 def torchrun_layout() -> tuple[int, int] | None:
-    """Returns processes on a node, and nodes, as torchrun started them; ``None`` without it.
-
-    Raises:
-        ConfigError: If nodes have different numbers of processes, which Lightning cannot serve.
-    """
+    """Returns processes on a node, and nodes, as torchrun started them; ``None`` without it."""
     if not is_started_by_torchrun():
         return None
     here, all_of_them = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])

@@ -60,11 +60,7 @@ class Lifecycle:
         self._missing: list[str] = []
 
     def install(self, module: Any, strategy: Any) -> None:
-        """Wraps ``configure_model`` of this instance; doing it again in the same stage is fine.
-
-        Raises:
-            UnsupportedError: For callbacks and plugins that would undo or corrupt the adapters.
-        """
+        """Wraps ``configure_model`` of this instance; doing it again in the same stage is fine."""
         if self._pending_module is module:
             return
         self.uninstall()
@@ -142,11 +138,7 @@ class Lifecycle:
                 )
 
     def check_restored(self, restored: bool) -> None:
-        """Called when the stage is set up: adapters that a rebuild threw away must be back.
-
-        Raises:
-            LifecycleError: If the module was built again and no checkpoint was loaded.
-        """
+        """Called when the stage is set up: adapters that a rebuild threw away must be back."""
         missing, self._missing = self._missing, []
         if missing and not restored:
             raise LifecycleError(

@@ -57,11 +57,7 @@ class RunHooks(Protocol):
 
 
 def run_subcommand(subcommand: str, arguments: Sequence[str], hooks: RunHooks) -> None:
-    """Runs ``fit``, ``validate``, ``test`` or ``predict`` as LightningCLI does.
-
-    Raises:
-        ConfigError: If the arguments cannot be read, or something of them cannot be made.
-    """
+    """Runs ``fit``, ``validate``, ``test`` or ``predict`` as LightningCLI does."""
     with lightning_command(arguments, verbose=hooks.verbose) as root:
         # Lightning 2.6 with torch 2.13 says so in every run; seen on 2026-11-25.
         warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")
@@ -89,9 +85,6 @@ def lightning_command(arguments: Sequence[str], verbose: bool = False) -> Iterat
     """Yields the root of a config's Lightning package.
 
     Within the body, a LightningCLI finds the user's modules, and its errors are explained.
-
-    Raises:
-        ConfigError: Instead of what LightningCLI raises.
     """
     find_modules_here()
     root = _namespace_of_config(arguments)
@@ -108,11 +101,7 @@ def lightning_command(arguments: Sequence[str], verbose: bool = False) -> Iterat
 
 
 def parsed_config(arguments: Sequence[str]) -> dict[str, Any]:
-    """Returns a config and its overrides as ``fit`` reads them; nothing of it is made.
-
-    Raises:
-        ConfigError: If the arguments cannot be read, with the nearest right ones.
-    """
+    """Returns a config and its overrides as ``fit`` reads them; nothing of it is made."""
     with lightning_command(arguments) as root:
         cli = import_module(f"{root}.cli")
 
@@ -227,11 +216,7 @@ def _is_torchs(name: str) -> bool:
 
 
 def _namespace_of_config(arguments: Sequence[str]) -> str:
-    """Returns the Lightning package that the module of a config belongs to.
-
-    Raises:
-        ConfigError: If the module cannot be imported.
-    """
+    """Returns the Lightning package that the module of a config belongs to."""
     path = None
     parts = [piece for argument in arguments for piece in argument.split("=", 1)]
     for option, value in zip(parts, parts[1:], strict=False):

@@ -76,11 +76,7 @@ def load_from_checkpoint(
 
 
 def build_module(cls: Any, root: str, checkpoint: dict[str, Any], overrides: dict[str, Any]) -> Any:
-    """Makes the module from its hyperparameters, as Lightning does.
-
-    Raises:
-        ConfigError: If arguments of the constructor are missing.
-    """
+    """Makes the module from its hyperparameters, as Lightning does."""
     left_out = checkpoint.get(CHECKPOINT_KEY, {}).get("left_out", [])
     absent = [name for name in left_out if name not in overrides]
     if absent:

@@ -36,9 +36,6 @@ def use_namespace(root: str | None) -> None:
 
     Args:
         root: ``"lightning.pytorch"`` or ``"pytorch_lightning"``.
-
-    Raises:
-        ConfigError: If it is neither.
     """
     global _explicit_namespace
     if root is not None and root not in ROOTS:
@@ -62,9 +59,6 @@ def namespace_in_use() -> str:
 
     The one set by :func:`use_namespace`, else the one that is imported, else the one that is
     installed.
-
-    Raises:
-        ConfigError: If both packages are imported and neither was chosen, or none is installed.
     """
     root = _explicit_namespace or _unambiguous("")
     if root is not None:

@@ -28,9 +28,6 @@ def add_adapters_to_optimizers(strategy: Any) -> list[Any]:
 
     Returns the optimizers that are to train the module: those of the strategy, or where it has
     none, those that the module keeps as attributes, to step them itself.
-
-    Raises:
-        LifecycleError: If that cannot be done.
     """
     module = strategy.lightning_module
     real = real_optimizers(strategy)
@@ -69,11 +66,7 @@ def freeze_unoptimized(strategy: Any, held: set[int]) -> None:
 
 
 def replace_optimizers(strategy: Any, name: str | None) -> None:
-    """Replaces the optimizers of ``strategy`` in place, and says so in one line.
-
-    Raises:
-        ConfigError: If an optimizer asked for by name cannot stand in.
-    """
+    """Replaces the optimizers of ``strategy`` in place, and says so in one line."""
     optimizers = real_optimizers(strategy)
     if name is None or not optimizers:
         return
@@ -88,11 +81,7 @@ def replace_optimizers(strategy: Any, name: str | None) -> None:
 
 
 def scale_b_rates(strategy: Any, ratio: float | None) -> None:
-    """Gives the factors ``B`` their learning rate of LoRA+.
-
-    Raises:
-        ConfigError: If an optimizer cannot have two rates, or there is no ``B``.
-    """
+    """Gives the factors ``B`` their learning rate of LoRA+."""
     if ratio is not None:
         own = real_optimizers(strategy) or engine.optimizers_of(strategy.lightning_module)
         count = engine.scale_b_rates(strategy.lightning_module, own, ratio)
@@ -100,12 +89,7 @@ def scale_b_rates(strategy: Any, ratio: float | None) -> None:
 
 
 def rank_budget(strategy: Any) -> engine.RankBudget | None:
-    """Returns the budget of AdaLoRA, for as many steps as the config or the Trainer says.
-
-    Raises:
-        ConfigError: If that number is not known, or leaves no steps to cut ranks in, or DDP would
-            take what only the penalty reaches for unused.
-    """
+    """Returns the budget of AdaLoRA, for as many steps as the config or the Trainer says."""
     module = strategy.lightning_module
     configured = getattr(strategy.lifecycle.injection.peft_config, "total_step", None)
     budget = engine.rank_budget(
@@ -126,11 +110,6 @@ def float32_advice(module: Any, device: torch.device, precision: Any) -> str | N
     """Returns a hint where a GPU computes the products of 4-bit weights in float32, else ``None``.
 
     Tensor cores then have no part in them.
-
-    Args:
-        module: The module with its quantized layers.
-        device: What the run computes on.
-        precision: The ``precision`` of the Trainer.
     """
     if device.type == "cpu" or precision != "32-true":
         return None
@@ -151,9 +130,6 @@ def enable_activation_checkpointing(strategy: Any, setting: bool | float | str) 
 
     Returns whether it is open yet: with ``"auto"`` there must be a batch to decide with. Until then
     everything is kept.
-
-    Raises:
-        UnsupportedError: If there is nothing to checkpoint and ``setting`` is not ``"auto"``.
     """
     disable_activation_checkpointing(strategy)
     module = strategy.lightning_module

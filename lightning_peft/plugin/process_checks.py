@@ -47,17 +47,7 @@ class ProcessChecks:
     def after_batch(
         self, gradients: Mapping[str, str], infinite: list[str], due: bool, last: bool
     ) -> bool:
-        """Compares once all processes have taken a step; returns whether that is done.
-
-        Args:
-            gradients: As in :class:`~lightning_peft.plugin.training_checks.FirstStepCheck`.
-            infinite: Likewise.
-            due: Whether an optimizer has not stepped yet.
-            last: Whether no batch follows.
-
-        Raises:
-            LifecycleError: In all processes, with what any of them found.
-        """
+        """Compares once all processes have taken a step; returns whether that is done."""
         module = self._strategy.lightning_module
         stepped, unreached = bool(gradients) or not due, "none" in gradients.values()
         everyone = _exchange(self._strategy, (stepped, unreached))

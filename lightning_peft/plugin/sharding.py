@@ -127,11 +127,7 @@ def _loops(trainer: Any) -> list[tuple[Any, str]]:
 
 
 def _set_up_data(loop: Any, usual: Any, numbers: str) -> None:
-    """Asks for loaders as usual, and compares the numbers of their batches between processes.
-
-    Raises:
-        LifecycleError: If they differ.
-    """
+    """Asks for loaders as usual, and compares the numbers of their batches between processes."""
     before = combined_loader(loop)
     usual()
     if combined_loader(loop) is before:
@@ -153,11 +149,7 @@ def _set_up_data(loop: Any, usual: Any, numbers: str) -> None:
 
 
 def check_sharding(arguments: Any) -> None:
-    """Checks ``sharding`` and what it does not go together with.
-
-    Raises:
-        ConfigError: With all that was found.
-    """
+    """Checks ``sharding`` and what it does not go together with."""
     value = arguments.sharding
     if value is None:
         return

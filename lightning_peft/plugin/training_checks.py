@@ -44,9 +44,6 @@ class TrainingChecks:
 
         The values are looked at once in a run. Where training starts again in it, Lightning's tuner
         makes one trial after another from whatever the last one left, and restores the weights.
-
-        Raises:
-            LifecycleError: If adapters are lost, switched off or spoilt.
         """
         self.stop()
         if self.mode == "off":
@@ -66,9 +63,6 @@ class TrainingChecks:
 
     def before_batch(self, strategy: Any, batch: Any) -> None:
         """Compares the processes after their first step; verifies in full before the first batch.
-
-        Raises:
-            LifecycleError: If a check fails, on any rank.
         """
         self._compare_processes()
         if self._full_is_due:

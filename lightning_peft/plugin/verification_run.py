@@ -49,10 +49,6 @@ def verify_config(arguments: Sequence[str], announce: bool = True) -> VerifiedCo
 
     On one device, and without loggers or callbacks besides those of this package. Callbacks that
     cannot be used with adapters stay, and are refused as in training.
-
-    Raises:
-        ConfigError: If the config asks for no adapters, or the data gives no batch.
-        LightningPeftError: If the module cannot be adapted.
     """
     with lightning_command(arguments) as root:
         cli = _build(root, arguments)

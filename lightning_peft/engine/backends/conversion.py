@@ -38,9 +38,6 @@ def quantize(
         config: The config of a registered backend.
         device: Where the quantized weight ends up; ``None`` leaves it where it is.
         share: The part of its bytes to keep, where the backend's can be packed.
-
-    Raises:
-        UnsupportedError: If the backend cannot quantize it correctly.
     """
     backend = backend_for(config)
     reason = backend.unsupported_reason(layer)
@@ -111,11 +108,7 @@ def release_freed_memory() -> None:
 
 
 def adopt_prequantized(layer: Any) -> None:
-    """Gives a layer that its library or ``from_pretrained`` quantized the safe forward pass.
-
-    Raises:
-        UnsupportedError: If the weight is not quantized yet, or stays 16-bit.
-    """
+    """Gives a layer that its library or ``from_pretrained`` quantized the safe forward pass."""
     if isinstance(layer, QuantizedLayer):
         return
     for backend in backends():

@@ -54,11 +54,7 @@ class QuantizedLayer(LayerMixin):
     _buffers: dict[str, Any]
 
     def register_parameter(self, name: str, param: Any) -> None:
-        """Registers a parameter, unless it is a dense weight in place of the codes.
-
-        Raises:
-            UnsupportedError: If it is another weight.
-        """
+        """Registers a parameter, unless it is a dense weight in place of the codes."""
         stored = self._parameters.get("weight")
         if name == "weight" and stored is not None and param is not stored:
             raise replacement_error(name)
@@ -79,11 +75,7 @@ class QuantizedLayer(LayerMixin):
         self._parameters["weight"] = self.packed.release(share)
 
     def stored_weight(self) -> Any:
-        """The quantized weight.
-
-        Raises:
-            LifecycleError: If only some of its bytes are in this process.
-        """
+        """The quantized weight."""
         stored = self._parameters["weight"]
         return stored if self.packed is None else self.packed.open(stored)
 

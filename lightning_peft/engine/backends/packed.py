@@ -66,11 +66,7 @@ class PackedWeight:
         return nn.Parameter(octets, requires_grad=False)
 
     def open(self, octets: Any) -> Any:
-        """The quantized weight whose bytes are ``octets``: views of them.
-
-        Raises:
-            LifecycleError: If only some of the bytes are in this process.
-        """
+        """The quantized weight whose bytes are ``octets``: views of them."""
         require_whole(octets, 1 if octets.numel() == self.size else self._count)
         # The same object each time, whose memory is given back in between.
         if self._opened is None or self._opened[0] is not octets:

@@ -36,11 +36,7 @@ def backends() -> tuple[Backend, ...]:
 
 
 def backend_for(config: Any) -> Backend:
-    """The backend that a config means.
-
-    Raises:
-        ConfigError: If there is none.
-    """
+    """The backend that a config means."""
     named = [backend for backend in _BACKENDS if isinstance(config, backend.config_type)]
     for backend in named:
         if backend.accepts(config):
@@ -93,13 +89,7 @@ def parameter_count(param: Tensor) -> int:
 
 
 def workspace_bytes(operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """Bytes that an operator of a backend's library takes while it runs; 0 for all others.
-
-    Args:
-        operation: The operator, as torch dispatches it.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-    """
+    """Bytes that an operator of a backend's library takes while it runs; 0 for all others."""
     found = (backend.workspace_bytes(operation, args, kwargs) for backend in _BACKENDS)
     return next((size for size in found if size is not None), 0)
 
@@ -120,12 +110,7 @@ def quantization_to_dict(config: Any | None) -> dict[str, Any] | None:
 
 
 def quantization_from_dict(fields: Mapping[str, Any] | None) -> Any | None:
-    """The config that :func:`quantization_to_dict` wrote, or that a user wrote as a mapping.
-
-    Raises:
-        ConfigError: If no backend is called so, or the values cannot work.
-        UnsupportedError: If the backend cannot work with them here.
-    """
+    """The config that :func:`quantization_to_dict` wrote, or that a user wrote as a mapping."""
     if fields is None:
         return None
     backend = _named(fields)[0]
@@ -134,11 +119,7 @@ def quantization_from_dict(fields: Mapping[str, Any] | None) -> Any | None:
 
 
 def checked_config(config: Any) -> Any:
-    """``config`` itself, if a backend can work with it.
-
-    Raises:
-        ConfigError, UnsupportedError: Else.
-    """
+    """``config`` itself, if a backend can work with it."""
     backend_for(config).check_config(config)
     return config
 

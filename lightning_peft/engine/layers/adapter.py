@@ -54,22 +54,11 @@ class AdapterLayer(LayerMixin):
     # What a method says of itself.
 
     def adapted_forward(self, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """The output of the layer with the adapters ``names``; see :meth:`base_forward`.
-
-        Args:
-            names: The adapters that take part; there may be none.
-            *args: What the layer takes.
-            **kwargs: The same by name.
-        """
+        """The output of the layer with the adapters ``names``; see :meth:`base_forward`."""
         raise NotImplementedError
 
     def delta_weight(self, name: str, weight: Tensor) -> Tensor:
-        """What one adapter adds to ``weight``, with gradients.
-
-        Args:
-            name: The adapter.
-            weight: The weight without it, in the layout of the layer's class, dequantized.
-        """
+        """What one adapter adds to ``weight``, with gradients."""
         raise NotImplementedError
 
     def restored_weight(self, weight: Tensor, names: Sequence[str]) -> Tensor:
@@ -177,12 +166,6 @@ def attach(layer: Any, kind: type[AdapterLayer], peft_layer: Any, name: str) -> 
     """Moves one adapter from a PEFT layer, created around ``layer``, onto ``layer`` itself.
 
     Half-precision adapters become float32: they are the master weights of the optimizer.
-
-    Args:
-        layer: The layer to adapt; it keeps its identity, attributes and parameter names.
-        kind: The mixin for it.
-        peft_layer: PEFT's layer for ``layer``; it is not used afterwards.
-        name: The adapter's name.
     """
     attributes = (*kind.adapter_layer_names, *kind.adapter_module_names)
     made = {attribute: getattr(peft_layer, attribute)[name] for attribute in attributes}

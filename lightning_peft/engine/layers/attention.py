@@ -71,12 +71,7 @@ def scale_problem(saved: Any, now: int) -> list[str]:
 
 
 def attention_factors(layer: Any, make: Callable[[nn.Module], nn.Module]) -> Any:
-    """Returns PEFT's adapter for the input of an attention, with that of ``out_proj`` on it.
-
-    Args:
-        layer: The attention.
-        make: PEFT's function that makes an adapter for a linear layer.
-    """
+    """Returns PEFT's adapter for the input of an attention, with that of ``out_proj`` on it."""
     # PEFT makes that of the projection, and again after the other one.
     make(layer.out_proj)
     rows, columns = layer._parameters["in_proj_weight"].shape

@@ -237,11 +237,7 @@ class RoutedExperts(DynamicMixin):
                 layer._parameters["weight"] = backend.restore(stored, stored.device)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns the output of the class of the experts.
-
-        Raises:
-            UnsupportedError: If they are run in a way that reads the weights past the layers.
-        """
+        """Returns the output of the class of the experts."""
         problem = run_problem(self)
         if problem is not None:
             raise UnsupportedError(f"Experts with adapters or quantized weights: {problem}.")

@@ -244,13 +244,7 @@ def _frozen_matmul(layer: Any, stored: Any, x: Tensor) -> FrozenMatmul | None:
 
 
 def frozen_matmul(layer: Any, names: list[str], x: Any) -> FrozenMatmul | None:
-    """Returns how the frozen weight takes part, or ``None`` where :func:`fused_output` is none.
-
-    Args:
-        layer: A layer with adapters on it.
-        names: The adapters that take part; there may be none.
-        x: What the layer is called with.
-    """
+    """Returns how the frozen weight takes part, or ``None`` where :func:`fused_output` is none."""
     if len(names) > 1 or not isinstance(x, Tensor) or not _is_supported_class(type(layer), layer):
         return None
     stored = layer.stored_weight()

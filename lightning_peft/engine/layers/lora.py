@@ -160,11 +160,7 @@ class LoraConvolution(LoraLayer):
         return mix_channels(low, b.to(low.dtype), self.groups)
 
     def delta_weight(self, name: str, weight: Tensor | None = None) -> Tensor:
-        """Returns ``s B A`` as a kernel.
-
-        Raises:
-            UnsupportedError: If the layer is grouped.
-        """
+        """Returns ``s B A`` as a kernel."""
         if self.groups > 1:
             raise UnsupportedError(
                 "An adapter on a grouped convolution adds to all its input channels, so there is "

@@ -76,11 +76,7 @@ class LayerMixin(DynamicMixin):
         return WeightView(self.effective_weight, shape, dtype, stored)
 
     def register_parameter(self, name: str, param: Any) -> None:
-        """Registers a parameter, unless it stands for the weight or bias from now on.
-
-        Raises:
-            UnsupportedError: For ``weight_orig``, ``weight_g``, ``bias_orig`` and others of these.
-        """
+        """Registers a parameter, unless it stands for the weight or bias from now on."""
         stem = name.partition("_")[0]
         if name != stem and stem in ("weight", "bias"):
             raise replacement_error(stem)
@@ -126,15 +122,7 @@ class LayerMixin(DynamicMixin):
 
 
 def require_whole(stored: Any, count: int = 1) -> None:
-    """Refuses to read a frozen weight that is spread over processes.
-
-    Args:
-        stored: The stored parameter.
-        count: Of how many parts it is one; FSDP knows that of its own.
-
-    Raises:
-        LifecycleError: If only a part of it is in this process.
-    """
+    """Refuses to read a frozen weight that is spread over processes."""
     if hasattr(stored, "device_mesh"):
         count = stored.device_mesh.size()
     if count > 1:

@@ -49,17 +49,7 @@ _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def find_gguf(name: Any, revision: str | None = None) -> GgufModel | None:
-    """Returns the GGUF file that the name of a model means; ``None`` for other models.
-
-    Args:
-        name: See :mod:`lightning_peft.model_reference`.
-        revision: Branch, tag or commit on the hub.
-
-    Raises:
-        ConfigError: If the file is not there, or the package ``gguf`` is not.
-        CheckpointError: If it is damaged.
-        UnsupportedError: If transformers cannot read it.
-    """
+    """Returns the GGUF file that the name of a model means; ``None`` for other models."""
     known = read_gguf_folder(name)
     if known is not None:
         return known

@@ -31,17 +31,7 @@ _TWO_SIZES = ("gemma4",)
 
 
 def apply_metadata(config: Any, metadata: Mapping[str, Any], architecture: str, name: str) -> None:
-    """Sets what a file says and transformers has not read.
-
-    Args:
-        config: transformers' config of the file, which is changed.
-        metadata: The file's values by their names without the architecture.
-        architecture: llama.cpp's name of it.
-        name: The file, for messages.
-
-    Raises:
-        UnsupportedError: If the config has no place for a value, with all of them.
-    """
+    """Sets what a file says and transformers has not read."""
     text = config.get_text_config()
     # A value that is not there, or that a converter wrote for "none".
     there = {key: value for key, value in metadata.items() if value not in (None, "", "none")}

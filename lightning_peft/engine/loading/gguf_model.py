@@ -56,11 +56,7 @@ class GgufModel:
         return dtype
 
     def check_tokenizer(self) -> None:
-        """Checks that the file's own tokenizer was read.
-
-        Raises:
-            UnsupportedError: If it was not, with the reason.
-        """
+        """Checks that the file's own tokenizer was read."""
         reason = self.facts.get("no_tokenizer")
         if reason is not None:
             raise UnsupportedError(

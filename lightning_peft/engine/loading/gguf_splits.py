@@ -73,11 +73,6 @@ def save_within(tokenizer: Any, folder: Path, rows: int) -> None:
     """Writes a tokenizer without the tokens beyond the embedding.
 
     transformers gives a tokenizer the special tokens of its class, which no file has a row for.
-
-    Args:
-        tokenizer: The tokenizer.
-        folder: Where it is written to.
-        rows: Rows of the embedding.
     """
     beyond = {token for token, index in tokenizer.get_added_vocab().items() if index >= rows}
     names = [name for name, token in tokenizer.special_tokens_map.items() if token in beyond]

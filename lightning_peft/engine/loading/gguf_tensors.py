@@ -90,16 +90,7 @@ class GgufTensor:
 
 
 def gguf_tensors(model: GgufModel, outline: nn.Module) -> dict[str, GgufTensor]:
-    """Returns the tensors of a file by their names in a model; none is read.
-
-    Args:
-        model: The file.
-        outline: The model of its config, which may be on the meta device.
-
-    Raises:
-        UnsupportedError: If the file lacks parameters of the model's body, or they have other
-            shapes.
-    """
+    """Returns the tensors of a file by their names in a model; none is read."""
     config: Any = outline.config
     processor = tensor_processor(model.architecture, config.get_text_config().to_dict())
     names = _names(model, outline, processor)

@@ -16,29 +16,13 @@ _WHERE = ("revision", "code_revision", "trust_remote_code", "cache_dir", "token"
 
 
 def readable_name(name: Any, revision: str | None = None) -> str:
-    """Returns the name or folder by which transformers loads config and tokenizer of a model.
-
-    Args:
-        name: See :mod:`lightning_peft.model_reference`.
-        revision: Branch, tag or commit on the hub.
-
-    Raises:
-        ConfigError, CheckpointError, UnsupportedError: If it is a GGUF file that cannot be read.
-    """
+    """Returns the name or folder by which transformers loads config and tokenizer of a model."""
     found = find_gguf(name, revision)
     return str(name) if found is None else str(found.folder)
 
 
 def load_config(name: Any, **options: Any) -> Any:
-    """Returns the config of a model, by ``AutoConfig.from_pretrained``.
-
-    Args:
-        name: See :mod:`lightning_peft.model_reference`.
-        options: Further arguments.
-
-    Raises:
-        ConfigError, CheckpointError, UnsupportedError: If it is a GGUF file that cannot be read.
-    """
+    """Returns the config of a model, by ``AutoConfig.from_pretrained``."""
     found = find_gguf(name, options.get("revision"))
     if found is None:
         return AutoConfig.from_pretrained(name, **options)

@@ -101,10 +101,6 @@ def loading_for_injection(
 
     Yields:
         What was loaded, for :func:`store_quantized` after the injection; ``None`` for nothing.
-
-    Raises:
-        UnsupportedError: If something was loaded that injection would not have quantized, or
-            weights were replaced that came quantized out of the cache.
     """
     needs_dense = getattr(peft_config, "init_lora_weights", True) not in (True, False, "gaussian")
     backend = None if settings is None else backend_for(settings)
@@ -125,13 +121,6 @@ def from_pretrained(
     original: Any, cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """What ``from_pretrained`` of a model is within :func:`quantize_on_load`, and for GGUF files.
-
-    Args:
-        original: transformers' own function.
-        cls: Class of the model.
-        pretrained_model_name_or_path: Its argument of that name.
-        args: Its other arguments by position.
-        kwargs: Its other arguments by name.
     """
     name = pretrained_model_name_or_path
     loading = _current.get()
@@ -251,11 +240,7 @@ def _dtype_name(dtype: Any) -> str:
 
 
 def check_loaded(module: nn.Module, loading: Loading) -> None:
-    """Checks that what was quantized while it was loaded is what injection would quantize.
-
-    Raises:
-        UnsupportedError: If layers are outside of the adapted parts, or heads of them.
-    """
+    """Checks that what was quantized while it was loaded is what injection would quantize."""
     check_replaced(loading)
     drop_modified(loading)
     quantizable_layers: set[int] = set()

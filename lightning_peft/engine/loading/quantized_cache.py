@@ -147,15 +147,6 @@ def find_entry(
 ) -> CachedLoad | None:
     """Finds the entry that a call decides, and reads it if it is there.
 
-    Args:
-        cls: Class of the model.
-        name: Folder or name on the hub.
-        options: Further arguments of ``from_pretrained``.
-        quantization: The config of a backend.
-        dense: Names of modules that stay dense.
-        way: How a model is loaded that is not in the cache.
-        device: Where it is quantized.
-
     Returns:
         ``None`` for calls that the cache does not cover, and where it cannot be used.
     """

@@ -57,10 +57,6 @@ class GatheredWeights(Mapping[str, CachedWeight]):
 def writers(names: list[tuple[str, list[str]]], sizes: list[int]) -> list[bool]:
     """Whether any process writes an entry, so that all have to give their parts.
 
-    Args:
-        names: The name of each entry, and those of its weights.
-        sizes: What this process would write of each; 0 for nothing.
-
     Returns:
         One answer for each entry; nobody writes where the processes did not load the same, or
         only some of their machines had the entry.

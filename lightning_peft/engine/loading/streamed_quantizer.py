@@ -222,13 +222,7 @@ class _QuantizeOne(ConversionOps):
 
 
 def quantizable(model: nn.Module, dense: list[str], backend: Any | None = None) -> list[str]:
-    """Returns the names of the layers that injection would quantize whatever is trained.
-
-    Args:
-        model: The model, as it comes out of its class.
-        dense: Names of further modules that stay dense; parts of names count too.
-        backend: What quantizes; without one, weights of experts are not among them.
-    """
+    """Returns the names of the layers that injection would quantize whatever is trained."""
     output, holders = output_embeddings(model), parameter_holders(model)
     shared = {name.removesuffix(".weight") for name in tied_parameters(model)}
     heads = list(find_heads(model))

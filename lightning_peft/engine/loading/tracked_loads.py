@@ -43,15 +43,7 @@ def track_load(
     absent: set[str],
     dense: list[str],
 ) -> None:
-    """Notes what came out of a load, so that changes before the injection are seen.
-
-    Args:
-        load: The load.
-        model: Its result.
-        on_load: The layers that came quantized, by name.
-        absent: Names of the parameters that were not in the file.
-        dense: Names of modules that stay dense.
-    """
+    """Notes what came out of a load, so that changes before the injection are seen."""
     load.model = model
     # With conversions, not every tensor of the file becomes one of the model.
     if not has_weight_conversions(model):
@@ -70,11 +62,7 @@ def track_load(
 
 
 def check_replaced(loading: Loading) -> None:
-    """Checks that nobody took the codes out of layers that would have been dense.
-
-    Raises:
-        UnsupportedError: If somebody did.
-    """
+    """Checks that nobody took the codes out of layers that would have been dense."""
     changed = [
         name
         for load in loading.loads

@@ -39,10 +39,6 @@ def find_weight_files(name: Any, options: Mapping[str, Any]) -> list[Path]:
 
     Those are safetensors files, or a GGUF file.
 
-    Args:
-        name: Folder, or name on the hub, as ``from_pretrained`` takes it.
-        options: Its other arguments.
-
     Returns:
         Their real paths; an empty list where it is not certain that these would be read.
     """
@@ -72,11 +68,7 @@ def _on_this_machine(name: Any, file: str, where: Mapping[str, Any]) -> Path | N
 
 
 def stamps(files: Iterable[Path]) -> list[Stamp]:
-    """Stamps of files, which change when a file does.
-
-    Raises:
-        OSError: If a file is not there.
-    """
+    """Stamps of files, which change when a file does."""
     return [_stamp(path) for path in files]
 
 
@@ -86,15 +78,7 @@ def _stamp(path: Path) -> Stamp:
 
 
 def hashes(files: Iterable[Path], memory: Path) -> list[str]:
-    """Returns the sha256 of each file.
-
-    Args:
-        files: Real paths.
-        memory: Folder in which hashes are remembered.
-
-    Raises:
-        OSError: If a file cannot be read, or changes while it is read.
-    """
+    """Returns the sha256 of each file."""
     # hashlib lets other threads run.
     with ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1)) as pool:
         return list(pool.map(lambda path: _hash(path, memory), files))

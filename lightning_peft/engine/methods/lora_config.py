@@ -130,11 +130,7 @@ def with_lower_init(config: LoraConfig) -> LoraConfig:
 
 
 def refuse_extensions(config: LoraConfig) -> None:
-    """Refuses extensions of LoRA that do not work on a plain module.
-
-    Raises:
-        UnsupportedError: With all of them.
-    """
+    """Refuses extensions of LoRA that do not work on a plain module."""
     used = [name for name in REFUSED_FIELDS if getattr(config, name, None)]
     if used:
         raise UnsupportedError(

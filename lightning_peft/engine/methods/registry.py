@@ -106,12 +106,7 @@ def not_injected(name: str, peft_type: str) -> UnsupportedError:
 
 
 def refuse_method(config: PeftConfig) -> None:
-    """Refuses configs of methods that cannot be injected into a module.
-
-    Raises:
-        ConfigError: If the method needs layers that the config does not name.
-        UnsupportedError: If the method is not one of :data:`METHODS`.
-    """
+    """Refuses configs of methods that cannot be injected into a module."""
     name, method = type(config).__name__, str(to_primitives(config.peft_type))
     if method not in METHODS:
         raise not_injected(name, method)

@@ -15,11 +15,7 @@ _REFUSED_CHARACTERS = re.compile(r"[^\w \-+=@#]")
 
 
 def check_adapter_name(name: str) -> None:
-    """Refuses names with which parameters or files would mean something else.
-
-    Raises:
-        ConfigError: If ``name`` is one of these.
-    """
+    """Refuses names with which parameters or files would mean something else."""
     problem = _problem(name)
     if problem:
         raise ConfigError(

@@ -29,14 +29,7 @@ def is_named(wanted: str | Iterable[str] | None, names: Iterable[str]) -> bool:
 def warn_of_unused_exclusions(
     part: nn.Module, names: Mapping[str, list[str]], targets: list[str], excluded: Any
 ) -> None:
-    """Warns of entries that name modules only, whose layers keep their adapters.
-
-    Args:
-        part: The part.
-        names: All names of its submodules, by the first one.
-        targets: The names of the layers that are adapted.
-        excluded: ``exclude_modules``.
-    """
+    """Warns of entries that name modules only, whose layers keep their adapters."""
     for entry in [excluded] if isinstance(excluded, str) else sorted(excluded or ()):
         rule = entry if isinstance(excluded, str) else [entry]
         hits = [n for n, known in names.items() if is_named(rule, map(parameter_name, known))]

@@ -23,13 +23,7 @@ from lightning_peft.engine.selection.parts import Exclusions
 def adaptable_weights(
     modules: Mapping[str, Any], names: Mapping[str, list[str]], left: frozenset[nn.Module]
 ) -> dict[str, str]:
-    """Returns the layer of every weight that may have an adapter, by all names of the weight.
-
-    Args:
-        modules: The submodules of a part by their first names.
-        names: All names of each.
-        left: Submodules that stay as they are.
-    """
+    """Returns the layer of every weight that may have an adapter, by all names of the weight."""
     found: dict[str, str] = {}
     for name, known in names.items():
         layer = modules[name]
@@ -62,12 +56,7 @@ def expert_layers(
 
 
 def expert_weights(part: nn.Module, names: Mapping[str, list[str]]) -> list[str]:
-    """Returns all names of the weights of experts in ``part``, whether they have layers or not.
-
-    Args:
-        part: The part.
-        names: All names of its submodules, by the first one.
-    """
+    """Returns all names of the weights of experts in ``part``, whether they have layers or not."""
     return [
         f"{alias}.{weight}"
         for name, known in names.items()

@@ -128,10 +128,6 @@ def make_plans(
         adapt: Names of the submodules to adapt; ``None`` for the pretrained ones.
         record: What was done to the module before. Its ``left`` is filled at the first adapter.
         momentum_copies: Copies in the module.
-
-    Raises:
-        ConfigError, TargetModulesError, LifecycleError, UnsupportedError: See
-            :func:`lightning_peft.inject`.
     """
     check_adapter_name(request.adapter_name)
     again = list(record.parts) if record.parts and adapt is None else adapt

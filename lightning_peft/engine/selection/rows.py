@@ -74,13 +74,6 @@ def requested_rows(
 ) -> tuple[dict[str, Rows], list[str]]:
     """Returns the rows of the layers that do not get an adapter as a whole.
 
-    Args:
-        part: The part to adapt.
-        targets: Names of its layers that get an adapter.
-        names: All names of every submodule, by the first one.
-        config: PEFT's config, with rows in its ``target_modules``.
-        method: Its method, where it works in place.
-
     Returns:
         The rows by layer as ranges in ascending order, and a sentence for each problem.
     """
@@ -111,11 +104,7 @@ def requested_rows(
 
 
 def _ranges(part: nn.Module, target: str, wanted: set[str | None]) -> Rows:
-    """Returns the rows of one layer; empty for all of them.
-
-    Raises:
-        ValueError: If there are no such rows.
-    """
+    """Returns the rows of one layer; empty for all of them."""
     layer: Any = part.get_submodule(target)
     if wanted == {None}:
         return ()
@@ -127,11 +116,7 @@ def _ranges(part: nn.Module, target: str, wanted: set[str | None]) -> Rows:
 
 
 def _range(part: nn.Module, target: str, layer: Any, rows: str) -> tuple[int, int]:
-    """Returns first row and end of what an entry says.
-
-    Raises:
-        ValueError: If the layer has no such rows, or where they are is not known.
-    """
+    """Returns first row and end of what an entry says."""
     size: int = layer.nf if hasattr(layer, "nf") else layer.out_features
     numbers = _NUMBERS.fullmatch(rows)
     if rows not in PIECES and numbers is None:
@@ -192,11 +177,7 @@ def _warn_of_order(part: nn.Module, found: Mapping[str, Rows]) -> None:
 
 
 def _sizes(owner: Any, layer: Any, size: int, count: int) -> list[int]:
-    """Returns how many rows each piece has.
-
-    Raises:
-        ValueError: If the sizes that the owner says do not add up to ``size``.
-    """
+    """Returns how many rows each piece has."""
     if count == len(QKV):
         heads = _number(owner, "num_heads", "num_attention_heads", "n_heads", "n_head")
         kv_heads = _number(owner, "num_key_value_heads", "num_kv_heads", "kv_heads")

@@ -66,9 +66,6 @@ def find_parts(module: nn.Module, adapt: str | Iterable[str] | None = None) -> d
     Args:
         module: The user's module.
         adapt: Names of submodules; ``None`` looks for pretrained parts.
-
-    Raises:
-        TargetModulesError: If a name in ``adapt`` is not a submodule, or lies inside another one.
     """
     return select(module, adapt).parts
 
@@ -87,9 +84,6 @@ def select(
             is adapted, whatever it is.
         wanted: ``target_modules``. What it names is adapted although it is frozen.
         momentum_copies: Copies, which follow what they copy although they are frozen.
-
-    Raises:
-        TargetModulesError: If a name in ``adapt`` is not a submodule, or lies inside another one.
     """
     parts = None if adapt is None else _named_parts(module, adapt)
     left = _metrics_and_losses(module, parts or {})

@@ -86,13 +86,6 @@ FORMATS = {
 
 def refuse_stored_formats(module: nn.Module, parts: Iterable[str]) -> None:
     """Refuses parts of models whose weights transformers holds in a format without a backend here.
-
-    Args:
-        module: The user's module.
-        parts: Names of the submodules to adapt.
-
-    Raises:
-        UnsupportedError: With all such models.
     """
     served = {backend.name for backend in backends()}
     problems = []

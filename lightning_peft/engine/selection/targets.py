@@ -172,9 +172,6 @@ def resolve_saved_modules(
     As in PEFT, an entry means every name that ends with it: ``"norm"`` is ``input_layernorm`` too.
     Where PEFT would raise an error since such a module has an adapter, the adapter is kept. What
     stays as it is is meant only by entries that mean nothing else.
-
-    Raises:
-        TargetModulesError: If an entry matches nothing in any part.
     """
     entries = list(wanted)
     check_names_match("modules_to_save", entries, parts, _ends_with)
@@ -209,9 +206,6 @@ def check_names_match(
         wanted: The names.
         parts: The adapted submodules by name; each name has to match in one of them.
         rule: Says whether an entry matches a name; by default whether it is its last steps.
-
-    Raises:
-        TargetModulesError: With all such names, and near ones.
     """
     problems = _unmatched(argument, list(wanted), parts, base_modules, rule or _is_suffix)
     if problems:

@@ -48,14 +48,8 @@ Shape = tuple[str, tuple[tuple[int, ...], ...]]
 def read_budget(value: Any) -> int | float | None:
     """The memory limit in ``gradient_checkpointing``.
 
-    Args:
-        value: The argument.
-
     Returns:
         Bytes, a share between 0 and 1, or ``None`` where it is ``True``, ``False`` or ``"auto"``.
-
-    Raises:
-        ConfigError: If it is nothing of all that.
     """
     if value is True or value is False or value == "auto":
         return None

@@ -97,11 +97,6 @@ def checkpoint_activations(
 
     Returns:
         What was done and its inverse.
-
-    Raises:
-        UnsupportedError: If ``setting`` is ``True`` or a budget, and nothing repeats in any adapted
-            part; or with a budget, if the user checkpoints some part.
-        ConfigError: If ``setting`` is something else.
     """
     budget = None if read_budget(setting) is None else ActivationBudget(setting, notify)
     done = Checkpointing()

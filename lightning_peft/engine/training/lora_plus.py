@@ -32,10 +32,6 @@ def scale_b_rates(module: nn.Module, optimizers: Iterable[Any], ratio: float) ->
 
     Returns:
         How many factors ``B`` they hold.
-
-    Raises:
-        ConfigError: If an optimizer is another, or none of them holds a ``B``; all problems at
-            once.
     """
     factors = {
         id(param)

@@ -36,11 +36,7 @@ _FUSED_ON = {"cpu", "cuda", "xpu"}
 
 
 def check_optimizer_name(name: str | None) -> None:
-    """Checks the ``optimizer`` argument.
-
-    Raises:
-        ConfigError: If there is no optimizer of that name; the nearest ones are named.
-    """
+    """Checks the ``optimizer`` argument."""
     known = ["auto", *OPTIMIZERS]
     if name is None or name in known:
         return
@@ -69,10 +65,6 @@ def replace_optimizers(
 
     Returns:
         What was done, one sentence for each kind of optimizer; empty where nothing was.
-
-    Raises:
-        ConfigError: If an optimizer chosen by name cannot stand in; all problems at once, and
-            nothing was changed.
     """
     target = OPTIMIZERS[_AUTO_16_BIT if name == "auto" else name]
     outcomes: dict[str, None] = {}
@@ -267,10 +259,6 @@ def check_same_optimizers(saved: list[str] | None, optimizers: Iterable[Any]) ->
     """Compares the optimizers of a checkpoint with those that are to take their states.
 
     ``saved`` is what :func:`optimizer_names` returned then; ``None`` is not compared.
-
-    Raises:
-        CheckpointError: If they are others: states of other bits would silently be kept,
-            and those of another optimizer fail at the first step.
     """
     names = optimizer_names(optimizers)
     if saved is not None and saved != names:

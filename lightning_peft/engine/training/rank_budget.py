@@ -127,15 +127,7 @@ class RankBudget:
 
 
 def rank_budget(module: nn.Module, total_steps: Callable[[], float]) -> RankBudget | None:
-    """Returns the budget of the AdaLoRA adapter that trains on ``module``, if there is one.
-
-    Args:
-        module: A module with adapters.
-        total_steps: Called for the number of optimizer steps of the run.
-
-    Raises:
-        ConfigError: If that number is not known, or leaves no steps to cut ranks in.
-    """
+    """Returns the budget of the AdaLoRA adapter that trains on ``module``, if there is one."""
     record = require_record(module)
     name = record.active[0]
     entries = [part for part in record.parts.values() if name in part.adapters]

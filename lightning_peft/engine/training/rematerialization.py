@@ -70,11 +70,7 @@ class SavedTensor:
         self.version, self.call = version_of(tensor), call
 
     def value(self) -> Tensor:
-        """Returns the tensor.
-
-        Raises:
-            RuntimeError: If it was changed in place since.
-        """
+        """Returns the tensor."""
         return _unchanged(self.tensor, self.version)
 
 

@@ -30,11 +30,7 @@ class NoLossError(Exception):
 
 
 def default_step(module: nn.Module, batch: Any) -> Tensor:
-    """Returns a scalar loss of ``module`` on ``batch``; see :func:`lightning_peft.verify`.
-
-    Raises:
-        NoLossError: If ``training_step`` gives none, or needs a Trainer that is not there.
-    """
+    """Returns a scalar loss of ``module`` on ``batch``; see :func:`lightning_peft.verify`."""
     training_step: Any = getattr(module, "training_step", None)
     if training_step is not None:
         output = _train(module, training_step, batch)

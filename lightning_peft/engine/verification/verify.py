@@ -116,9 +116,6 @@ def _agree_on_loss(module: nn.Module, batch: Any, step: Step) -> None:
     """Runs one pass, and lets all processes do without a loss where one of them has none.
 
     In other numbers of passes they would wait for each other.
-
-    Raises:
-        NoLossError: In all of them.
     """
     missing: list[str] = []
 
