@@ -59,10 +59,6 @@ def dequantize(data: np.ndarray, kind: int) -> np.ndarray:
 
     ``gguf.dequantize``, but for as many rows at a time as the cache of a core holds well: it takes
     16 rows, whatever their length.
-
-    Args:
-        data: As stored, ``(..., bytes of a row)`` for blocks.
-        kind: ggml's number of the type.
     """
     package: Any = import_module("gguf")
     wanted = package.GGMLQuantizationType(kind)

@@ -37,6 +37,7 @@ from .files.state_dicts import checkpoint_tensors as checkpoint_tensors
 from .files.state_dicts import drop_frozen_base as drop_frozen_base
 from .files.state_dicts import load_trainable_state_dict as load_trainable_state_dict
 from .files.state_dicts import trainable_state_dict as trainable_state_dict
+from .gathered import gathered as gathered
 from .inference import inference_bytes as inference_bytes
 from .inference import ready_for_inference as ready_for_inference
 from .injection import inject as inject
@@ -98,6 +99,8 @@ from .training.cross_entropy import summed_cross_entropy as summed_cross_entropy
 from .training.lora_plus import scale_b_rates as scale_b_rates
 from .training.optimizer_groups import add_adapters_to_optimizers as add_adapters_to_optimizers
 from .training.optimizer_groups import freeze_unoptimized as freeze_unoptimized
+from .training.optimizer_groups import held_ids as held_ids
+from .training.optimizer_groups import held_parameters as held_parameters
 from .training.optimizer_groups import optimizers_of as optimizers_of
 from .training.optimizer_groups import unfreeze_unoptimized as unfreeze_unoptimized
 from .training.optimizers import check_optimizer_name as check_optimizer_name

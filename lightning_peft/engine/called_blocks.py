@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_peft.engine.gathered import gathered
 from lightning_peft.errors import UnsupportedError, itemize
 
 
@@ -17,11 +18,6 @@ class CalledBlocks:
 
     FSDP gathers by order: parts of two blocks of equal size would be put together to one. Numbers
     of calls that differ end in an error of torch or in the timeout of the process group.
-
-    Args:
-        module: What is called once for each forward pass.
-        blocks: The blocks by name.
-        device: Where collectives of the default group take tensors.
     """
 
     def __init__(
@@ -43,18 +39,15 @@ class CalledBlocks:
 
     def _compare(self, *_: Any) -> None:
         distributed = import_module("torch.distributed")
-        count = distributed.get_world_size()
         # Integers in tuples have the same hash in each process.
         mine = torch.tensor([hash(tuple(self._called))], device=self._group_device)
-        everyone = [torch.empty_like(mine) for _ in range(count)]
+        everyone = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
         distributed.all_gather(everyone, mine)
         if len(set(torch.cat(everyone).tolist())) == 1:
             return
-        called: list[Any] = [None] * count
-        distributed.all_gather_object(called, self._called)
         rows = [
             f"process {rank}: " + ", ".join(repr(self._names[number]) for number in numbers)
-            for rank, numbers in enumerate(called)
+            for rank, numbers in enumerate(gathered(self._called))
         ]
         raise UnsupportedError(
             "The processes called different blocks in one forward pass:"

@@ -30,12 +30,7 @@ _BITS_16 = (torch.bfloat16, torch.float16)
 
 
 def inference_bytes(module: nn.Module, dtype: torch.dtype | None = None) -> int:
-    """Returns the bytes that :func:`ready_for_inference` takes with copies; 0 within its body.
-
-    Args:
-        module: A module with adapted or quantized layers.
-        dtype: Of the products; ``None`` for that of each weight.
-    """
+    """Returns the bytes that :func:`ready_for_inference` takes with copies; 0 within its body."""
     size = 0
     for layer in _copied(module):
         shape, own = layer.weight_info()
@@ -113,12 +108,7 @@ class _Ready(NamedTuple):
 
 
 class _ReadyForward:
-    """The forward pass of an adapted layer while its adapters do not change.
-
-    Args:
-        layer: The layer.
-        observer: Finds the layers that get the same input; ``None`` where nothing is copied.
-    """
+    """The forward pass of an adapted layer while its adapters do not change."""
 
     def __init__(self, layer: Any, observer: _Observer | None) -> None:
         self.layer, self.observer = layer, observer
@@ -191,11 +181,7 @@ class _Observer:
 
 
 class _Group:
-    """Layers that get the same input, computed with the call of the first.
-
-    Args:
-        forwards: Their forward passes, in the order of their calls.
-    """
+    """Layers that get the same input, computed with the call of the first."""
 
     def __init__(self, forwards: Sequence[_ReadyForward]) -> None:
         self.forwards = list(forwards)

@@ -47,12 +47,6 @@ def inject_on_meta(
 ) -> list[str]:
     """Adds adapters to a module on the meta device.
 
-    Args:
-        module: A module without adapters whose tensors are all on the meta device.
-        peft_config: As for :func:`lightning_peft.inject`.
-        quantization_config: The config of a quantization backend, or ``None``.
-        adapt: Names of the parts to adapt.
-
     Returns:
         The names of the layers that the injection of a module with values would quantize; they
         are dense still, and :func:`quantize_on_meta` makes them codes.
@@ -145,12 +139,7 @@ def quantized_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def recreate_parameter(tensor: Tensor, make: Callable[[Tensor], Tensor]) -> Any:
-    """Returns a parameter or buffer with other tensors, also those of its quantization.
-
-    Args:
-        tensor: The parameter or buffer.
-        make: Returns a tensor of the same shape, without values.
-    """
+    """Returns a parameter or buffer with other tensors, also those of its quantization."""
     backend = backend_of(tensor)
     if backend is not None:
         return backend.map_tensors(tensor, make)

@@ -141,14 +141,7 @@ def check_requested_config(
     adapt: str | Iterable[str] | None,
     adapter_name: str,
 ) -> None:
-    """Compares the settings of wrapped parts with the requested ones.
-
-    Args:
-        wrapped: The wrapped parts.
-        config: PEFT's config, or ``None`` for any.
-        adapt: Names of the parts to adapt, or ``None``.
-        adapter_name: Name of the adapter; ``"default"`` goes with any.
-    """
+    """Compares the settings of wrapped parts with the requested ones."""
     problems = []
     if config is not None:
         fields, theirs = fields_of(wrapped[0].config), fields_of(config)

@@ -74,11 +74,6 @@ def shard_base(module: nn.Module, device: torch.device, shapes: dict[int, torch.
 
     From then on the module computes only when it is called, by all processes and equally often.
     Another time nothing happens.
-
-    Args:
-        module: A module with adapters, on its device.
-        device: Where the process computes.
-        shapes: What :func:`keep_own_part` returned.
     """
     # Imported here, since few runs need it and it takes a second.
     distributed = import_module("torch.distributed")

@@ -6,8 +6,6 @@ import logging
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from lightning_peft import engine
 from lightning_peft.errors import BaseMismatchError, LifecycleError, itemize
 
@@ -62,10 +60,8 @@ def _target_differences(
     with engine.exposed_experts(part):
         named = engine.resolve_targets({entry.name: part}, config, aside)[entry.name]
         requested = engine.with_projections(part, named)
-    missing, surplus = (
-        sorted({*requested} - {*info.targets}),
-        sorted({*info.targets} - {*requested}),
-    )
+    missing = sorted({*requested} - {*info.targets})
+    surplus = sorted({*info.targets} - {*requested})
     rows, _ = engine.rows_of(part, info.targets, config)
     others = sorted(name for name in info.targets if rows.get(name) != info.rows.get(name))
     return [
@@ -100,7 +96,7 @@ def check_frozen(module: nn.Module) -> None:
 def check_optimizers(module: nn.Module, optimizers: list[Any]) -> None:
     """Every trainable adapter must be in an optimizer, and no optimizer without anything."""
     record = engine.require_record(module)
-    held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    held = engine.held_ids(optimizers)
     problems, idle = [], []
     for name, part in record.parts.items():
         named = engine.trained_parameters(module.get_submodule(name), part)
@@ -113,8 +109,7 @@ def check_optimizers(module: nn.Module, optimizers: list[Any]) -> None:
             )
             idle += [name] if len(missing) == len(named) and name else []
     for index, optimizer in enumerate(optimizers):
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        if not any(param.requires_grad for param in params):
+        if not any(param.requires_grad for param in engine.held_parameters(optimizer)):
             problems.append(
                 f"optimizer {index} ({type(optimizer).__name__}) holds only frozen parameters"
             )
@@ -144,12 +139,8 @@ def missing_layers(module: nn.Module, record: Any) -> list[str]:
 
 def check_same_base_on_all_ranks(module: nn.Module) -> None:
     """Compares the frozen bases of all ranks: DDP broadcasts packed bytes, not constants."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
     record = engine.require_record(module)
-    mine = {name: part.base.sums for name, part in record.parts.items()}
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine)
+    everyone = engine.gathered({name: part.base.sums for name, part in record.parts.items()})
     others = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
     if not others:
         return

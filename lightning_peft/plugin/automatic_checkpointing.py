@@ -21,12 +21,6 @@ class AutomaticCheckpointing:
 
     Both give the same numbers, bit for bit, so the answer may change within a run: it does where a
     batch is so much larger than the one decided for that it may not fit.
-
-    Args:
-        strategy: The strategy, whose module has blocks to checkpoint.
-
-    Attributes:
-        decision: The latest decision, once there is a batch.
     """
 
     def __init__(self, strategy: Any) -> None:

@@ -65,10 +65,7 @@ def save_fabric_checkpoint(
     check_same_base_on_all_ranks(plain)
     own = _listed(optimizers)
     _check_loadable(state, own)
-    processes: list[Any] = [random_state()]
-    if fabric.world_size > 1:
-        processes *= fabric.world_size
-        torch.distributed.all_gather_object(processes, random_state())
+    processes = engine.gathered(random_state())
     if fabric.is_global_zero:
         tensors = engine.trainable_state_dict(plain)
         described = engine.describe(plain)
@@ -157,12 +154,7 @@ def _is_loadable(value: Any) -> bool:
 
 
 def _numbers(value: Any, tensors: bool = True) -> Any:
-    """Returns a value with numbers of Python for NumPy's, which are objects.
-
-    Args:
-        value: Anything.
-        tensors: Whether to leave tensors in; else there is ``None`` for each.
-    """
+    """Returns a value with numbers of Python for NumPy's, which are objects."""
     if isinstance(value, np.generic):
         return value.item()
     if type(value) in (torch.Tensor, torch.nn.Parameter):

@@ -23,9 +23,6 @@ class SaveOnInterrupt(_Base, metaclass=LateBoundMeta):
     One that comes while the fit validates ends it there, in a single process. A second interrupt of
     the same kind is an ordinary ``KeyboardInterrupt``: of Ctrl-C, schedulers and launchers pass on
     another one. Outside of a fit, and in threads, nothing is changed.
-
-    Attributes:
-        saved: The checkpoint that was written, once there is one.
     """
 
     lightning_base = "callbacks.Callback"

@@ -33,9 +33,6 @@ def use_namespace(root: str | None) -> None:
 
     Needed only where both packages are imported in one process, for all but strategies: these
     are bound to the Lightning of the Trainer that they are passed to.
-
-    Args:
-        root: ``"lightning.pytorch"`` or ``"pytorch_lightning"``.
     """
     global _explicit_namespace
     if root is not None and root not in ROOTS:

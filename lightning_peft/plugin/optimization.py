@@ -42,8 +42,7 @@ def add_adapters_to_optimizers(strategy: Any) -> list[Any]:
 def optimized_parameter_ids(strategy: Any) -> set[int]:
     """Returns the ids of what the optimizers of ``strategy`` hold, or those of its module do."""
     own = [*real_optimizers(strategy), *engine.optimizers_of(strategy.lightning_module)]
-    groups = [group for optimizer in own for group in optimizer.param_groups]
-    return {id(param) for group in groups for param in group["params"]}
+    return engine.held_ids(own)
 
 
 def freeze_unoptimized(strategy: Any, held: set[int]) -> None:

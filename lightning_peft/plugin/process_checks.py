@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from lightning_peft import engine
 from lightning_peft.compat.lightning import averages_models
 from lightning_peft.errors import LifecycleError, itemize
@@ -17,11 +15,6 @@ class ProcessChecks:
 
     What is compared is exchanged between batches, which all processes begin equally often: steps of
     optimizers may depend on the process where a module takes them itself.
-
-    Args:
-        strategy: The strategy, in all processes.
-        restored: What the checkpoint had.
-        structural: Problems of the adapters in this process.
 
     Raises:
         LifecycleError: In all processes, with what any of them found.
@@ -34,7 +27,7 @@ class ProcessChecks:
         module = strategy.lightning_module
         mine = structural + engine.own_problems(module, strategy.optimizers, restored)
         facts = {"problems": mine, "trained": engine.checksums_of_trained(module)}
-        everyone = _exchange(strategy, facts)
+        everyone = engine.gathered(facts)
         problems = _problems_of_each(everyone)
         problems += engine.differing_problems("adapters", [one["trained"] for one in everyone])
         if problems:
@@ -50,7 +43,7 @@ class ProcessChecks:
         """Compares once all processes have taken a step; returns whether that is done."""
         module = self._strategy.lightning_module
         stepped, unreached = bool(gradients) or not due, "none" in gradients.values()
-        everyone = _exchange(self._strategy, (stepped, unreached))
+        everyone = engine.gathered((stepped, unreached))
         if not all(stepped for stepped, _ in everyone):
             return False
         if any(unreached for _, unreached in everyone) and not (self._postponed or last):
@@ -68,7 +61,7 @@ class ProcessChecks:
             "trained": engine.checksums_of_trained(module),
         }
         self.stop()
-        everyone = _exchange(self._strategy, facts)
+        everyone = engine.gathered(facts)
         problems = _problems_of_each(everyone)
         compared = {"gathered": "bits of the base", "gradients": "layers with gradients"}
         if not averages_models(self._strategy):
@@ -92,12 +85,6 @@ _OFF = (
     "\nWhat they train would not be what one process trains. If a hook of the module does this on "
     "purpose, pass verify='off'."
 )
-
-
-def _exchange(strategy: Any, mine: Any) -> list[Any]:
-    everyone: list[Any] = [None] * strategy.world_size
-    torch.distributed.all_gather_object(everyone, mine)
-    return everyone
 
 
 def _problems_of_each(everyone: list[Any]) -> list[str]:

@@ -132,8 +132,7 @@ def _set_up_data(loop: Any, usual: Any, numbers: str) -> None:
     usual()
     if combined_loader(loop) is before:
         return
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, getattr(loop.trainer, numbers))
+    everyone = engine.gathered(getattr(loop.trainer, numbers))
     if all(one == everyone[0] for one in everyone):
         return
     limit = {"num_training_batches": "train"}.get(numbers, numbers.split("_")[1])

@@ -19,10 +19,6 @@ class TrackedLoader:
 
     It remembers the random state from which the epoch's order was drawn. Going back there, making
     the iterator again and skipping what was consumed gives the same remaining batches.
-
-    Attributes:
-        loader: The user's.
-        resume_at: A :meth:`position` where the next iteration starts.
     """
 
     def __init__(self, loader: Any, resume_at: Mapping[str, Any] | None = None) -> None:

@@ -62,8 +62,7 @@ class TrainingChecks:
         self.restored = engine.RestoredState()
 
     def before_batch(self, strategy: Any, batch: Any) -> None:
-        """Compares the processes after their first step; verifies in full before the first batch.
-        """
+        """Compares processes after their first step; verifies in full before the first batch."""
         self._compare_processes()
         if self._full_is_due:
             self._full_is_due = False
@@ -114,11 +113,8 @@ def verify_in(strategy: Any, batch: Any) -> engine.Verification:
 def _verify_on_all_ranks(strategy: Any, batch: Any) -> None:
     verification = verify_in(strategy, batch)
     mine = [c for c in verification.checks if c.passed is False]
-    everyone: list[Any] = [mine]
-    if strategy.world_size > 1:
-        everyone = [None] * strategy.world_size
-        # One rank that stops alone leaves the others waiting for it.
-        torch.distributed.all_gather_object(everyone, mine)
+    # One rank that stops alone leaves the others waiting for it.
+    everyone = engine.gathered(mine)
     verification.raise_if_failed()
     failing = [rank for rank, failed in enumerate(everyone) if failed]
     if failing:
@@ -183,7 +179,7 @@ class FirstStepCheck:
         return bool(self._handles)
 
     def _layers_of(self, optimizer: torch.optim.Optimizer) -> dict[str, list[torch.nn.Parameter]]:
-        held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        held = engine.held_ids([optimizer])
         return {
             name: params
             for layers in self._parts.values()
@@ -269,4 +265,4 @@ class FirstStepCheck:
 
 
 def _has_gradient(optimizer: Any) -> bool:
-    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+    return any(param.grad is not None for param in engine.held_parameters(optimizer))

@@ -6,7 +6,7 @@ import torch
 
 from lightning_peft import engine
 from lightning_peft.doctor.training import check_optimizer, check_quantized
-from lightning_peft.engine.backends import bnb4, bnb8
+from lightning_peft.engine.backends import base, bnb4
 from lightning_peft.engine.layers import lora
 from lightning_peft.engine.verification.result import Check
 
@@ -42,7 +42,7 @@ def test_optimizers_that_work_pass(kind, device):
     ("bits", "owner", "function", "status"),
     [
         (4, bnb, "matmul_4bit", "failed"),
-        (8, bnb8.DequantizedMatmul, "apply", "warning"),
+        (8, base.DequantizedMatmul, "apply", "warning"),
     ],
 )
 def test_a_product_that_loses_gradients_is_found(bits, owner, function, status, monkeypatch):

@@ -240,8 +240,8 @@ def test_8_bit_products_are_those_of_the_dequantized_weight_and_keep_no_input(dt
     x, kept = torch.randn(2, 5, 48, dtype=dtype).requires_grad_(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         out = net(x)
-    # Codes and scales: checkpointing, and layers that share an input, have nothing to free.
-    assert {tuple(t.shape) for t in kept} == {(32, 48), (32,), (16, 32), (16,)}
+    # Checkpointing, and layers that share an input, have nothing to free.
+    assert not kept
     out.square().sum().backward()
     weights = [(layer.weight + 0).to(dtype) for layer in net]
     y = x.detach().requires_grad_()

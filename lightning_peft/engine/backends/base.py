@@ -184,8 +184,12 @@ class QuantizationBackend(ABC, Generic[Config]):
             stored: The weight of the layer.
             bias: ``(out,)`` in the dtype of ``input``, or ``None``.
         """
-        product: Tensor = _DequantizedMatmul.apply(input, bias, stored, self)
+        product: Tensor = DequantizedMatmul.apply(input, bias, stored, self)
         return product
+
+    def weight_to_multiply(self, stored: Any, dtype: torch.dtype) -> Tensor:
+        """The rows in ``dtype`` as :meth:`matmul` multiplies them, in both directions."""
+        return self.dequantize(stored, dtype)
 
     def multiplies_dequantized(self, device: torch.device) -> bool:
         """Whether :meth:`matmul` on ``device`` is torch's product with :meth:`dequantize`.
@@ -258,22 +262,24 @@ class QuantizationBackend(ABC, Generic[Config]):
         return False
 
 
-class _DequantizedMatmul(torch.autograd.Function):
+class DequantizedMatmul(torch.autograd.Function):
     """A product with a dequantized weight that exists twice, and not in between."""
 
     @staticmethod
     def forward(
         ctx: Any, input: Tensor, bias: Tensor | None, stored: Any, backend: QuantizationBackend[Any]
     ) -> Tensor:
+        """Returns the product, ``(..., out)``."""
         ctx.stored, ctx.backend, ctx.with_bias = stored, backend, bias is not None
-        return F.linear(input, backend.dequantize(stored, input.dtype), bias)
+        return F.linear(input, backend.weight_to_multiply(stored, input.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        """Returns the gradients of the input and of a bias that is trained."""
         (gradient,) = gradients
         of_input = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_input = gradient @ ctx.backend.dequantize(ctx.stored, gradient.dtype)
+            of_input = gradient @ ctx.backend.weight_to_multiply(ctx.stored, gradient.dtype)
         if ctx.with_bias and ctx.needs_input_grad[1]:
             of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
         return of_input, of_bias, None, None

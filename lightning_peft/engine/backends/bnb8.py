@@ -20,45 +20,6 @@ from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, has_quantizable
 from lightning_peft.engine.layers.mixin import add_mixin
 
 
-class DequantizedMatmul(torch.autograd.Function):
-    """``x W^T`` with a weight that is dequantized in each direction, and kept in neither.
-
-    bitsandbytes' own product rounds activations to int8 on GPUs and not on CPUs, goes through
-    float16 there, waits for the device in each layer, and keeps its inputs where checkpointing
-    cannot free them.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, codes: Tensor, scales: Tensor, bias: Any) -> Tensor:
-        """Returns the product, ``(..., out)``, in the dtype of the input.
-
-        Args:
-            ctx: Autograd's.
-            input: ``(..., in)``.
-            codes: ``(out, in)``, int8.
-            scales: ``(out,)``, float32: what 127 stands for in each row.
-            bias: ``(out,)`` or ``None``.
-        """
-        ctx.save_for_backward(codes, scales)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return nn.functional.linear(input, _dense(codes, scales, input.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        """Returns the gradients of the input and of a bias that is trained."""
-        gradient, (codes, scales) = gradients[0], ctx.saved_tensors
-        of_input = of_bias = None
-        if ctx.needs_input_grad[0]:
-            of_input = gradient @ _dense(codes, scales, gradient.dtype)
-        if ctx.needs_input_grad[3]:
-            of_bias = gradient.flatten(0, -2).sum(0, dtype=ctx.bias_dtype)
-        return of_input, None, None, of_bias
-
-
-def _dense(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    return codes.to(dtype).mul_(scales.mul(1 / 127).unsqueeze(1))
-
-
 class EightBitLayer(QuantizedLinear):
     """A linear layer whose weight is int8 with one scale per row.
 
@@ -155,12 +116,17 @@ class EightBit(BitsAndBytesBackend):
         return rows.to(dtype or self.weight_info(stored)[1])
 
     def matmul(self, layer: Any, input: Tensor, stored: Any, bias: Tensor | None) -> Tensor:
+        # Not bitsandbytes' own product: it rounds activations to int8 on GPUs and not on CPUs, goes
+        # through float16 there, waits for the device in each layer, and keeps its inputs where
+        # checkpointing cannot free them.
         # The weight moves with the module; the scales, and what bitsandbytes' layer reads once this
         # is not one of ours any more, do not.
         stored.SCB = stored.SCB.to(stored.device)
         layer.state.CB, layer.state.SCB = stored.data, stored.SCB
-        product: Tensor = DequantizedMatmul.apply(input, stored.data, stored.SCB, bias)
-        return product
+        return super().matmul(layer, input, stored, bias)
+
+    def weight_to_multiply(self, stored: Any, dtype: torch.dtype) -> Tensor:
+        return stored.data.to(dtype).mul_(stored.SCB.mul(1 / 127).unsqueeze(1))
 
     def owns(self, stored: Any) -> bool:
         return getattr(stored, "SCB", None) is not None

@@ -31,14 +31,7 @@ _LAYERS: Any = WeakTensorKeyDictionary()
 def quantize(
     layer: Any, config: Any, device: torch.device | None = None, share: Share | None = None
 ) -> None:
-    """Quantizes the weight of ``layer`` in place, on ``device``, and frees the dense weight.
-
-    Args:
-        layer: ``nn.Linear``, transformers' ``Conv1D`` or a convolution, with a dense weight.
-        config: The config of a registered backend.
-        device: Where the quantized weight ends up; ``None`` leaves it where it is.
-        share: The part of its bytes to keep, where the backend's can be packed.
-    """
+    """Quantizes the weight of ``layer`` in place, on ``device``, and frees the dense weight."""
     backend = backend_for(config)
     reason = backend.unsupported_reason(layer)
     if reason is not None:

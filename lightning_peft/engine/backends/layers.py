@@ -65,12 +65,7 @@ class QuantizedLayer(LayerMixin):
         return False
 
     def pack_weight(self, device: torch.device, share: Share | None = None) -> None:
-        """Stores codes and constants as the bytes of one parameter.
-
-        Args:
-            device: Where they will be read.
-            share: The part of them that is stored; ``None`` for all.
-        """
+        """Stores codes and constants as the bytes of one parameter."""
         self.packed = PackedWeight(self.backend, self._parameters["weight"], device)
         self._parameters["weight"] = self.packed.release(share)
 
@@ -146,13 +141,7 @@ class QuantizedLinear(QuantizedLayer):
         return self.dense_copies[dtype]
 
     def product(self, rows: Tensor, stored: Any, bias: Tensor | None) -> Tensor:
-        """``rows @ weight.T + bias``, with gradients to ``rows`` and ``bias``.
-
-        Args:
-            rows: ``(..., in)``, of one of the backend's dtypes.
-            stored: The weight of the layer.
-            bias: ``(out,)`` in the dtype of ``rows``, or ``None``.
-        """
+        """``rows @ weight.T + bias``, with gradients to ``rows`` and ``bias``."""
         copy = self.dense_copy(rows.dtype)
         if copy is None:
             return self.backend.matmul(self, rows, stored, bias)

@@ -54,11 +54,7 @@ def quantize_rows(rows: Tensor, kind: str, double: bool) -> tuple[Tensor, Any]:
 
 
 class _NF4Encoder:
-    """Quantizes to NF4 by comparing with all bounds; holds the memory that this takes.
-
-    Args:
-        size: The most weights at once.
-    """
+    """Quantizes to NF4 by comparing with all bounds; holds the memory that this takes."""
 
     def __init__(self, size: int) -> None:
         # Their dtype is said wherever memory is made: the default one may be the model's.

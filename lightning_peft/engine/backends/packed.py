@@ -22,11 +22,6 @@ class PackedWeight:
     Bytes, not bfloat16: whoever casts, averages or normalizes numbers leaves them alone. Tables
     that are the same for all weights stay outside.
 
-    Args:
-        backend: The backend of the weight.
-        stored: The weight.
-        device: Where its bytes will be read.
-
     Attributes:
         template: The weight without values.
         size: Number of its bytes.
@@ -54,11 +49,7 @@ class PackedWeight:
         self._opened: tuple[Tensor, Any] | None = None
 
     def release(self, share: Share | None = None) -> nn.Parameter:
-        """Hands the bytes over, once: the parameter to store, uint8 of shape ``(n,)``.
-
-        Args:
-            share: The part of them that is stored; ``None`` for all.
-        """
+        """Hands the bytes over, once: the parameter to store, uint8 of shape ``(n,)``."""
         octets, self._octets = self._octets, None
         assert octets is not None
         if share is not None:

@@ -13,23 +13,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Share:
-    """One of ``count`` parts of a tensor, cut along its first dimension as FSDP does.
-
-    Attributes:
-        rank: Number of the process.
-        count: Number of processes.
-    """
+    """One of ``count`` parts of a tensor, cut along its first dimension as FSDP does."""
 
     rank: int
     count: int
 
     def of(self, tensor: Tensor, device: torch.device) -> Tensor:
-        """A copy of this part on ``device``; of few rows, the last parts are empty.
-
-        Args:
-            tensor: ``(rows, ...)`` of any dtype.
-            device: Where the copy goes.
-        """
+        """A copy of this part on ``device``; of few rows, the last parts are empty."""
         parts = tensor.detach().chunk(self.count)
         part = parts[self.rank] if self.rank < len(parts) else tensor.detach()[:0]
         layout = torch.contiguous_format
@@ -41,11 +31,7 @@ _current: ContextVar[Share | None] = ContextVar("share", default=None)
 
 @contextmanager
 def keeping_share(share: Share | None) -> Iterator[None]:
-    """Within the body, this thread keeps only ``share`` of each weight that it quantizes.
-
-    Args:
-        share: The part; ``None`` for whole weights.
-    """
+    """Within the body, this thread keeps only ``share`` of each weight that it quantizes."""
     token = _current.set(share)
     try:
         yield

@@ -117,15 +117,7 @@ def frozen_convolution(
     bias: Tensor | None,
     output_size: list[int] | None = None,
 ) -> Tensor:
-    """Returns the output of ``layer`` with the weight that ``weight`` returns when needed.
-
-    Args:
-        layer: A convolution, transposed or not.
-        input: ``(N, in, *size)`` or ``(in, *size)``.
-        weight: Returns the weight in the dtype of the input, in the layer's layout.
-        bias: In the dtype of the input.
-        output_size: As transposed layers take it.
-    """
+    """Returns the output of ``layer`` with the weight that ``weight`` returns when needed."""
     batched, geometry = convolution_geometry(layer, input, output_size)
     product: Tensor = FrozenConvolution.apply(batched, bias, weight, geometry)
     return product if batched.ndim == input.ndim else product.squeeze(0)

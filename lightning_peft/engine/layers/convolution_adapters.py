@@ -36,12 +36,6 @@ class TransposedFactors(nn.Module):
     """An adapter for a transposed convolution, which PEFT has none for; initialised as PEFT does.
 
     ``A`` is ``(in, r, *kernel)`` and ``B`` is ``(out, r, 1, ...)``.
-
-    Args:
-        layer: The transposed convolution.
-        name: The adapter's name.
-        config: PEFT's config; ``init_lora_weights`` is ``True``, ``False`` or ``"gaussian"``.
-        chosen: ``r`` and ``lora_alpha`` of this layer, patterns applied.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -49,36 +50,33 @@ class LoraExperts(LoraLayer, ExpertMixin):
 
     def added_product(self, rows: Tensor, index: Any) -> Tensor | None:
         """Returns the sum of what the adapters add for rows ``(n, in)`` of one expert."""
-        total: Tensor | None = None
+        added = []
         for name in self.effective_adapters():
             a, b = self._of_expert(name, index, rows.dtype)
             low = F.linear(rows, a) * self.adapter_settings[name].scaling
-            added = F.linear(low, b.to(low.dtype))
-            total = added if total is None else total + added
-        return total
+            added.append(F.linear(low, b.to(low.dtype)))
+        return _sum(added)
 
     def added_batched(self, rows: Tensor, index: Tensor) -> Tensor | None:
         """Returns the same for rows ``(n, 1, in)`` of an expert each."""
-        total: Tensor | None = None
+        added = []
         for name in self.effective_adapters():
             a, b = (factor[index].to(rows.dtype) for factor in self.stacked(name))
             low = torch.bmm(rows, a.transpose(-2, -1)) * self.adapter_settings[name].scaling
-            added = torch.bmm(low, b.to(low.dtype).transpose(-2, -1))
-            total = added if total is None else total + added
-        return total
+            added.append(torch.bmm(low, b.to(low.dtype).transpose(-2, -1)))
+        return _sum(added)
 
     def added_grouped(self, function: Any, rows: Tensor, *rest: Any, **named: Any) -> Tensor | None:
         """Returns the same for rows ``(n, in)`` sorted by expert, as two grouped products."""
-        total: Tensor | None = None
+        added = []
         for name in self.effective_adapters():
             a, b = (factor.to(rows.dtype).transpose(-2, -1) for factor in self.stacked(name))
             missing = -a.shape[-1] % _ALIGNED
             a = F.pad(a, (0, missing)).contiguous()
             b = F.pad(b, (0, 0, 0, missing)).contiguous()
             low = function(rows, a, *rest, **named) * self.adapter_settings[name].scaling
-            added = function(low, b, *rest, **named)
-            total = added if total is None else total + added
-        return total
+            added.append(function(low, b, *rest, **named))
+        return _sum(added)
 
     def effective_expert(self, index: Any) -> Tensor:
         """Returns the weight of the experts ``index`` with the running adapters in it."""
@@ -96,3 +94,7 @@ class LoraExperts(LoraLayer, ExpertMixin):
     def delta_weight(self, name: str, weight: Tensor | None = None) -> Tensor:
         """Returns ``s B A`` of all experts, in the layout of the parameter."""
         return self._delta(name, slice(None))
+
+
+def _sum(added: list[Tensor]) -> Tensor | None:
+    return reduce(torch.add, added) if added else None

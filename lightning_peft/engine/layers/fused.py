@@ -77,12 +77,6 @@ def fused_output(layer: Any, names: list[str], args: Any, kwargs: Any) -> Tensor
     Not covered are several adapters at once, base weights that are trained, computed or 8-bit,
     classes with a forward pass of their own, dropout with hooks or of another kind,
     ``torch.compile``, ``torch.func`` and forward-mode differentiation.
-
-    Args:
-        layer: A layer with adapters on it.
-        names: The adapters that take part.
-        args: Positional arguments of the call; one, of shape ``(..., in)``.
-        kwargs: The others.
     """
     x = args[0] if len(args) == 1 and not kwargs else None
     frozen = frozen_matmul(layer, names, x) if len(names) == 1 else None

@@ -42,13 +42,7 @@ def stores_weight(layer: Any) -> bool:
 
 
 class RecurrentFactors(nn.Module):
-    """An adapter for a recurrent layer, which PEFT has none for; made by PEFT, a matrix at a time.
-
-    Args:
-        layer: The recurrent layer.
-        name: The adapter's name.
-        make: PEFT's function that makes an adapter for a linear layer.
-    """
+    """An adapter for a recurrent layer, which PEFT lacks; made by PEFT, a matrix at a time."""
 
     def __init__(self, layer: Any, name: str, make: Callable[[nn.Module], nn.Module]) -> None:
         super().__init__()

@@ -24,12 +24,7 @@ def gguf_cache() -> Path:
 
 @dataclass(frozen=True)
 class GgufModel:
-    """A GGUF file.
-
-    Attributes:
-        folder: Its config, tokenizer and table of tensors.
-        facts: The content of the table.
-    """
+    """A GGUF file."""
 
     folder: Path
     facts: dict[str, Any]

@@ -120,8 +120,7 @@ def loading_for_injection(
 def from_pretrained(
     original: Any, cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """What ``from_pretrained`` of a model is within :func:`quantize_on_load`, and for GGUF files.
-    """
+    """``from_pretrained`` of a model within :func:`quantize_on_load`, and for GGUF files."""
     name = pretrained_model_name_or_path
     loading = _current.get()
     gguf = read_gguf_folder(name)

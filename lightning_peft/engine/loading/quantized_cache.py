@@ -114,11 +114,7 @@ class CachedLoad:
     reload_dense: Any = None
 
     def unchanged(self, files: Iterable[Any] | None = None) -> bool:
-        """Whether a load reads the files that were hashed, as they were then.
-
-        Args:
-            files: Those that it reads; by default those that it would.
-        """
+        """Whether a load reads the files that were hashed, as they were then."""
         wanted = find_weight_files(self.name, self.options) if files is None else files
         try:
             return [Path(file).resolve() for file in wanted] == self.files and (

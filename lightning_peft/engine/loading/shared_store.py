@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib import import_module
-from typing import Any
 
 from lightning_peft.engine.backends.layers import QuantizedLayer
+from lightning_peft.engine.gathered import gathered
 from lightning_peft.engine.loading.quantized_cache import CachedWeight
 
 
@@ -15,10 +15,6 @@ class GatheredWeights(Mapping[str, CachedWeight]):
     """Weights that are put together when they are read: by all processes, in one order.
 
     One that is read another time has no values.
-
-    Args:
-        known: The weights, without values.
-        layers: Their layers.
     """
 
     def __init__(
@@ -61,8 +57,6 @@ def writers(names: list[tuple[str, list[str]]], sizes: list[int]) -> list[bool]:
         One answer for each entry; nobody writes where the processes did not load the same, or
         only some of their machines had the entry.
     """
-    distributed = import_module("torch.distributed")
-    everyone: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(everyone, (names, sizes))
+    everyone = gathered((names, sizes))
     same = all(theirs == names for theirs, _ in everyone)
     return [same and any(each[i] for _, each in everyone) for i in range(len(names))]

@@ -81,13 +81,7 @@ class Loading:
 
 @register_quantization_config(_METHOD)
 class StreamedConfig(QuantizationConfigMixin):
-    """Carries a :class:`Loading` through ``from_pretrained``.
-
-    Args:
-        loading: What is loaded how.
-        streams: Whether tensors are quantized as they are read.
-        cached: The call's entry in the cache.
-    """
+    """Carries a :class:`Loading` through ``from_pretrained``."""
 
     def __init__(self, loading: Loading, streams: bool, cached: CachedLoad | None) -> None:
         self.quant_method = _METHOD  # type: ignore[assignment]

@@ -282,12 +282,7 @@ def _to_quantize(plan: InjectionPlan, request: InjectionRequest) -> list[str]:
 
 
 def layers_to_quantize(plan: InjectionPlan, config: Any | None) -> list[str]:
-    """Returns the names of the layers of a part that injection quantizes first.
-
-    Args:
-        plan: The part, with its targets, saved modules and heads; it may be on the meta device.
-        config: How to quantize; ``None`` for nothing.
-    """
+    """Returns the names of the layers of a part that injection quantizes first."""
     if config is None:
         return []
     output, holders = output_embeddings(plan.part), parameter_holders(plan.part)

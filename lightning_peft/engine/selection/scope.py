@@ -61,12 +61,7 @@ class Selection:
 
 
 def find_parts(module: nn.Module, adapt: str | Iterable[str] | None = None) -> dict[str, nn.Module]:
-    """Returns the submodules to adapt by their dotted names; ``""`` is ``module`` itself.
-
-    Args:
-        module: The user's module.
-        adapt: Names of submodules; ``None`` looks for pretrained parts.
-    """
+    """Returns the submodules to adapt by their dotted names; ``""`` is ``module`` itself."""
     return select(module, adapt).parts
 
 

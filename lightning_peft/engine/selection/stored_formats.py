@@ -85,8 +85,7 @@ FORMATS = {
 
 
 def refuse_stored_formats(module: nn.Module, parts: Iterable[str]) -> None:
-    """Refuses parts of models whose weights transformers holds in a format without a backend here.
-    """
+    """Refuses models whose weights transformers holds in a format without a backend here."""
     served = {backend.name for backend in backends()}
     problems = []
     for name, child in module.named_modules():

@@ -199,14 +199,7 @@ def check_names_match(
     parts: Parts,
     rule: Callable[[str, str], bool] | None = None,
 ) -> None:
-    """Refuses names of submodules that match nothing.
-
-    Args:
-        argument: Where the names were given.
-        wanted: The names.
-        parts: The adapted submodules by name; each name has to match in one of them.
-        rule: Says whether an entry matches a name; by default whether it is its last steps.
-    """
+    """Refuses names of submodules that match nothing."""
     problems = _unmatched(argument, list(wanted), parts, base_modules, rule or _is_suffix)
     if problems:
         raise TargetModulesError(

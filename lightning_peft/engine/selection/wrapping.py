@@ -24,15 +24,7 @@ def wrapping_problems(
     config: PeftConfig,
     quantization: Any | None,
 ) -> list[str]:
-    """Returns where PEFT's wrappers, which replace layers in their parents, would go wrong.
-
-    Args:
-        part: The part to adapt.
-        targets: Names of its layers that get an adapter.
-        quantize: Names of its layers that are quantized first.
-        config: PEFT's config.
-        quantization: How they are quantized; ``None`` where none is.
-    """
+    """Returns where PEFT's wrappers, which replace layers in their parents, would go wrong."""
     names: dict[int, list[str]] = {}
     for name, child in part.named_modules(remove_duplicate=False):
         names.setdefault(id(child), []).append(name)

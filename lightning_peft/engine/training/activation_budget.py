@@ -121,12 +121,7 @@ def choose_levels(calls: list[BlockSizes], max_bytes: float) -> list[str]:
 
 
 class ActivationBudget:
-    """Decides for each call of a block what of it is kept.
-
-    Args:
-        setting: The ``gradient_checkpointing`` argument: an amount or a share.
-        notify: Shows a line to the user.
-    """
+    """Decides for each call of a block what of it is kept."""
 
     def __init__(self, setting: Any, notify: Callable[[str], None] | None = None) -> None:
         self.setting, self.notify = setting, notify

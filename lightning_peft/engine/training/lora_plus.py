@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_peft.engine.adapters import adapter_parameters
 from lightning_peft.engine.record import require_record
+from lightning_peft.engine.training.optimizer_groups import held_ids, steps_by_tensor
 from lightning_peft.errors import ConfigError, itemize
 
 _RATE = "lora_plus_lr_ratio"
@@ -25,11 +25,6 @@ def scale_b_rates(module: nn.Module, optimizers: Iterable[Any], ratio: float) ->
 
     Adapters of embeddings keep that rate: an input of theirs is one row of ``A``.
 
-    Args:
-        module: A module with adapters.
-        optimizers: Those that train it; torch's own and bitsandbytes', but LBFGS.
-        ratio: The rate of ``B`` over that of ``A``.
-
     Returns:
         How many factors ``B`` they hold.
     """
@@ -39,15 +34,12 @@ def scale_b_rates(module: nn.Module, optimizers: Iterable[Any], ratio: float) ->
         for name, param in adapter_parameters(module.get_submodule(part)).items()
         if "lora_B" in name.split(".")
     }
-    held: dict[Any, set[int]] = {
-        one: factors & {id(p) for group in one.param_groups for p in group["params"]}
-        for one in optimizers
-    }
+    held: dict[Any, set[int]] = {one: factors & held_ids([one]) for one in optimizers}
     problems = [
         f"{type(one).__name__} may keep more than a state for each tensor. Make groups with their "
         "rates in configure_optimizers, and leave the argument out"
         for one, found in held.items()
-        if found and not _steps_by_tensor(one)
+        if found and not steps_by_tensor(one)
     ]
     if not any(held.values()):
         problems.append("no optimizer holds a factor B, which LoRA and AdaLoRA have")
@@ -57,11 +49,6 @@ def scale_b_rates(module: nn.Module, optimizers: Iterable[Any], ratio: float) ->
         if found:
             _SplitStep(one, found, ratio)
     return sum(map(len, held.values()))
-
-
-def _steps_by_tensor(optimizer: Any) -> bool:
-    known = type(optimizer).__module__.startswith(("torch.optim.", "bitsandbytes."))
-    return known and not isinstance(optimizer, torch.optim.LBFGS)
 
 
 class _SplitStep:

@@ -50,8 +50,7 @@ def add_adapters_to_optimizers(
             constructor, and makes none for the adapters now.
     """
     kept = [*optimizers, *(optimizer for optimizer in others if not _has_own_tensors(optimizer))]
-    held = {id(param) for optimizer in kept for param in _parameters(optimizer)}
-    exchange = _Exchange(module, held)
+    exchange = _Exchange(module, held_ids(kept))
     notes = [exchange.apply(index, optimizer) for index, optimizer in enumerate(kept)]
     if exchange.freed:
         release_freed_memory()
@@ -130,12 +129,23 @@ def _items(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _parameters(optimizer: Any) -> list[torch.Tensor]:
+def held_parameters(optimizer: Any) -> list[torch.Tensor]:
+    """Returns the parameters in all groups of an optimizer."""
     return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def held_ids(optimizers: Iterable[Any]) -> set[int]:
+    """Returns the ids of all parameters in optimizers."""
+    return {id(param) for optimizer in optimizers for param in held_parameters(optimizer)}
 
 
 def _is_known(optimizer: Any) -> bool:
     return type(optimizer).__module__.startswith(("torch.optim.", "bitsandbytes."))
+
+
+def steps_by_tensor(optimizer: Any) -> bool:
+    """Whether an optimizer keeps no more than a state for each tensor that has a gradient."""
+    return _is_known(optimizer) and not isinstance(optimizer, torch.optim.LBFGS)
 
 
 def _has_own_tensors(optimizer: Any) -> bool:
@@ -231,7 +241,7 @@ class _Exchange:
 
     def _refuse(self, optimizer: Any) -> None:
         """Raises if parameters would have to leave ``optimizer``, or to come in."""
-        for param in _parameters(optimizer):
+        for param in held_parameters(optimizer):
             codes = id(param) in self.frozen and not param.is_floating_point()
             if codes or layer_of_dense_weight(param) is not None or self._adapters_for(param):
                 raise LifecycleError(
@@ -255,8 +265,7 @@ class _Exchange:
         if layer_of_dense_weight(param) is not None:
             return False
         # Others may touch parameters that have no gradient.
-        ignores = _is_known(optimizer) and not isinstance(optimizer, torch.optim.LBFGS)
-        return ignores or id(param) not in self.frozen
+        return steps_by_tensor(optimizer) or id(param) not in self.frozen
 
 
 def _states(

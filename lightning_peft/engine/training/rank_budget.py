@@ -30,11 +30,7 @@ _PENALTY: Any = AdaLoraModel.forward
 
 
 class RankBudget:
-    """Moves ranks between the layers of one AdaLoRA adapter.
-
-    Attributes:
-        step: How many optimizer steps there were.
-    """
+    """Moves ranks between the layers of one AdaLoRA adapter."""
 
     def __init__(self, named: dict[str, nn.Parameter], config: Any, adapter_name: str) -> None:
         self.step = 0

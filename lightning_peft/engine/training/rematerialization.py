@@ -49,11 +49,7 @@ def _is_cheap(operation: Any) -> bool:
 
 
 class BlockCall:
-    """One call of a block whose activations are kept; it is alive as long as something of it is.
-
-    Args:
-        ended: Called when the backward pass has released everything.
-    """
+    """One call of a block whose activations are kept; it is alive as long as something of it is."""
 
     def __init__(self, ended: Any) -> None:
         weakref.finalize(self, ended).atexit = False
@@ -170,10 +166,6 @@ class RecordedOp:
 
 class OpRecorder(TorchDispatchMode):
     """Notes what happens in a block, and decides at its end what is kept of it.
-
-    Args:
-        call: The call.
-        weights: Keys of the storages that are there anyway.
 
     Attributes:
         saved: Bytes by storage of all that autograd saved, without weights.

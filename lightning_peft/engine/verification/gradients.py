@@ -121,13 +121,7 @@ def dense_weight(layer: Any) -> Tensor | None:
 
 
 def same_gradients(before: Gradients, again: Gradients, after: Gradients) -> Check:
-    """Compares gradients from before and after an evaluation pass, bit for bit.
-
-    Args:
-        before: From before any evaluation pass.
-        again: The same once more, to know whether the step repeats itself at all.
-        after: From after the evaluation pass.
-    """
+    """Compares gradients from before and after an evaluation pass, bit for bit."""
     name = "gradients are the same before and after an evaluation pass"
     if _differing(before, again):
         return Check(name, None, "two equal training steps give different gradients already")

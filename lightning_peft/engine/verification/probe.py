@@ -97,11 +97,6 @@ class ModuleProbe:
 
     In train mode it is as training leaves it; see
     :func:`lightning_peft.engine.set_training_mode`.
-
-    Args:
-        module: A module with adapters.
-        batch: One batch.
-        step: Returns the loss.
     """
 
     def __init__(self, module: nn.Module, batch: Any, step: Step) -> None:

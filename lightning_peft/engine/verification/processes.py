@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from lightning_peft.engine.fingerprint import exact_checksum
 from lightning_peft.engine.record import require_record
 from lightning_peft.engine.sharding import gathered_blocks, local_part, spread_parameters
+from lightning_peft.engine.training.optimizer_groups import held_ids
 from lightning_peft.engine.verification.gradients import active_tensors
 from lightning_peft.engine.verification.result import abbreviated
 
@@ -81,12 +83,7 @@ def _problems_of_share(module: nn.Module) -> list[str]:
 
 
 def _problems_of_optimizers(module: nn.Module, optimizers: list[Any]) -> list[str]:
-    held = {
-        id(param)
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for param in group["params"]
-    }
+    held = held_ids(optimizers)
     unheld = [name for name, param in active_tensors(module).items() if id(param) not in held]
     return [f"no optimizer holds {abbreviated(unheld)}"] if unheld else []
 
@@ -177,16 +174,17 @@ class GatheredBits:
             # Those inside of others come first, and are gathered for themselves.
             parts = list(_parts_in(block, name, seen))
             # Behind the hook that gathers.
-            handle = block.register_forward_pre_hook(_Comparison(self, name, parts))
-            self._handles[name] = handle
+            hook = partial(self._compare, name, parts)
+            self._handles[name] = block.register_forward_pre_hook(hook)
 
     @property
     def is_due(self) -> bool:
         """Whether a block has not been called yet."""
         return bool(self._handles)
 
-    def compare(self, name: str, parts: list[tuple[str, nn.Module, str, int, int]]) -> None:
-        """Compares the weights of a block, once."""
+    def _compare(
+        self, name: str, parts: list[tuple[str, nn.Module, str, int, int]], *_: Any
+    ) -> None:
         handle = self._handles.pop(name, None)
         if handle is None:
             return
@@ -205,16 +203,6 @@ class GatheredBits:
         for handle in self._handles.values():
             handle.remove()
         self._handles = {}
-
-
-class _Comparison:
-    """The hook of a block."""
-
-    def __init__(self, bits: GatheredBits, name: str, parts: list[Any]) -> None:
-        self._bits, self._name, self._parts = bits, name, parts
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        self._bits.compare(self._name, self._parts)
 
 
 def _parts_in(block: nn.Module, name: str, seen: set[int]) -> Iterable[Any]:

@@ -25,12 +25,7 @@ Loss = Callable[[], "Tensor | None"]
 
 
 def checkpoint_round_trip(module: nn.Module, loss: Loss) -> Check:
-    """Saves as a checkpoint does, changes all trainable values, and loads.
-
-    Args:
-        module: A module with adapters; its trainable values are changed.
-        loss: Returns the loss in evaluation, or ``None`` where there is none.
-    """
+    """Saves as a checkpoint does, changes all trainable values, and loads."""
     name = "a checkpoint gives back everything that trains"
     tensors = {n: p for n, p in module.named_parameters() if p.requires_grad}
 

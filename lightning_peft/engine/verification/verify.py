@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from lightning_peft.engine.adapters import (
     refuse_merged,
 )
 from lightning_peft.engine.fingerprint import exact_checksum
+from lightning_peft.engine.gathered import gathered
 from lightning_peft.engine.layers.adapter import AdapterLayer
 from lightning_peft.engine.record import require_record
 from lightning_peft.engine.sharding import call_inside, local_part, reshard_base
@@ -128,21 +128,18 @@ def _agree_on_loss(module: nn.Module, batch: Any, step: Step) -> None:
             return torch.zeros(())
 
     ModuleProbe(module, batch, _inside(attempt)).evaluate()
-    distributed = import_module("torch.distributed")
-    everyone: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(everyone, missing)
-    for rank, why in enumerate(everyone):
+    for rank, why in enumerate(gathered(missing)):
         if why:
             raise NoLossError(f"{why[0]} in process {rank}")
+
+
+def _no_loss() -> None:
+    return None
 
 
 def _inside(step: Step) -> Step:
     """Returns ``step`` inside of the module's own call."""
     return lambda module, batch: call_inside(module, partial(step, module, batch))
-
-
-def _no_loss() -> None:
-    return None
 
 
 def _checks_with_loss(probe: ModuleProbe) -> list[Check]:
