@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import tiny_llama
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -97,12 +96,6 @@ def test_an_output_that_reads_the_table_sees_the_adapter() -> None:
     assert relative_error(logits, hidden @ model.embed.effective_weight().t()) < 1e-6
     logits.sum().backward()
     assert all(param.grad.any() for param in engine.adapter_parameters(model).values())
-
-
-def test_tied_tables_are_not_merged() -> None:
-    model = injected(tiny_llama(tied=True), r=4, target_modules=["embed_tokens"])
-    with pytest.raises(UnsupportedError, match=r"shares its weight with lm_head"):
-        lightning_peft.merge(model)
 
 
 def test_tables_that_rewrite_themselves_are_refused() -> None:

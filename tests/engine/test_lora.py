@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from models import Stack, stack, tiny_gpt2, tiny_llama, token_batch
 from torch import nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 import lightning_peft
 
@@ -37,33 +34,6 @@ def test_fresh_adapters_change_nothing_bit_for_bit(kind: str, use_rslora: bool) 
     assert torch.equal(output_of(model, batch), before)
     randomize(model)
     assert not torch.allclose(output_of(model, batch), before, atol=1e-3)
-
-
-@pytest.mark.parametrize(("use_rslora", "scaling"), [(False, 12 / 3), (True, 12 / math.sqrt(3))])
-def test_one_layer_is_w_plus_scaled_b_a(use_rslora: bool, scaling: float) -> None:
-    model = nn.ModuleDict({"layer": nn.Linear(5, 4)})
-    lightning_peft.inject(
-        model, r=3, lora_alpha=12, target_modules=["layer"], use_rslora=use_rslora
-    )
-    values = randomize(model)
-    a, b = values["layer.lora_A.default.weight"], values["layer.lora_B.default.weight"]
-    layer = model["layer"]
-    weight, bias = layer._parameters["weight"], layer.bias
-    x = torch.randn(2, 6, 5)
-    expected = F.linear(x, weight + scaling * (b @ a), bias)
-    torch.testing.assert_close(layer(x), expected)
-    torch.testing.assert_close(layer.delta_weight("default"), scaling * (b @ a))
-
-
-def test_delta_of_a_conv1d_has_the_layout_of_its_weight() -> None:
-    model = injected(nn.ModuleDict({"layer": Conv1D(6, 4)}), r=2, target_modules=["layer"])
-    randomize(model)
-    layer = model["layer"]
-    assert layer.delta_weight("default").shape == (4, 6)
-    x = torch.randn(3, 4)
-    torch.testing.assert_close(
-        layer(x), x @ (layer._parameters["weight"] + layer.delta_weight("default")) + layer.bias
-    )
 
 
 def test_float64_base_stays_in_float64() -> None:

@@ -21,7 +21,7 @@ from lightning_peft.engine.configuration import config_differences, config_to_di
 from lightning_peft.engine.injection import with_task_heads
 from lightning_peft.engine.layers.probes import probe_input
 from lightning_peft.engine.methods.registry import METHODS
-from lightning_peft.errors import CheckpointError, ConfigError, UnsupportedError
+from lightning_peft.errors import CheckpointError, UnsupportedError
 
 from . import bases
 from .method_rows import METHODS as OPTIONS
@@ -185,13 +185,6 @@ def test_missing_task_heads_are_ignored() -> None:
         assert with_task_heads(config, stack()) is config
     named = LoraConfig(task_type="SEQ_CLS", modules_to_save=["classifier"])
     assert with_task_heads(named, bases.bert()[0]).modules_to_save == ["classifier"]
-
-
-def test_a_config_for_inference_is_not_trained() -> None:
-    config = LoraConfig(target_modules=["first"], inference_mode=True)
-    for given in (config, {"peft_type": "LORA", "inference_mode": True}):
-        with pytest.raises(ConfigError, match="inference_mode=True: PEFT makes adapters that do"):
-            lightning_peft.inject(stack(), given)
 
 
 def test_the_config_that_was_given_keeps_its_spelling() -> None:

@@ -24,7 +24,7 @@ from lightning_peft.engine.adapters import adapter_parameters
 from lightning_peft.engine.backends.registry import is_quantized
 from lightning_peft.errors import CheckpointError, LifecycleError, UnsupportedError
 
-from .reference import adapted, copy_adapter, injected, randomize, refused, relative_error
+from .reference import adapted, injected, randomize, refused, relative_error
 
 NF4 = engine.quantization_config(None)
 
@@ -218,30 +218,6 @@ def test_adapters_that_are_switched_off_are_not_left_out() -> None:
 
 
 # --- what is merged ------------------------------------------------------------------------------
-
-
-def test_multihead_attention_is_merged_and_unloaded() -> None:
-    base, x = Attention(), torch.randn(2, 5, 12)
-    names = [name for name, _ in base.named_parameters()]
-    config = LoraConfig(target_modules=["mix", "middle"], init_lora_weights=False)
-    peft = get_peft_model(copy.deepcopy(base), config)
-    model = injected(copy.deepcopy(base), copy.deepcopy(config))
-    copy_adapter(model, peft)
-    expected = model(x)
-    assert relative_error(expected, peft(x)) < 1e-6
-    made = lightning_peft.verify(model, x, lambda module, batch: module(batch).pow(2).mean())
-    assert made.passed, made
-    report = lightning_peft.merge(model)
-    assert [layer.name for layer in report.layers] == ["mix", "mix.out_proj", "middle"]
-    assert relative_error(model(x), expected) < 1e-5
-    lightning_peft.unmerge(model)
-    assert relative_error(model(x), expected) < 1e-5
-    lightning_peft.merge(model)
-    lightning_peft.unload(model)
-    assert [name for name, _ in model.named_parameters()] == names
-    assert type(model.mix) is nn.MultiheadAttention
-    assert relative_error(model(x), expected) < 1e-5
-    assert relative_error(model(x), peft.merge_and_unload()(x)) < 1e-6
 
 
 @pytest.mark.parametrize("merged", [True, False])
