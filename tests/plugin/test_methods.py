@@ -6,13 +6,17 @@ import pytest
 import torch
 from modules import ROOTS, loader, outputs, resumed, saver, strategy, task, task_class
 from modules import trainer as make_trainer
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig
+from toy_backend import ToyConfig, ToyLayer
+from toy_method import SCALING, ScaledLinear
 from transformers import BitsAndBytesConfig
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.errors import CheckpointError, LifecycleError
+from lightning_peft.engine.methods import registry
+from lightning_peft.errors import CheckpointError, ConfigError, LifecycleError
 
+SCALED = ["v_proj", "down_proj"]
 METHODS = {
     "rslora": ("lora", {"use_rslora": True}),
     "dora": ("lora", {"use_dora": True}),
@@ -25,6 +29,18 @@ METHODS = {
     "loha": ("lora", {"r": 16, "peft_config": {"peft_type": "LOHA", "r": 4}}),
     "vera on nf4": ("qlora", {"r": 16, "peft_config": {"peft_type": "VERA", "r": 4}}),
     "ready config": ("lora", {"r": 16, "peft_config": LoraConfig(r=3, lora_dropout=0.0)}),
+    "third backend": (
+        "qlora",
+        {"quantization_config": {"quant_method": "toy_int8", "levels": 127}, "verify": "full"},
+    ),
+    "method in place": (
+        "qlora",
+        {
+            "r": 16,
+            "peft_config": IA3Config(target_modules=SCALED, feedforward_modules=SCALED[1:]),
+            "verify": "full",
+        },
+    ),
     "ready quantization": (
         "qlora",
         {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")},
@@ -32,10 +48,19 @@ METHODS = {
 }
 
 
+# What the layers are extended by in the rows whose backend or method lives in the tests.
+OWN = {"third backend": ToyLayer, "method in place": ScaledLinear}
+
+
+@pytest.fixture(autouse=True)
+def _scaling(monkeypatch):
+    monkeypatch.setitem(registry.METHODS, "IA3", SCALING)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_there_and_back(name, tmp_path):
     method, settings = METHODS[name]
-    kind = "llama" if name == "int8" else "linears"
+    kind = "llama" if name in ("int8", "method in place") else "linears"
 
     def fit(ckpt_path=None, callbacks=()):
         torch.manual_seed(5 if ckpt_path is None else 1000)
@@ -47,6 +72,7 @@ def test_there_and_back(name, tmp_path):
 
     module, found = resumed(fit, tmp_path, 4, steps=(4,))
     assert len(found[4].losses) == 8
+    assert any(isinstance(child, OWN.get(name, torch.nn.Module)) for child in module.modules())
     assert not torch.equal(outputs(module, kind), outputs(task(kind=kind), kind))
     loaded = lightning_peft.load_from_checkpoint(task_class(ROOTS[0]), tmp_path / "step=12.ckpt")
     assert torch.equal(outputs(loaded, kind), outputs(module, kind))
@@ -91,3 +117,10 @@ def test_a_second_adapter_is_not_in_the_file_of_one(tmp_path):
     loaded = lightning_peft.load_from_checkpoint(task_class(ROOTS[0]), tmp_path / "two.ckpt")
     assert engine.require_record(loaded).adapter_names == ["default", "second"]
     assert torch.equal(outputs(loaded), outputs(module))
+
+
+def test_a_config_of_no_backend_is_refused():
+    with pytest.raises(ConfigError, match="quant_method='hqq'"):
+        strategy("qlora", quantization_config={"quant_method": "hqq"})
+    with pytest.raises(ConfigError, match="Both `quantization_config` and"):
+        strategy("qlora", quantization_config=ToyConfig(), load_in_8bit=True)
