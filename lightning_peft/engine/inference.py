@@ -252,7 +252,6 @@ class _Group:
 
 
 def _fill(layer: Any, place: Tensor) -> None:
-    """Writes the weight of a layer to its place in a matrix."""
     stored = layer.stored_weight()
     if not isinstance(layer, QuantizedLinear):
         place.copy_(as_rows(layer, stored))

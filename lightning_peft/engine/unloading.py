@@ -79,7 +79,6 @@ def _dequantize(module: nn.Module) -> None:
 
 
 def _unwrap(part: nn.Module) -> None:
-    """Puts the layers that PEFT wrapped back into their parents."""
     for parent in list(part.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, BaseTunerLayer):

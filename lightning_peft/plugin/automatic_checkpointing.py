@@ -67,7 +67,6 @@ class AutomaticCheckpointing:
         return self._on_all(holds and known["device_bytes"] <= whole_memory(module))
 
     def _on_all(self, answer: bool) -> bool:
-        """Whether ``answer`` is true in all processes; each of them has to ask."""
         strategy = self._strategy
         if strategy.world_size == 1:
             return answer

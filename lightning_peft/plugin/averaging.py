@@ -267,7 +267,6 @@ def _adds_adapters(trainer: Any) -> bool:
 
 
 def _trained_names(module: nn.Module) -> list[str]:
-    """Names of the parameters that train, and of the buffers that checkpoints hold."""
     state = engine.trainable_state_dict(module)
     trained = [name for name, param in module.named_parameters() if param.requires_grad]
     return trained + [name for name, _ in module.named_buffers() if name in state]

@@ -61,7 +61,6 @@ def _unknown_classes(message: str) -> Iterable[str]:
 
 
 def _classes(module: str, place: str | None) -> list[str]:
-    """Returns the full names of the classes that may have been meant."""
     found = []
     for name in dict.fromkeys([module, place or ""]):
         try:
@@ -92,13 +91,11 @@ def near_key(key: str, known: Iterable[str]) -> str:
 
 
 def _key(message: str) -> str:
-    """Returns the innermost key that a message names."""
     found = re.findall(r'Parser key "([\w.]+)"', message)
     return found[-1] if found else "class_path"
 
 
 def _wrong_value(message: str) -> str | None:
-    """Returns the expected type of a value, where only its type is wrong."""
     value = re.search(r"(?:Given value: |Got value: )(.*)", message)
     literal = re.search(r"Literal\[(.*?)\]", message)
     if value is None or "NestedArg" in value[1]:

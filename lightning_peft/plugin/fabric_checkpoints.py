@@ -179,7 +179,6 @@ def _plain_module(module: Any) -> Any:
 
 
 def _listed(optimizers: Any) -> list[Any]:
-    """Returns the optimizers that Fabric wrapped."""
     several = isinstance(optimizers, Iterable)
     return [getattr(one, "optimizer", one) for one in (optimizers if several else [optimizers])]
 

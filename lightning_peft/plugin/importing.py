@@ -116,7 +116,6 @@ def _built(cls: Any, root: str, checkpoint: dict[str, Any], arguments: dict[str,
 
 
 def _class_of(class_path: str) -> tuple[Any, str]:
-    """Returns a LightningModule class and the root of its Lightning package."""
     module, _, name = class_path.partition(":")
     if not name:
         raise ConfigError(f"--module {class_path!r}: write package.module:Class.")
@@ -132,7 +131,6 @@ def _class_of(class_path: str) -> tuple[Any, str]:
 
 
 def _read(source: Path) -> dict[str, Any]:
-    """Returns a checkpoint, or a bare state dict as one."""
     if not source.exists():
         raise ConfigError(f"{str(source)!r}: there is no such checkpoint or folder.")
     if source.is_dir():
@@ -155,7 +153,6 @@ def _read(source: Path) -> dict[str, Any]:
 
 
 def _sharded(source: Path) -> CheckpointError:
-    """Returns the refusal of a folder, with the command that makes one file of it."""
     names = {path.name for path in source.rglob("*")}
     zero = any(
         name.startswith(("zero_pp_rank_", "mp_rank_", "bf16_zero_pp_rank_")) for name in names

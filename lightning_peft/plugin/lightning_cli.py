@@ -216,7 +216,6 @@ def _is_torchs(name: str) -> bool:
 
 
 def _namespace_of_config(arguments: Sequence[str]) -> str:
-    """Returns the Lightning package that the module of a config belongs to."""
     path = None
     parts = [piece for argument in arguments for piece in argument.split("=", 1)]
     for option, value in zip(parts, parts[1:], strict=False):

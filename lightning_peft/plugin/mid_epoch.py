@@ -123,7 +123,6 @@ def _epoch_sums(epoch: Any) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def _gradients(loops: _Loops) -> dict[str, torch.Tensor]:
-    """Returns gradients that the next optimizer step needs."""
     module, epoch = loops.fit.trainer.lightning_module, loops.epoch
     if module.automatic_optimization and (
         epoch.batch_progress.current.ready == 0 or not is_accumulating(epoch)

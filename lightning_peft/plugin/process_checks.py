@@ -88,7 +88,6 @@ _OFF = (
 
 
 def _problems_of_each(everyone: list[Any]) -> list[str]:
-    """Returns the problems of all processes, each once."""
     ranks: dict[str, list[int]] = {}
     for rank, one in enumerate(everyone):
         for problem in one["problems"]:

@@ -115,7 +115,6 @@ def _alone(file: Path) -> Iterator[Path]:
 
 
 def _describe(reference: ModelReference, file: Path) -> dict[str, Any]:
-    """Returns architecture and tensors of a file."""
     try:
         reader = import_module("gguf").GGUFReader(str(file))
         architecture = str(reader.fields["general.architecture"].contents())

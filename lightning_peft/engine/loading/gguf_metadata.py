@@ -121,7 +121,6 @@ def _set_base(rope: dict[str, Any], base: Any) -> None:
 def _rotated(
     text: Any, rope: dict[str, Any], values: Mapping[str, Any], architecture: str
 ) -> Iterator[Problem]:
-    """Sets the share of a head that is rotated."""
     width, size = values.get("dimension_count"), head_size(text)
     if not width or not size or architecture in _TWO_SIZES:
         return
@@ -136,7 +135,6 @@ def _rotated(
 
 
 def _scaling(values: Mapping[str, Any]) -> Any:
-    """Returns the kind of scaling; ``None`` where there is none."""
     kind, factor = values.get("scaling.type"), values.get("scaling.factor")
     # The name in old files, which had one kind.
     if kind is None and values.get("scale_linear") not in (None, 0, 1):

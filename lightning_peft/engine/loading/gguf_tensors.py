@@ -113,7 +113,6 @@ def gguf_tensors(model: GgufModel, outline: nn.Module) -> dict[str, GgufTensor]:
 
 
 def _names(model: GgufModel, outline: nn.Module, processor: Any) -> dict[str, str]:
-    """Returns transformers' names by those in the file."""
     try:
         with each_file_parsed_once():
             found: dict[str, str] = get_gguf_hf_weights_map(outline, processor)

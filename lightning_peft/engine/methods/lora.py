@@ -178,7 +178,6 @@ class Lora(InPlaceMethod):
 
 
 def _bias_problem(layer: Any, config: Any) -> str | None:
-    """Why the biases of a layer cannot train as ``bias`` says, or ``None``."""
     if not isinstance(layer, nn.RNNBase) or not layer.bias or config.bias == "none":
         return None
     return (
@@ -189,7 +188,6 @@ def _bias_problem(layer: Any, config: Any) -> str | None:
 
 
 def _expert_problem(layer: Any, config: Any, in_place: bool) -> str | None:
-    """Why PEFT has no adapter with these settings on a weight of experts, or ``None``."""
     if not in_place:
         return (
             "weights of experts are adapted in place only, and with these settings PEFT wraps the "
@@ -204,7 +202,6 @@ def _expert_problem(layer: Any, config: Any, in_place: bool) -> str | None:
 
 
 def _unsupported_reason(layer: Any, rank: int) -> str | None:
-    """Why ``layer`` cannot have a low-rank adapter of ``rank``, or ``None``."""
     kind = type(layer).__name__
     if isinstance(layer, nn.RNNBase):
         return (

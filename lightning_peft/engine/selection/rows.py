@@ -104,7 +104,6 @@ def requested_rows(
 
 
 def _ranges(part: nn.Module, target: str, wanted: set[str | None]) -> Rows:
-    """Returns the rows of one layer; empty for all of them."""
     layer: Any = part.get_submodule(target)
     if wanted == {None}:
         return ()
@@ -116,7 +115,6 @@ def _ranges(part: nn.Module, target: str, wanted: set[str | None]) -> Rows:
 
 
 def _range(part: nn.Module, target: str, layer: Any, rows: str) -> tuple[int, int]:
-    """Returns first row and end of what an entry says."""
     size: int = layer.nf if hasattr(layer, "nf") else layer.out_features
     numbers = _NUMBERS.fullmatch(rows)
     if rows not in PIECES and numbers is None:
@@ -177,7 +175,6 @@ def _warn_of_order(part: nn.Module, found: Mapping[str, Rows]) -> None:
 
 
 def _sizes(owner: Any, layer: Any, size: int, count: int) -> list[int]:
-    """Returns how many rows each piece has."""
     if count == len(QKV):
         heads = _number(owner, "num_heads", "num_attention_heads", "n_heads", "n_head")
         kv_heads = _number(owner, "num_key_value_heads", "num_kv_heads", "kv_heads")

@@ -119,7 +119,6 @@ def unread_weights(layers: Mapping[str, Any]) -> list[str]:
 
 
 def _unknown_storage(layer: Any) -> str | None:
-    """Returns the dtype or class of a weight that is neither dense nor of a backend."""
     base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     weight = base._parameters.get("weight")
     if weight is None or is_quantized(base) or backend_of(weight) is not None:

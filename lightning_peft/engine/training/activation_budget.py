@@ -184,7 +184,6 @@ class ActivationBudget:
         self._alive -= 1
 
     def _begin(self, shape: Shape) -> None:
-        """Begins a pass."""
         self._index, self._inputs, self._seen = 0, 0, {}
         self._calls = self._plans.setdefault(_rounded(shape), [])
         self._levels = []

@@ -121,7 +121,6 @@ def _fuse(optimizer: Any, frozen: Collection[int], outcomes: dict[str, None]) ->
 
 
 def _fused_problems(optimizer: Any, trained: list[Any]) -> list[str]:
-    """Returns why the kernel of an optimizer is not changed."""
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
         return ["it is not torch's own Adam or AdamW"]
     problems = [
@@ -142,7 +141,6 @@ def _fused_problems(optimizer: Any, trained: list[Any]) -> list[str]:
 
 
 def _adam_problems(optimizer: Any) -> list[str]:
-    """Returns why an optimizer does not step the way that bitsandbytes' AdamW does."""
     if _has_l2_decay(optimizer):
         return [
             "its weight_decay is added to the gradient (L2), and bitsandbytes has only decoupled "
@@ -161,7 +159,6 @@ def _has_l2_decay(optimizer: Any) -> bool:
 
 
 def _problems(optimizer: Any, target: Any, frozen: Collection[int]) -> list[str]:
-    """Features of ``optimizer`` that bitsandbytes does not have."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         return ["it is not a torch.optim.Optimizer"]
     problems: list[str] = []

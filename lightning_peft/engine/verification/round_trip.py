@@ -84,7 +84,6 @@ def adapter_files_round_trip(module: nn.Module, loss: Loss) -> Check:
 
 
 def _in_files(module: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """Returns the tensors that the files of one adapter must hold."""
     found: dict[str, Tensor] = {}
     for name, entry in require_record(module).parts.items():
         if adapter not in entry.adapters:

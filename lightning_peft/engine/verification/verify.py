@@ -138,7 +138,6 @@ def _no_loss() -> None:
 
 
 def _inside(step: Step) -> Step:
-    """Returns ``step`` inside of the module's own call."""
     return lambda module, batch: call_inside(module, partial(step, module, batch))
 
 
