@@ -13,7 +13,12 @@ from lightning_peft.compat.peft import BaseTunerLayer
 from lightning_peft.engine.layers.adapter import AdapterLayer, enable_adapters
 from lightning_peft.engine.layers.attention import PROJECTION, projections
 from lightning_peft.engine.layers.expert_weights import ExpertWeight
-from lightning_peft.engine.record import AdaptedModuleRecord, Record, record_of, require_record
+from lightning_peft.engine.record import (
+    AdaptedModuleRecord,
+    adapted_parts,
+    record_of,
+    require_record,
+)
 from lightning_peft.errors import ConfigError, LifecycleError, itemize
 
 
@@ -26,12 +31,12 @@ def adapted_layers(part: nn.Module) -> dict[str, Any]:
     }
 
 
-def adapted_layers_of(module: nn.Module, record: Record) -> dict[str, Any]:
+def adapted_layers_of(module: nn.Module) -> dict[str, Any]:
     """Returns the adapted layers of all parts, by their names inside ``module``."""
     return {
         entry.qualified(name) if name else entry.name: layer
-        for entry in record.parts.values()
-        for name, layer in adapted_layers(module.get_submodule(entry.name)).items()
+        for entry, part in adapted_parts(module)
+        for name, layer in adapted_layers(part).items()
     }
 
 
@@ -87,18 +92,15 @@ def _name_in_file(target: str, layers: dict[str, Any]) -> str:
 
 def all_adapter_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Returns the tensors of all adapters on ``module``; an empty list where there are none."""
-    record = record_of(module)
-    parts = [] if record is None else [module.get_submodule(name) for name in record.parts]
-    return [param for part in parts for param in adapter_parameters(part).values()]
+    parts = adapted_parts(module) if record_of(module) else ()
+    return [param for _, part in parts for param in adapter_parameters(part).values()]
 
 
 def adapter_buffers(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
     """Returns the floating-point buffers of adapters, each with the dictionary that holds it."""
-    record = record_of(module)
-    parts = [] if record is None else [module.get_submodule(name) for name in record.parts]
     return [
         (child._buffers, key, value)
-        for part in parts
+        for _, part in (adapted_parts(module) if record_of(module) else ())
         for layer in adapted_layers(part).values()
         for name, child in layer.named_modules()
         if isinstance(layer, BaseTunerLayer) and name.partition(".")[0] != "base_layer"
@@ -158,13 +160,13 @@ def set_adapter(module: nn.Module, names: str | Iterable[str]) -> None:
     if set(chosen) != set(record.active):
         refuse_merged(module, "Choosing other adapters")
     record.active = chosen
-    for name in record.parts:
-        activate(module.get_submodule(name), chosen)
+    for _, part in adapted_parts(module):
+        activate(part, chosen)
 
 
 def refuse_merged(module: nn.Module, what: str) -> None:
     """Refuses ``what`` while adapters are folded into the weights."""
-    layers = adapted_layers_of(module, require_record(module))
+    layers = adapted_layers_of(module)
     merged = [name for name, layer in layers.items() if is_merged(layer)]
     if merged:
         raise LifecycleError(
@@ -185,12 +187,11 @@ def disable_adapters(module: nn.Module) -> Iterator[None]:
     Raises:
         LifecycleError: If the module has no adapters, or merged ones.
     """
-    record = require_record(module)
     refuse_merged(module, "Disabling adapters")
-    layers = list(adapted_layers_of(module, record).values())
+    layers = list(adapted_layers_of(module).values())
     before = [not layer.disable_adapters for layer in layers]
     caching = torch.is_autocast_cache_enabled()
-    trained = _exchange(module, record, None)
+    trained = _exchange(module, None)
     try:
         torch.set_autocast_cache_enabled(False)
         for layer in layers:
@@ -198,7 +199,7 @@ def disable_adapters(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(caching)
-        _exchange(module, record, trained)
+        _exchange(module, trained)
         for layer, enabled in zip(layers, before, strict=True):
             enable_adapters(layer, enabled)
 
@@ -208,13 +209,10 @@ def is_merged(layer: Any) -> bool:
     return bool(layer.merged_adapters)
 
 
-def _exchange(
-    module: nn.Module, record: Record, values: dict[str, Tensor] | None
-) -> dict[str, Tensor]:
+def _exchange(module: nn.Module, values: dict[str, Tensor] | None) -> dict[str, Tensor]:
     """Puts ``values``, or the values before training, into everything that is trained in full."""
     before: dict[str, Tensor] = {}
-    for entry in record.parts.values():
-        part = module.get_submodule(entry.name)
+    for entry, part in adapted_parts(module):
         tensors = dict(part.named_parameters()) | dict(part.named_buffers())
         for name, original in entry.initial_values.items():
             key, tensor = entry.qualified(name), tensors[name]

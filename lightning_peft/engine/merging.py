@@ -38,7 +38,7 @@ from lightning_peft.engine.mergeable import (
     check_values,
     outermost,
 )
-from lightning_peft.engine.record import Record, refuse_sharded, require_record
+from lightning_peft.engine.record import adapted_parts, refuse_sharded
 from lightning_peft.engine.rollback import floating_tensors, restored_on_error
 from lightning_peft.engine.selection.parts import inside
 from lightning_peft.errors import UnsupportedError, itemize
@@ -136,23 +136,21 @@ def merge(module: nn.Module, *, dtype: torch.dtype | None = None) -> MergeReport
             both), has no weight with the adapter built in, or values of the adapter or of the
             merged weights are not finite; or if PEFT refuses to merge a layer that it wrapped.
     """
-    record = require_record(module)
     refuse_sharded(module, "Merging")
-    layers = adapted_layers_of(module, record)
+    layers = adapted_layers_of(module)
     check_mergeable(module, layers)
     layers = outermost(layers)
-    check_values(layers, _trained_in_full(module, record))
+    check_values(layers, _trained_in_full(module))
     with restored_on_error(layers.values(), floating_tensors(layers.values())):
         merged = [_merge_layer(layer, name, dtype) for name, layer in layers.items()]
         _refuse_overflow(layers)
     return MergeReport([layer for layer in merged if layer is not None])
 
 
-def _trained_in_full(module: nn.Module, record: Record) -> dict[str, Tensor]:
+def _trained_in_full(module: nn.Module) -> dict[str, Tensor]:
     """Returns heads, saved modules and biases by name: merged or not, they are in the result."""
     found: dict[str, Tensor] = {}
-    for entry in record.parts.values():
-        part = module.get_submodule(entry.name)
+    for entry, part in adapted_parts(module):
         adapters = {id(param) for param in adapter_parameters(part).values()}
         for name, param in part.named_parameters():
             mine = name in entry.initial_values or inside(name, entry.heads)
@@ -302,7 +300,7 @@ def unmerge(module: nn.Module) -> None:
         LifecycleError: If the module has no adapters.
         UnsupportedError: If PEFT cannot undo its own merge; nothing is changed then.
     """
-    layers = outermost(adapted_layers_of(module, require_record(module)))
+    layers = outermost(adapted_layers_of(module))
     with restored_on_error(layers.values(), floating_tensors(layers.values())):
         for name, layer in layers.items():
             if not is_merged(layer):

@@ -29,7 +29,7 @@ from lightning_peft.engine.layers.mixin import (
 )
 from lightning_peft.engine.methods.base import InPlaceMethod
 from lightning_peft.engine.methods.registry import method_of
-from lightning_peft.engine.record import Record, require_record
+from lightning_peft.engine.record import Record, adapted_parts
 from lightning_peft.engine.selection.planning import (
     InjectionPlan,
     InjectionRequest,
@@ -87,9 +87,8 @@ def quantizable_layers(module: nn.Module, config: Any) -> list[str]:
     """Returns the names of the dense layers that ``config`` would have quantized in ``module``."""
     found = []
     expose_experts(module)
-    for entry in require_record(module).parts.values():
+    for entry, part in adapted_parts(module):
         info = next(iter(entry.adapters.values()))
-        part = module.get_submodule(entry.name)
         plan = InjectionPlan(entry.name, part, list(info.targets), entry.saved, entry.heads)
         method = method_of(info.config)
         plan.in_place = method if info.in_place and isinstance(method, InPlaceMethod) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,6 +153,12 @@ def require_record(module: nn.Module) -> Record:
             "first, or let the strategy do it by trainer.fit."
         )
     return record
+
+
+def adapted_parts(module: nn.Module) -> Iterator[tuple[AdaptedModuleRecord, nn.Module]]:
+    """Yields the adapted parts of ``module``, each with its record."""
+    for entry in require_record(module).parts.values():
+        yield entry, module.get_submodule(entry.name)
 
 
 def refuse_sharded(module: nn.Module, what: str) -> None:

@@ -24,6 +24,7 @@ from lightning_peft.engine.methods.registry import method_of
 from lightning_peft.engine.record import (
     AdaptedModuleRecord,
     AdapterInfo,
+    adapted_parts,
     refuse_sharded,
     require_record,
 )
@@ -173,8 +174,7 @@ def report(module: nn.Module) -> Report:
     }
     result = Report(left=left)
     inside: set[int] = set()
-    for entry in record.parts.values():
-        part = module.get_submodule(entry.name)
+    for entry, part in adapted_parts(module):
         result.parts.append(_part_report(part, entry))
         result.parts[-1].follows = {
             pair.copy: pair.source

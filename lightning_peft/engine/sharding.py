@@ -28,7 +28,7 @@ from lightning_peft.engine.layers.expert_weights import RoutedExperts
 from lightning_peft.engine.layers.mixin import LayerMixin, stored_parameter
 from lightning_peft.engine.methods.lora_config import changes_base
 from lightning_peft.engine.methods.registry import in_place_method
-from lightning_peft.engine.record import record_of, require_record
+from lightning_peft.engine.record import adapted_parts, record_of, require_record
 from lightning_peft.engine.training.blocks import all_blocks
 from lightning_peft.errors import UnsupportedError, itemize
 
@@ -277,8 +277,7 @@ def local_part(tensor: Any) -> torch.Tensor:
 
 def gathered_blocks(module: nn.Module) -> dict[str, nn.Module]:
     """Returns the blocks that are gathered one at a time; those inside of others come later."""
-    parts = [module.get_submodule(name) for name in require_record(module).parts]
-    found = {id(block) for part in parts for block in all_blocks(part)}
+    found = {id(block) for _, part in adapted_parts(module) for block in all_blocks(part)}
     return {name: child for name, child in module.named_modules() if id(child) in found}
 
 

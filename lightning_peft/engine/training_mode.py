@@ -9,7 +9,7 @@ from torch import nn
 from lightning_peft.compat.torch import BatchNorm
 from lightning_peft.engine.adapters import adapted_layers
 from lightning_peft.engine.layers.adapter import AdapterLayer
-from lightning_peft.engine.record import require_record
+from lightning_peft.engine.record import adapted_parts, require_record
 from lightning_peft.engine.selection.parts import is_pretrained
 from lightning_peft.engine.selection.scope import is_frozen, left_modules
 
@@ -27,8 +27,7 @@ def set_training_mode(module: nn.Module) -> None:
     for pair in record.momentum_copies:
         apart |= set(module.get_submodule(pair.copy).modules())
     fixed = apart | {child for n, child in module.named_modules() if n in record.eval_modules}
-    for name in record.parts:
-        part = module.get_submodule(name)
+    for _, part in adapted_parts(module):
         modes = {child: child.training for child in part.modules()}
         part.train()
         for child, mode in modes.items():

@@ -16,7 +16,7 @@ from lightning_peft.engine.layers.adapter import AdapterLayer, detach
 from lightning_peft.engine.layers.expert_weights import withdraw_experts
 from lightning_peft.engine.mergeable import outermost
 from lightning_peft.engine.momentum_copies import unlink_copies
-from lightning_peft.engine.record import refuse_sharded, require_record, set_record
+from lightning_peft.engine.record import adapted_parts, refuse_sharded, require_record, set_record
 from lightning_peft.engine.training.causal_lm_loss import restore_causal_lm_loss
 from lightning_peft.errors import LifecycleError, itemize
 
@@ -37,7 +37,7 @@ def unload(module: nn.Module) -> nn.Module:
     """
     record = require_record(module)
     refuse_sharded(module, "Unloading")
-    layers = outermost(adapted_layers_of(module, record))
+    layers = outermost(adapted_layers_of(module))
     merged = [layer for layer in layers.values() if is_merged(layer)]
     rest = [name for name, layer in layers.items() if _is_running(layer)]
     if merged and rest:
@@ -51,8 +51,8 @@ def unload(module: nn.Module) -> nn.Module:
         if isinstance(layer, AdapterLayer):
             detach(layer)
     withdraw_experts(module)
-    for name in record.parts:
-        _unwrap(module.get_submodule(name))
+    for _, part in adapted_parts(module):
+        _unwrap(part)
     unlink_copies(module, record.momentum_copies)
     restore_causal_lm_loss(module)
     set_record(module, None)

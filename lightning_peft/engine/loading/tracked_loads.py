@@ -32,7 +32,7 @@ from lightning_peft.engine.loading.streamed_quantizer import (
     quantizable,
     restore_dense_layer,
 )
-from lightning_peft.engine.record import require_record
+from lightning_peft.engine.record import adapted_parts
 from lightning_peft.errors import UnsupportedError, itemize
 
 
@@ -175,8 +175,7 @@ def _known_weights(load: CachedLoad, sums: dict[int, int]) -> dict[str, CachedWe
 def _checksums(module: nn.Module) -> dict[int, int]:
     """Returns the checksums of weights as they were before the injection, by their layers' ids."""
     found = {}
-    for name, entry in require_record(module).parts.items():
-        part = module.get_submodule(name)
+    for entry, part in adapted_parts(module):
         for tensor, total in zip(entry.base.names, entry.base.sums, strict=True):
             owner, _, leaf = tensor.rpartition(".")
             layer = _layer(part, owner)

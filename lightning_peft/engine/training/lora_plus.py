@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.engine.adapters import adapter_parameters
-from lightning_peft.engine.record import require_record
+from lightning_peft.engine.record import adapted_parts
 from lightning_peft.engine.training.optimizer_groups import held_ids, steps_by_tensor
 from lightning_peft.errors import ConfigError, itemize
 
@@ -30,8 +30,8 @@ def scale_b_rates(module: nn.Module, optimizers: Iterable[Any], ratio: float) ->
     """
     factors = {
         id(param)
-        for part in require_record(module).parts
-        for name, param in adapter_parameters(module.get_submodule(part)).items()
+        for _, part in adapted_parts(module)
+        for name, param in adapter_parameters(part).items()
         if "lora_B" in name.split(".")
     }
     held: dict[Any, set[int]] = {one: factors & held_ids([one]) for one in optimizers}

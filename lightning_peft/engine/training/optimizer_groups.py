@@ -16,12 +16,11 @@ from torch import nn
 from lightning_peft.compat.torch import forget_parameter_count
 from lightning_peft.engine.adapters import (
     activate,
-    adapted_layers,
     adapted_layers_of,
     adapter_parameters,
 )
 from lightning_peft.engine.backends.conversion import layer_of_dense_weight, release_freed_memory
-from lightning_peft.engine.record import require_record
+from lightning_peft.engine.record import adapted_parts, require_record
 from lightning_peft.errors import LifecycleError
 
 
@@ -90,7 +89,7 @@ def freeze_unoptimized(module: nn.Module, held: Collection[int], freeze: bool = 
     """
     record = require_record(module)
     listed, unoptimized = False, {}
-    for name, layer in adapted_layers_of(module, record).items():
+    for name, layer in adapted_layers_of(module).items():
         own = adapter_parameters(layer)
         adapters = [param for param in own.values() if param.requires_grad]
         # One weight, or several in a recurrent layer.
@@ -116,8 +115,8 @@ def unfreeze_unoptimized(module: nn.Module) -> None:
     record = require_record(module)
     if record.unoptimized:
         record.unoptimized = []
-        for name in record.parts:
-            activate(module.get_submodule(name), record.active)
+        for _, part in adapted_parts(module):
+            activate(part, record.active)
 
 
 def _items(value: Any) -> Iterator[Any]:
@@ -191,14 +190,13 @@ class _Exchange:
         self.held = held
         self.freed = False
         self.adapters: dict[int, list[nn.Parameter]] = {}
-        for part in record.parts:
-            for layer in adapted_layers(module.get_submodule(part)).values():
-                own = adapter_parameters(layer).values()
-                mine = {id(param) for param in own}
-                for _, weight in layer.named_parameters():
-                    if id(weight) not in mine and weight.ndim > 1:
-                        trained = [param for param in own if param.requires_grad]
-                        self.adapters.setdefault(id(weight), []).extend(trained)
+        for layer in adapted_layers_of(module).values():
+            own = adapter_parameters(layer).values()
+            mine = {id(param) for param in own}
+            for weight in layer.parameters():
+                if id(weight) not in mine and weight.ndim > 1:
+                    trained = [param for param in own if param.requires_grad]
+                    self.adapters.setdefault(id(weight), []).extend(trained)
 
     def apply(self, index: int, optimizer: Any) -> str | None:
         """Changes the groups of one optimizer; returns a description if adapters were added."""

@@ -18,7 +18,6 @@ from lightning_peft.compat.torch import tree_leaves
 from lightning_peft.engine.adapters import adapted_layers_of
 from lightning_peft.engine.layers.adapter import without_adapters
 from lightning_peft.engine.mergeable import outermost
-from lightning_peft.engine.record import require_record
 from lightning_peft.engine.verification.gradients import (
     Gradients,
     dense_weight,
@@ -48,7 +47,7 @@ def recorded_usage(module: nn.Module) -> Iterator[dict[str, Usage]]:
     A layer that is called runs once more without its adapter, for comparison. A layer whose
     weight is read acts through the weight.
     """
-    layers = adapted_layers_of(module, require_record(module))
+    layers = adapted_layers_of(module)
     seen = dict.fromkeys(layers, Usage.UNUSED)
     others = {name: layer.__dict__.get("forward") for name, layer in layers.items()}
     # Not by hooks: torch leaves its fast paths, which are to be watched, where there are any.
@@ -127,7 +126,7 @@ def adapters_act_in_evaluation(
         then: What was noted in the second one.
     """
     name = "adapters act in evaluation as they do in training"
-    layers = adapted_layers_of(probe.module, require_record(probe.module))
+    layers = adapted_layers_of(probe.module)
     silent = set(without_gradient(gradients))
     trained = {owner_of(tensor, layers) for tensor in gradients if tensor not in silent}
     # Those inside another wrapper are computed with by that one.

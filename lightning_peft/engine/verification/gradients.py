@@ -16,7 +16,7 @@ from lightning_peft.engine.adapters import adapted_layers_of, adapter_parameters
 from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.layers.adapter import AdapterLayer, without_adapters
 from lightning_peft.engine.layers.probes import probe_input
-from lightning_peft.engine.record import require_record
+from lightning_peft.engine.record import adapted_parts, require_record
 from lightning_peft.engine.verification.probe import ModuleProbe
 from lightning_peft.engine.verification.result import Check, abbreviated
 
@@ -27,8 +27,8 @@ def active_tensors(module: nn.Module) -> dict[str, nn.Parameter]:
     """Returns the adapter tensors that require gradients, by their names inside ``module``."""
     return {
         entry.qualified(name): param
-        for entry in require_record(module).parts.values()
-        for name, param in adapter_parameters(module.get_submodule(entry.name)).items()
+        for entry, part in adapted_parts(module)
+        for name, param in adapter_parameters(part).items()
         if param.requires_grad
     }
 
@@ -87,7 +87,7 @@ def gradients_reach_adapters(probe: ModuleProbe, gradients: Gradients) -> Check:
     if not gradients:
         return Check(name, False, "no adapter requires gradients")
     silent = without_gradient(gradients)
-    layers = adapted_layers_of(probe.module, require_record(probe.module))
+    layers = adapted_layers_of(probe.module)
     owners = list(dict.fromkeys(owner_of(tensor, layers) for tensor in silent))
     weights = {n: weight for n in owners if (weight := dense_weight(layers[n])) is not None}
     for weight in weights.values():

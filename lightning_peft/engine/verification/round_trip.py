@@ -15,7 +15,7 @@ from lightning_peft.engine.files.adapter_files import save_adapter
 from lightning_peft.engine.files.adapter_format import saved_modules
 from lightning_peft.engine.files.adapter_loading import load_adapter
 from lightning_peft.engine.files.state_dicts import load_trainable_state_dict, trainable_state_dict
-from lightning_peft.engine.record import require_record
+from lightning_peft.engine.record import adapted_parts, require_record
 from lightning_peft.engine.selection.parts import inside
 from lightning_peft.engine.verification.probe import perturb
 from lightning_peft.engine.verification.result import Check, abbreviated
@@ -85,10 +85,9 @@ def adapter_files_round_trip(module: nn.Module, loss: Loss) -> Check:
 
 def _in_files(module: nn.Module, adapter: str) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    for name, entry in require_record(module).parts.items():
+    for entry, part in adapted_parts(module):
         if adapter not in entry.adapters:
             continue
-        part = module.get_submodule(name)
         own = {n: p for n, p in adapter_parameters(part).items() if adapter in n.split(".")}
         heads = saved_modules(part, entry, adapter)
         own |= {n: p for n, p in part.named_parameters() if p.requires_grad and inside(n, heads)}

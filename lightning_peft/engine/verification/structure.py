@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_peft.engine.adapters import adapted_layers, adapter_parameters
 from lightning_peft.engine.backends.registry import backend_of, is_quantized
-from lightning_peft.engine.record import AdaptedModuleRecord, require_record
+from lightning_peft.engine.record import AdaptedModuleRecord, adapted_parts
 
 
 def structural_problems(module: nn.Module) -> list[str]:
@@ -21,8 +21,7 @@ def structural_problems(module: nn.Module) -> list[str]:
     their layer.
     """
     problems: list[str] = []
-    for name, entry in require_record(module).parts.items():
-        part = module.get_submodule(name)
+    for entry, part in adapted_parts(module):
         problems += _layer_problems(part, entry) + _quantization_problems(part, entry)
         problems += _tensor_problems(part, entry)
     return problems

@@ -85,7 +85,7 @@ def verify(module: nn.Module, batch: Any, step: Step | None = None) -> Verificat
         base = _BaseSnapshot(module)
         probe = ModuleProbe(module, batch, _inside(own_step))
         problems = structural_problems(module)
-        count = len(adapted_layers_of(module, require_record(module)))
+        count = len(adapted_layers_of(module))
         in_place = Check(
             "adapters are in place and switched on",
             not problems,
@@ -164,7 +164,7 @@ def _checks_with_loss(probe: ModuleProbe) -> list[Check]:
 
 def _no_effect_before_training(probe: ModuleProbe, on: Tensor) -> Check:
     name = "no effect before training"
-    layers = adapted_layers_of(probe.module, require_record(probe.module)).values()
+    layers = adapted_layers_of(probe.module).values()
     if not all(isinstance(layer, AdapterLayer) and layer.has_no_effect() for layer in layers):
         return Check(name, None, "the adapters are trained, or of a kind that starts elsewhere")
     with disable_adapters(probe.module):
