@@ -37,7 +37,7 @@ from .files.state_dicts import checkpoint_tensors as checkpoint_tensors
 from .files.state_dicts import drop_frozen_base as drop_frozen_base
 from .files.state_dicts import load_trainable_state_dict as load_trainable_state_dict
 from .files.state_dicts import trainable_state_dict as trainable_state_dict
-from .gathered import gathered as gathered
+from .gathering import gathered as gathered
 from .inference import inference_bytes as inference_bytes
 from .inference import ready_for_inference as ready_for_inference
 from .injection import inject as inject

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_peft.engine.gathered import gathered
+from lightning_peft.engine.gathering import gathered
 from lightning_peft.errors import UnsupportedError, itemize
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from importlib import import_module
 
 from lightning_peft.engine.backends.layers import QuantizedLayer
-from lightning_peft.engine.gathered import gathered
+from lightning_peft.engine.gathering import gathered
 from lightning_peft.engine.loading.quantized_cache import CachedWeight
 
 

@@ -16,7 +16,7 @@ from lightning_peft.engine.adapters import (
     refuse_merged,
 )
 from lightning_peft.engine.fingerprint import exact_checksum
-from lightning_peft.engine.gathered import gathered
+from lightning_peft.engine.gathering import gathered
 from lightning_peft.engine.layers.adapter import AdapterLayer
 from lightning_peft.engine.record import require_record
 from lightning_peft.engine.sharding import call_inside, local_part, reshard_base
