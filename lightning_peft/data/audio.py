@@ -59,12 +59,9 @@ class Recording:
 
 
 def decode(content: bytes) -> tuple[Samples, int]:
-    """Returns the samples of a file as one channel, and its rate.
+    """Returns a file's samples as one channel, and its rate; refuses what is not sound, or silent.
 
     PCM WAV is read by the standard library, anything else by ``soundfile`` where it is installed.
-
-    Raises:
-        EncodingProblem: If it is not sound, breaks off, or is silent.
     """
     if not content:
         raise EncodingProblem("audio", "has an empty file as audio")
@@ -142,11 +139,7 @@ def can_resample() -> bool:
 
 
 def resample(sound: Samples, rate: int, target_rate: int) -> Samples:
-    """Returns one channel at ``target_rate`` samples per second.
-
-    By ``scipy.signal.resample_poly``: a linear-phase low-pass filter at half the lower rate
-    (Kaiser window, beta 5).
-    """
+    """Returns one channel at another rate, by ``scipy.signal.resample_poly``."""
     signal: Any = import_module("scipy.signal")
     common = math.gcd(rate, target_rate)
     found: Samples = signal.resample_poly(sound, target_rate // common, rate // common)

@@ -23,10 +23,7 @@ def pad_to_longest(rows: Sequence[Sequence[int]], value: int) -> Tensor:
 
 
 def pad_inputs(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
-    """Returns ``input_ids``, ``attention_mask`` and, if there are, ``token_type_ids`` of rows.
-
-    Each is ``(batch, length)``, int64.
-    """
+    """Returns ``input_ids``, ``attention_mask`` and any ``token_type_ids``, ``(batch, length)``."""
     ids = [row["input_ids"] for row in rows]
     batch = {
         "input_ids": pad_to_longest(ids, pad_token_id),
@@ -38,10 +35,7 @@ def pad_inputs(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, T
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, Tensor]:
-    """Returns ``input_ids`` and ``attention_mask`` of prompts that are to be continued.
-
-    Each is ``(prompts, length)``, int64, padded on the left.
-    """
+    """Returns ``input_ids`` and ``attention_mask``, ``(prompts, length)``, padded on the left."""
     length = max(map(len, prompts))
     gaps = [length - len(prompt) for prompt in prompts]
     ids = [[pad_token_id] * gap + [*prompt] for gap, prompt in zip(gaps, prompts, strict=True)]
@@ -50,10 +44,7 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, T
 
 
 def pad(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
-    """Returns ``input_ids``, ``attention_mask`` and ``labels`` of rows, padded labels with -100.
-
-    Each is ``(batch, length)``, int64.
-    """
+    """Returns what :func:`pad_inputs` does, and ``labels``, padded with -100."""
     labels = pad_to_longest([row["labels"] for row in rows], IGNORED)
     return {**pad_inputs(rows, pad_token_id), "labels": labels}
 
@@ -61,9 +52,8 @@ def pad(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
 class LengthGroupedSampler(DistributedSampler[int]):
     """Draws rows in random order, with rows of similar length next to each other.
 
-    The order depends on ``seed`` and the epoch alone, so that a resumed run sees the same. It
-    derives from ``DistributedSampler`` because Lightning replaces any other sampler when there are
-    several processes, and would mix the lengths again. ``batch_size`` is per process.
+    The order depends on ``seed`` and the epoch alone, so that a resumed run sees the same.
+    Lightning replaces any sampler but ``DistributedSampler`` where there are several processes.
     """
 
     def __init__(

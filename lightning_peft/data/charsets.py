@@ -245,10 +245,7 @@ def _best(sample: bytes, fitting: list[str], name: str) -> str:
 
 
 def _neighbour(marks: Any, fitting: list[str]) -> str | None:
-    """Returns a code page other than cp1252 where the language of the text surely needs it.
-
-    The library alone likes cp1250 for nearly any text of Europe.
-    """
+    """Returns a code page that the language surely needs; the library likes cp1250 for any."""
     found = {match.encoding: match for match in marks if match.encoding in fitting}
     western = found.get("cp1252")
     for encoding, languages in _NEIGHBOURS.items():

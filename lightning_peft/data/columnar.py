@@ -140,8 +140,7 @@ def _named(row: dict[str, Any], classes: dict[str, ClassLabel]) -> dict[str, Any
 def without_nulls(value: Any) -> Any:
     """Returns a value without the null keys of its objects.
 
-    A column has one type, so that an object gets the keys of all others: a tool with a town would
-    have the parameters of every tool in the file.
+    A column has one type, so that a tool with a town would have the parameters of every other tool.
     """
     if isinstance(value, dict):
         return {key: without_nulls(one) for key, one in value.items() if one is not None}

@@ -24,13 +24,10 @@ _MARK = "Thought7240"
 
 @dataclass(frozen=True)
 class Part:
-    """A conversation up to one of its answers.
+    """A conversation up to one of its answers, with the text that it is rendered to.
 
-    Attributes:
-        messages: The turns up to that answer.
-        text: The rendered turns.
-        answers: First and last character of each trained answer, by the place of its turn.
-        hidden: Characters of the answers that are not trained.
+    ``answers`` are the first and last characters of the trained answers, by the place of their
+    turn; ``hidden`` those of the answers that are not trained.
     """
 
     messages: list[Message]

@@ -46,10 +46,7 @@ def _messages(turns: Any, name: str, unused: list[str]) -> list[Message]:
 
 
 def _joined_channels(turns: list[Message]) -> list[Message]:
-    """Returns turns in which thoughts are part of their answer.
-
-    gpt-oss writes them as a turn of their own, in the channel ``analysis``.
-    """
+    """Returns turns in which thoughts, a turn of their own in gpt-oss, are part of their answer."""
     joined: list[Message] = []
     for turn in turns:
         before = joined[-1] if joined else {}
@@ -116,10 +113,7 @@ def _sample(
 
 
 def listed_turns(value: Any) -> list[Any] | None:
-    """Returns the turns of a list, of one turn, or of the JSON text of either.
-
-    ``None`` for all else: a text that is JSON of something else stays a text.
-    """
+    """Returns the turns of a list, of one turn, or of JSON of either; ``None`` for all else."""
     found = json_value(value)
     if is_turn(found):
         return [found]

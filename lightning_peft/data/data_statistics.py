@@ -21,13 +21,7 @@ _SHOWN_CHARACTERS = 160
 
 
 def statistics(data: RowDataModule, prepared: Prepared, longest: int) -> dict[str, Any]:
-    """Returns numbers on all of prepared data, ready for JSON, with its ``longest`` rows.
-
-    Returns:
-        ``duplicates``, ``in_two_splits`` and ``over_long``: numbers of rows; ``shared_prompts``;
-        ``tokens`` of all splits, where rows have tokens; ``turns``, ``writing`` and ``languages``
-        of the rows that are used; ``label_counts`` by split; and ``longest_rows``.
-    """
+    """Returns numbers on all of prepared data, ready for JSON, with its ``longest`` rows."""
     problems: dict[str, set[tuple[str, int]]] = {}
     for one in prepared.problems:
         problems.setdefault(one.kind, set()).add((one.file, one.row))

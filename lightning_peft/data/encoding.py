@@ -27,12 +27,8 @@ OverLong = Literal["error", "truncate", "split"]
 class TextSpan:
     """A piece of a row, trained or not.
 
-    Attributes:
-        trained: Whether it is learnt.
-        text: What is shown.
-        tokens: Its tokens in the tokenizer's own spelling, if any.
-        image: A small copy of the image that it is, as a ``data:`` URL, if it is one.
-        audio: The beginning of the recording that it is, as a ``data:`` URL, if it is one.
+    ``tokens`` are in the tokenizer's own spelling. ``image`` is a small copy of the image that it
+    is, ``audio`` the beginning of the recording, as ``data:`` URLs.
     """
 
     trained: bool
@@ -71,16 +67,9 @@ class Encoded:
 
 
 class Encoder:
-    """Encodes samples for a causal language model.
+    """Encodes samples for a causal language model; ``template`` is ``None`` for plain text.
 
-    Args:
-        tokenizer: The tokenizer; it must have an end-of-sequence token.
-        template: The chat template; ``None`` for plain text.
-        max_length: Longest row, in tokens.
-        loss_on: ``"assistant"`` trains every assistant turn, ``"completion"`` the last one.
-        over_long: What happens to longer rows: refuse, cut the end off, or (plain text) split.
-        reasoning: As of :class:`SupervisedData <lightning_peft.data.supervised.SupervisedData>`.
-        variables: Values for variables of the template, such as ``{"enable_thinking": False}``.
+    The other arguments are those of :class:`~lightning_peft.data.supervised.SupervisedData`.
 
     Raises:
         ConfigError: If the tokenizer has no end-of-sequence token, or the template does not use
@@ -121,13 +110,10 @@ class Encoder:
         return None if self.template is None else self._rendering.variables
 
     def encode(self, sample: Sample) -> list[Encoded]:
-        """Returns the row that ``sample`` becomes.
+        """Returns the row that ``sample`` becomes, or raises an :class:`EncodingProblem`.
 
         Several, where a long text is split, or where the template renders earlier turns differently
         from the way they are generated: each answer is trained as it is generated.
-
-        Raises:
-            EncodingProblem: If it cannot be trained on as it is.
         """
         if sample.text is not None:
             return self._text(sample.text)
@@ -144,11 +130,7 @@ class Encoder:
         return rows
 
     def prompt(self, sample: Sample) -> list[int]:
-        """Returns the tokens of turns that end with a question, up to where an answer begins.
-
-        Raises:
-            EncodingProblem: If it cannot be answered as it is.
-        """
+        """Returns the tokens of turns that end with a question, up to where an answer begins."""
         turns = self._texts.turns(sample.messages, sample.context)
         self._check_special_tokens(turns, sample.context)
         ids = self._ids(self._rendering.text(turns, sample.context, prompt=True))

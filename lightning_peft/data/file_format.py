@@ -50,15 +50,8 @@ class ReadOptions:
 class FileFormat:
     """How a file is read.
 
-    Attributes:
-        kind: Such as ``"CSV"`` or ``"JSON lines"``.
-        compression: Such as ``"gzip"``.
-        encoding: Python's name of the encoding of its text.
-        encoding_by: ``"given"``, ``"mark"``, ``"sure"`` or ``"guessed"``.
-        example: A line in which a guessed encoding matters.
-        delimiter: The delimiter of its columns.
-        sheet: The sheet of a workbook.
-        notes: Anything else a user should check, such as columns that are left out.
+    ``encoding_by`` is ``"given"``, ``"mark"``, ``"sure"`` or ``"guessed"``, ``example`` a line in
+    which a guess matters; ``notes`` are anything else that a user should check.
     """
 
     kind: str

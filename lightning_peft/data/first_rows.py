@@ -13,13 +13,10 @@ _SMALLEST = 1 << 10
 
 
 class FirstSeen:
-    """A dictionary from digests of 16 bytes to numbers, which only grows.
+    """A dictionary from digests of 16 bytes to ``numbers`` (a format of :mod:`struct`); it grows.
 
     An entry takes its 16 bytes, its numbers, and 6 to 12 bytes of a table of places, where one of
     a ``dict`` takes 168 and more.
-
-    Args:
-        numbers: The numbers of an entry, in the format of :mod:`struct` without its byte order.
     """
 
     def __init__(self, numbers: str) -> None:

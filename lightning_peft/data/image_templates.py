@@ -21,12 +21,10 @@ _WORD = "Picture7240"
 
 @dataclass(frozen=True)
 class ImageTemplate(Template):
-    """A chat template, the token that it writes for an image, and what it makes of turns.
+    """A chat template with the placeholder that it writes for an image, ``token``.
 
-    Attributes:
-        token: The placeholder of an image.
-        parts: Whether the content of a turn is a list of parts; else it is a text with ``token``.
-        start: The start token, where the processor puts it before each text.
+    ``parts`` says whether the content of a turn is a list of parts, else it is a text with the
+    token; ``start`` is the start token, where the processor puts it before each text.
     """
 
     token: str = ""
@@ -69,11 +67,7 @@ def _parts(content: str) -> list[dict[str, str]]:
 
 
 def image_template(images: ImageTokens, requested: str | None) -> ImageTemplate:
-    """Returns the chat template of a processor, or the one that is asked for.
-
-    Raises:
-        ConfigError: If it writes no place for an image.
-    """
+    """Returns the chat template of a processor, or the one asked for; refuses one of text alone."""
     tokenizer: Any = images.processor.tokenizer
     found = find_template(tokenizer, requested)
     start = tokenizer.bos_token if tokenizer.bos_token_id is not None else None

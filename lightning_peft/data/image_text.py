@@ -55,12 +55,7 @@ class EncodedWithImages(Encoded):
 
 
 class ImageTextEncoder(Encoder):
-    """Encodes conversations with images, each as the tokens that the processor writes for it.
-
-    Args:
-        images: What the processor does to images.
-        **options: Arguments of :class:`Encoder <lightning_peft.data.encoding.Encoder>`.
-    """
+    """Encodes conversations with images, each as the tokens that the processor writes for it."""
 
     rendering_class = ImageRendering
 
@@ -376,12 +371,7 @@ class ImageTextData(ConversationData):
         return token_spans(self.tokenizer, row["input_ids"][places], row["labels"][places])
 
     def prompt_of(self, row: dict[str, Any]) -> dict[str, Tensor]:
-        """Returns the prompt of a row: all before its first trained token.
-
-        Returns:
-            The inputs of ``generate``: a batch of one, as of :class:`ImageTextBatch`, without
-            labels.
-        """
+        """Returns the inputs of ``generate`` for a row: all before its first trained token."""
         first = next(i for i, label in enumerate(row["labels"]) if label != IGNORED)
         seen = sum(end <= first for end in row["image_ends"])
         images = row["images"][:seen]

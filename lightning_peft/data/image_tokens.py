@@ -21,14 +21,10 @@ _OFFSETS = "text_replacement_offsets"
 
 
 class ImageTokens:
-    """What a processor does to the images of a row.
+    """What a processor for text and images does to the images of a row.
 
-    Args:
-        processor: A processor of transformers for text and images.
-
-    Raises:
-        UnsupportedError: If it does not write an image as tokens of the text, or makes of text what
-            batches here do not hold.
+    Refused is one that does not write an image as tokens of the text, or makes of text what batches
+    here do not hold.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -65,12 +61,7 @@ class ImageTokens:
         return [self.token, *map(str, tokenizer.convert_ids_to_tokens(self.ids))]
 
     def written(self, images: Sequence[bytes]) -> list[str]:
-        """Returns the text that the processor puts in the place of each image of a row.
-
-        Raises:
-            EncodingProblem: If an image cannot be used.
-            UnsupportedError: If the processor does not say what it puts there.
-        """
+        """Returns the text that the processor puts in the place of each image of a row."""
         if not images:
             return []
         output = self._process([images], **{f"return_{_OFFSETS}": True})
@@ -99,10 +90,7 @@ class ImageTokens:
         return found
 
     def inputs(self, rows: Sequence[Sequence[bytes]]) -> dict[str, Tensor]:
-        """Returns the features of the images of some rows, by the names that the model has.
-
-        Rows without images add nothing.
-        """
+        """Returns the features of the images of rows, by the names that the model has."""
         with_images = [row for row in rows if row]
         if not with_images:
             return {}
@@ -151,16 +139,10 @@ class ImageTokens:
 def expanded(
     text: str, token: str, written: Sequence[str]
 ) -> tuple[str, list[tuple[int, int]], list[tuple[int, int]]]:
-    """Returns a text with what stands for each image in the place of its token.
+    """Returns a text with what is ``written`` for each image in the place of its ``token``.
 
-    Args:
-        text: The text, with ``token`` once for each image.
-        token: What stands for an image before.
-        written: What stands for each image afterwards.
-
-    Returns:
-        The text; first and last character of each image in it; and, for :func:`moved`, the
-        character after each token in ``text`` with the characters that are added up to there.
+    Also first and last character of each image in it, and for :func:`moved` the character after
+    each token in ``text`` with the characters that are added up to there.
     """
     pieces, spans, gains = [], [], []
     last = length = 0

@@ -85,10 +85,7 @@ def _with_images_first(sample: Sample, count: int) -> Sample:
 
 
 def _matched(sources: list[Any], column: list[Any]) -> list[Any]:
-    """Returns the image of each place in the turns; places without one take those of the column.
-
-    A part may say by ``index`` which of them it is.
-    """
+    """Returns the image of each place; those without take the column's, perhaps by ``index``."""
     if not sources:
         return column
     waiting = [one for one in sources if isinstance(one, _Place)]
@@ -222,12 +219,7 @@ def _decoded(text: str) -> bytes:
 
 
 def named_paths(row: Mapping[str, Any], columns: Mapping[str, str]) -> Iterator[str]:
-    """Yields the paths of images in a row.
-
-    Args:
-        row: The row.
-        columns: Our names of the fields to the row's.
-    """
+    """Yields the paths of images in a row; see :func:`with_paths`."""
     found: list[str] = []
 
     def note(path: str) -> str:
@@ -241,13 +233,7 @@ def named_paths(row: Mapping[str, Any], columns: Mapping[str, str]) -> Iterator[
 def with_paths(
     row: Mapping[str, Any], columns: Mapping[str, str], change: Callable[[str], str]
 ) -> dict[str, Any]:
-    """Returns a row with every path of an image changed.
-
-    Args:
-        row: The row.
-        columns: Our names of the fields, ``images`` and those of turns, to the row's.
-        change: Returns the path to have in the place of another one.
-    """
+    """Returns a row with every path of an image changed; ``columns`` are our names to the row's."""
     changed = dict(row)
     for ours, name in columns.items():
         if ours == "images":

@@ -205,12 +205,7 @@ class ImageData(RowDataModule):
         log_conversions(self.read().summary["conversions"])
 
     def setup(self, stage: str) -> None:
-        """Opens the prepared rows.
-
-        Raises:
-            ConfigError: With all that is wrong with the rows, unless they are to be skipped; if
-                there is one class only, or a class without a training row.
-        """
+        """Opens the prepared rows, and checks that there are classes to learn."""
         super().setup(stage)
         train = self.read().splits["train"]
         if len(self.labels) < 2:
@@ -268,11 +263,7 @@ def require_pillow() -> None:
 
 
 def decode_image(content: bytes) -> Image:
-    """Returns the image in the bytes of a file, with every pixel read.
-
-    Raises:
-        EncodingProblem: If it is not an image, is damaged, or so large that it may be an attack.
-    """
+    """Returns the image in a file's bytes; refuses what is damaged, or as large as an attack."""
     pillow: Any = import_module("PIL.Image")
     try:
         image: Image = pillow.open(BytesIO(content))
@@ -287,10 +278,7 @@ def decode_image(content: bytes) -> Image:
 
 
 def conversion_of(image: Image) -> str | None:
-    """Returns the lossy step when ``image`` becomes RGB; ``None`` where it is RGB.
-
-    A key of :data:`CONVERSIONS`, or the mode of an image that loses nothing.
-    """
+    """Returns what is lost as RGB, a key of :data:`CONVERSIONS`, or the mode; ``None`` for RGB."""
     if image.mode in ("I", "F"):
         raise EncodingProblem(
             "image",

@@ -142,17 +142,7 @@ class LabelledRows(RowEncoder):
 
 
 class LabelledData(TokenizedData):
-    """Rows with named labels, which a tokenizer encodes.
-
-    Args:
-        data: As of :class:`RowDataModule <lightning_peft.data.row_data_module.RowDataModule>`.
-        tokenizer: As of :class:`TokenizedData <lightning_peft.data.tokenized.TokenizedData>`.
-        labels: All names in the order of their numbers; by default those in the rows, sorted.
-        **options: Keyword arguments of both.
-
-    Raises:
-        ConfigError: If arguments contradict each other, or the data cannot be used.
-    """
+    """Rows with named labels, which a tokenizer encodes."""
 
     # Our name of the field that holds the labels.
     label_field: ClassVar[str] = "label"
@@ -217,12 +207,7 @@ class LabelledData(TokenizedData):
         return [*label_notes(self.labels, self.classes), *contradictions]
 
     def setup(self, stage: str) -> None:
-        """Opens the prepared rows, and checks that their labels can be distinguished.
-
-        Raises:
-            ConfigError: With all that is wrong with the rows, unless they are to be skipped, or
-                if their labels leave nothing to learn.
-        """
+        """Opens the prepared rows, and checks that their labels can be distinguished."""
         super().setup(stage)
         self._check_labels()
         if not self._notes_logged and (self.trainer is None or self.trainer.is_global_zero):

@@ -117,8 +117,8 @@ class ImageTextSource(MediaSource):
 class ImageSource(MediaSource):
     """Rows of an image and its class.
 
-    A folder that holds files of rows (JSONL, CSV, Parquet ...) is read as these; any other folder
-    holds one folder for each class, or ``train`` and ``validation`` with those in them.
+    A folder without files of rows holds one folder for each class, or ``train`` and ``validation``
+    with those in them.
     """
 
     media_field = "image"

@@ -83,11 +83,7 @@ def collate(rows: Sequence[Sequence[dict[str, Any]]], pad_token_id: int) -> dict
 
 
 def language_model(module: nn.Module) -> PreTrainedModel:
-    """Returns the transformers model inside ``module``.
-
-    Raises:
-        UnsupportedError: If there is none, so that nothing is known about its attention.
-    """
+    """Returns the transformers model inside ``module``; without one, its attention is not known."""
     for inner in module.modules():
         if isinstance(inner, PreTrainedModel):
             return inner
@@ -99,13 +95,10 @@ def language_model(module: nn.Module) -> PreTrainedModel:
 
 
 def check_model(model: PreTrainedModel, capacity: int) -> None:
-    """Tries whether ``model`` keeps packed examples apart.
+    """Refuses a model that does not keep packed examples apart.
 
-    Runs it on a row of two short examples, without gradients: the second must not depend on the
+    It is run on a row of two short examples, without gradients: the second must not depend on the
     first, and must come out as if it were alone.
-
-    Raises:
-        UnsupportedError: If it does not.
     """
     config = model.config.get_text_config()
     kind = attention_implementation(config)
@@ -152,10 +145,7 @@ def sees_all(model: PreTrainedModel, length: int) -> bool:
 
 
 def makes_mask(model: PreTrainedModel) -> bool:
-    """Whether attention asks for the mask of length squared, in the mode that ``model`` is in.
-
-    Runs it on a short packed row, without gradients. Random numbers are drawn as if it had not.
-    """
+    """Whether attention asks for the mask of length squared, in the mode that ``model`` is in."""
     batch = _trial_row(model, *_trial_examples(_trial_size(model)))
     with torch.no_grad(), torch.random.fork_rng([]):
         model(**batch)
@@ -197,8 +187,7 @@ def to_model(
 ) -> dict[str, Tensor]:
     """Returns ``batch`` with its mask in the dtype of ``model``: sdpa takes no other.
 
-    With values, where ``torch.compile`` traces the model or what is around it, ``whole``: it knows
-    no masks without storage.
+    With values, where ``torch.compile`` traces it or ``whole``: it knows no masks without storage.
     """
     mask = batch["attention_mask"].to(model.dtype)
     if isinstance(mask, engine.PackedMask) and is_traced(whole or model):

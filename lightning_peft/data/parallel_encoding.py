@@ -91,11 +91,7 @@ def encode_rows(
     sample_of: Callable[[T], Sample | None],
     processes: int,
 ) -> Generator[tuple[T, Outcome], None, None]:
-    """Yields every item, in order, with the outcome of its sample; reads some chunks ahead.
-
-    Raises:
-        WorkersFailed: If a process could not be started, ended, or raised an error of its own.
-    """
+    """Yields every item, in order, with the outcome of its sample; reads some chunks ahead."""
 
     def here(item: T) -> tuple[T, Outcome]:
         return item, outcome(encoder, sample_of(item))
@@ -165,10 +161,7 @@ def _conditions_of_start() -> Iterator[None]:
 
 
 def _end_with_parent(worker: int) -> None:
-    """Ends a worker when the process that started it is gone, however it went.
-
-    The ``DataLoader``'s own would first wait until somebody reads what it has encoded.
-    """
+    """Ends a worker when its parent is gone; torch's first waits until somebody reads its rows."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -167,11 +167,7 @@ class PreferenceData(ConversationData):
 
 
 def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
-    """Returns the chosen answers of ``rows``, then the rejected ones, padded together.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` and ``labels``, each ``(2 * rows, length)``, int64.
-    """
+    """Returns a batch of :class:`PreferenceData`."""
     kinds = ("input_ids", "labels")
     both = [{kind: row[f"{name}_{kind}"] for kind in kinds} for name in ANSWERS for row in rows]
     return pad(both, pad_token_id)

@@ -19,12 +19,8 @@ from lightning_peft.engine import cache_entries
 class Prepared:
     """Data that is ready to be trained on.
 
-    Attributes:
-        splits: The encoded rows of ``train``, ``validation`` and ``test``, with their ``file`` and
-            ``row``, memory-mapped; only splits with rows.
-        problems: The problems of the rows that are left out.
-        summary: Counts, shape, template, split and settings, as stored with the data.
-        folder: Where it is on disk.
+    ``splits`` are the encoded rows of each split with rows, with their ``file`` and ``row``,
+    memory-mapped; ``problems`` those of the rows that are left out.
     """
 
     splits: dict[str, Dataset]

@@ -89,10 +89,7 @@ def _json_default(value: object) -> str:
 
 
 class PartStore:
-    """The finished parts of one preparation, in a folder that one process at a time uses.
-
-    Another one that prepares the same at that moment keeps its parts for itself.
-    """
+    """The finished parts of one preparation, in a folder that one process at a time uses."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

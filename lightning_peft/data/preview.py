@@ -40,8 +40,7 @@ class Preview:
 def preview(data: RowDataModule, rows: int, search: str = "") -> Preview:
     """Returns a preview of training on ``data``, with its first ``rows`` in full.
 
-    With ``search``, those are the first rows of any split in which that text occurs, in upper or
-    lower case, and ``numbers["search"]`` says in how many it does.
+    With ``search``, those in which that text occurs, and ``numbers["search"]`` says in how many.
     """
     prepared = data.read()
     summary = prepared.summary

@@ -31,15 +31,8 @@ def load_processor(
 ) -> Any:
     """Returns a processor for text and images.
 
-    Args:
-        name: Name on the hub, or folder, of the processor, or of a tokenizer alone.
-        config: Settings for the latter: ``processor_class``, ``image_processor`` (with its
-            ``image_processor_type``), ``special_tokens`` that the tokenizer gets, and arguments of
-            the class.
-        revision: Branch, tag or commit on the hub.
-
-    Raises:
-        ConfigError: If it cannot be had.
+    ``config`` are settings where ``name`` has a tokenizer alone: ``processor_class``,
+    ``image_processor`` (with its type), ``special_tokens``, and arguments of the class.
     """
     try:
         if config is not None:

@@ -267,11 +267,7 @@ class SourceChanged(ConfigError):
 
 
 def check_unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Refuses rows of files that changed while they were read.
-
-    Raises:
-        SourceChanged: If one did.
-    """
+    """Refuses rows of files that changed while they were read."""
     changed = sorted(path for path in before.keys() | after if before.get(path) != after.get(path))
     if changed:
         names = ", ".join(Path(path).name for path in changed[:5])

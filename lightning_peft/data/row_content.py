@@ -68,11 +68,7 @@ def _texts(sample: Sample) -> Iterator[str]:
 
 
 def writing_system(text: str) -> str:
-    """Returns the writing system of most letters of a text, such as ``"Latin"``; or ``""``.
-
-    Japanese is ``"Kana"`` and Chinese is ``"Han"``. Languages that share an alphabet are not
-    distinguished.
-    """
+    """Returns the writing system of most letters: ``"Latin"``, ``"Kana"``, ``"Han"`` or others."""
     counts: Counter[str] = Counter()
     # A text has few different characters.
     for character, number in Counter(text).items():

@@ -204,11 +204,7 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
             yield from source.rows()
 
     def setup(self, stage: str) -> None:
-        """Opens the prepared rows.
-
-        Raises:
-            ConfigError: With all that is wrong with the rows, unless they are to be skipped.
-        """
+        """Opens the prepared rows; refuses what is wrong with them, unless it is to be skipped."""
         prepared = self.read()
         if prepared.problems and self.hparams["skip_bad_rows"] is None:
             raise ConfigError(
@@ -269,10 +265,7 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
 
     @property
     def prompts(self) -> dict[str, Any] | None:
-        """What a chat begins with: the most frequent system prompt, and validation rows.
-
-        They are rows of the data, so they are not part of the record that goes with adapters.
-        """
+        """What a chat begins with: rows, so not for the record that goes with adapters."""
         return read_prompts(self.read().folder)
 
     def state_dict(self) -> dict[str, Any]:

@@ -48,11 +48,7 @@ class RowEncoder(ABC):
 
     @abstractmethod
     def encode(self, sample: Sample) -> list[dict[str, Any]]:
-        """Returns the prepared rows that ``sample`` becomes: usually one.
-
-        Raises:
-            EncodingProblem: If it cannot be trained on as it is.
-        """
+        """Returns the prepared rows of ``sample``, usually one, or raises ``EncodingProblem``."""
 
     def unused(self, sample: Sample) -> Sequence[str]:
         """Returns the keys in turns of ``sample`` that change nothing of what is encoded."""
@@ -78,10 +74,7 @@ class RowEncoder(ABC):
 
 
 class SpecialTokens:
-    """The special tokens of a tokenizer, which texts of rows must not contain.
-
-    A model would read such a text as several, or as ended or padded.
-    """
+    """A tokenizer's special tokens: a model would read a row with one as several, or as ended."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, more: Sequence[str] = ()) -> None:
         known = {*tokenizer.all_special_tokens, *more}

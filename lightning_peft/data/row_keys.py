@@ -75,10 +75,7 @@ def unread_columns(row: Mapping[str, Any], read: Collection[str]) -> dict[str, A
 def drop_ignored(
     row: Mapping[str, Any], ignored: Collection[str], seen_keys: set[str]
 ) -> dict[str, Any]:
-    """Returns a row without the keys ``ignored``, in itself, its turns, and their parts.
-
-    The names of all its keys are added to ``seen_keys``.
-    """
+    """Returns a row without some keys, in itself and its turns; adds all to ``seen_keys``."""
 
     def without_ignored(fields: Mapping[str, Any]) -> dict[str, Any]:
         seen_keys.update(fields)

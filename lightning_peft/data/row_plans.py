@@ -74,10 +74,7 @@ def _search_rows(lengths: Sequence[int], capacity: int) -> list[list[int]] | Non
 def _best_fill(left: dict[int, int], sizes: list[int], capacity: int) -> tuple[dict[int, int], int]:
     """Returns how many examples of each length go together into a row, and the work it was.
 
-    Args:
-        left: How many there are of each length.
-        sizes: The lengths of which there are any, the shortest first.
-        capacity: Of a row.
+    ``left`` is how many there are of each; ``sizes`` are the lengths there are, the shortest first.
     """
     longest = sizes[-1]
     room = capacity - longest

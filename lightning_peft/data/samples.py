@@ -70,8 +70,7 @@ class Sample:
     def digest(self) -> bytes:
         """Returns 16 bytes that are equal exactly for rows of equal content.
 
-        Images are the same whatever their label: neither a second label nor a place in two splits
-        goes unnoticed then.
+        Images are the same whatever their label: a second one does not go unnoticed then.
         """
         if self.image is not None:
             return hashlib.sha256(self.image).digest()[:16]

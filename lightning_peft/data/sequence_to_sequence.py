@@ -286,13 +286,7 @@ class Seq2SeqData(TokenizedData):
 
 
 def pad_pairs(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
-    """Returns a batch of pairs, sources and targets each padded to their longest.
-
-    Returns:
-        ``input_ids`` and ``attention_mask`` of shape ``(batch, source length)`` and ``labels`` of
-        shape ``(batch, target length)``, all int64, with -100 where there is no label; and the
-        texts ``source`` and ``target``, lists.
-    """
+    """Returns a batch of pairs, int64, ``labels`` padded with -100, and the texts as lists."""
     return {
         **pad_inputs(rows, pad_token_id),
         "labels": pad_to_longest([row["labels"] for row in rows], IGNORED),

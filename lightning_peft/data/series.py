@@ -130,11 +130,7 @@ class SeriesData(_Base, metaclass=LateBoundMeta):
             raise ConfigError(f"SeriesData cannot be made: {'; '.join(problems)}.")
 
     def values(self) -> Tensor:
-        """Returns all steps, ``(steps, columns)``, float32, read on first use.
-
-        Raises:
-            ConfigError: With all that is wrong with the rows.
-        """
+        """Returns all steps, ``(steps, columns)``, float32, read on first use."""
         if self._values is None:
             hparams = self.hparams
             requested = {name: hparams[name] for name in ("encoding", "delimiter", "sheet")}
@@ -174,11 +170,7 @@ class SeriesData(_Base, metaclass=LateBoundMeta):
         return Statistics(train.mean(0).float(), train.std(0).float(), change.float())
 
     def setup(self, stage: str) -> None:
-        """Reads and checks the rows.
-
-        Raises:
-            ConfigError: If they cannot be used, or a split is too short for one window.
-        """
+        """Checks the rows: refuses splits too short for one window, and columns without change."""
         hparams, borders = self.hparams, self.borders()
         short = [
             f"{split} has {end - first} steps"

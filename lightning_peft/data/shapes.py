@@ -96,12 +96,9 @@ CONTEXT = ("tools", "documents", "chat_template_kwargs")
 
 
 def parse_cells(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns ``fields`` with the lists and objects that are in them as text.
+    """Returns ``fields`` with lists and objects that are in them as JSON or Python's ``repr``.
 
-    Text is JSON, or Python's ``repr``. A prompt or an answer is text unless it is a list of turns.
-
-    Raises:
-        RowProblems: If a text begins like a list and cannot be parsed.
+    A prompt or an answer is text unless it is a list of turns.
     """
     found, problems = dict(fields), []
     for name, value in fields.items():
@@ -240,15 +237,8 @@ SHAPES = {shape.name: shape for shape in _IN_ORDER}
 class Layout:
     """The shape of some rows, and the column of each field.
 
-    Attributes:
-        shape: The shape.
-        columns: Field to column name.
-        split_column: The column that may name the split of a row.
-        variables: Names that the chat template uses next to the turns; ``None`` where no template
-            renders the rows.
-        ignored: Keys of rows and turns that are left out on purpose.
-        seen_keys: Keys of the rows so far, their turns and the parts of those; only where some are
-            ignored.
+    ``variables`` are names that the chat template uses next to the turns, ``None`` without one;
+    ``ignored`` are keys that are left out on purpose, and ``seen_keys`` those of the rows so far.
     """
 
     shape: Shape

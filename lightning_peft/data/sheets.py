@@ -30,13 +30,9 @@ _SHOWN = 10
 def read_sheet(
     path: Path, name: str, sheet: str | int | None, known: frozenset[str]
 ) -> ReadableFile:
-    """Opens a sheet by name or number from 1; numbers and dates are read as text, as in CSV.
+    """Opens a sheet by name or number from 1, or the only one with rows; all as text, as in CSV.
 
-    Args:
-        path: The workbook.
-        name: Its name in messages.
-        sheet: Which sheet; ``None`` for the only one with rows.
-        known: Names of columns that are recognised or mapped to fields.
+    ``known`` are names of columns that are recognised or mapped to fields.
     """
     if find_spec("openpyxl") is None:
         raise ConfigError(
@@ -106,11 +102,8 @@ def _cells(sheet: Any, name: str) -> Iterator[tuple[Any, ...]]:
 class _SheetScan(TableScan):
     """What one pass over a sheet has seen.
 
-    Attributes:
-        top: The line with the names of the columns.
-        named: The first line with more than one known name of a column.
-        lines: The lines below the names with a value.
-        kinds: Place of a column to how many values of each kind become text.
+    ``top`` is the line with the names of the columns, ``named`` the first with several known ones;
+    ``lines`` are those below with a value, ``kinds`` counts by column what becomes text.
     """
 
     top: int = 0

@@ -92,11 +92,7 @@ class SpeechData(RowDataModule):
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer, set to language and task where it has tokens for them.
-
-        Raises:
-            ConfigError: If it cannot be had, or has no such tokens.
-        """
+        """The tokenizer, set to language and task where it has tokens for them."""
         if self._tokenizer is None:
             name, revision = self.hparams["processor"], self.hparams["processor_revision"]
             tokenizer: Any = load_tokenizer(name, revision)
@@ -141,11 +137,7 @@ class SpeechData(RowDataModule):
 
     @property
     def max_seconds(self) -> float:
-        """Longest recording.
-
-        Raises:
-            ConfigError: If more is asked for than the model hears at once.
-        """
+        """Longest recording; refuses more than the model hears at once."""
         extractor, requested = self.extractor, self.hparams["max_seconds"]
         heard = getattr(extractor, "n_samples", None)
         limit = DEFAULT_MAX_SECONDS if heard is None else heard / extractor.sampling_rate

@@ -211,11 +211,7 @@ class SupervisedData(ConversationData):
     def on_after_batch_transfer(
         self, batch: dict[str, Tensor], dataloader_idx: int
     ) -> dict[str, Tensor]:
-        """Fits the mask of packed rows to the model, which is tried on the first of them.
-
-        Raises:
-            UnsupportedError: If the model would not keep the examples of a row apart.
-        """
+        """Fits the mask of packed rows to the model, which is tried on the first of them."""
         if not self.hparams["packing"] or self.trainer is None:
             return batch
         whole = self.trainer.lightning_module

@@ -23,17 +23,10 @@ _ABSENT = frozenset(
 class TableScan:
     """What one pass over a table has seen.
 
-    Attributes:
-        header: The names of the columns.
-        rows: Number of rows with a value.
-        widths: Number of fields to number of rows.
-        used: Places of columns with a value.
-        wide: The first rows with more values than names, as number and line.
-        narrow: The first rows with fewer fields than names, as numbers.
-        blank: Number of rows without any value.
-        index: Whether the first fields are ascending numbers.
-        counted: Whether they are consecutive.
-        absent: Columns with a text that other programs write for no value: the text and its row.
+    ``widths`` counts rows by their number of fields; ``used`` are columns with a value. Of rows,
+    ``wide`` are the first with more values than names (number and line), ``narrow`` those with
+    fewer, ``blank`` is how many have none. ``index`` says whether the first fields ascend, and
+    ``counted`` whether by 1. ``absent`` are columns with a program's text for no value.
     """
 
     header: list[str] = field(default_factory=list)

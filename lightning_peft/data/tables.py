@@ -244,10 +244,7 @@ def parse_delimiter(requested: str) -> str:
 def detect_dialect(
     head: str, whole: bool, usual: str, requested: str | None, known: frozenset[str]
 ) -> Dialect:
-    """Returns how a table is written, by its first lines, which may be the ``whole`` file.
-
-    A delimiter is likely if it yields ``known`` names of columns.
-    """
+    """Returns how a table is written by its ``head``; ``known`` names make a delimiter likely."""
     skipped = 0
     excel_hint = re.match(r'"?sep=(.)"?\r?\n', head)
     if excel_hint:

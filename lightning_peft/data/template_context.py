@@ -48,11 +48,7 @@ def is_empty(value: Any) -> bool:
 def read_tools(value: Any, name: str) -> list[dict[str, Any]]:
     """Returns tools as chat templates read them, ``{"type": "function", "function": {...}}``.
 
-    ``value`` is a list of tools, or JSON text of one. A tool may be the function itself, with its
-    ``name`` at the top, as in the older ``functions``.
-
-    Raises:
-        RowProblems: If it is something else.
+    A tool may be the function itself, with its ``name`` at the top, as in the older ``functions``.
     """
     found = _items(value)
     if found is None:

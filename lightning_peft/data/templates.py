@@ -104,11 +104,7 @@ def find_template(tokenizer: PreTrainedTokenizerBase, requested: str | None) -> 
 
 
 def _combine_named(several: dict[str, str], name: str) -> str:
-    """Returns one source for a tokenizer with named templates, which chooses as transformers does.
-
-    Rows with tools are rendered by the template ``tool_use`` if there is one, all others by
-    ``default``. As one source, it is recorded and exported like any other.
-    """
+    """Returns one source for named templates, which chooses by tools, as transformers does."""
     if "default" not in several:
         listed = ", ".join(f'chat_template="{one}"' for one in several)
         raise ConfigError(
@@ -168,11 +164,7 @@ class Rendering:
     def text(
         self, messages: Sequence[Message], context: Mapping[str, Any], prompt: bool = False
     ) -> str:
-        """Returns a conversation as text; ``prompt`` adds the beginning of an answer.
-
-        Raises:
-            EncodingProblem: If the template refuses it.
-        """
+        """Returns a conversation as text; ``prompt`` adds the beginning of an answer."""
         found: str = self.apply(messages, context, tokenize=False, add_generation_prompt=prompt)
         return found
 
@@ -181,11 +173,7 @@ class Rendering:
         return template_message(message)
 
     def apply(self, messages: Sequence[Message], context: Mapping[str, Any], **options: Any) -> Any:
-        """Calls ``apply_chat_template``.
-
-        Raises:
-            EncodingProblem: If the template refuses the conversation.
-        """
+        """Calls ``apply_chat_template``; an :class:`EncodingProblem` if the template refuses."""
         try:
             return self.tokenizer.apply_chat_template(
                 [self.message(message) for message in messages],
@@ -201,13 +189,7 @@ class Rendering:
     def with_tool_arguments(
         self, messages: Sequence[Message], context: Mapping[str, Any]
     ) -> list[Message]:
-        """Returns the turns with the arguments of tool calls as the template expects them.
-
-        Most templates write an object as JSON, some expect the JSON text.
-
-        Raises:
-            EncodingProblem: If the template takes neither.
-        """
+        """Returns turns with tool arguments as the template takes them: objects, or JSON text."""
         turns = list(messages)
         if not any(turn.get("tool_calls") for turn in turns):
             return turns

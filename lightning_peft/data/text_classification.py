@@ -115,12 +115,7 @@ class TextClassificationData(LabelledData):
 def collate_texts(
     rows: Sequence[dict[str, Any]], pad_token_id: int, numbers: dict[str, int]
 ) -> dict[str, Tensor]:
-    """Returns a batch of texts; ``numbers`` is that of each label.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` and, if the tokenizer has them, ``token_type_ids``, each
-        ``(batch, length)``, and ``labels``, ``(batch,)``; all int64.
-    """
+    """Returns a batch of texts, int64; ``labels`` are ``(batch,)``, by ``numbers``."""
     return {
         **pad_inputs(rows, pad_token_id),
         "labels": torch.tensor([numbers[row["label"]] for row in rows]),

@@ -62,17 +62,7 @@ class TextPairRows(RowEncoder):
 
 
 class TextPairData(TokenizedData):
-    """Pairs of texts, or texts with others that do and do not belong to them.
-
-    Args:
-        data: As of :class:`RowDataModule <lightning_peft.data.row_data_module.RowDataModule>`.
-        tokenizer: As of :class:`TokenizedData <lightning_peft.data.tokenized.TokenizedData>`.
-        over_long: Longer texts are an error, or are cut (``"truncate"``).
-        **options: Keyword arguments of both.
-
-    Raises:
-        ConfigError: If arguments contradict each other, or the data cannot be used.
-    """
+    """Pairs of texts, or texts with others that do and do not belong to them."""
 
     accepts = ("scored_pair", "anchor_positive")
 
@@ -122,12 +112,7 @@ class TextPairData(TokenizedData):
         """Returns why nothing can be learnt from the rows, as a sentence; ``None`` if it can."""
 
     def setup(self, stage: str) -> None:
-        """Opens the prepared rows, and checks that there is something to learn.
-
-        Raises:
-            ConfigError: With all that is wrong with the rows, unless they are to be skipped, or
-                if they leave nothing to learn.
-        """
+        """Opens the prepared rows, and checks that there is something to learn."""
         super().setup(stage)
         scores = self.score_range
         if scores is not None and scores[0] == scores[1]:

@@ -35,8 +35,7 @@ def unread_beside_anchor(
 ) -> list[tuple[str, str]] | None:
     """Returns the problems of a column that no field reads, next to an anchor and its positive.
 
-    ``scores`` are the columns that say how much two texts belong together: without them, a pair
-    that does not belong together would be learnt as one that does.
+    Without ``scores``, a pair that does not belong together would be learnt as one that does.
     """
     if name in scores:
         why = (
@@ -53,16 +52,7 @@ def unread_beside_anchor(
 def refuse_two_texts(
     rows: Sequence[Mapping[str, Any]], fields: Mapping[str, Sequence[str]]
 ) -> None:
-    """Refuses rows with two columns for the same text.
-
-    Args:
-        rows: The rows.
-        fields: Fields that no user mapped, with the columns that are recognised for each. The first
-            of them is the field's own name, which others do not contest.
-
-    Raises:
-        ConfigError: If a row has several columns of a field, and none of its own name.
-    """
+    """Refuses rows with two columns for a text, unless one has the field's own name."""
     for ours, names in fields.items():
         for row in rows:
             there = [name for name in names if row.get(name) is not None]

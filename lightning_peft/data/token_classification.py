@@ -97,14 +97,10 @@ def words_of_tokens(
     offsets: Sequence[tuple[int, int]],
     sequence_ids: Sequence[int | None],
 ) -> list[int]:
-    """Returns the number of the word of each token, or -1 where it has none.
+    """Returns the number of the word of each token, or -1; refuses a token of two words.
 
-    Words are joined by spaces and tokenized as running text, as in pretraining, and matched by the
-    character ``offsets`` of each token. Tokenizers that are given words one by one write them as if
-    each began a text. ``sequence_ids`` are ``None`` for special tokens.
-
-    Raises:
-        EncodingProblem: If a token belongs to two words.
+    Words are joined by spaces and tokenized as running text, as in pretraining: tokenizers that are
+    given words one by one write them as if each began a text.
     """
     text = " ".join(words)
     starts = [0, *accumulate(len(word) + 1 for word in words)][:-1]

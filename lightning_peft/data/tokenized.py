@@ -32,16 +32,8 @@ def load_pretrained(
 ) -> Any:
     """Loads a tokenizer or processor of transformers from the hub or a folder.
 
-    Args:
-        loader: Such as ``AutoTokenizer``.
-        what: Its name in the message.
-        name: Name on the hub, or folder.
-        revision: Branch, tag or commit on the hub.
-        argument: The argument that has the name; by default ``what``.
-        instead: What else the user can do, as the end of a sentence.
-
-    Raises:
-        ConfigError: If it cannot be loaded.
+    For messages, ``what`` is its name, ``argument`` the argument that has it, by default the same,
+    and ``instead`` what else a user can do, as the end of a sentence.
     """
     try:
         # By default, transformers prompts the user whether to run code of the repository.

@@ -45,11 +45,7 @@ def keys_without_effect(
     context: Mapping[str, Any],
     of_tools: bool = False,
 ) -> Iterator[tuple[int | None, str]]:
-    """Yields every key without which the same is rendered, with the place of its turn.
-
-    ``rendered`` is called with turns and context; keys of the context, or of the tools in it, have
-    ``None`` as place.
-    """
+    """Yields every key without which the same is rendered, with the place of its turn if any."""
     whole: object = None
     variants = _without_one_tool_key if of_tools else _without_one_key
     for place, key, turns, reduced in variants(messages, context):

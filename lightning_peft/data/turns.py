@@ -88,11 +88,7 @@ def template_message(message: Mapping[str, Any]) -> Message:
 
 
 def read_turn(turn: Any, place: str) -> tuple[Message, list[str]]:
-    """Returns a turn, and the keys in it that nothing reads.
-
-    The turn has ``role`` and ``content``; ``reasoning_content``, ``tool_calls`` and ``train`` where
-    given; and every other key unchanged, for the chat template.
-    """
+    """Returns a turn, and the keys in it that nothing reads; others are for the chat template."""
     if not isinstance(turn, dict):
         raise row_problem("missing", f"{place} is {shortened(turn)}, not an object")
     keys = {key: value for key, value in turn.items() if not is_empty(value)}

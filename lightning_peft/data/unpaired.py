@@ -96,12 +96,7 @@ class UnpairedPreferenceData(ConversationData):
         return UnpairedRows(self.encoder("completion"), self.hparams["system_prompt"])
 
     def setup(self, stage: str) -> None:
-        """Opens the prepared rows.
-
-        Raises:
-            ConfigError: With all that is wrong with the rows, unless they are to be skipped; and if
-                all training rows have one label.
-        """
+        """Opens the prepared rows, and checks that there are rows of both labels."""
         super().setup(stage)
         desirable, undesirable = label_counts(self.read().summary)
         if not desirable or not undesirable:
@@ -133,13 +128,10 @@ def label_counts(summary: Mapping[str, Any]) -> tuple[int, int]:
 def collate(
     rows: Sequence[dict[str, Any]], pad_token_id: int, max_length: int
 ) -> dict[str, Tensor]:
-    """Returns a batch, with each prompt once more before the answer to another one.
+    """Returns a batch of :class:`UnpairedPreferenceData`.
 
-    That is the answer of the last row before it with another prompt, as a circle; where the batch
-    has one prompt alone, no token of it counts.
-
-    Returns:
-        As of :class:`UnpairedPreferenceData`.
+    Each prompt comes once more, before the answer of the last row before it with another prompt,
+    as a circle; where the batch has one prompt alone, no token of it counts.
     """
     mismatched = [_mismatched(rows, place, max_length) for place in range(len(rows))]
     return {

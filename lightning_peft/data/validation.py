@@ -158,10 +158,7 @@ class EncodingProblem(Exception):
 
 
 def describe(problems: Sequence[Problem], rows: int, limit: int = 12) -> str:
-    """Returns the problems by kind: how many, which rows, and the fix.
-
-    At most ``limit`` problems of a kind are shown; of the others, only the row numbers.
-    """
+    """Returns the problems by kind: how many, which rows (``limit`` in full), and the fix."""
     bad = len({(problem.file, problem.row) for problem in problems})
     several = _several_files(problems)
     lines = [f"{bad:,} of {rows:,} rows cannot be used:"]

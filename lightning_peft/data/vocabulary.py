@@ -19,16 +19,7 @@ _NAMES = ("texts", "pairs")
 
 
 def check_vocabulary(data: Any, rows: int, model: str) -> None:
-    """Checks that a model has an embedding for every token of the data, and for padding.
-
-    Args:
-        data: A data module; others than :class:`RowDataModule` with a tokenizer are left alone.
-        rows: Embeddings that the model has.
-        model: Its name, for the message.
-
-    Raises:
-        ConfigError: If there are others, with the first rows that have them.
-    """
+    """Refuses data with tokens, or padding, that a model has no embedding for: it has ``rows``."""
     tokenizer = getattr(data, "tokenizer", None) if isinstance(data, RowDataModule) else None
     if tokenizer is None:
         return

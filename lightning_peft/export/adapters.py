@@ -20,14 +20,7 @@ _IN_RUN = ("checkpoints/adapters", "adapters")
 
 @dataclass(frozen=True)
 class Adapter:
-    """A finished adapter on disk.
-
-    Attributes:
-        name: What it is called in listings: the name of its folder, or the one that was given.
-        folder: Where ``adapter_config.json`` is.
-        config: What is in that.
-        facts: What is in ``provenance.json``; empty where another program wrote the adapter.
-    """
+    """A finished adapter on disk; ``facts`` is its provenance, which others do not write."""
 
     name: str
     folder: Path
@@ -87,15 +80,10 @@ class Adapter:
 
 
 def find_adapter(path: str) -> Adapter:
-    """Returns the adapter that ``path`` means.
+    """Returns the adapter that ``path`` means; ``NAME=PATH`` gives it another name.
 
-    Args:
-        path: An adapter folder; a ``.ckpt`` file with its adapter folder; or the folder of
-            a run, whose best adapter is taken, or the newest. ``NAME=PATH`` gives it another name.
-
-    Raises:
-        ConfigError: If there is none, or several parts have one each.
-        CheckpointError: If its files cannot be read.
+    That is an adapter folder, a ``.ckpt`` file with its adapter folder, or the folder of a run,
+    whose best adapter is taken, or the newest.
     """
     name, equals, rest = path.partition("=")
     named = bool(equals) and "/" not in name and not Path(path).exists()
@@ -110,11 +98,7 @@ def find_adapter(path: str) -> Adapter:
 
 
 def find_adapters(paths: Iterable[str]) -> list[Adapter]:
-    """Returns several adapters; those whose names are the same, or the base's, get numbers.
-
-    Raises:
-        ConfigError, CheckpointError: See :func:`find_adapter`.
-    """
+    """Returns several adapters; those whose names are the same, or the base's, get numbers."""
     adapters: list[Adapter] = []
     for path in paths:
         adapter = find_adapter(path)

@@ -73,12 +73,7 @@ class StoredTensor:
 class Base:
     """A base model as files.
 
-    Attributes:
-        name: What the user calls it.
-        folder: Where the files are.
-        config: Its transformers config.
-        shards: By file name, the tensors in it; of a GGUF file, how they would be stored.
-        gguf: The GGUF file that its weights are in.
+    ``shards`` are, by file name, the tensors in it; of a ``gguf`` file, how they would be stored.
     """
 
     name: str
@@ -98,10 +93,7 @@ class Base:
         return {} if self.gguf is None else engine.gguf_tensors(self.gguf, make_outline(self, None))
 
     def tensors(self, keys: list[str]) -> Iterator[Tensor]:
-        """Yields tensors in the order of ``keys``; their memory is the mapped file's.
-
-        Those of a GGUF file are dequantized one by one.
-        """
+        """Yields tensors, of mapped files; those of a GGUF file are dequantized one by one."""
         if self.gguf is not None:
             yield from (self.gguf_tensors[key][...] for key in keys)
             return
@@ -117,13 +109,7 @@ class Base:
 
 
 def find_base(name: str, revision: str | None = None) -> Base:
-    """Returns a base model by folder, by its name on the hub, or by GGUF file.
-
-    Raises:
-        ConfigError: If there is none.
-        UnsupportedError: If it is quantized already, or has pickled weights only.
-        CheckpointError: If a file is damaged.
-    """
+    """Returns a base model by folder, by its name on the hub, or by GGUF file."""
     gguf = engine.find_gguf(name, revision)
     if gguf is not None:
         made = Base(name, gguf.folder, engine.load_config(name, revision=revision), gguf=gguf)
@@ -224,16 +210,9 @@ def _header(file: Path) -> dict[str, StoredTensor]:
 
 
 def make_outline(base: Base, class_name: str | None, labels: int | None = None) -> nn.Module:
-    """Returns the model of ``base`` on the meta device.
+    """Returns the model of ``base`` on the meta device, in the class trained or the config's.
 
-    Args:
-        base: The files.
-        class_name: Class of transformers that was trained; by default the one that the config
-            names.
-        labels: Outputs of the classification head, where the class has one.
-
-    Raises:
-        UnsupportedError: If the class is none of transformers' own.
+    ``labels`` are outputs of the classification head, where the class has one.
     """
     listed = list(getattr(base.config, "architectures", None) or [])
     classes = [getattr(transformers, name, None) for name in (class_name, *listed) if name]
@@ -278,12 +257,9 @@ def _untie(model: Any, base: Base) -> None:
 
 
 def names_in_model(base: Base, outline: nn.Module) -> dict[str, str]:
-    """Returns the names in ``outline`` of the tensors in the files of ``base``, by their keys.
+    """Returns the names in ``outline`` of the tensors in the files, by their keys.
 
-    Keys that the model does not have keep their names.
-
-    Raises:
-        UnsupportedError: If the model puts tensors together from several in the files.
+    Keys that the model does not have keep their names; one of several tensors is refused.
     """
     model: Any = outline
     conversions = weight_conversions(model)

@@ -44,10 +44,7 @@ def adapter_card(adapter: Adapter, license: str | None) -> str:
 
 
 def merged_card(adapter: Adapter, license: str | None, report: Mapping[str, Any]) -> str:
-    """Returns the card of a merged model folder.
-
-    ``report`` is of :func:`lightning_peft.export.merged_folder.report_of`.
-    """
+    """Returns the card of a merged model folder, from its report."""
     front = _front(adapter, license, ["lightning-peft", "merged"], "transformers")
     into = {
         "dequantized": "the dequantized base, on which it was trained",
@@ -75,13 +72,7 @@ def merged_card(adapter: Adapter, license: str | None, report: Mapping[str, Any]
 
 
 def sentence_card(card: str, kind: str, place: str) -> str:
-    """Returns the card of a merged model or adapter for sentence-transformers.
-
-    Args:
-        card: The card of the model or adapter.
-        kind: ``"SentenceTransformer"`` or ``"CrossEncoder"``.
-        place: Name of its folder.
-    """
+    """Returns the card of a merged model or adapter for a class of sentence-transformers."""
     pipeline = "sentence-similarity" if kind == "SentenceTransformer" else "text-ranking"
     front, mark, rest = card.removeprefix("---\n").partition("\n---\n")
     lines = [line for line in front.splitlines() if not line.startswith("library_name:")]

@@ -69,11 +69,7 @@ def as_quantized(request: ExportRequest) -> dict[str, Any]:
 
 
 def as_vllm(request: ExportRequest) -> dict[str, Any]:
-    """Exports the adapter with the command by which vLLM serves it.
-
-    Raises:
-        UnsupportedError: If vLLM does not take such an adapter, or such a model.
-    """
+    """Exports the adapter with the command by which vLLM serves it, if it does."""
     name = request.adapter.base.get("class")
     if name and not writes_text(name):
         raise UnsupportedError(

@@ -29,13 +29,8 @@ _PLACES = {
 class TurnTemplate:
     """Fixed text around turns.
 
-    Attributes:
-        opening: Before the first turn.
-        around: Text before and after a turn, by its role.
-        prompt: After the last turn, where the answer is to begin.
-        default: In place of a system turn, where there is none.
-        system: Whether the system turn is a turn of its own, or inside a user turn.
-        between: Before each user turn but the first.
+    ``default`` stands in place of a system turn, where there is none; ``between`` before each user
+    turn but the first; ``prompt`` after the last turn, where the answer is to begin.
     """
 
     opening: str
@@ -68,12 +63,9 @@ class TurnTemplate:
         return text + self.prompt
 
     def as_go(self, bos: str | None) -> str:
-        """Returns the template in Go's language.
+        """Returns the template in Go's language; ``bos`` is what Ollama puts before each text.
 
         Ollama gives the system turn as ``.System``, and as the first of ``.Messages``.
-
-        Args:
-            bos: Token at the beginning of every text, which Ollama adds itself.
         """
         turns = self._without_first(bos) if bos else self
         text = _literal(turns.opening)

@@ -13,11 +13,7 @@ from lightning_peft.errors import ConfigError, HubError, first_line
 
 
 def check_repo(repo: str) -> None:
-    """Refuses what is not a repository name.
-
-    Raises:
-        ConfigError: If it is none.
-    """
+    """Refuses what is not a repository name."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -37,11 +33,7 @@ def files_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def check_token() -> None:
-    """Asks the hub who the token belongs to, before hours of merging.
-
-    Raises:
-        HubError: If there is no token, or the hub does not take it or cannot be reached.
-    """
+    """Asks the hub who the token belongs to, before hours of merging."""
     try:
         HfApi().whoami()
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
@@ -53,18 +45,9 @@ def check_token() -> None:
 
 
 def push(folder: Path, repo: str, *, private: bool) -> str:
-    """Makes the repository if it is not there, and pushes all files in one commit.
+    """Makes the repository if it is not there, and pushes all in one commit; returns its address.
 
-    Args:
-        folder: What to push.
-        repo: ``namespace/name``.
-        private: Whether a new repository is private; one that is there stays as it is.
-
-    Returns:
-        The address of the repository.
-
-    Raises:
-        HubError: If the hub refuses; the folder stays.
+    One that is there stays private or not; if the hub refuses, the folder stays.
     """
     api = HfApi()
     try:

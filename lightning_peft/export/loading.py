@@ -38,13 +38,7 @@ _OF_TEXT = ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
 
 @dataclass
 class LoadedModel:
-    """A model with adapters.
-
-    Attributes:
-        model: In eval mode.
-        tokenizer: Its tokenizer.
-        notes: What a user should know, such as bits other than in training.
-    """
+    """A model with adapters, in eval mode; ``notes`` are what a user should know."""
 
     model: Any
     tokenizer: Any
@@ -52,11 +46,7 @@ class LoadedModel:
 
 
 def select_device(name: str) -> torch.device:
-    """Returns the device that ``name`` means: ``"auto"``, ``"cpu"`` or ``"cuda"``.
-
-    Raises:
-        ConfigError: If there is no such device.
-    """
+    """Returns the device that ``name`` means: ``"auto"``, ``"cpu"`` or ``"cuda"``."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device='cuda': torch sees no CUDA device here. Use 'cpu' or 'auto'.")
     cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
@@ -64,11 +54,7 @@ def select_device(name: str) -> torch.device:
 
 
 def load_tokenizer(base: Base) -> Any:
-    """Returns the tokenizer of a base.
-
-    Raises:
-        ConfigError: If it has none.
-    """
+    """Returns the tokenizer of a base."""
     try:
         return AutoTokenizer.from_pretrained(base.folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -145,18 +131,8 @@ def load_with_adapters(
 ) -> LoadedModel:
     """Loads a causal language model once, with several adapters between which to switch.
 
-    Args:
-        base: The base.
-        adapters: The adapters; their names become those on the model.
-        bits: 16, 8 or 4: as an adapter of so many bits was trained, or else bitsandbytes' int8 and
-            NF4; by default what the first adapter was trained on.
-        device: Where the model goes.
-        check_base: Refuse adapters of other bases.
-
-    Raises:
-        ConfigError: If the bits cannot be had.
-        BaseMismatchError, CheckpointError: If an adapter does not fit.
-        UnsupportedError: If the model generates no text, or adapters cannot share it.
+    ``bits`` are 16, 8 or 4: as an adapter of so many bits was trained, or else bitsandbytes' int8
+    and NF4; by default what the first adapter was trained on.
     """
     base_bits = bits or (adapters[0].bits if adapters else 16)
     settings = _settings(adapters, base_bits)
@@ -204,11 +180,7 @@ def _quantized_on_load(
 
 
 def check_generates(adapters: Sequence[Adapter]) -> None:
-    """Refuses adapters of models that generate no text.
-
-    Raises:
-        UnsupportedError: If there is one.
-    """
+    """Refuses adapters of models that generate no text."""
     for adapter in adapters:
         name = str(adapter.base.get("class"))
         cls: Any = getattr(transformers, name, None)

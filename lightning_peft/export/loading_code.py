@@ -23,12 +23,8 @@ def adapter_code(
 ) -> str:
     """Returns code that loads a base as an adapter was trained on it, and the adapter with PEFT.
 
-    Args:
-        facts: What ``provenance.json`` of the adapter says.
-        adapter: Its folder, or its name on the hub, as the code shall name it.
-        base: Name of the base, likewise.
-        revision: Commit of the base on the hub, if one is recorded.
-        labels: How many labels its head tells apart, see :func:`labels_of`.
+    ``adapter`` and ``base`` are folders or names on the hub, as the code shall name them;
+    ``labels`` are those of its head, see :func:`labels_of`.
     """
     model, reader = model_class(facts), reader_class(facts)
     settings = _settings(facts.get("quantization"))
@@ -66,12 +62,7 @@ def adapter_code(
 
 
 def merged_model_code(facts: Mapping[str, Any], place: str) -> str:
-    """Returns code that loads a merged model.
-
-    Args:
-        facts: What ``provenance.json`` of the adapter says that was merged.
-        place: Folder of the model, or its name on the hub.
-    """
+    """Returns code that loads a merged model from a folder or the hub, by its adapter's record."""
     model, reader = model_class(facts), reader_class(facts)
     names = sorted([model, *([reader] if reader else [])])
     lines = [f"from transformers import {', '.join(names)}", ""]
@@ -102,10 +93,7 @@ def _reader_line(facts: Mapping[str, Any], arguments: str) -> list[str]:
 
 
 def model_class(facts: Mapping[str, Any]) -> str:
-    """Returns the class of transformers with which the base of an adapter is loaded.
-
-    That is an ``Auto`` class where one loads every model of the kind, and else the base's own.
-    """
+    """Returns the class of transformers of a base: an ``Auto`` class, or its own."""
     base = facts.get("base")
     name = str(base.get("class", "")) if isinstance(base, Mapping) else ""
     known = {spec.base_suffix: spec.auto_class for spec in TASKS.values() if spec.base_suffix}

@@ -43,10 +43,9 @@ Result = TypeVar("Result")
 class LogitError:
     """How far the outputs of one way of merging are from the model as it was trained.
 
-    Attributes:
-        relative: ``||logits - trained|| / ||trained||`` over all tokens of the prompts.
-        kl: Mean Kullback-Leibler divergence per token in nats, trained against merged.
-        same_choice: Share of the tokens after which both would choose the same next one.
+    ``relative`` is ``||logits - trained|| / ||trained||`` over all tokens of the prompts, ``kl``
+    the mean Kullback-Leibler divergence per token in nats, trained against merged, and
+    ``same_choice`` the share of tokens after which both would choose the same next one.
     """
 
     relative: float
@@ -127,10 +126,7 @@ def _as_stored(model: Any, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def logits_of(model: Any, tokenizer: Any, prompts: Sequence[str] | None = None) -> Tensor:
-    """Returns the logits of ``model`` after each token of some texts, ``(tokens, vocabulary)``.
-
-    Dense weights are made float32 first; ``model`` is changed.
-    """
+    """Returns the logits after each token of texts; dense weights of ``model`` become float32."""
     if getattr(model, "hf_quantizer", None) is None:
         model.float()
     logits_per_prompt = []

@@ -46,15 +46,9 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class MergedFolder:
-    """A merged model on disk, with what merging cost.
+    """A merged model on disk, with the errors of each adapted layer.
 
-    Attributes:
-        folder: The model, in transformers' format.
-        into: ``"dequantized"`` or ``"original"``.
-        dtype: Dtype of the weights.
-        bytes: Size of the weights.
-        base_checked: Whether the base was compared with the one recorded in training.
-        weights: The errors of each adapted layer.
+    ``base_checked`` says whether the base was compared with the one recorded in training.
     """
 
     folder: Path
@@ -80,17 +74,10 @@ def merge_into_folder(
     check_base: bool = True,
     progress: Progress = lambda what, done, total: None,
 ) -> MergedFolder:
-    """Writes the model with the adapter built in.
+    """Writes the model with the adapter built in, one tensor in memory at a time.
 
-    Only one tensor is in memory at a time. All is written to a temporary folder next to
-    ``output``, which is renamed when complete; ``output`` must not exist, or be empty. The other
-    arguments are those of :func:`lightning_peft.export.merging.merge`.
-
-    Raises:
-        ConfigError: If the base or the output folder cannot be used.
-        BaseMismatchError: If the base is another one than in training.
-        CheckpointError: If a file is damaged, or adapter and base do not fit.
-        UnsupportedError: If the adapter cannot be merged.
+    ``output`` must not exist, or be empty; the other arguments are those of
+    :func:`lightning_peft.export.merging.merge`.
     """
     check_output_free(output)
     merge, names = prepare(adapter, base, into, dtype)
@@ -106,11 +93,7 @@ def merge_into_folder(
 
 
 def base_of(adapter: Adapter, base: str | None = None, revision: str | None = None) -> Base:
-    """Returns the base of an adapter: the one that is named, else the recorded one.
-
-    Raises:
-        ConfigError: If none is named or recorded, or it cannot be had.
-    """
+    """Returns the base of an adapter: the one that is named, else the recorded one."""
     name = base or adapter.base_name
     if name is None:
         raise ConfigError(
@@ -123,11 +106,7 @@ def base_of(adapter: Adapter, base: str | None = None, revision: str | None = No
 def prepare(
     adapter: Adapter, base: Base, into: Into | None, dtype: torch.dtype | None
 ) -> tuple[StreamedMerge, dict[str, str]]:
-    """Returns the merge that is to be streamed, and the model's names by those in the files.
-
-    Raises:
-        CheckpointError, UnsupportedError, ConfigError: If adapter and base do not fit.
-    """
+    """Returns the merge that is to be streamed, and the model's names by those in the files."""
     outline = make_outline(base, adapter.base.get("class"), labels_of(adapter.folder))
     names = names_in_model(base, outline)
     merge = StreamedMerge(outline, adapter.folder, into=into, dtype=dtype)
@@ -149,11 +128,7 @@ def prepare(
 
 
 def refuse_full_disk(output: Path, size: int) -> None:
-    """Refuses to write ``size`` bytes where there is no room for them.
-
-    Raises:
-        ConfigError: If the disk of ``output`` has less.
-    """
+    """Refuses to write ``size`` bytes where there is no room for them."""
     place = next(p for p in output.resolve().parents if p.is_dir())
     free = shutil.disk_usage(place).free
     if free < size * 1.02:
@@ -274,15 +249,7 @@ def merged_values(
     entries: dict[str, StoredTensor],
     order: list[str],
 ) -> Iterator[Tensor]:
-    """Yields tensors of the merged model, one at a time.
-
-    Args:
-        base: The files of the base.
-        merge: What merges.
-        names: Names in the model by keys in the files.
-        entries: What is written, by key; see :func:`planned`.
-        order: Keys among ``entries``, in the order in which the tensors are wanted.
-    """
+    """Yields tensors of the merged model, one at a time, in ``order``, keys among ``entries``."""
     replaced = merge.replaced()
     elsewhere = {None, *replaced}
     read = base.tensors([key for key in order if names.get(key) not in elsewhere])

@@ -23,11 +23,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def check_output_free(output: Path) -> None:
-    """Refuses a place where something is.
-
-    Raises:
-        ConfigError: If ``output`` is a file, or a folder that is not empty.
-    """
+    """Refuses a place where something is: a file, or a folder that is not empty."""
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise ConfigError(
             f"The output {str(output)!r} is there already. Remove it, or name another."
@@ -39,9 +35,6 @@ def atomic_folder(output: Path) -> Iterator[Path]:
     """Yields an unfinished folder that becomes ``output`` if the body succeeds.
 
     What processes left that were killed while they wrote the same folder is removed.
-
-    Raises:
-        ConfigError: If ``output`` is there already.
     """
     check_output_free(output)
     unfinished = output.with_name(f".incomplete-{os.getpid()}-{output.name}")
@@ -58,10 +51,7 @@ def atomic_folder(output: Path) -> Iterator[Path]:
 
 
 def in_file_order(entries: dict[str, StoredTensor]) -> list[str]:
-    """Returns the keys in the order in which their values are written: wide dtypes first.
-
-    So that every tensor starts at a multiple of its item size.
-    """
+    """Returns the keys as written: wide dtypes first, so that each is at a multiple of its size."""
     return sorted(entries, key=lambda key: (-entries[key].dtype.itemsize, key))
 
 
@@ -70,10 +60,7 @@ def write_safetensors(
 ) -> None:
     """Writes a safetensors file and flushes it to disk.
 
-    Args:
-        file: The file; it is made.
-        entries: Dtype and shape of each tensor, by key.
-        tensors: Their values, one at a time, in the order of :func:`in_file_order`.
+    ``tensors`` are the values of ``entries``, one at a time, in the order of :func:`in_file_order`.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     order, end = in_file_order(entries), 0

@@ -24,14 +24,7 @@ from lightning_peft.export.merged_folder import REPORT
 
 
 def quantize_folder(merged: Path, output: Path, bits: int) -> str:
-    """Writes a merged 16-bit model into an existing folder with its linear layers in 8 or 4 bits.
-
-    Returns:
-        What it was quantized to, in a few words.
-
-    Raises:
-        ConfigError: If there is no quantization to so many bits.
-    """
+    """Writes a merged model with its linear layers in 8 or 4 bits; returns what, in words."""
     if bits not in (4, 8):
         raise ConfigError(f"bits={bits}: 8 or 4.")
     settings = engine.quantization_config(load_in_8bit=bits == 8, bnb_4bit_compute_dtype="bfloat16")
@@ -58,10 +51,7 @@ def _class_of(folder: Path) -> Any:
 def measure_quantized(
     adapter: Adapter, base: Base, folder: Path, options: dict[str, Any]
 ) -> tuple[LogitError | None, str | None]:
-    """Returns how far a quantized folder is from the model as it was trained, or why not.
-
-    ``options`` are arguments of :func:`lightning_peft.export.merging.merge`.
-    """
+    """Returns how far a quantized folder is from the model as it was trained, or why not."""
     if not options.get("measure", True):
         return None, "it was not asked for"
     prompts = options.get("prompts")

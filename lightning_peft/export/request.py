@@ -15,9 +15,6 @@ class ExportRequest:
     """Arguments common to all formats.
 
     Attributes:
-        adapter: The adapter.
-        base: Its base.
-        output: The folder to make.
         base_name: What the base is called in exported files, instead of what is recorded.
         options: Arguments of :func:`lightning_peft.export.merging.merge`.
         bits: Of a quantized model.

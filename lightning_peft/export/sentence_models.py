@@ -34,9 +34,6 @@ def as_sentence_transformers(request: ExportRequest) -> dict[str, Any]:
 
     It holds the merged model in the base's own dtype, or with ``separate_adapter`` the adapter,
     whose base is then loaded from where it is.
-
-    Raises:
-        UnsupportedError: If the adapter is neither of an embedding model nor of a reranker.
     """
     adapter, base = request.adapter, request.base
     kind = _kind(adapter)

@@ -182,11 +182,7 @@ class LogSamples(_Callback, metaclass=LateBoundMeta):
         self._said = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Checks that module and data can give samples.
-
-        Raises:
-            ConfigError: If they cannot.
-        """
+        """Checks that module and data can give samples."""
         if not hasattr(pl_module, "generate_samples"):
             raise ConfigError(
                 f"LogSamples needs a module that generates, and {type(pl_module).__name__} has no "

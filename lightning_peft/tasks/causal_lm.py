@@ -91,8 +91,5 @@ class CausalLM(PretrainedTask):
     def generate_samples(
         self, rows: list[dict[str, Any]], max_new_tokens: int
     ) -> list[GeneratedSample]:
-        """Returns the model's answers to the prompts of ``rows`` of the data module.
-
-        A prompt is what comes before the first token with a label; of plain text, the first half.
-        """
+        """Returns the model's answers to the prompts of ``rows`` of the data module."""
         return answers(self, [(row["input_ids"], row["labels"]) for row in rows], max_new_tokens)

@@ -46,11 +46,7 @@ class ClassificationTask(PretrainedTask):
 
     @property
     def labels(self) -> list[str]:
-        """The names of the labels, in the order of their numbers.
-
-        Raises:
-            ConfigError: If they are not known yet.
-        """
+        """The names of the labels, in the order of their numbers."""
         if self.hparams["labels"] is None:
             raise ConfigError(
                 f"{type(self).__name__} does not know its labels. Train it on a data module of "
@@ -93,11 +89,7 @@ class ClassificationTask(PretrainedTask):
             self.metrics.add_metrics(self.make_label_metrics())
 
     def follow(self, data: Any) -> None:
-        """Takes over what the data module says, or checks that it says the same.
-
-        Raises:
-            ConfigError: If it names other labels.
-        """
+        """Takes over the labels of the data module, or checks that they are the same."""
         labels = getattr(data, "labels", None)
         if labels is None:
             return
@@ -112,11 +104,7 @@ class ClassificationTask(PretrainedTask):
             )
 
     def check_base(self, config: PretrainedConfig) -> None:
-        """Refuses a base whose own head would be taken over for labels of other names.
-
-        Raises:
-            ConfigError: If it has such a head.
-        """
+        """Refuses a base whose own head would be taken over for labels of other names."""
         if not any(name.endswith(self.architecture) for name in config.architectures or []):
             return
         names: dict[Any, str] = dict(config.id2label or {})
@@ -127,11 +115,7 @@ class ClassificationTask(PretrainedTask):
         self.check_head(theirs)
 
     def check_head(self, base_labels: list[str]) -> None:
-        """Refuses the trained head of a base, which is for other labels.
-
-        Raises:
-            ConfigError: Always; a task that can begin from such a head overrides this.
-        """
+        """Refuses a head for other labels, unless a task can begin from it and overrides this."""
         same = sorted(base_labels) == sorted(self.labels)
         remedy = (
             f"Give labels={base_labels} to the data module, so that it numbers them in this order."
@@ -149,11 +133,7 @@ class ClassificationTask(PretrainedTask):
         return model
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint whose labels have other names or another order.
-
-        Raises:
-            CheckpointError: If they have.
-        """
+        """Refuses a checkpoint whose labels have other names or another order."""
         theirs = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("labels")
         if theirs is not None and list(theirs) != self.labels:
             raise CheckpointError(

@@ -116,11 +116,7 @@ class SentenceEmbedder(PretrainedTask):
         return found
 
     def configure_model(self) -> None:
-        """Loads the model, and decides how embeddings are made; once.
-
-        Raises:
-            ConfigError: If the data or the model's files do not fit the arguments.
-        """
+        """Loads the model, and decides how embeddings are made; once."""
         self._check_scores(getattr(trainer_of(self), "datamodule", None))
         if self.model is not None:
             return
@@ -185,12 +181,7 @@ class SentenceEmbedder(PretrainedTask):
         return {name: self.hparams[name] for name in ("pooling", "normalize", "similarity")}
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Returns the embeddings of texts, ``(texts, dimension)``, float32.
-
-        Args:
-            input_ids: ``(texts, length)``, int64.
-            attention_mask: The same size: 1 for tokens and 0 for padding.
-        """
+        """Returns the embeddings of ``(texts, length)`` tokens, ``(texts, dimension)``, float32."""
         hidden = self(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         pooled = pool(hidden.float(), attention_mask, self.hparams["pooling"])
         return unit_length(pooled, dim=-1) if self.hparams["normalize"] else pooled
@@ -279,13 +270,7 @@ def _usual_pooling(config: PretrainedConfig) -> Pooling:
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
-    """Returns one vector per text, ``(texts, width)``.
-
-    Args:
-        hidden: Vectors of the tokens, ``(texts, length, width)``.
-        mask: ``(texts, length)``: 1 for tokens and 0 for padding, on either side.
-        pooling: ``"mean"``, ``"cls"`` (the first token) or ``"lasttoken"``.
-    """
+    """Returns one vector per text, ``(texts, width)``, of those of its tokens that ``mask`` has."""
     if pooling == "mean":
         weights = mask[:, :, None].to(hidden.dtype)
         return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-9)

@@ -14,13 +14,7 @@ from lightning_peft.sentence_folder import Similarity
 
 
 def similarities(first: Tensor, second: Tensor, similarity: Similarity) -> Tensor:
-    """Returns how similar each of ``(n, dimension)`` is to each of ``(m, dimension)``, ``(n, m)``.
-
-    Args:
-        first: Embeddings.
-        second: Embeddings.
-        similarity: ``"cosine"``, or ``"dot"`` for the dot product.
-    """
+    """Returns how similar each of ``(n, dimension)`` is to each of ``(m, dimension)``."""
     if similarity == "cosine":
         first, second = normalize(first, dim=-1), normalize(second, dim=-1)
     return first @ second.T
@@ -37,11 +31,8 @@ def false_negatives(anchors: Tensor, documents: Tensor) -> Tensor:
     """Returns which documents must not be negatives of an anchor, ``(rows, documents)``, bool.
 
     These are texts equal to the anchor, and to a positive of an equal anchor, wherever they stand
-    in the batch. An anchor's own positive is not among them.
-
-    Args:
-        anchors: Digests of the anchors, ``(rows,)``.
-        documents: Digests of the positives in the order of the anchors, then of all negatives.
+    in the batch. An anchor's own positive is not among them. ``anchors`` and ``documents``, the
+    positives in the order of the anchors, then all negatives, are digests.
     """
     rows = len(anchors)
     same_anchor = anchors[:, None] == anchors[None, :]
@@ -70,8 +61,7 @@ def ranking_loss(
         left_out: ``(rows, documents)``, bool: which of them are not compared.
         scale: What similarities are multiplied by: 1 / temperature.
         similarity: ``"cosine"`` or ``"dot"``.
-        symmetric: Also look for the anchor of each positive among all anchors, and take the mean
-            of both losses.
+        symmetric: Also look for the anchor of each positive, and take the mean of both losses.
 
     Returns:
         ``(rows,)``, in nats.
@@ -87,15 +77,10 @@ def ranking_loss(
 
 
 def cosent_loss(found: Tensor, scores: Tensor, scale: float) -> Tensor:
-    """Returns CoSENT's loss of a batch of pairs, a scalar: pairs of greater score are more similar.
+    """Returns CoSENT's loss of a batch of pairs, a scalar: greater scores are more similar.
 
     ``log(1 + sum(exp(scale * (found[k] - found[i]))))`` over all ``i``, ``k`` with
-    ``scores[i] > scores[k]``.
-
-    Args:
-        found: Similarities, ``(pairs,)``, float32.
-        scores: What they are to be ordered by, ``(pairs,)``.
-        scale: What similarities are multiplied by.
+    ``scores[i] > scores[k]``; similarities ``found`` and ``scores`` are ``(pairs,)``.
     """
     scaled = found * scale
     differences = (scaled[None, :] - scaled[:, None])[scores[:, None] > scores[None, :]]

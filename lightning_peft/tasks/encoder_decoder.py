@@ -85,12 +85,7 @@ class EncoderDecoderTask(PretrainedTask):
         return metrics | {name: METRICS[name]() for name in self.text_metrics}
 
     def setup(self, stage: str) -> None:
-        """Checks what would cost a run, before anything is loaded.
-
-        Raises:
-            ConfigError: If there is no tokenizer to write generated tokens with.
-            UnsupportedError: If the model overflows in the precision of the run.
-        """
+        """Refuses a precision that overflows, and generated text without a tokenizer."""
         kind = self.model_config().model_type
         narrow = [p for p in (self.trainer.precision, self.hparams["dtype"]) if p in _FLOAT16]
         if kind in _NO_FLOAT16 and narrow:

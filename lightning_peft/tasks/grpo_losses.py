@@ -20,10 +20,8 @@ _SMALL = 1e-4
 class Advantages:
     """What the rewards of a batch say of its samples.
 
-    Attributes:
-        values: Advantage of each sample, ``(samples,)``; 0 for those without a reward.
-        rewards: Weighted sum of the rewards of each sample, ``(samples,)``; NaN for those without.
-        equal: Whether all rewards of a group are equal, so that it teaches nothing, ``(groups,)``.
+    ``values`` are ``(samples,)``, 0 for those without a reward, whose weighted sum in ``rewards``,
+    ``(samples,)``, is NaN; ``equal`` groups, ``(groups,)``, have one reward and teach nothing.
     """
 
     values: Tensor

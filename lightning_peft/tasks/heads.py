@@ -16,22 +16,16 @@ if TYPE_CHECKING:
 
 
 def keep_heads_in_float32(model: PreTrainedModel) -> None:
-    """Puts what ``model`` has on top of its base model in float32, and makes it take any precision.
+    """Puts what ``model`` has on top of its base in float32, and makes it take any precision.
 
-    A 16-bit checkpoint is loaded with a 16-bit head, and steps of an optimizer that are
-    less than half a per cent of a weight would be rounded away.
+    In 16 bits, steps of an optimizer of less than half a per cent of a weight are rounded away.
     """
     base = model.base_model
     keep_in_float32(child for child in model.children() if child is not base)
 
 
 def keep_in_float32(modules: Iterable[nn.Module], reader: nn.Module | None = None) -> None:
-    """Puts modules in float32, and makes them take any precision.
-
-    Args:
-        modules: The modules.
-        reader: Their outputs get the dtype of its weights; by default they stay float32.
-    """
+    """Puts modules in float32, and makes them take any precision, and give that of ``reader``."""
     for module in modules:
         if any(param.is_floating_point() for param in module.parameters()):
             module.float()

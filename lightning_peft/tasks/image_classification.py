@@ -34,8 +34,7 @@ class ImageClassifier(RowClassifier):
     def check_head(self, base_labels: list[str]) -> None:
         """Refuses a head for the same labels in another order.
 
-        A head for as many other labels is kept as the start of training, which is logged; one of
-        another size is replaced.
+        One for as many other labels is the start of training; one of another size is replaced.
         """
         if sorted(base_labels) == sorted(self.labels):
             super().check_head(base_labels)

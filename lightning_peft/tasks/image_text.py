@@ -30,10 +30,8 @@ _PROJECTORS = ("projector", "connector", "merger", "aligner")
 class ModelParts:
     """Names of the parts of an image-text-to-text model.
 
-    Attributes:
-        vision: The parts that see, without a projector that is inside of one.
-        projectors: What makes their features tokens of the language model.
-        output: The output embeddings, if they are a layer of their own.
+    ``vision`` is without a projector that is inside of a part; ``output`` are the output
+    embeddings, if they are a layer of their own.
     """
 
     vision: tuple[str, ...]
@@ -75,12 +73,7 @@ class ImageTextToText(CausalLM):
         super().__init__(model, **options)
 
     def setup(self, stage: str) -> None:
-        """Checks the tokens of the data against the model, before it is loaded.
-
-        Raises:
-            ConfigError: If an image's tokens are others to the model.
-            UnsupportedError: If the model has an encoder for its text.
-        """
+        """Checks the tokens of the data against the model, before it is loaded."""
         config: Any = self.model_config()
         if config.get_text_config().is_encoder_decoder:
             raise UnsupportedError(
@@ -116,11 +109,7 @@ class ImageTextToText(CausalLM):
             keep_in_float32(projectors, reader=model.get_input_embeddings())
 
     def adapter_defaults(self) -> AdapterDefaults:
-        """Returns the parts that get no adapters, and those that are trained in full.
-
-        Raises:
-            UnsupportedError: If the model has no projector that ``projector`` could be done to.
-        """
+        """Returns the parts that get no adapters, and those that are trained in full."""
         skeleton = self._skeleton()
         parts = model_parts(skeleton)
         hparams = self.hparams
@@ -170,12 +159,7 @@ class ImageTextToText(CausalLM):
             )
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
-        """Returns prompt, expected and generated text of each row.
-
-        Raises:
-            UnsupportedError: If the rows are not those of :class:`ImageTextData
-                <lightning_peft.data.image_text.ImageTextData>`.
-        """
+        """Returns prompt, expected and generated text of each row."""
         if not isinstance(batch, list):
             raise UnsupportedError(
                 "predict takes the rows of lightning_peft.ImageTextData: in a padded batch it is "
@@ -186,10 +170,7 @@ class ImageTextToText(CausalLM):
     def generate_samples(
         self, rows: list[dict[str, Any]], max_new_tokens: int
     ) -> list[GeneratedSample]:
-        """Returns the model's answers to the prompts of ``rows`` of the data module.
-
-        A prompt is what comes before the first token with a label, with its images.
-        """
+        """Returns the model's answers to the prompts of ``rows``: all before the first label."""
         return [self._answer(row, max_new_tokens) for row in rows]
 
     def _answer(self, row: dict[str, Any], max_new_tokens: int) -> GeneratedSample:

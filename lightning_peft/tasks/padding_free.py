@@ -41,10 +41,8 @@ class PaddingFree:
     def batch(self, model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns a batch as one row or a few, or as it is.
 
-        Args:
-            model: A causal language model.
-            batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``(rows, length)``, and no
-                more; rows are padded at their end.
+        Only one of ``input_ids``, ``attention_mask`` and ``labels``, each ``(rows, length)``,
+        padded at their end, is changed.
         """
         if not _covers(batch):
             return batch

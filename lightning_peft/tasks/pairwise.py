@@ -12,11 +12,7 @@ from lightning_peft.tasks.pretrained import PretrainedTask
 
 
 class PairwiseTask(PretrainedTask):
-    """A model that is trained on batches of :class:`lightning_peft.PreferenceData`.
-
-    The arguments are those of :class:`PretrainedTask
-    <lightning_peft.tasks.pretrained.PretrainedTask>`.
-    """
+    """A model that is trained on batches of :class:`lightning_peft.PreferenceData`."""
 
     @abstractmethod
     def compared(self) -> tuple[str, ...]:

@@ -159,13 +159,7 @@ class PretrainedTask(_Base, metaclass=LateBoundMeta):
         return config
 
     def on_fit_start(self) -> None:
-        """Checks the tokens of the data, and puts the model in train mode.
-
-        ``from_pretrained`` returns it in eval mode.
-
-        Raises:
-            ConfigError: If the model has no embedding for some tokens.
-        """
+        """Checks the tokens of the data, and ends ``from_pretrained``'s eval mode."""
         assert self.model is not None
         self.check_tokens()
         self.model.train()
@@ -177,11 +171,7 @@ class PretrainedTask(_Base, metaclass=LateBoundMeta):
     on_test_start = on_predict_start = on_validation_start
 
     def check_tokens(self) -> None:
-        """Checks, once, that the model has an embedding for every token of the data module.
-
-        Raises:
-            ConfigError: If not, with the first such rows.
-        """
+        """Checks, once, that the model has an embedding for every token of the data module."""
         data = getattr(trainer_of(self), "datamodule", None)
         if data is self._vocabulary_checked or self.model is None:
             return

@@ -24,11 +24,7 @@ _NOTICEABLE = 0.01
 
 
 class ReferencedTask(PretrainedTask):
-    """A causal language model that is compared with itself, without its adapters.
-
-    The arguments are those of :class:`PretrainedTask
-    <lightning_peft.tasks.pretrained.PretrainedTask>`.
-    """
+    """A causal language model that is compared with itself, without its adapters."""
 
     auto_class = AutoModelForCausalLM
     _start_checked = False
@@ -44,14 +40,7 @@ class ReferencedTask(PretrainedTask):
         """The class and its loss, for messages."""
 
     def answers(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Returns the log-probability of each row's answer, and its number of tokens.
-
-        Args:
-            batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``(rows, length)``.
-
-        Returns:
-            ``(rows,)``, float32, in nats, and ``(rows,)``, int64.
-        """
+        """Returns the log-probability of each row's answer in nats, ``(rows,)``, and its tokens."""
         output = self(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         return answer_log_probabilities(output.logits, batch["labels"])
 
@@ -61,11 +50,7 @@ class ReferencedTask(PretrainedTask):
             return self.answers(batch)[0]
 
     def on_fit_start(self) -> None:
-        """Checks that there is a reference, and puts the model in train mode.
-
-        Raises:
-            ConfigError: If the loss needs a reference and the base is none.
-        """
+        """Checks that there is a reference, and puts the model in train mode."""
         self._check_reference()
         super().on_fit_start()
 
@@ -100,21 +85,13 @@ class ReferencedTask(PretrainedTask):
 
 @contextmanager
 def reference(task: Any) -> Iterator[None]:
-    """Runs the body with the base alone: adapters off, no dropout, no gradients.
-
-    There is no second model: everything that trains is put back to what it was, for a while.
-    """
+    """Runs the body with the base alone: what trains is put back to what it was, for a while."""
     with torch.no_grad(), engine.in_eval_mode(task.model), engine.disable_adapters(task):
         yield
 
 
 def check_reference(task: Any) -> None:
-    """Refuses a reference that would be something else than the base.
-
-    Raises:
-        ConfigError: If there are no adapters to switch off, or something trains besides, or the
-            base itself was changed when the adapters were added.
-    """
+    """Refuses a reference that would be something else than the base."""
     name = task.title
     record = engine.record_of(task)
     if record is None:

@@ -38,14 +38,7 @@ class Retrieval(Metric):
     def update(
         self, anchors: Tensor, documents: Tensor, anchor_digests: Tensor, document_digests: Tensor
     ) -> None:
-        """Adds the rows of a batch.
-
-        Args:
-            anchors: ``(rows, dimension)``.
-            documents: The positives in the order of the anchors, then all negatives.
-            anchor_digests: ``(rows,)``, int64.
-            document_digests: ``(documents,)``, int64.
-        """
+        """Adds a batch: ``(rows, dimension)``, positives and then negatives, and digests."""
         values = (anchors, documents, anchor_digests, document_digests)
         given = (*values, document_digests[: len(anchors)])
         for name, value in zip(self._STATES, given, strict=True):

@@ -84,15 +84,7 @@ class RewardModel(PairwiseTask):
         }
 
     def scores(self, batch: dict[str, Tensor]) -> Tensor:
-        """Returns the score of each row, ``(rows,)``, float32.
-
-        Args:
-            batch: ``input_ids`` and ``attention_mask``, each ``(rows, length)``, padded on the
-                right with any token.
-
-        Raises:
-            ConfigError: If a row ends with the padding token: its score would be read before it.
-        """
+        """Returns the score of each row, ``(rows,)``, float32; rows are padded on the right."""
         assert self.model is not None
         config: Any = self.model.config
         filler = config.get_text_config().pad_token_id

@@ -100,11 +100,7 @@ BUILT_IN = tuple(_BUILT_IN)
 
 
 def load_rewards(paths: Sequence[str]) -> dict[str, RewardFunction]:
-    """Returns reward functions by their paths: a name of ``BUILT_IN``, or ``package.module.name``.
-
-    Raises:
-        ConfigError: With every path that names no function.
-    """
+    """Returns functions by their paths: a name of ``BUILT_IN``, or ``package.module.name``."""
     found: dict[str, RewardFunction] = {}
     problems = []
     for path in paths:
@@ -143,17 +139,7 @@ def _takes_names(function: RewardFunction) -> bool:
 def check_columns(
     functions: Mapping[str, RewardFunction], rows: Iterable[Mapping[str, Any]]
 ) -> None:
-    """Checks that the rows have what the functions need, before any answer is judged.
-
-    Args:
-        functions: By name.
-        rows: All rows: ``row`` (its number) and ``columns``.
-
-    Raises:
-        ConfigError: If a function has a parameter without default of which no row has a column, or
-            a row has nothing that a built-in one could compare with; with all such columns, or the
-            first such row.
-    """
+    """Checks that ``rows`` have the columns that the functions need, before any is judged."""
     built_in = {name: one for name, one in functions.items() if one in _BUILT_IN.values()}
     there = set(_ANSWERED)
     for row in rows:
@@ -187,17 +173,9 @@ def judge(
 ) -> Tensor:
     """Returns the rewards of answers, ``(answers, functions)``, float32; NaN for ``None``.
 
-    Args:
-        functions: By name. Each is called as TRL does, with lists of equal length: ``prompts``,
-            ``completions``, ``completion_ids`` and the further columns of the rows by their names,
-            ``None`` where a row has none; :func:`check_columns` says which are needed.
-        rows: The row of each answer: ``prompt``, ``row`` (its number) and ``columns``.
-        completions: Texts, or turns where the prompts are turns.
-        completion_ids: Tokens of the answers.
-
-    Raises:
-        ConfigError: If a function returns another number of rewards, or one that is not a finite
-            number; with its name and the row.
+    Functions are called as TRL does, with lists of equal length: ``prompts``, ``completions``,
+    ``completion_ids`` and the further columns of the rows by their names, ``None`` where a row has
+    none; :func:`check_columns` says which are needed.
     """
     names = dict.fromkeys(name for row in rows for name in row["columns"])
     given: dict[str, Any] = {

@@ -171,13 +171,7 @@ class RewardTuning(ReferencedTask):
         return {name: MeanMetric() for name in ("reward", *names)}
 
     def on_fit_start(self) -> None:
-        """Checks what cannot work, and puts the model in train mode.
-
-        Raises:
-            ConfigError: If there is no reference, a reward cannot be imported, or the data has no
-                prompts, or not the columns that the rewards need.
-            UnsupportedError: If there are several processes.
-        """
+        """Checks processes, steps and rows, and puts the model in train mode."""
         trainer: Any = self.trainer
         if trainer.world_size > 1:
             raise UnsupportedError(
@@ -241,10 +235,7 @@ class RewardTuning(ReferencedTask):
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
     def activation_shapes(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Returns the largest batch that learns from answers to ``batch``, without values.
-
-        ``gradient_checkpointing="auto"`` and the planner's warning ask for it.
-        """
+        """Returns the largest batch that learns from ``batch``, for plans of memory."""
         rows, length = batch["input_ids"].shape
         answers = rows * self.hparams["num_generations"]
         longest = length + self.hparams["max_completion_length"]
@@ -371,10 +362,7 @@ class RewardTuning(ReferencedTask):
     def generate_samples(
         self, rows: list[dict[str, Any]], max_new_tokens: int
     ) -> list[GeneratedSample]:
-        """Returns the model's greedy answers to the prompts of ``rows``.
-
-        What is expected is the column ``expected``, where there is one.
-        """
+        """Returns the model's greedy answers to the prompts of ``rows``."""
         trainer: Any = self.trainer
         data = trainer.datamodule
         batch = data.collator()(rows)

@@ -18,15 +18,7 @@ from lightning_peft.generation import continuations, without_settings_of_base
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are generated.
-
-    Attributes:
-        longest: Most tokens of an answer.
-        count: Answers to each prompt; 0 for one greedy answer.
-        temperature: Of sampling.
-        top_p: Share of the probability that tokens are drawn from.
-        seed: Of the random numbers.
-    """
+    """How answers are generated: ``longest`` tokens, ``count`` for each prompt, 0 for greedy."""
 
     longest: int
     count: int = 0
@@ -66,13 +58,8 @@ class Answers:
 class Rollout:
     """Judged answers, and what the steps that learn from them have in common.
 
-    Attributes:
-        batch: As of :class:`Answers`.
-        mask: Tokens that count in the loss, ``(answers, length - 1)``, bool.
-        advantages: Of each answer, ``(answers,)``.
-        measured: What is logged, by name; scalars.
-        old: Log-probabilities of the model that sampled, ``(answers, length - 1)``.
-        reference: The same of the reference.
+    ``mask`` are the tokens that count, ``old`` and ``reference`` log-probabilities, each
+    ``(answers, length - 1)``; ``advantages`` are ``(answers,)``; ``measured`` are scalars to log.
     """
 
     batch: dict[str, Tensor]
@@ -86,8 +73,7 @@ class Rollout:
 def answers_to(task: Any, batch: dict[str, Any], sampling: Sampling) -> Answers:
     """Returns answers of the model of ``task`` to the prompts of a batch of ``PromptData``.
 
-    The model is in eval mode meanwhile: no dropout, no activation checkpointing. The random numbers
-    of the run are as before.
+    The model is in eval mode meanwhile, and the random numbers of the run are as before.
     """
     model, tokenizer = task.model, task.trainer.datamodule.tokenizer
     filler = tokenizer.pad_token_id

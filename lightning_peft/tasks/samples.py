@@ -13,15 +13,7 @@ from lightning_peft.generation import continuations
 
 @dataclass(frozen=True)
 class GeneratedSample:
-    """One generation and the expected text.
-
-    Attributes:
-        prompt: What the model was given, as text.
-        expected: What the row says.
-        generated: What the model says.
-        cut: Whether it was ended at the most tokens that it may have, not by the model; ``None``
-            where that is not known.
-    """
+    """One generation and the expected text; ``cut`` is ``None`` where the end is not known."""
 
     prompt: str
     expected: str
@@ -43,8 +35,8 @@ def answers(
 ) -> list[GeneratedSample]:
     """Returns the answers of the causal language model of ``task`` to the prompts of rows.
 
-    A row is token ids and labels, a prompt what comes before the first token with a label; of plain
-    text, the first half. Prompts are generated for together, padded on the left.
+    A row is token ids and labels, a prompt what comes before the first label; of plain text, the
+    first half. Prompts are generated for together, padded on the left.
     """
     prompts = [ids[: _prompt_length(ids, labels)] for ids, labels in rows]
     tokenizer = task.trainer.datamodule.tokenizer

@@ -58,12 +58,7 @@ class SpanScores(Metric):
             self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, predicted: Sequence[Sequence[str]], expected: Sequence[Sequence[str]]) -> None:
-        """Adds sentences.
-
-        Args:
-            predicted: Tags of the words of each sentence, as the model gives them.
-            expected: The same, as they should be.
-        """
+        """Adds sentences: the tags of their words, as the model gives them and as they are."""
         for tags, right in zip(predicted, expected, strict=True):
             answers, spans = spans_of(tags), spans_of(right)
             self.found += len(answers & spans)

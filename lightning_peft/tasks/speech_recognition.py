@@ -29,12 +29,7 @@ class SpeechRecognizer(EncoderDecoderTask):
     metrics_by_default = ("wer", "cer")
 
     def setup(self, stage: str) -> None:
-        """Checks that the model hears what the feature extractor makes.
-
-        Raises:
-            ConfigError: If it does not.
-            UnsupportedError: If the model overflows in the precision of the run.
-        """
+        """Checks that the model hears what the feature extractor makes."""
         super().setup(stage)
         extractor = getattr(self._datamodule, "extractor", None)
         features = getattr(extractor, "feature_size", None)
@@ -47,11 +42,7 @@ class SpeechRecognizer(EncoderDecoderTask):
             )
 
     def configure_model(self) -> None:
-        """Loads the model, and checks that it gets a language if it knows several.
-
-        Raises:
-            ConfigError: If it needs one and is given none, or the other way round.
-        """
+        """Loads the model, and checks that it gets a language if it knows several."""
         super().configure_model()
         assert self.model is not None
         settings = self.generation()

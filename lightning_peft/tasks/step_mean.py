@@ -35,15 +35,10 @@ class StepMean:
     def add(
         self, items: Tensor, means: dict[str, Tensor], reduce: Callable[[Tensor], Tensor]
     ) -> dict[str, Tensor]:
-        """Adds a batch and returns the means over all items of the step so far, in all processes.
+        """Adds a batch and returns the means over all items of the step so far, float32.
 
-        Args:
-            items: What the means of this batch are over, such as its labelled tokens; a scalar.
-            means: Means over these items, by name; scalars.
-            reduce: Sums a tensor over all processes.
-
-        Returns:
-            The means by the same names, float32.
+        ``items`` is what the ``means`` of the batch are over, such as its labelled tokens; all are
+        scalars. ``reduce`` sums a tensor over all processes.
         """
         items = items.detach().float()
         sums = [torch.where(items > 0, mean.detach() * items, 0) for mean in means.values()]
@@ -61,9 +56,7 @@ class StepMean:
     def normalize(self, optimizer: torch.optim.Optimizer, shares: int) -> None:
         """Divides the gradients by the items of the step, which ends here.
 
-        Args:
-            optimizer: The optimizer that is about to step.
-            shares: What Lightning divided by already: accumulated batches times processes.
+        ``shares`` is what Lightning divided by already: accumulated batches times processes.
         """
         if self._items is not None:
             factor = shares * _TYPICAL_ITEMS / self._items.clamp(min=1)

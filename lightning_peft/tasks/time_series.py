@@ -131,9 +131,6 @@ class Forecaster(_Base, metaclass=LateBoundMeta):
         """Takes names, scale and season of the series from the data's training steps.
 
         A checkpoint that is restored afterwards brings its own scale.
-
-        Raises:
-            ConfigError: If the data has another horizon or other columns.
         """
         # Evaluation leaves metrics with tensors of inference mode, which a later fit cannot update.
         self.metrics = _metrics()
@@ -158,14 +155,7 @@ class Forecaster(_Base, metaclass=LateBoundMeta):
             setattr(self, name, getattr(statistics, name).to(self.device))
 
     def forward(self, past: Tensor) -> Tensor:
-        """Returns the forecast.
-
-        Args:
-            past: ``(batch, context, columns)``, in the units of the data.
-
-        Returns:
-            ``(batch, horizon, columns)``, in the same units.
-        """
+        """Returns the forecast ``(batch, horizon, columns)`` for ``(batch, context, columns)``."""
         rows, steps, columns = past.shape
         scaled = ((past - self.mean) / self.std).transpose(1, 2).reshape(-1, 1, steps)
         hidden = self.stem(scaled)

@@ -69,11 +69,7 @@ class TokenClassifier(ClassificationTask):
         return [[names[number] for number in row[first].tolist()] for row, first in rows]
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """Returns for each row its words and their most likely tags.
-
-        A row of ``batch`` that has tags gets them as ``expected``. Words that were cut off, since
-        the row was too long, are not among them.
-        """
+        """Returns for each row its words that were not cut off, their tags, and any expected."""
         inputs = {name: value for name, value in _for_model(batch).items() if name != "labels"}
         starts = batch["word_starts"].bool()
         tags = self._tags(self(**inputs).logits.argmax(-1), starts)

@@ -42,13 +42,7 @@ _ROWS, _TOKENS = 2, 32
 
 @dataclass
 class TokenScores:
-    """What a batch gave.
-
-    Attributes:
-        loss: Mean over the labelled tokens, float32.
-        tokens: How many those are.
-        correct: How many of them are the most likely token.
-    """
+    """What a batch gave: mean loss, float32, over its labelled tokens, and how many are right."""
 
     loss: Tensor
     tokens: int
@@ -75,11 +69,7 @@ class TokenLoss:
     def keep_places(self, labels: Tensor, places: Tensor) -> None:
         """Takes the places of the labels of the next batch, which else a GPU is waited for.
 
-        They count for this very tensor, and until it is changed.
-
-        Args:
-            labels: ``(batch, length)``, on the device of the model.
-            places: Those that :func:`label_places` found before they were moved; same device.
+        They count for this very tensor, on the device of the model, and until it is changed.
         """
         self._kept = (labels, labels.shape, version_of(labels), places)
 
@@ -166,16 +156,9 @@ class ChunkedLoss(torch.autograd.Function):
         after: Callable[[Tensor], Tensor],
         *trained: Tensor,
     ) -> Tensor:
-        """Returns the mean, float32.
+        """Returns the mean, float32, behind ``head`` and ``after``, in chunks of ``rows`` tokens.
 
-        Args:
-            ctx: Autograd's.
-            hidden: What the head gets, ``(tokens, width)``.
-            targets: ``(tokens,)``, int64.
-            rows: Tokens in a chunk.
-            head: Makes logits.
-            after: What the model does to logits.
-            *trained: The parameters of the head that are trained.
+        ``hidden`` is ``(tokens, width)``, ``targets`` ``(tokens,)``; ``trained`` are of the head.
         """
         total = hidden.new_zeros((), dtype=torch.float32)
         of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -244,10 +227,9 @@ def _chunk_rows(model: PreTrainedModel) -> int:
 
 
 def rows_of_chunk(classes: int, gpu_bytes: int) -> int:
-    """Returns how many tokens a chunk has.
+    """Returns how many tokens a chunk has, by the size of the whole device.
 
-    By the size of the whole device, not by what is free: sums of other chunks round otherwise, and
-    the same run on the same device is to give the same bits.
+    Not by what is free: sums of other chunks round otherwise, and a run is to give the same bits.
     """
     most = gpu_bytes // _GPU_SHARE // _LOGIT_BYTES
     logits = max(CHUNK, 1 << max(0, most.bit_length() - 1))
@@ -257,10 +239,7 @@ def rows_of_chunk(classes: int, gpu_bytes: int) -> int:
 def _labelled_inputs(
     call: Callable[..., Any], model: PreTrainedModel, batch: Any, places: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Returns the head's inputs where there is a label, and the labels.
-
-    ``places`` are those that :func:`label_places` found.
-    """
+    """Returns the head's inputs where there is a label, and the labels."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     with _head_input(model, first_only=True) as seen:
         call(**inputs)
@@ -274,10 +253,9 @@ def _labelled_inputs(
 
 
 def label_places(batch: Any) -> Tensor | None:
-    """Returns where the labels of a batch are, for a device that should not be asked.
+    """Returns the places of labels in the flat batch, for a device that should not be asked.
 
-    That is ``(labelled tokens,)``, int64: places in the flat batch. ``None`` for a batch that is
-    not a dictionary with ``labels`` of shape ``(batch, length)`` on the CPU.
+    ``None`` for a batch that is not a dictionary with ``(batch, length)`` labels on the CPU.
     """
     labels = batch.get("labels") if isinstance(batch, dict) else None
     if not isinstance(labels, Tensor) or labels.ndim != 2 or labels.device.type != "cpu":

@@ -91,11 +91,7 @@ class UnpairedPreferenceTuning(ReferencedTask):
         return {name: MeanMetric() for name in names}
 
     def on_fit_start(self) -> None:
-        """Checks batches, labels and reference, and puts the model in train mode.
-
-        Raises:
-            ConfigError: If there is no reference, or a batch holds no mismatched answer.
-        """
+        """Checks batches, labels and reference, and puts the model in train mode."""
         super().on_fit_start()
         trainer: Any = self.trainer
         data = trainer.datamodule
@@ -112,10 +108,7 @@ class UnpairedPreferenceTuning(ReferencedTask):
             log.warning(advice)
 
     def balance_advice(self, desirable: int, undesirable: int) -> str | None:
-        """Returns how to weight so many rows of each label; ``None`` where that is well.
-
-        The weighted counts should be between 1:1 and 1.33:1 (the paper's equation 8).
-        """
+        """Returns how to weight rows outside of 1:1 to 1.33:1 (the paper's equation 8)."""
         weights = (self.hparams["desirable_weight"], self.hparams["undesirable_weight"])
         ratio = weights[0] * desirable / (weights[1] * undesirable)
         low, high = _BALANCED

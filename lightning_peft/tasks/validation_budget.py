@@ -198,8 +198,7 @@ class ValidationBudget(_Base, metaclass=LateBoundMeta):
     def _set_next(self, trainer: Any, batch: int = -1, steps: int = 0) -> None:
         """Lets Lightning validate where it is due; ``steps`` are those that the batch will add.
 
-        ``check_val_every_n_epoch`` stays as it is: ModelCheckpoint goes by it, and a run that is
-        stopped early would not be validated.
+        ``check_val_every_n_epoch`` stays: ModelCheckpoint goes by it, as do runs that stop early.
         """
         assert self.schedule is not None
         batches = trainer.num_training_batches
@@ -211,15 +210,10 @@ class ValidationBudget(_Base, metaclass=LateBoundMeta):
             trainer.val_check_batch = batches + 1
 
     def choose(self, epochs: float, epoch: float) -> dict[str, Any]:
-        """Returns how often a run of so many epochs validates and samples.
+        """Returns how often a run of ``epochs`` of so many seconds validates and samples.
 
-        Args:
-            epochs: Epochs of the run.
-            epoch: Seconds that the training batches of one take.
-
-        Returns:
-            ``per_epoch`` validations in every ``every_epochs``-th epoch, and ``samples``, which
-            come ``"with each"`` validation or ``"at the end"``.
+        ``per_epoch`` validations in every ``every_epochs``-th epoch, and ``samples``, which come
+        ``"with each"`` validation or ``"at the end"``.
         """
         validation, samples = self._validation or 0.0, self._sampled
         # Validation and samples before training count as well.

@@ -62,12 +62,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model as llama.cpp sees it.
-
-    Attributes:
-        class_name: Its class in transformers.
-        config: Its config.
-    """
+    """One model as llama.cpp sees it."""
 
     class_name: str
     config: Any
@@ -128,12 +123,9 @@ class Architecture:
         return found
 
     def tensor_names(self, names: list[str]) -> dict[str, str]:
-        """Returns the names of all tensors that are written, by those in transformers.
+        """Returns llama.cpp's names of all tensors that are written, by those in transformers.
 
         A head that is tied to the embedding is left out: llama.cpp takes the embedding.
-
-        Raises:
-            UnsupportedError: If llama.cpp has no place for one of them.
         """
         if self.config.tie_word_embeddings:
             names = [name for name in names if name != _HEAD]
@@ -148,12 +140,7 @@ class Architecture:
         return {name: there for name, there in found.items() if there is not None}
 
     def converted(self, name: str, value: Tensor) -> Tensor:
-        """Returns a tensor, or rows of one, in llama.cpp's order and meaning.
-
-        Args:
-            name: Its name in transformers.
-            value: ``(out, ...)``; of norms ``(width,)``.
-        """
+        """Returns a tensor, or rows of one, in llama.cpp's order and meaning."""
         owner, leaf = name.rsplit(".", 2)[-2:]
         if self.family.interleaved and owner in ("q_proj", "k_proj"):
             # (heads, halves, pairs) -> (heads, pairs, halves)
@@ -206,15 +193,7 @@ class Architecture:
 
 
 def architecture_of(class_name: str, config: Any) -> Architecture:
-    """Returns the architecture of a model.
-
-    Args:
-        class_name: Its class in transformers.
-        config: Its config.
-
-    Raises:
-        UnsupportedError: If such a GGUF file is not written here, with all reasons.
-    """
+    """Returns the architecture of a model, or refuses one that is not written, with all reasons."""
     if class_name not in FAMILIES:
         raise UnsupportedError(
             f"{class_name} is not written as GGUF here: {', '.join(FAMILIES)} are. Export it with "

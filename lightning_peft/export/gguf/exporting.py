@@ -36,12 +36,7 @@ _SOURCE = "f32"
 
 
 def as_gguf(request: ExportRequest) -> dict[str, Any]:
-    """Exports GGUF files, which llama.cpp and the programs on it read.
-
-    Raises:
-        UnsupportedError: If architecture, tokenizer or adapter is not one that llama.cpp has.
-        ConfigError: If the kind of numbers cannot be written here.
-    """
+    """Exports GGUF files, which llama.cpp and the programs on it read."""
     export = GgufExport(request)
     with atomic_folder(request.output) as folder:
         files = export.write(folder)
@@ -62,15 +57,7 @@ def as_gguf(request: ExportRequest) -> dict[str, Any]:
 
 
 class GgufExport:
-    """One export: what can be refused is refused when it is made.
-
-    Args:
-        request: What is exported.
-
-    Raises:
-        UnsupportedError, ConfigError: See :func:`as_gguf`.
-        BaseMismatchError: If the base is another one than in training.
-    """
+    """One export: what can be refused is refused when it is made."""
 
     def __init__(self, request: ExportRequest) -> None:
         require_gguf()

@@ -37,11 +37,7 @@ def has_gguf() -> bool:
 
 
 def require_gguf() -> None:
-    """Refuses to write GGUF without the package.
-
-    Raises:
-        ConfigError: If ``gguf`` is not installed.
-    """
+    """Refuses to write GGUF without the package."""
     if not has_gguf():
         raise ConfigError(
             "GGUF files are written by the package gguf, which is not installed: "
@@ -56,14 +52,7 @@ def gguf() -> Any:
 
 @dataclass
 class WrittenTensor:
-    """One tensor of a GGUF file before its values are there.
-
-    Attributes:
-        name: llama.cpp's name.
-        shape: Outermost dimension first.
-        values: Returns the values; called once.
-        kind: One of :data:`KINDS`.
-    """
+    """One tensor of a GGUF file, outermost dimension first; ``values`` are asked for once."""
 
     name: str
     shape: tuple[int, ...]
@@ -83,10 +72,7 @@ class WrittenTensor:
 
 
 def kind_of(shape: tuple[int, ...], kind: str) -> str:
-    """Returns the kind in which a tensor is written in a file of the kind ``kind``.
-
-    Vectors stay in float32, as llama.cpp needs it. Only rows of a multiple of 32 numbers have q8_0.
-    """
+    """Returns the kind of a tensor in a file of one kind: llama.cpp needs float32 vectors."""
     if len(shape) < 2:
         return "f32"
     return "f16" if kind == "q8_0" and shape[-1] % 32 else kind
@@ -102,14 +88,7 @@ def new_writer(file: Path, name: str, kind: str | None) -> Any:
 
 
 def write_tensors(writer: Any, tensors: list[WrittenTensor], progress: Progress) -> int:
-    """Writes a file whose facts have been added to ``writer``, and flushes it to disk.
-
-    Returns:
-        The bytes of all tensors.
-
-    Raises:
-        CheckpointError: If a value does not fit in the kind of its tensor.
-    """
+    """Writes a file with the facts in ``writer``, and flushes it; returns the tensors' bytes."""
     total, done = sum(tensor.bytes for tensor in tensors), 0
     for tensor in tensors:
         # Any dtype but uint8, which would be taken for the shape in bytes.

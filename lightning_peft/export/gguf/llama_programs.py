@@ -14,15 +14,7 @@ PROGRAM = "llama-quantize"
 
 
 def find_program(kind: str, given: str | None) -> str:
-    """Returns llama.cpp's program for a kind of numbers that is not written here.
-
-    Args:
-        kind: Such as ``"q4_k_m"``.
-        given: The program, where the user names one; by default it is looked up on ``PATH``.
-
-    Raises:
-        ConfigError: If there is no such kind, or no such program.
-    """
+    """Returns llama.cpp's program for a kind that is not written here, ``given`` or on ``PATH``."""
     prefix = "MOSTLY_"
     names = [each.name.removeprefix(prefix).lower() for each in gguf().LlamaFileType]
     if kind not in names:
@@ -41,11 +33,7 @@ def find_program(kind: str, given: str | None) -> str:
 
 
 def quantize_file(program: str, source: Path, output: Path, kind: str) -> None:
-    """Quantizes a GGUF file into another.
-
-    Raises:
-        ConfigError: If the program fails.
-    """
+    """Quantizes a GGUF file into another."""
     done = subprocess.run(
         [program, str(source), str(output), kind.upper()],
         stdin=subprocess.DEVNULL,

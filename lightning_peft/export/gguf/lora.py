@@ -20,11 +20,7 @@ KINDS = ("f32", "f16")
 
 
 def check_adapter(merge: StreamedMerge, architecture: Architecture) -> None:
-    """Refuses an adapter that llama.cpp cannot apply.
-
-    Raises:
-        UnsupportedError: If it is more than low-rank factors of layers that llama.cpp knows.
-    """
+    """Refuses an adapter that is more than low-rank factors of layers that llama.cpp knows."""
     whole = sorted(merge.replaced())
     if whole:
         raise UnsupportedError(
@@ -52,13 +48,10 @@ def write_adapter(
     name: str,
     progress: Progress,
 ) -> int:
-    """Writes the adapter on ``outline`` as a GGUF file.
+    """Writes the adapter on ``outline`` as a GGUF file; returns the bytes of its tensors.
 
     llama.cpp multiplies by alpha over rank. One alpha stands in the file; where the layers differ
     in their factors, those of ``B`` hold the difference.
-
-    Returns:
-        The bytes of its tensors.
     """
     layers: dict[str, Any] = engine.adapted_layers(outline)
     settings = next(iter(layers.values())).adapter_settings[_ADAPTER]

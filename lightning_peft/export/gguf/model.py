@@ -37,14 +37,8 @@ _DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 class GgufModel:
     """A model that can be written as GGUF: everything has been checked, and nothing written.
 
-    Attributes:
-        base: The files of the base.
-        merge: What merges the adapter.
-        names: Names in the model by keys in the files.
-        plan: The tensors of the merged model by key, file by file, as in the base.
-        architecture: What llama.cpp calls it.
-        vocabulary: Its tokenizer.
-        chat_template: Jinja source, where one is known.
+    ``names`` are those in the model by keys in the files, ``plan`` the tensors of the merged
+    model by key, file by file, as in the base.
     """
 
     base: Base
@@ -61,14 +55,7 @@ class GgufModel:
         return [*self.architecture.notes, *self.vocabulary.notes]
 
     def write_merged(self, file: Path, kind: str, facts: dict[str, str], progress: Progress) -> int:
-        """Writes the model with the adapter built in; returns the bytes of its tensors.
-
-        Args:
-            file: The file; it is made.
-            kind: One of :data:`lightning_peft.export.gguf.files.KINDS`.
-            facts: Texts by GGUF's keys, such as ``general.name``.
-            progress: Called with what is going on, bytes done, and all bytes.
-        """
+        """Writes the model with the adapter built in, and ``facts`` by GGUF's keys."""
         values = (
             merged_values(self.base, self.merge, self.names, shard, self._order(shard))
             for shard in self.plan.values()
@@ -87,11 +74,7 @@ class GgufModel:
         return sum(stored.numel for shard in self.plan.values() for stored in shard.values())
 
     def check_names(self) -> None:
-        """Refuses a model with tensors that llama.cpp has no place for.
-
-        Raises:
-            UnsupportedError: If there are some.
-        """
+        """Refuses a model with tensors that llama.cpp has no place for."""
         for shard in self.plan.values():
             self._order(shard)
 
@@ -142,21 +125,7 @@ class GgufModel:
 def prepare_model(
     adapter: Adapter, base: Base, kind: str, into: Into | None, chat_template: str | None
 ) -> GgufModel:
-    """Returns a model that can be written in a file of the kind ``kind``.
-
-    Args:
-        adapter: The adapter.
-        base: Its base.
-        kind: One of :data:`lightning_peft.export.gguf.files.KINDS`.
-        into: Which base of a QLoRA adapter; see
-            :class:`lightning_peft.engine.streamed_merging.StreamedMerge`.
-        chat_template: Jinja source; by default the tokenizer's.
-
-    Raises:
-        UnsupportedError: If llama.cpp has no such architecture or tokenizer, or it is not known
-            here.
-        LightningPeftError: See :func:`lightning_peft.export.merged_folder.prepare`.
-    """
+    """Returns a model that can be written in a file of the kind ``kind``, one of ``KINDS``."""
     name = adapter.base.get("class") or (base.config.architectures or ["A model of no class"])[0]
     architecture_of(str(name), base.config)
     merge, names = prepare(adapter, base, into, _DTYPES.get(kind, torch.float32))

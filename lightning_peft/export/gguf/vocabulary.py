@@ -40,7 +40,6 @@ class Vocabulary:
         merges: Pairs of tokens, for ``"gpt2"``.
         scores: The higher, the earlier a token is merged, for ``"llama"``.
         space_first: Whether a space is put before a text, for ``"llama"``.
-        notes: What a user should know.
     """
 
     model: str
@@ -75,16 +74,9 @@ class Vocabulary:
 def vocabulary_of(
     tokenizer: Any, rows: int, turn_end: str | None = None, prompt: str | None = None
 ) -> Vocabulary:
-    """Returns the vocabulary of a tokenizer of transformers.
+    """Returns the vocabulary of a tokenizer for an embedding of ``rows``; refuses other token ids.
 
-    Args:
-        tokenizer: The tokenizer.
-        rows: Rows of the model's embedding.
-        turn_end: The token that ends an answer, where the chat template has one.
-        prompt: A conversation as text, where there is a chat template.
-
-    Raises:
-        UnsupportedError: If llama.cpp would give other token ids, with all reasons.
+    ``turn_end`` ends an answer by the chat template, and ``prompt`` is a conversation as text.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
