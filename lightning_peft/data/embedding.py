@@ -42,7 +42,7 @@ class EmbeddingRows(TextPairRows):
         self._seen: set[int] = set()
 
     def encode(self, sample: Sample) -> list[dict[str, Any]]:
-        self.check_texts(sample)
+        self.check_texts(sample.text, sample.text_pair, *sample.negatives)
         assert sample.text is not None
         assert sample.text_pair is not None
         first, others = self.prompts

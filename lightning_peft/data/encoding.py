@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lightning_peft.data.conversation_text import ConversationText, LossOn, Part, Span
+from lightning_peft.data.json_text import texts_in
 from lightning_peft.data.row_encoder import IGNORED as IGNORED
 from lightning_peft.data.row_encoder import SpecialTokens, end_token_id
 from lightning_peft.data.samples import Message, Sample
@@ -119,15 +120,25 @@ class Encoder:
             return self._text(sample.text)
         turns = self._texts.turns(sample.messages, sample.context)
         self._check_special_tokens(turns, sample.context)
-        rows = []
-        for read, ids, spans, hidden in self._conversation(turns, sample.context):
-            row = self._label(ids, spans)
-            for first, last in hidden:
-                row.labels[first:last] = [IGNORED] * (min(last, len(row.labels)) - first)
-            self._check_trained_fraction(row)
-            self._texts.check_contents(read, sample.context)
-            rows.append(self._fit_to_length(row))
-        return rows
+        return [
+            self._fit_to_length(self._row(ids, spans, hidden, read, sample.context))
+            for read, ids, spans, hidden in self._conversation(turns, sample.context)
+        ]
+
+    def _row(
+        self,
+        ids: list[int],
+        spans: Sequence[Span],
+        hidden: Sequence[Span],
+        turns: Sequence[Message],
+        context: Mapping[str, Any],
+    ) -> Encoded:
+        row = self._label(ids, spans)
+        for first, last in hidden:
+            row.labels[first:last] = [IGNORED] * (min(last, len(row.labels)) - first)
+        self._check_trained_fraction(row)
+        self._texts.check_contents(turns, context)
+        return row
 
     def prompt(self, sample: Sample) -> list[int]:
         """Returns the tokens of turns that end with a question, up to where an answer begins."""
@@ -147,8 +158,7 @@ class Encoder:
     def _ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
         # Not verbose: long rows are counted here, and reported with their numbers.
         found = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
-        ids: list[int] = found["input_ids"]
-        return ids
+        return list(found["input_ids"])
 
     def _text(self, text: str) -> list[Encoded]:
         ids = self._ids(text, add_special_tokens=True)
@@ -168,7 +178,7 @@ class Encoder:
         if self.template.name == "raw":
             return
         for what, value in [*((f"{turn['role']} turn", turn) for turn in turns), *context.items()]:
-            for text in _strings(value):
+            for text in texts_in(value):
                 self._special_tokens.check(text, what)
 
     def _conversation(
@@ -183,20 +193,18 @@ class Encoder:
             requested = self._texts.trained(turns)
             answers = sum(turn["role"] == "assistant" for turn in turns)
             if len(requested) == answers or len(spans) == answers:
-                yield (
-                    turns,
-                    ids,
-                    spans[-len(requested) :] if len(requested) < answers else spans,
-                    [],
-                )
+                learnt = spans[-len(requested) :] if len(requested) < answers else spans
+                yield turns, ids, learnt, []
                 return
         for part in self._texts.parts(turns, context):
-            found = self._part(self._texts.with_masked_reasoning(part, context), context)
-            yield part.messages, *found
+            read = self._texts.with_masked_reasoning(part, context)
+            ids, spans, hidden, _ = self._part(read, context)
+            yield part.messages, ids, spans, hidden
 
     def _part(
         self, part: Part, context: Mapping[str, Any]
-    ) -> tuple[list[int], list[Span], list[Span]]:
+    ) -> tuple[list[int], list[Span], list[Span], list[Span]]:
+        """Returns tokens, those of answers and of what is hidden, and characters of each."""
         assert self.template is not None
         characters = [part.answers[place] for place in sorted(part.answers)]
         if not self.template.marks_answers:
@@ -211,7 +219,8 @@ class Encoder:
                 "thoughts",
                 'has thoughts, which reasoning="mask" can only find with a fast tokenizer',
             )
-        return ids, spans, [overlapping_tokens(offsets, first, last) for first, last in part.hidden]
+        hidden = [overlapping_tokens(offsets, first, last) for first, last in part.hidden]
+        return ids, spans, hidden, offsets
 
     def _masked(
         self, turns: Sequence[Message], context: Mapping[str, Any]
@@ -297,21 +306,14 @@ class Encoder:
         assert self.template is not None
         trained = [label for label in row.labels if label != IGNORED]
         if not trained or trained == [self.end]:
-            raise EncodingProblem(
-                "untrained",
-                f"has 0 % trained tokens with the chat template {self.template.name}",
-            )
-        if len(trained) >= len(row.labels) - 1:
-            raise EncodingProblem(
-                "all_trained",
-                f"has 100 % trained tokens, its prompt too, with the chat template "
-                f"{self.template.name}",
-            )
-        if self.end not in trained:
-            raise EncodingProblem(
-                "no_end",
-                f"does not train the end token with the chat template {self.template.name}",
-            )
+            kind, problem = "untrained", "has 0 % trained tokens"
+        elif len(trained) >= len(row.labels) - 1:
+            kind, problem = "all_trained", "has 100 % trained tokens, its prompt too,"
+        elif self.end not in trained:
+            kind, problem = "no_end", "does not train the end token"
+        else:
+            return
+        raise EncodingProblem(kind, f"{problem} with the chat template {self.template.name}")
 
     def _fit_to_length(self, row: Encoded) -> Encoded:
         length = len(row.input_ids)
@@ -346,12 +348,3 @@ def _runs(mask: Sequence[int], first: int, last: int) -> list[Span]:
     padded = [0, *mask[first:last], 0]
     edges = [first + i for i in range(len(padded) - 1) if padded[i] != padded[i + 1]]
     return list(zip(edges[::2], edges[1::2], strict=True))
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Yields every text in a value of JSON, but the names of keys."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _strings(inner)

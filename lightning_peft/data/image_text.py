@@ -81,14 +81,9 @@ class ImageTextEncoder(Encoder):
             text, spans, gains = expanded(read.text, self.images.token, written)
             answers = {place: moved(span, gains) for place, span in read.answers.items()}
             hidden = tuple(moved(span, gains) for span in read.hidden)
-            ids, answered, untrained, offsets = self._part_tokens(
-                Part(read.messages, text, answers, hidden)
-            )
-            row = self._label(ids, answered)
-            for first, last in untrained:
-                row.labels[first:last] = [IGNORED] * (min(last, len(row.labels)) - first)
-            self._check_trained_fraction(row)
-            self._texts.check_contents(part.messages, sample.context)
+            long = Part(read.messages, text, answers, hidden)
+            *labelled, offsets = self._part(long, sample.context)
+            row = self._row(*labelled, part.messages, sample.context)
             places = tuple(overlapping_tokens(offsets, *span) for span in spans)
             rows.append(self._fit_images(row, places))
         return rows
@@ -103,12 +98,6 @@ class ImageTextEncoder(Encoder):
                 f"writes {found} places for them",
             )
 
-    def _part_tokens(self, part: Part) -> tuple[list[int], list[Span], list[Span], list[Span]]:
-        characters = [part.answers[place] for place in sorted(part.answers)]
-        ids, spans, offsets = self._tokens(part.text, characters)
-        hidden = [overlapping_tokens(offsets, *span) for span in part.hidden]
-        return ids, spans, hidden, offsets
-
     def _fit_images(self, row: Encoded, places: tuple[Span, ...]) -> EncodedWithImages:
         """Cuts a long row at its end, and never an image."""
         last = max((end for _, end in places), default=0)
@@ -119,10 +108,7 @@ class ImageTextEncoder(Encoder):
                 f"has {len(row.input_ids):,} tokens of {self.max_length:,} allowed, and the end "
                 f"cannot be cut off without a part of an image (tokens of its images: {tokens})",
             )
-        fitted = self._fit_to_length(row)
-        return EncodedWithImages(
-            fitted.input_ids, fitted.labels, fitted.cut, fitted.end_added, places
-        )
+        return EncodedWithImages(**vars(self._fit_to_length(row)), images=places)
 
 
 class ImageTextRows(ConversationRows):
@@ -130,19 +116,15 @@ class ImageTextRows(ConversationRows):
 
     features = Features(
         {
-            "input_ids": ListOf(Value("int32")),
-            "labels": ListOf(Value("int32")),
+            **ConversationRows.token_features,
             "images": ListOf(Value("binary")),
             "image_starts": ListOf(Value("int32")),
             "image_ends": ListOf(Value("int32")),
             "conversions": ListOf(Value("string")),
-            "length": Value("int32"),
-            "end_added": Value("bool"),
-            "tokens_cut": Value("int32"),
         }
     )
     counts = (
-        *("tokens", "trained_tokens", "ends_trained", "ends_added", "truncated", "tokens_cut"),
+        *ConversationRows.token_counts,
         *("images", "image_tokens", "converted", "rows_without_images"),
     )
     writer_batch_size: ClassVar[int | None] = 32
@@ -157,24 +139,16 @@ class ImageTextRows(ConversationRows):
         """Returns the rows that a conversation becomes."""
         conversions = [conversion_of(decode_image(image)) or "" for image in sample.images]
         return [
-            {
-                "input_ids": row.input_ids,
-                "labels": row.labels,
-                "images": list(sample.images[: len(row.images)]),
-                "image_starts": [first for first, _ in row.images],
-                "image_ends": [last for _, last in row.images],
-                "conversions": conversions[: len(row.images)],
-                "length": len(row.input_ids),
-                "end_added": row.end_added,
-                "tokens_cut": row.cut,
-            }
+            self.columns(
+                row,
+                images=list(sample.images[: len(row.images)]),
+                image_starts=[first for first, _ in row.images],
+                image_ends=[last for _, last in row.images],
+                conversions=conversions[: len(row.images)],
+            )
             for row in self.encoder.encode(sample.with_system(self.system_prompt))
             if isinstance(row, EncodedWithImages)
         ]
-
-    def unused(self, sample: Sample) -> list[str]:
-        """Returns keys of turns that change nothing."""
-        return self.encoder.unused(sample.with_system(self.system_prompt))
 
     def count(self, row: dict[str, Any]) -> dict[str, int]:
         """Returns the counts of a row, its images among them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -115,7 +115,7 @@ def _refuse_placeholders(fields: Mapping[str, Any], names: tuple[str, ...]) -> N
     """Refuses places for images in the texts of parts, where an image is a part of its own."""
     turns = [turn for name in names for turn in listed_turns(fields.get(name)) or []]
     for turn in turns:
-        key = _content_key(turn) if isinstance(turn, dict) else None
+        key = _content_key(turn)
         content = None if key is None else turn[key]
         for part in content if isinstance(content, list) else []:
             text = part.get("text") if isinstance(part, dict) else None
@@ -129,28 +129,23 @@ def _refuse_placeholders(fields: Mapping[str, Any], names: tuple[str, ...]) -> N
 
 def _marked(value: Any, sources: list[Any]) -> Any:
     """Returns turns, or a text, with marks for images; what they are is added to ``sources``."""
+    text, part = partial(_marked_text, sources=sources), partial(_marked_part, sources=sources)
     turns = listed_turns(value)
-    if turns is None:
-        return _marked_text(value, sources)
-    return [_marked_turn(turn, sources) for turn in turns]
+    return text(value) if turns is None else [_changed_content(turn, text, part) for turn in turns]
 
 
-def _content_key(turn: Mapping[str, Any]) -> str | None:
-    return next((name for name in _CONTENT_KEYS if name in turn), None)
+def _content_key(turn: Any) -> str | None:
+    names = _CONTENT_KEYS if isinstance(turn, dict) else ()
+    return next((name for name in names if name in turn), None)
 
 
-def _marked_turn(turn: Any, sources: list[Any]) -> Any:
-    if not isinstance(turn, dict):
-        return turn
+def _changed_content(turn: Any, text: Callable[[str], Any], part: Callable[[Any], Any]) -> Any:
+    """Returns a turn whose content, a text or a list of parts, is changed."""
     key = _content_key(turn)
-    if key is None:
-        return turn
-    content = turn[key]
+    content = None if key is None else turn[key]
     if isinstance(content, str):
-        return {**turn, key: _marked_text(content, sources)}
-    if not isinstance(content, list):
-        return turn
-    return {**turn, key: [_marked_part(part, sources) for part in content]}
+        return {**turn, key: text(content)}
+    return {**turn, key: list(map(part, content))} if isinstance(content, list) else turn
 
 
 def _marked_text(text: Any, sources: list[Any]) -> Any:
@@ -218,18 +213,6 @@ def _decoded(text: str) -> bytes:
         raise row_problem("image", f"has an image as base64 that cannot be read: {error}") from None
 
 
-def named_paths(row: Mapping[str, Any], columns: Mapping[str, str]) -> Iterator[str]:
-    """Yields the paths of images in a row; see :func:`with_paths`."""
-    found: list[str] = []
-
-    def note(path: str) -> str:
-        found.append(path)
-        return path
-
-    with_paths(row, columns, note)
-    yield from found
-
-
 def with_paths(
     row: Mapping[str, Any], columns: Mapping[str, str], change: Callable[[str], str]
 ) -> dict[str, Any]:
@@ -239,7 +222,8 @@ def with_paths(
         if ours == "images":
             changed[name] = _changed_cells(row.get(name), change)
         elif (turns := listed_turns(row.get(name))) is not None:
-            changed[name] = [_changed_turn(turn, change) for turn in turns]
+            part = partial(_changed_part, change=change)
+            changed[name] = [_changed_content(turn, str, part) for turn in turns]
     return changed
 
 
@@ -260,13 +244,6 @@ def _changed_cell(cell: Any, change: Callable[[str], str]) -> Any:
     if cell.lower().startswith("file://"):
         return change(url2pathname(urlsplit(cell).path))
     return change(cell)
-
-
-def _changed_turn(turn: Any, change: Callable[[str], str]) -> Any:
-    key = _content_key(turn) if isinstance(turn, dict) else None
-    if key is None or not isinstance(turn[key], list):
-        return turn
-    return {**turn, key: [_changed_part(part, change) for part in turn[key]]}
 
 
 def _changed_part(part: Any, change: Callable[[str], str]) -> Any:

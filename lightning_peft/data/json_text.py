@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import date, time, timedelta
 from decimal import Decimal
 from typing import Any
@@ -58,6 +58,15 @@ def json_type(value: Any) -> str:
     if value is None:
         return "null"
     return next((name for kind, name in names if isinstance(value, kind)), "a value")
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Yields every text in a value, but the names of keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from texts_in(inner)
 
 
 def may_have_lone_surrogates(text: str) -> bool:

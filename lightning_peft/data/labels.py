@@ -6,17 +6,13 @@ import logging
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from lightning_peft.data.row_encoder import RowEncoder, SpecialTokens
+from lightning_peft.data.row_encoder import RowEncoder, TokenizedRows
 from lightning_peft.data.shapes import Layout
 from lightning_peft.data.tokenized import TokenizedData
 from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import ConfigError, similar_names
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 _SHOWN = 20
 
@@ -115,27 +111,14 @@ def _are(names: Sequence[str]) -> str:
     return "is" if len(names) == 1 else "are"
 
 
-class LabelledRows(RowEncoder):
-    """Encodes rows whose labels are collected, and cuts longer rows or refuses them."""
+class LabelledRows(TokenizedRows):
+    """Encodes rows whose labels are collected."""
 
     parallelizable = True
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        names: LabelNames,
-        max_length: int,
-        truncate: bool,
-    ) -> None:
-        self.tokenizer: Any = tokenizer
-        self.names, self.max_length, self.truncate = names, max_length, truncate
-        self.special_tokens = SpecialTokens(tokenizer)
-
-    def too_long(self, length: int) -> EncodingProblem:
-        """Returns the problem of a row of ``length`` tokens."""
-        return EncodingProblem(
-            "long", f"has {length:,} tokens, and {self.max_length:,} are allowed"
-        )
+    def __init__(self, names: LabelNames, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.names = names
 
     def summary(self) -> dict[str, Any]:
         return {"labels": self.names.names()}
@@ -165,7 +148,7 @@ class LabelledData(TokenizedData):
     def encoder_for(self, layout: Layout) -> RowEncoder:
         names = LabelNames(self.hparams["labels"])
         truncate = self.hparams["over_long"] == "truncate"
-        return self.row_encoder(self.tokenizer, names, self.max_length, truncate)
+        return self.row_encoder(names, self.tokenizer, self.max_length, truncate)
 
     @abstractmethod
     def label_counts(self, split: str) -> dict[str, int]:

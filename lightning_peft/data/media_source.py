@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, islice
@@ -12,12 +12,11 @@ from typing import Any, ClassVar
 
 from lightning_peft.compat.datasets import tqdm
 from lightning_peft.data.file_format import Row
-from lightning_peft.data.image_turns import named_paths, with_paths
+from lightning_peft.data.image_turns import with_paths
 from lightning_peft.data.reading import Source, is_data_file, split_named, visible_files
 from lightning_peft.errors import ConfigError, itemize
 
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_SOUNDS = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac"}
 _TEXTS = (".txt", ".md")
 
 
@@ -26,40 +25,42 @@ class MediaSource(Source):
     """Rows whose paths of media files, which are relative to their list, are made absolute."""
 
     media_field: ClassVar[str]
+    # Of media files, which rows name and which are not left out.
+    suffixes: ClassVar[tuple[str, ...]]
 
     def named_files(self) -> list[Path]:
         rows = self.rows() if self.files() else iter(())
-        found = {self._named_in(row)[1] for row in rows}
-        return sorted(Path(path) for path in found if path and os.path.isfile(path))
+        found = {path for row in rows if row.value for path in self._paths_in(row.value)}
+        return sorted(Path(path) for path in found if os.path.isfile(path))
+
+    def left_out(self) -> list[str]:
+        """Returns the files in the folder that are neither rows nor media."""
+        found = super().left_out()
+        return [name for name in found if Path(name).suffix.lower() not in self.suffixes]
 
     def _file_rows(self, path: Path, name: str, split: str | None) -> Iterator[Row]:
         for row in super()._file_rows(path, name, split):
-            column, named = self._named_in(row)
-            if row.value is not None and column is not None and named:
-                value, placed = row.value[column], str((path.parent / named).absolute())
-                row.value[column] = placed if isinstance(value, str) else {"path": placed}
-            yield row
+            placed = row.value and self._placed(
+                row.value, lambda one: str((path.parent / one).absolute())
+            )
+            yield row._replace(value=placed)
 
-    def _named_in(self, row: Row) -> tuple[str | None, str | None]:
-        """Returns the column of a row that holds media, and the path in it."""
-        column = None if row.value is None else self.column_of(self.media_field, row.value)
-        return column, None if row.value is None or column is None else _path_in(row.value[column])
+    def _placed(self, row: dict[str, Any], place: Callable[[str], str]) -> dict[str, Any]:
+        """Returns a row with its paths changed by ``place``."""
+        path, column = next(self._paths_in(row), None), self.column_of(self.media_field, row)
+        if path is None or column is None:
+            return row
+        placed = place(path)
+        return {**row, column: placed if isinstance(row[column], str) else {"path": placed}}
 
-
-def _path_in(value: Any) -> str | None:
-    """Returns the path in a cell; next to bytes, it is only the name they once had."""
-    if isinstance(value, dict) and not value.get("bytes"):
-        value = value.get("path")
-    return value if isinstance(value, str) and value.strip() else None
-
-
-def _with_named_files(source: MediaSource, found: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
-    """Returns files of rows and those that they name, each with its name seen from the folder."""
-    if not found:
-        return found
-    folder = Path(source.data) if Path(source.data).is_dir() else Path(source.data).parent
-    named = source.named_files()
-    return [*found, *((Path(os.path.relpath(p, folder)).as_posix(), p) for p in named)]
+    def _paths_in(self, row: Mapping[str, Any]) -> Iterator[str]:
+        """Yields the paths in a row; next to bytes, one is only the name they once had."""
+        column = self.column_of(self.media_field, row)
+        value = None if column is None else row[column]
+        if isinstance(value, dict) and not value.get("bytes"):
+            value = value.get("path")
+        if isinstance(value, str) and value.strip():
+            yield value
 
 
 @dataclass(frozen=True)
@@ -67,22 +68,14 @@ class AudioSource(MediaSource):
     """Rows of a recording and its transcript."""
 
     media_field = "audio"
-
-    def left_out(self) -> list[str]:
-        """Returns the files in the folder that are neither rows nor recordings."""
-        return [name for name in super().left_out() if Path(name).suffix.lower() not in _SOUNDS]
+    suffixes = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac")
 
 
 @dataclass(frozen=True)
-class ImageTextSource(MediaSource):
-    """Conversations with images, in a column of their own or inside of the turns."""
+class _WithNamedFiles(MediaSource):
+    """Rows that are what the images are that they name."""
 
-    media_field = "images"
-
-    def named_files(self) -> list[Path]:
-        rows = self.rows() if self.files() else iter(())
-        found = {p for row in rows if row.value for p in named_paths(row.value, self._names(row))}
-        return sorted(Path(path) for path in found if os.path.isfile(path))
+    suffixes = IMAGES
 
     def content(self) -> list[tuple[str, Path]]:
         """Returns the files of rows and the images that they name, each with its name."""
@@ -90,31 +83,34 @@ class ImageTextSource(MediaSource):
 
     @cached_property
     def _content(self) -> list[tuple[str, Path]]:
-        return _with_named_files(self, super().content())
+        found = super().content()
+        if not found:
+            return found
+        folder = Path(self.data) if Path(self.data).is_dir() else Path(self.data).parent
+        named = self.named_files()
+        return [*found, *((Path(os.path.relpath(p, folder)).as_posix(), p) for p in named)]
 
-    def left_out(self) -> list[str]:
-        """Returns the files in the folder that are neither rows nor images."""
-        return [name for name in super().left_out() if Path(name).suffix.lower() not in IMAGES]
 
-    def _file_rows(self, path: Path, name: str, split: str | None) -> Iterator[Row]:
-        for row in Source._file_rows(self, path, name, split):
-            if row.value is None:
-                yield row
-                continue
-            placed = with_paths(
-                row.value, self._names(row), lambda one: str((path.parent / one).absolute())
-            )
-            yield row._replace(value=placed)
+@dataclass(frozen=True)
+class ImageTextSource(_WithNamedFiles):
+    """Conversations with images, in a column of their own or inside of the turns."""
 
-    def _names(self, row: Row) -> dict[str, str]:
-        assert row.value is not None
+    def _placed(self, row: dict[str, Any], place: Callable[[str], str]) -> dict[str, Any]:
+        return with_paths(row, self._names(row), place)
+
+    def _paths_in(self, row: Mapping[str, Any]) -> Iterator[str]:
+        found: dict[str, str] = {}
+        with_paths(row, self._names(row), lambda path: found.setdefault(path, path))
+        yield from found
+
+    def _names(self, row: Mapping[str, Any]) -> dict[str, str]:
         fields = ("images", "messages", "prompt", "completion")
-        found = {ours: self.column_of(ours, row.value) for ours in fields}
+        found = {ours: self.column_of(ours, row) for ours in fields}
         return {ours: theirs for ours, theirs in found.items() if theirs is not None}
 
 
 @dataclass(frozen=True)
-class ImageSource(MediaSource):
+class ImageSource(_WithNamedFiles):
     """Rows of an image and its class.
 
     A folder without files of rows holds one folder for each class, or ``train`` and ``validation``
@@ -143,14 +139,8 @@ class ImageSource(MediaSource):
         """Returns the lists or, of a folder of classes, the images."""
         return self._pictures or super().files()
 
-    def content(self) -> list[tuple[str, Path]]:
-        """Returns the files and, of lists, the images that they name, each with its name."""
-        return self._content
-
-    @cached_property
-    def _content(self) -> list[tuple[str, Path]]:
-        found = super().content()
-        return found if self._pictures else _with_named_files(self, found)
+    def named_files(self) -> list[Path]:
+        return [] if self._pictures else super().named_files()
 
     def left_out(self) -> list[str]:
         """Returns the names of files in the folder that are not read, and of empty folders."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from datasets import Features, Value
 
 from lightning_peft.data.data_statistics import LONGEST_ROWS, length_histogram, statistics
 from lightning_peft.data.encoding import TextSpan
+from lightning_peft.data.json_text import texts_in
 from lightning_peft.data.packing import PackedRows
 from lightning_peft.data.prepared import Prepared
 from lightning_peft.data.row_data_module import RowDataModule
@@ -93,7 +94,7 @@ def _search(
     found = 0
     shown: list[tuple[str, int]] = []
     for row in data.source_rows():
-        if any(wanted in one.casefold() for one in _strings(row.value)):
+        if any(wanted in one.casefold() for one in texts_in(row.value)):
             found += 1
             parts = places.get((row.file, row.number), [])
             if parts and len(shown) < rows:
@@ -110,14 +111,6 @@ def _part_with(
         if wanted in "".join(span.text for span in spans).casefold():
             return split, place
     return parts[0]
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list):
-        for inner in value.values() if isinstance(value, Mapping) else value:
-            yield from _strings(inner)
 
 
 def _longest_allowed(data: RowDataModule, lengths: Sequence[int]) -> int:

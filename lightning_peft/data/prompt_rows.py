@@ -33,9 +33,6 @@ class PromptRows(ConversationRows):
     )
     counts = ("tokens",)
 
-    def unused(self, sample: Sample) -> list[str]:
-        return self.encoder.unused(sample.with_system(self.system_prompt))
-
     def encode(self, sample: Sample) -> list[dict[str, Any]]:
         """Returns the row that ``sample`` becomes."""
         ids = self.encoder.prompt(sample.with_system(self.system_prompt))

@@ -36,7 +36,7 @@ class RerankingRows(TextPairRows):
     counts = ("tokens", "truncated", "tokens_cut", "passages", "contradictions")
 
     def encode(self, sample: Sample) -> list[dict[str, Any]]:
-        self.check_texts(sample)
+        self.check_texts(sample.text, sample.text_pair, *sample.negatives)
         assert sample.text is not None
         assert sample.text_pair is not None
         if sample.score is None:
@@ -99,10 +99,6 @@ class RerankingData(TextPairData):
     def encoder_for(self, layout: Layout) -> RowEncoder:
         truncate = self.hparams["over_long"] == "truncate"
         return RerankingRows(self.tokenizer, self.max_length, truncate)
-
-    def lacking(self) -> str | None:
-        """Returns ``None``: each row says itself what is to be learnt."""
-        return None
 
     def render_row(self, row: dict[str, Any]) -> list[TextSpan]:
         spans = []

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import psutil
 from torch.utils.data import DataLoader, Sampler
 
 from lightning_peft.data.encoding import TextSpan
 from lightning_peft.data.file_format import Row
+from lightning_peft.data.parallel_encoding import usable_cores
 from lightning_peft.data.preparation import (
     DEFAULT_SPLIT_FRACTIONS,
     PreparationSettings,
@@ -43,8 +43,7 @@ log = logging.getLogger(__name__)
 
 def automatic_workers(processes: int, most: int = 4) -> int:
     """Returns how many workers each of the processes of a machine starts on its CPU cores."""
-    cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else 0
-    return max(0, min(most, (cores or psutil.cpu_count() or 1) // max(1, processes) - 1))
+    return max(0, min(most, usable_cores() // max(1, processes) - 1))
 
 
 class RowDataModule(_Base, metaclass=LateBoundMeta):

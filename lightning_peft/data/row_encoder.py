@@ -98,3 +98,37 @@ def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
             "save it."
         )
     return int(tokenizer.eos_token_id)
+
+
+class TokenizedRows(RowEncoder):
+    """Encodes texts by a tokenizer alone, and cuts longer ones or refuses them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, truncate: bool) -> None:
+        self.tokenizer: Any = tokenizer
+        self.max_length, self.truncate = max_length, truncate
+        self.special_tokens = SpecialTokens(tokenizer)
+
+    def check_texts(self, *texts: str | None) -> None:
+        """Refuses texts with special tokens in them."""
+        for text in texts:
+            self.special_tokens.check(text or "", "text")
+
+    def tokens(self, *texts: str) -> tuple[Any, int]:
+        """Returns the tokenizer's output for one text or two, and how many tokens were cut."""
+        full = self.tokenizer(*texts, verbose=False)
+        length = len(full["input_ids"])
+        if length <= self.tokenizer.num_special_tokens_to_add(pair=len(texts) == 2):
+            raise EncodingProblem("missing", "has a text of which the tokenizer makes no token")
+        if length <= self.max_length:
+            return full, 0
+        if not self.truncate:
+            raise self.too_long(length)
+        # Of a pair, the longer text is cut first.
+        cut = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
+        return cut, length - len(cut["input_ids"])
+
+    def too_long(self, length: int) -> EncodingProblem:
+        """Returns the problem of a row of ``length`` tokens."""
+        return EncodingProblem(
+            "long", f"has {length:,} tokens, and {self.max_length:,} are allowed"
+        )

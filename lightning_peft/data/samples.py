@@ -17,9 +17,9 @@ Message = dict[str, Any]
 # Labels of answers that are wanted, and that are not.
 DESIRABLE, UNDESIRABLE = "desirable", "undesirable"
 
-# Keys of the origin of a turn, not of its content.
 # In characters.
 _LONGEST_PATH = 500
+# Keys of the origin of a turn, not of its content.
 METADATA_KEYS = {"id", "uuid", "date", "time", "timestamp", "created_at", "url"}
 
 
@@ -76,21 +76,17 @@ class Sample:
             return hashlib.sha256(self.image).digest()[:16]
         both = [_message_content(turns) for turns in (self.messages, self.rejected)]
         content: list[Any] = [*both, self.text, self.label]
+        others: list[dict[str, Any]] = [
+            {"text_pair": self.text_pair},
+            {"negatives": self.negatives},
+            {"score": self.score},
+            {"tokens": self.tokens, "tags": self.tags},
+            {"context": self.context},
+            {"images": self._image_digests()},
+            {"columns": self.columns},
+        ]
         # Only where there is one, so that rows of other shapes keep their digest and their split.
-        if self.text_pair is not None:
-            content.append({"text_pair": self.text_pair})
-        if self.negatives:
-            content.append({"negatives": self.negatives})
-        if self.score is not None:
-            content.append({"score": self.score})
-        if self.tokens:
-            content.append({"tokens": self.tokens, "tags": self.tags})
-        if self.context:
-            content.append({"context": self.context})
-        if self.images:
-            content.append({"images": self._image_digests()})
-        if self.columns:
-            content.append({"columns": self.columns})
+        content += [one for one in others if next(iter(one.values())) not in (None, [], {})]
         sound = self.audio and self.audio.digest()
         return _digest([*content, *filter(None, [self.translation, sound])])
 

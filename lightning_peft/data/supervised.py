@@ -27,7 +27,7 @@ class ConversationRows(RowEncoder):
     """Encodes conversations; those without a system turn get ``system_prompt``."""
 
     parallelizable = resumable = True
-    # Of what `columns` returns.
+    # Of what `columns` returns, and what is counted of it.
     token_features = {
         "input_ids": ListOf(Value("int32")),
         "labels": ListOf(Value("int32")),
@@ -36,10 +36,17 @@ class ConversationRows(RowEncoder):
         "tokens_cut": Value("int32"),
     }
 
+    token_counts = (
+        *("tokens", "trained_tokens", "ends_trained", "ends_added", "truncated", "tokens_cut"),
+    )
+
     def __init__(self, encoder: Encoder, system_prompt: str | None = None) -> None:
         self.encoder, self.end = encoder, encoder.end
         self.variables = encoder.variables
         self.system_prompt = system_prompt
+
+    def unused(self, sample: Sample) -> list[str]:
+        return self.encoder.unused(sample.with_system(self.system_prompt))
 
     def summary(self) -> dict[str, Any]:
         template = self.encoder.template
@@ -104,17 +111,11 @@ class SupervisedRows(ConversationRows):
     """Tokens of a row, with labels on what is trained."""
 
     features = Features({**ConversationRows.token_features, "part": Value("int32")})
-    counts = (
-        *("tokens", "trained_tokens", "ends_trained", "ends_added", "truncated", "tokens_cut"),
-        "further_parts",
-    )
+    counts = (*ConversationRows.token_counts, "further_parts")
 
     def encode(self, sample: Sample) -> list[dict[str, Any]]:
         rows = self.encoder.encode(sample.with_system(self.system_prompt))
         return [self.columns(row, part=part) for part, row in enumerate(rows, start=1)]
-
-    def unused(self, sample: Sample) -> list[str]:
-        return self.encoder.unused(sample.with_system(self.system_prompt))
 
     def count(self, row: dict[str, Any]) -> dict[str, int]:
         return super().count({**row, "further_parts": row["part"] > 1})

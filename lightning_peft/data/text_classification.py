@@ -15,7 +15,6 @@ from lightning_peft.data.batching import pad_inputs
 from lightning_peft.data.encoding import IGNORED, TextSpan, token_spans
 from lightning_peft.data.labels import LabelledData, LabelledRows
 from lightning_peft.data.samples import Sample
-from lightning_peft.data.validation import EncodingProblem
 
 
 class TextLabelRows(LabelledRows):
@@ -39,27 +38,15 @@ class TextLabelRows(LabelledRows):
     def encode(self, sample: Sample) -> list[dict[str, Any]]:
         label = self.names.find(sample.label or "")
         texts = [text for text in (sample.text, sample.text_pair) if text is not None]
-        for text in texts:
-            self.special_tokens.check(text, "text")
-        full = self.tokenizer(*texts, verbose=False)
-        length = len(full["input_ids"])
-        if length <= self.tokenizer.num_special_tokens_to_add(pair=len(texts) == 2):
-            raise EncodingProblem("missing", "has a text of which the tokenizer makes no token")
-        tokens = full
-        if length > self.max_length:
-            if not self.truncate:
-                raise self.too_long(length)
-            # Of a pair, the longer text is cut first.
-            tokens = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
-        ids = tokens["input_ids"]
-        types = tokens.get("token_type_ids", [])
+        self.check_texts(*texts)
+        tokens, cut = self.tokens(*texts)
         return [
             {
-                "input_ids": ids,
-                "token_type_ids": types,
+                "input_ids": tokens["input_ids"],
+                "token_type_ids": tokens.get("token_type_ids", []),
                 "label": label,
-                "length": len(ids),
-                "tokens_cut": length - len(ids),
+                "length": len(tokens["input_ids"]),
+                "tokens_cut": cut,
             }
         ]
 

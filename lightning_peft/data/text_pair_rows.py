@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_peft.data.row_encoder import RowEncoder, SpecialTokens
-from lightning_peft.data.samples import Sample
+from lightning_peft.data.row_encoder import TokenizedRows
 from lightning_peft.data.tokenized import TokenizedData
-from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import ConfigError
 from lightning_peft.sentence_folder import SentenceFolder, read_sentence_folder
 
@@ -16,38 +13,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class TextPairRows(RowEncoder):
+class TextPairRows(TokenizedRows):
     """Encodes texts that are compared, and keeps the range of their scores."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, truncate: bool) -> None:
-        self.tokenizer: Any = tokenizer
-        self.max_length, self.truncate = max_length, truncate
-        self.special_tokens = SpecialTokens(tokenizer)
+        super().__init__(tokenizer, max_length, truncate)
         self.scores: tuple[float, float] | None = None
         self._score_of: dict[int, float] = {}
-
-    def check_texts(self, sample: Sample) -> None:
-        """Refuses texts with special tokens in them."""
-        for text in (sample.text, sample.text_pair, *sample.negatives):
-            self.special_tokens.check(text or "", "text")
-
-    def tokens(self, *texts: str) -> tuple[Any, int]:
-        """Returns the tokenizer's output for one text or two, and how many tokens were cut.
-
-        Raises:
-            EncodingProblem: If they make no token, or too many.
-        """
-        full = self.tokenizer(*texts, verbose=False)
-        length = len(full["input_ids"])
-        if length <= self.tokenizer.num_special_tokens_to_add(pair=len(texts) == 2):
-            raise EncodingProblem("missing", "has a text of which the tokenizer makes no token")
-        if length <= self.max_length:
-            return full, 0
-        if not self.truncate:
-            problem = f"has {length:,} tokens, and {self.max_length:,} are allowed"
-            raise EncodingProblem("long", problem)
-        cut = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
-        return cut, length - len(cut["input_ids"])
 
     def count_score(self, pair: int, score: float | None) -> int:
         """Notes the score of a pair; returns 1 if an earlier row has another one for it."""
@@ -107,9 +79,9 @@ class TextPairData(TokenizedData):
         """What was prepared, for the record of a run, with the longest text that it allowed."""
         return {**super().record, "max_length": self.max_length}
 
-    @abstractmethod
     def lacking(self) -> str | None:
         """Returns why nothing can be learnt from the rows, as a sentence; ``None`` if it can."""
+        return None
 
     def setup(self, stage: str) -> None:
         """Opens the prepared rows, and checks that there is something to learn."""

@@ -46,8 +46,7 @@ class TagRows(LabelledRows):
     def encode(self, sample: Sample) -> list[dict[str, Any]]:
         words = sample.tokens
         tags = [self.names.find(tag, "tag") for tag in sample.tags]
-        for word in words:
-            self.special_tokens.check(word, "text")
+        self.check_texts(*words)
         found = self.tokenizer(" ".join(words), return_offsets_mapping=True, verbose=False)
         word_of = words_of_tokens(words, found["offset_mapping"], found.sequence_ids(0))
         absent = sorted(set(range(len(words))) - set(word_of))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_peft.compat.lightning import last_saved_step, save_last
@@ -21,7 +20,32 @@ else:
     _Callback = _EarlyStopping = _ModelCheckpoint = object
 
 
-class BestCheckpoint(_ModelCheckpoint, metaclass=LateBoundMeta):
+class _MetricCheck(_Callback):
+    """Refuses a metric that is never there, before the first step."""
+
+    monitor: Any
+
+    def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
+        """Checks that the first validation logs the metric."""
+        known = [name for name in trainer.callback_metrics if name.startswith("val_")]
+        if self.monitor.startswith("val_") and self.monitor not in known:
+            raise ConfigError(
+                f"{type(self).__name__}(monitor={self.monitor!r}): "
+                f"{type(trainer.lightning_module).__name__} logs {', '.join(known)}."
+            )
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Checks that there are validations; Lightning would say so after the first epoch."""
+        if self.monitor.startswith("val_") and not sum(trainer.num_val_batches):
+            raise ConfigError(
+                f"{type(self).__name__}(monitor={self.monitor!r}) needs validation rows, and "
+                "there are none. Give some (validation_share, validation_data), raise "
+                "limit_val_batches, or remove the callback."
+            )
+        super().on_train_start(trainer, pl_module)
+
+
+class BestCheckpoint(_MetricCheck, _ModelCheckpoint, metaclass=LateBoundMeta):
     """Keeps the checkpoint with the best value of a metric, and the last one.
 
     Lightning's ``ModelCheckpoint`` with the defaults of the recipes, for either Lightning package.
@@ -58,15 +82,6 @@ class BestCheckpoint(_ModelCheckpoint, metaclass=LateBoundMeta):
         )
         self.save_every = save_every
 
-    def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
-        """Checks that the metric is there."""
-        _check_logged(self, trainer)
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Checks that the metric will be there."""
-        _check_validated(self, trainer)
-        super().on_train_start(trainer, pl_module)
-
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -88,7 +103,7 @@ class BestCheckpoint(_ModelCheckpoint, metaclass=LateBoundMeta):
             save_last(self, trainer)
 
 
-class StopEarly(_EarlyStopping, metaclass=LateBoundMeta):
+class StopEarly(_MetricCheck, _EarlyStopping, metaclass=LateBoundMeta):
     """Ends training when a metric has not improved for some validations.
 
     Lightning's ``EarlyStopping`` with the defaults of the recipes, for either Lightning package.
@@ -116,37 +131,6 @@ class StopEarly(_EarlyStopping, metaclass=LateBoundMeta):
             patience=patience,
             min_delta=min_delta,
             check_on_train_epoch_end=False,
-        )
-
-    def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
-        """Checks that the metric is there."""
-        _check_logged(self, trainer)
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Checks that the metric will be there."""
-        _check_validated(self, trainer)
-
-
-def _check_validated(callback: Any, trainer: Any) -> None:
-    """Refuses to wait for a validation that never comes, before the first step.
-
-    Lightning says so when the metric is asked for, after the first epoch.
-    """
-    if callback.monitor.startswith("val_") and not sum(trainer.num_val_batches):
-        raise ConfigError(
-            f"{type(callback).__name__}(monitor={callback.monitor!r}) needs validation rows, and "
-            "there are none. Give some (validation_share, validation_data), raise "
-            "limit_val_batches, or remove the callback."
-        )
-
-
-def _check_logged(callback: Any, trainer: Any) -> None:
-    """Refuses a metric that the first validation does not log, before the first step."""
-    known = [name for name in trainer.callback_metrics if name.startswith("val_")]
-    if callback.monitor.startswith("val_") and callback.monitor not in known:
-        raise ConfigError(
-            f"{type(callback).__name__}(monitor={callback.monitor!r}): "
-            f"{type(trainer.lightning_module).__name__} logs {', '.join(known)}."
         )
 
 
@@ -220,7 +204,13 @@ class LogSamples(_Callback, metaclass=LateBoundMeta):
         samples: list[GeneratedSample] = []
         began = time.monotonic()
         count = min(self.count, len(rows))
-        with trainer.precision_plugin.forward_context(), ready(pl_module, self._say(trainer)):
+
+        def say(line: str) -> None:
+            if not self._said:
+                log_info(trainer.strategy, line)
+            self._said = True
+
+        with trainer.precision_plugin.forward_context(), ready(pl_module, say):
             for start in range(0, count, BATCH_SIZE):
                 for callback in trainer.callbacks:
                     before = getattr(callback, "on_validation_part", None)
@@ -231,16 +221,6 @@ class LogSamples(_Callback, metaclass=LateBoundMeta):
         self.seconds += time.monotonic() - began
         if trainer.is_global_zero:
             self._log(trainer, samples)
-
-    def _say(self, trainer: Any) -> Callable[[str], None]:
-        """Returns a function that shows a line in its first call only."""
-
-        def say(line: str) -> None:
-            if not self._said:
-                log_info(trainer.strategy, line)
-            self._said = True
-
-        return say
 
     def _log(self, trainer: Any, samples: list[GeneratedSample]) -> None:
         for callback in trainer.callbacks:

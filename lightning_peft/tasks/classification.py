@@ -9,17 +9,14 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from lightning_peft import engine
-from lightning_peft.compat.lightning import trainer_of
 from lightning_peft.errors import CheckpointError, ConfigError
-from lightning_peft.tasks.heads import keep_heads_in_float32
-from lightning_peft.tasks.pretrained import PretrainedTask
+from lightning_peft.tasks.heads import HeadedTask
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
 
-class ClassificationTask(PretrainedTask):
+class ClassificationTask(HeadedTask):
     """A transformers model with a head that tells labels apart.
 
     The names of the labels come from the data when the model is loaded, unless they are given.
@@ -70,23 +67,10 @@ class ClassificationTask(PretrainedTask):
             "label2id": {name: number for number, name in enumerate(labels)},
         }
 
-    def configure_model(self) -> None:
-        """Loads the model with a head for the labels of the data, or of the arguments; once.
-
-        Raises:
-            ConfigError: If data, arguments and the head of the base name different labels.
-        """
-        # No data module when a checkpoint is loaded, and no Trainer either.
-        data = getattr(trainer_of(self), "datamodule", None)
-        if data is not None:
-            self.follow(data)
-        if self.model is None:
-            if self.hparams["config"] is None:
-                names = ("revision", "trust_remote_code")
-                options = {name: self.hparams[name] for name in names}
-                self.check_base(engine.load_config(self.hparams["model"], **options))
-            super().configure_model()
-            self.metrics.add_metrics(self.make_label_metrics())
+    def prepare_model(self, model: Any) -> None:
+        """Adds the metrics, for which the labels are known now."""
+        super().prepare_model(model)
+        self.metrics.add_metrics(self.make_label_metrics())
 
     def follow(self, data: Any) -> None:
         """Takes over the labels of the data module, or checks that they are the same."""
@@ -126,11 +110,6 @@ class ClassificationTask(PretrainedTask):
             f"{self.hparams['model']!r} has a head that was trained for other labels, which would "
             f"be taken over. {_difference(base_labels, self.labels)} {remedy}"
         )
-
-    def _load(self) -> PreTrainedModel:
-        model = super()._load()
-        keep_heads_in_float32(model)
-        return model
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint whose labels have other names or another order."""

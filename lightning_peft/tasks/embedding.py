@@ -11,7 +11,6 @@ from torch.nn.functional import normalize as unit_length
 from torchmetrics import MeanMetric
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoModel
 
-from lightning_peft.compat.lightning import trainer_of
 from lightning_peft.errors import ConfigError
 from lightning_peft.sentence_folder import (
     Pooling,
@@ -76,6 +75,7 @@ class SentenceEmbedder(PretrainedTask):
     auto_class = AutoModel
     # Submodules that compute nothing the embeddings are made of; they get no adapters.
     unused_modules: tuple[str, ...] = ()
+    positive = (*PretrainedTask.positive, "scale")
 
     def __init__(
         self,
@@ -89,13 +89,6 @@ class SentenceEmbedder(PretrainedTask):
         **options: Any,
     ) -> None:
         super().__init__(model, **options)
-
-    def _argument_problems(self) -> list[str]:
-        problems = super()._argument_problems()
-        scale = self.hparams["scale"]
-        if scale is not None and scale <= 0:
-            problems.append(f"scale={scale} is not above 0")
-        return problems
 
     def make_metrics(self) -> dict[str, Any]:
         """Returns those of anchors and of pairs with scores; the data decides which have values."""
@@ -117,20 +110,20 @@ class SentenceEmbedder(PretrainedTask):
 
     def configure_model(self) -> None:
         """Loads the model, and decides how embeddings are made; once."""
-        self._check_scores(getattr(trainer_of(self), "datamodule", None))
-        if self.model is not None:
-            return
-        config = self.model_config()
-        if config.is_encoder_decoder:
-            raise ConfigError(
-                f"{self.hparams['model']!r} has an encoder and a decoder, and embeddings are made "
-                "by one of them. Take an encoder or a decoder."
-            )
-        self._settle(config)
+        self._check_scores(self._datamodule)
+        if self.model is None:
+            config = self.model_config()
+            if config.is_encoder_decoder:
+                raise ConfigError(
+                    f"{self.hparams['model']!r} has an encoder and a decoder, and embeddings are "
+                    "made by one of them. Take an encoder or a decoder."
+                )
+            self._settle(config)
         super().configure_model()
-        assert self.model is not None
-        # BERT and its like compute a summary of the first token, which pooling does not use.
-        pooler = getattr(self.model, "pooler", None)
+
+    def prepare_model(self, model: Any) -> None:
+        """Freezes the summary of the first token of BERT and its like: pooling does not use it."""
+        pooler = getattr(model, "pooler", None)
         if isinstance(pooler, torch.nn.Module):
             pooler.requires_grad_(False)
             self.unused_modules = ("model.pooler",)
@@ -138,23 +131,20 @@ class SentenceEmbedder(PretrainedTask):
     def _settle(self, config: PretrainedConfig) -> None:
         """Fills in pooling, normalizing, similarity and scale."""
         hparams = self.hparams
-        built = hparams["config"] is not None
-        folder = (
-            SentenceFolder()
-            if built
-            else read_sentence_folder(hparams["model"], hparams["revision"])
-        )
-        chosen = [name for name in ("pooling", "normalize") if hparams[name] is None]
-        if hparams["pooling"] is None:
-            hparams["pooling"] = folder.pooling or _usual_pooling(config)
-        if hparams["normalize"] is None:
-            hparams["normalize"] = folder.normalize
-        if hparams["similarity"] is None:
-            hparams["similarity"] = folder.similarity or "cosine"
-        if hparams["scale"] is None:
-            hparams["scale"] = _SCALES[hparams["similarity"]]
+        folder = SentenceFolder()
+        if hparams["config"] is None:
+            folder = read_sentence_folder(hparams["model"], hparams["revision"])
+        similarity = hparams["similarity"] or folder.similarity or "cosine"
+        found = {
+            "pooling": folder.pooling or _usual_pooling(config),
+            "normalize": folder.normalize,
+            "similarity": similarity,
+            "scale": _SCALES[similarity],
+        }
+        chosen = [name for name in found if hparams[name] is None]
+        hparams.update({name: found[name] for name in chosen})
         self.metrics["retrieval"].similarity = hparams["similarity"]
-        if chosen and not folder.known:
+        if {"pooling", "normalize"} & {*chosen} and not folder.known:
             log.warning(
                 "%r has no modules.json, which says how embeddings are made: pooling=%r and "
                 "normalize=%s are taken. Name them if they are to be others.",

@@ -9,7 +9,6 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import AutoModelForSeq2SeqLM
 
-from lightning_peft.compat.lightning import trainer_of
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.data.end_tokens import end_tokens
 from lightning_peft.errors import ConfigError, UnsupportedError
@@ -42,6 +41,7 @@ class EncoderDecoderTask(PretrainedTask):
     # What of a batch the encoder takes.
     encoder_inputs: ClassVar[tuple[str, ...]]
     metrics_by_default: ClassVar[tuple[TextMetric, ...]]
+    least = {"generate_limit": 0, "max_new_tokens": 1}
 
     def __init__(
         self,
@@ -56,14 +56,9 @@ class EncoderDecoderTask(PretrainedTask):
 
     def _argument_problems(self) -> list[str]:
         problems = super()._argument_problems()
-        hparams = self.hparams
-        unknown = [name for name in hparams["metrics"] or () if name not in METRICS]
+        unknown = [name for name in self.hparams["metrics"] or () if name not in METRICS]
         if unknown:
             problems.append(f"metrics={unknown} are none of {', '.join(METRICS)}")
-        if hparams["generate_limit"] < 0:
-            problems.append(f"generate_limit={hparams['generate_limit']} is less than 0")
-        if hparams["max_new_tokens"] < 1:
-            problems.append(f"max_new_tokens={hparams['max_new_tokens']} is less than 1")
         return problems
 
     @property
@@ -100,12 +95,6 @@ class EncoderDecoderTask(PretrainedTask):
                 "datamodule with a tokenizer to write it with. Fit with a data module of this "
                 "package, or set generate_limit=0."
             )
-
-    @property
-    def _datamodule(self) -> Any:
-        # Lightning's property raises where there is no Trainer.
-        trainer: Any = trainer_of(self)
-        return getattr(trainer, "datamodule", None)
 
     def forward(self, **batch: Any) -> Any:
         """Returns the model's output; tokens that are all there need no cache of earlier ones."""

@@ -9,10 +9,34 @@ import torch
 from torch import Tensor
 
 from lightning_peft.plugin.adapter_defaults import KEPT_IN_FLOAT32
+from lightning_peft.tasks.pretrained import PretrainedTask
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+class HeadedTask(PretrainedTask):
+    """A model with an output layer for what the data asks, which is new or in the files."""
+
+    def follow(self, data: Any) -> None:
+        """Takes over what the data module says, or checks that it says the same."""
+
+    def check_base(self, config: PretrainedConfig) -> None:
+        """Refuses a base, by its own configuration, that contradicts data or arguments."""
+
+    def configure_model(self) -> None:
+        """Loads the model with its head in float32, once, after a look at the data."""
+        if self._datamodule is not None:
+            self.follow(self._datamodule)
+        if self.model is None and self.hparams["config"] is None:
+            self.check_base(self.base_config())
+        super().configure_model()
+
+    def _load(self) -> PreTrainedModel:
+        model = super()._load()
+        keep_heads_in_float32(model)
+        return model
 
 
 def keep_heads_in_float32(model: PreTrainedModel) -> None:

@@ -10,7 +10,6 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from lightning_peft.compat.lightning import trainer_of
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.data.end_tokens import end_tokens
 from lightning_peft.errors import ConfigError, UnsupportedError
@@ -81,15 +80,9 @@ class ImageTextToText(CausalLM):
                 "what an encoder reads. Labels are for models that go on with their prompt: take "
                 "one such as Qwen-VL, SmolVLM, Gemma 3 or LLaVA."
             )
-        images = getattr(getattr(trainer_of(self), "datamodule", None), "image_tokens", None)
-        expected = next(
-            (
-                int(found)
-                for name in ("image_token_id", "image_token_index")
-                if (found := getattr(config, name, None)) is not None
-            ),
-            None,
-        )
+        images = getattr(self._datamodule, "image_tokens", None)
+        named = (getattr(config, f"image_token_{name}", None) for name in ("id", "index"))
+        expected = next((token for token in named if token is not None), None)
         if images is not None and expected is not None and expected not in images.ids:
             raise ConfigError(
                 f"The processor writes images as the tokens {images.ids}, and "
@@ -97,12 +90,8 @@ class ImageTextToText(CausalLM):
                 f"model's own: processor={self.hparams['model']!r}."
             )
 
-    def configure_model(self) -> None:
-        """Loads the model, once; a projector that is trained in full becomes float32."""
-        if self.model is not None:
-            return
-        super().configure_model()
-        model: Any = self.model
+    def prepare_model(self, model: Any) -> None:
+        """Puts a projector that is trained in full in float32."""
         if self.hparams["projector"] == "full":
             projectors = map(model.get_submodule, model_parts(model).projectors)
             # Models write its output over the embeddings of text.
@@ -174,9 +163,7 @@ class ImageTextToText(CausalLM):
         return [self._answer(row, max_new_tokens) for row in rows]
 
     def _answer(self, row: dict[str, Any], max_new_tokens: int) -> GeneratedSample:
-        assert self.model is not None
-        trainer: Any = self.trainer
-        data = trainer.datamodule
+        data = self._datamodule
         tokenizer = data.tokenizer
         ends = end_tokens(self.model, tokenizer)
         inputs = data.prompt_of(row)

@@ -5,25 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.errors import ConfigError
+from lightning_peft.tasks.heads import HeadedTask
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-class PaddingOfData:
+class PaddingOfData(HeadedTask):
     """Takes ``pad_token_id`` over from the data, and sets it in the model's configuration."""
 
     # Whether it is the data that says what padding is.
     _padding_of_data = False
-    hparams: Any
-    model: Any
 
-    def follow_padding(self, data: Any) -> None:
-        """Takes over the padding of a data module, or checks that it is the same.
-
-        Raises:
-            ConfigError: If it is not.
-        """
+    def follow(self, data: Any) -> None:
+        """Takes over the padding of the data too, or checks that it is the same."""
+        super().follow(data)
         filler = getattr(data, "pad_token_id", None)
         if filler is None or filler == self.hparams["pad_token_id"]:
             return
@@ -36,12 +32,9 @@ class PaddingOfData:
         self.hparams["pad_token_id"] = filler
         self._padding_of_data = True
 
-    def check_padding(self, config: PretrainedConfig) -> None:
-        """Refuses a base that takes another token for padding.
-
-        Raises:
-            ConfigError: If it does.
-        """
+    def check_base(self, config: PretrainedConfig) -> None:
+        """Refuses also a base that takes another token for padding than the data."""
+        super().check_base(config)
         theirs, ours = config.get_text_config().pad_token_id, self.hparams["pad_token_id"]
         if self._padding_of_data and theirs not in (None, ours):
             raise ConfigError(
@@ -51,18 +44,18 @@ class PaddingOfData:
                 f"right, say so with pad_token_id={ours}."
             )
 
-    def padding_fields(self) -> dict[str, Any]:
-        """Returns the padding of a model without weights, as fields of its configuration."""
+    def configuration(self) -> dict[str, Any]:
+        """Returns the other fields, and of a model without weights its padding."""
         built, padding = self.hparams["config"], self.hparams["pad_token_id"]
+        own = super().configuration()
         if built is None or padding is None or "pad_token_id" in built:
-            return {}
-        return {"pad_token_id": padding}
+            return own
+        return {**own, "pad_token_id": padding}
 
-    def set_padding(self) -> None:
+    def prepare_model(self, model: Any) -> None:
         """Sets the padding in the configuration of the model, if it is known."""
-        if self.hparams["pad_token_id"] is None:
-            return
-        assert self.model is not None
-        # Models of several parts read it from the part for text.
-        for config in (self.model.config, self.model.config.get_text_config()):
-            config.pad_token_id = self.hparams["pad_token_id"]
+        super().prepare_model(model)
+        if self.hparams["pad_token_id"] is not None:
+            # Models of several parts read it from the part for text.
+            for config in (model.config, model.config.get_text_config()):
+                config.pad_token_id = self.hparams["pad_token_id"]

@@ -54,6 +54,9 @@ class PreferenceTuning(ReferencedTask, PairwiseTask):
         ConfigError: If arguments contradict each other.
     """
 
+    positive = (*PairwiseTask.positive, "beta")
+    least = {"simpo_gamma": 0}
+
     def __init__(
         self,
         model: str,
@@ -77,8 +80,6 @@ class PreferenceTuning(ReferencedTask, PairwiseTask):
             problems.append(f"loss_type={kind!r} is none of {', '.join(map(repr, PAIR_LOSSES))}")
         elif kind != "sigmoid" and loss != "dpo":
             problems.append(f"loss_type={kind!r} is for loss='dpo' alone; leave it out")
-        if hparams["beta"] <= 0:
-            problems.append(f"beta={hparams['beta']} is not above 0")
         if not 0 <= smoothing < 0.5:
             problems.append(f"label_smoothing={smoothing} is not in [0, 0.5)")
         elif smoothing and loss != "dpo":
@@ -90,9 +91,7 @@ class PreferenceTuning(ReferencedTask, PairwiseTask):
                 "loss_type='robust' without label_smoothing is 'sigmoid'; give the share of pairs "
                 "that are labelled the wrong way round, such as label_smoothing=0.1"
             )
-        if hparams["simpo_gamma"] < 0:
-            problems.append(f"simpo_gamma={hparams['simpo_gamma']} is less than 0")
-        elif hparams["simpo_gamma"] != _GAMMA and kind != "simpo":
+        if hparams["simpo_gamma"] != _GAMMA and kind != "simpo":
             problems.append("simpo_gamma is for loss_type='simpo' alone; leave it out")
         return problems
 

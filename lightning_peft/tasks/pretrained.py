@@ -63,6 +63,9 @@ class PretrainedTask(_Base, metaclass=LateBoundMeta):
     auto_class: ClassVar[Any]
     # Further arguments of its from_pretrained.
     loading: ClassVar[dict[str, Any]] = {}
+    # Arguments that are above 0, where they are given, and the least values of others.
+    positive: ClassVar[tuple[str, ...]] = ("learning_rate",)
+    least: ClassVar[dict[str, int]] = {}
 
     def __init__(
         self,
@@ -91,9 +94,16 @@ class PretrainedTask(_Base, metaclass=LateBoundMeta):
     def _argument_problems(self) -> list[str]:
         """Returns the problems of the arguments; subclasses add theirs."""
         hparams = self.hparams
-        problems = []
-        if hparams["learning_rate"] <= 0:
-            problems.append(f"learning_rate={hparams['learning_rate']} is not above 0")
+        problems = [
+            f"{name}={hparams[name]} is not above 0"
+            for name in self.positive
+            if hparams[name] is not None and hparams[name] <= 0
+        ]
+        problems += [
+            f"{name}={hparams[name]} is less than {least}"
+            for name, least in self.least.items()
+            if hparams[name] < least
+        ]
         if not 0 <= hparams["warmup"] < 1:
             problems.append(
                 f"warmup={hparams['warmup']} is a share of the steps, from 0 to below 1"
@@ -131,6 +141,10 @@ class PretrainedTask(_Base, metaclass=LateBoundMeta):
         """Loads the model, or builds it from ``config``; once."""
         if self.model is None:
             self.model = self._load() if self.hparams["config"] is None else self._build()
+            self.prepare_model(self.model)
+
+    def prepare_model(self, model: Any) -> None:
+        """Changes the model that was just loaded or built; subclasses extend it."""
 
     def _load(self) -> PreTrainedModel:
         hparams = self.hparams
@@ -147,16 +161,20 @@ class PretrainedTask(_Base, metaclass=LateBoundMeta):
 
     def model_config(self) -> PretrainedConfig:
         """Returns the configuration of the model, without loading its weights."""
-        hparams = self.hparams
-        if hparams["config"] is not None:
-            fields = {**hparams["config"], **self.configuration()}
-            return AutoConfig.for_model(**fields)
+        built, own = self.hparams["config"], self.configuration()
+        return self.base_config(**own) if built is None else AutoConfig.for_model(**built | own)
+
+    def base_config(self, **fields: Any) -> PretrainedConfig:
+        """Returns the configuration in the files of the base, with other ``fields``."""
         names = ("revision", "trust_remote_code")
-        options = {name: hparams[name] for name in names}
-        config: PretrainedConfig = engine.load_config(
-            hparams["model"], **options, **self.configuration()
-        )
+        options = {name: self.hparams[name] for name in names}
+        config: PretrainedConfig = engine.load_config(self.hparams["model"], **options, **fields)
         return config
+
+    @property
+    def _datamodule(self) -> Any:
+        # Lightning's property raises where there is no Trainer.
+        return getattr(trainer_of(self), "datamodule", None)
 
     def on_fit_start(self) -> None:
         """Checks the tokens of the data, and ends ``from_pretrained``'s eval mode."""
@@ -172,7 +190,7 @@ class PretrainedTask(_Base, metaclass=LateBoundMeta):
 
     def check_tokens(self) -> None:
         """Checks, once, that the model has an embedding for every token of the data module."""
-        data = getattr(trainer_of(self), "datamodule", None)
+        data = self._datamodule
         if data is self._vocabulary_checked or self.model is None:
             return
         try:

@@ -51,16 +51,14 @@ class ReferencedTask(PretrainedTask):
 
     def on_fit_start(self) -> None:
         """Checks that there is a reference, and puts the model in train mode."""
-        self._check_reference()
-        super().on_fit_start()
-
-    def _check_reference(self) -> None:
         if self.has_reference:
             check_reference(self)
+        super().on_fit_start()
 
     def on_validation_start(self) -> None:
         """Checks that there is a reference, and the tokens of the data."""
-        self._check_reference()
+        if self.has_reference:
+            check_reference(self)
         super().on_validation_start()
 
     on_test_start = on_predict_start = on_validation_start

@@ -12,16 +12,12 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryAveragePrecision
 from transformers import AutoModelForSequenceClassification
 
-from lightning_peft import engine
-from lightning_peft.compat.lightning import trainer_of
 from lightning_peft.errors import ConfigError
-from lightning_peft.tasks.heads import keep_heads_in_float32
 from lightning_peft.tasks.padding import PaddingOfData
-from lightning_peft.tasks.pretrained import PretrainedTask
 from lightning_peft.tasks.retrieval import RankCorrelation
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +25,7 @@ _IDENTITY = "torch.nn.modules.linear.Identity"
 _SIGMOID = "torch.nn.modules.activation.Sigmoid"
 
 
-class Reranker(PaddingOfData, PretrainedTask):
+class Reranker(PaddingOfData):
     """A transformers model with one output: how well a passage answers a query (cross-encoder).
 
     Trained on batches of :class:`lightning_peft.RerankingData`. Passages with scores get
@@ -57,6 +53,7 @@ class Reranker(PaddingOfData, PretrainedTask):
     """
 
     auto_class = AutoModelForSequenceClassification
+    positive = (*PaddingOfData.positive, "scale")
 
     def __init__(
         self,
@@ -67,12 +64,6 @@ class Reranker(PaddingOfData, PretrainedTask):
         **options: Any,
     ) -> None:
         super().__init__(model, **options)
-
-    def _argument_problems(self) -> list[str]:
-        problems = super()._argument_problems()
-        if self.hparams["scale"] <= 0:
-            problems.append(f"scale={self.hparams['scale']} is not above 0")
-        return problems
 
     def make_metrics(self) -> dict[str, Any]:
         """Returns those of scores and of rankings; the data decides which have values."""
@@ -90,32 +81,11 @@ class Reranker(PaddingOfData, PretrainedTask):
 
     def configuration(self) -> dict[str, Any]:
         """Returns one output, and the padding of a model without weights."""
-        return {"num_labels": 1, **self.padding_fields()}
+        return {"num_labels": 1, **super().configuration()}
 
-    def configure_model(self) -> None:
-        """Loads the model, with its output in float32; once.
-
-        Raises:
-            ConfigError: If data, arguments and base contradict each other.
-        """
-        data = getattr(trainer_of(self), "datamodule", None)
-        if data is not None:
-            self._follow(data)
-        if self.model is None:
-            if self.hparams["config"] is None:
-                names = ("revision", "trust_remote_code")
-                options = {name: self.hparams[name] for name in names}
-                self._check_base(engine.load_config(self.hparams["model"], **options))
-            super().configure_model()
-            self.set_padding()
-
-    def _load(self) -> PreTrainedModel:
-        model = super()._load()
-        keep_heads_in_float32(model)
-        return model
-
-    def _follow(self, data: Any) -> None:
-        self.follow_padding(data)
+    def follow(self, data: Any) -> None:
+        """Takes over the padding; refuses a loss that the rows are not for."""
+        super().follow(data)
         if self.hparams["loss"] == "ranking" and getattr(data, "scored", False):
             raise ConfigError(
                 "loss='ranking' looks for the positive among the passages of a row, and the rows "
@@ -134,8 +104,9 @@ class Reranker(PaddingOfData, PretrainedTask):
                 self.hparams["model"],
             )
 
-    def _check_base(self, config: PretrainedConfig) -> None:
-        self.check_padding(config)
+    def check_base(self, config: PretrainedConfig) -> None:
+        """Refuses a base with other padding, or with a head of several outputs."""
+        super().check_base(config)
         headed = any(
             name.endswith("ForSequenceClassification") for name in config.architectures or []
         )

@@ -38,34 +38,23 @@ class RewardModel(PairwiseTask):
     """
 
     auto_class = AutoModelForSequenceClassification
+    least = {"margin": 0}
 
     def __init__(
         self, model: str, margin: float = 0.0, learning_rate: float = 1e-4, **options: Any
     ) -> None:
         super().__init__(model, learning_rate, **options)
 
-    def _argument_problems(self) -> list[str]:
-        problems = super()._argument_problems()
-        if self.hparams["margin"] < 0:
-            problems.append(f"margin={self.hparams['margin']} is less than 0")
-        return problems
-
     def configuration(self) -> dict[str, Any]:
         """Returns one output."""
         return {"num_labels": 1}
 
-    def configure_model(self) -> None:
-        """Loads the model, with its output in float32 and a padding token that ends no answer."""
-        loading = self.model is None
-        super().configure_model()
-        assert self.model is not None
-        if not loading:
-            return
-        keep_heads_in_float32(self.model)
-        config: Any = self.model.config
-        chosen = padding_token(config.get_text_config())
-        for one in {id(c): c for c in (config, config.get_text_config())}.values():
-            one.pad_token_id = chosen
+    def prepare_model(self, model: Any) -> None:
+        """Puts the output in float32, and chooses a padding token that ends no answer."""
+        keep_heads_in_float32(model)
+        chosen = padding_token(model.config.get_text_config())
+        for config in (model.config, model.config.get_text_config()):
+            config.pad_token_id = chosen
 
     def compared(self) -> tuple[str, ...]:
         """Returns the names of what is measured."""

@@ -84,6 +84,9 @@ class RewardTuning(ReferencedTask):
         ConfigError: If arguments contradict each other.
     """
 
+    positive = (*ReferencedTask.positive, "temperature", "epsilon", "epsilon_high")
+    least = {"num_generations": 2, "num_iterations": 1, "max_completion_length": 1, "beta": 0}
+
     def __init__(
         self,
         model: str,
@@ -130,18 +133,8 @@ class RewardTuning(ReferencedTask):
             )
         if weights is not None and len(weights) != len(rewards):
             problems.append(f"reward_weights={weights!r} is not one number for each of {rewards!r}")
-        for name, least in (("num_generations", 2), ("num_iterations", 1)):
-            if hparams[name] < least:
-                problems.append(f"{name}={hparams[name]} is less than {least}")
-        if hparams["max_completion_length"] < 1:
-            problems.append(f"max_completion_length={hparams['max_completion_length']} is below 1")
-        for name in ("temperature", "epsilon", "epsilon_high"):
-            if hparams[name] is not None and hparams[name] <= 0:
-                problems.append(f"{name}={hparams[name]} is not above 0")
         if not 0 < hparams["top_p"] <= 1:
             problems.append(f"top_p={hparams['top_p']} is not above 0 and at most 1")
-        if hparams["beta"] < 0:
-            problems.append(f"beta={hparams['beta']} is less than 0")
         for name, known in (("loss_type", GROUP_LOSSES), ("scale_rewards", SCALINGS)):
             if hparams[name] not in known:
                 named = ", ".join(map(repr, known))
@@ -188,8 +181,7 @@ class RewardTuning(ReferencedTask):
         super().on_fit_start()
 
     def _check_rows(self) -> None:
-        trainer: Any = self.trainer
-        data = trainer.datamodule
+        data = self._datamodule
         if not isinstance(data, PromptData):
             raise ConfigError(
                 f"{type(self).__name__} takes prompts from PromptData, not from "
@@ -363,8 +355,7 @@ class RewardTuning(ReferencedTask):
         self, rows: list[dict[str, Any]], max_new_tokens: int
     ) -> list[GeneratedSample]:
         """Returns the model's greedy answers to the prompts of ``rows``."""
-        trainer: Any = self.trainer
-        data = trainer.datamodule
+        data = self._datamodule
         batch = data.collator()(rows)
         answers = answers_to(self, batch, Sampling(max_new_tokens))
         return [

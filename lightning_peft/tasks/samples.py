@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, Protocol
+from typing import Any
 
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.data.end_tokens import end_tokens
@@ -19,15 +19,6 @@ class GeneratedSample:
     expected: str
     generated: str
     cut: bool | None = None
-
-
-class GeneratesSamples(Protocol):
-    """A task whose model generates text."""
-
-    def generate_samples(
-        self, rows: list[dict[str, Any]], max_new_tokens: int
-    ) -> list[GeneratedSample]:
-        """Returns greedy generations for prepared rows of the data module, in their order."""
 
 
 def answers(
@@ -48,16 +39,14 @@ def answers(
     samples = []
     for (ids, _), prompt, new in zip(rows, prompts, found, strict=True):
         kept = list(takewhile(lambda token: token not in ends, new))
-        asked, expected, said = (_decode(task, x) for x in (prompt, ids[len(prompt) :], kept))
-        samples.append(GeneratedSample(asked, expected, said, len(kept) == len(new)))
+        texts = (
+            tokenizer.decode(part, skip_special_tokens=True)
+            for part in (prompt, ids[len(prompt) :], kept)
+        )
+        samples.append(GeneratedSample(*texts, cut=len(kept) == len(new)))
     return samples
 
 
 def _prompt_length(ids: list[int], labels: list[int]) -> int:
     first = next(place for place, label in enumerate(labels) if label != IGNORED)
     return first if first > 1 else -(-len(ids) // 2)
-
-
-def _decode(task: Any, ids: list[int]) -> str:
-    text: str = task.trainer.datamodule.tokenizer.decode(ids, skip_special_tokens=True)
-    return text

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import AutoModelForSequenceClassification
 
 from lightning_peft.tasks.classification import RowClassifier
 from lightning_peft.tasks.padding import PaddingOfData
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
 
 class TextClassifier(PaddingOfData, RowClassifier):
     """A transformers model that gives each text one of some labels.
@@ -47,42 +43,3 @@ class TextClassifier(PaddingOfData, RowClassifier):
         **options: Any,
     ) -> None:
         super().__init__(model, labels, **options)
-
-    def follow(self, data: Any) -> None:
-        """Takes over labels and padding of the data module, or checks that they are the same.
-
-        Args:
-            data: A data module; only one with ``labels`` or ``pad_token_id`` says anything.
-
-        Raises:
-            ConfigError: If it says something else than the arguments.
-        """
-        super().follow(data)
-        self.follow_padding(data)
-
-    def check_base(self, config: PretrainedConfig) -> None:
-        """Refuses a base that takes another token for padding, or has other labels.
-
-        Args:
-            config: The configuration of the base, as it is.
-
-        Raises:
-            ConfigError: If it does.
-        """
-        super().check_base(config)
-        self.check_padding(config)
-
-    def configuration(self) -> dict[str, Any]:
-        """Returns labels and loss; of a model without weights, also its padding."""
-        return {**super().configuration(), **self.padding_fields()}
-
-    def configure_model(self) -> None:
-        """Loads the model, and tells it which token is padding.
-
-        Raises:
-            ConfigError: If data, arguments and base contradict each other.
-        """
-        known = self.model is not None
-        super().configure_model()
-        if not known:
-            self.set_padding()

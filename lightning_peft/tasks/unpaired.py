@@ -57,6 +57,8 @@ class UnpairedPreferenceTuning(ReferencedTask):
         ConfigError: If arguments contradict each other.
     """
 
+    positive = (*ReferencedTask.positive, "beta", "desirable_weight", "undesirable_weight")
+
     def __init__(
         self,
         model: str,
@@ -75,9 +77,6 @@ class UnpairedPreferenceTuning(ReferencedTask):
         if kind not in UNPAIRED_LOSSES:
             known = " nor ".join(map(repr, UNPAIRED_LOSSES))
             problems.append(f"loss_type={kind!r} is neither {known}")
-        for name in ("beta", "desirable_weight", "undesirable_weight"):
-            if self.hparams[name] <= 0:
-                problems.append(f"{name}={self.hparams[name]} is not above 0")
         return problems
 
     @property
@@ -93,8 +92,7 @@ class UnpairedPreferenceTuning(ReferencedTask):
     def on_fit_start(self) -> None:
         """Checks batches, labels and reference, and puts the model in train mode."""
         super().on_fit_start()
-        trainer: Any = self.trainer
-        data = trainer.datamodule
+        data = self._datamodule
         if not isinstance(data, UnpairedPreferenceData):
             return
         if self.hparams["loss_type"] == "kto" and data.batch_size < 2:
@@ -104,7 +102,7 @@ class UnpairedPreferenceTuning(ReferencedTask):
                 "loss_type='apo_zero_unpaired', which needs no estimate."
             )
         advice = self.balance_advice(*label_counts(data.read().summary))
-        if advice and trainer.is_global_zero:
+        if advice and self.trainer.is_global_zero:
             log.warning(advice)
 
     def balance_advice(self, desirable: int, undesirable: int) -> str | None:
