@@ -9,6 +9,7 @@ from transformers import AutoModelForSequenceClassification
 from lightning_peft.tasks.classification import RowClassifier
 from lightning_peft.tasks.padding import PaddingOfData
 
+
 class TextClassifier(PaddingOfData, RowClassifier):
     """A transformers model that gives each text one of some labels.
 

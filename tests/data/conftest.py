@@ -1,12 +1,19 @@
 import json
+from functools import partial
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from models import llama_config
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from lightning_peft.data.supervised import SupervisedData
 from lightning_peft.demo.run import BASE
+from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
+
+# Settings of data with the demo's tokenizer: for conversations, and to train on all rows.
+TALKS = {"tokenizer": str(BASE), "chat_template": "plain", "batch_size": 4}
+ALL_ROWS = {"tokenizer": str(BASE), "batch_size": 4, "validation_share": 0}
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +36,39 @@ def write(tmp_path):
 
 
 @pytest.fixture
-def make(tmp_path):
-    """Makes a data module with the demo's tokenizer and a cache of its own."""
+def build(tmp_path):
+    """Makes a data module of a class, with a cache of its own."""
 
-    def make(data, root=ROOTS[1], **options):
-        options = {"tokenizer": str(BASE), "chat_template": "plain", "batch_size": 4, **options}
-        return bind_to_lightning(SupervisedData, root)(
-            data, cache_dir=str(tmp_path / "cache"), **options
-        )
+    def build(cls, data, root=ROOTS[1], **options):
+        options = {"cache_dir": str(tmp_path / "cache"), **options}
+        return bind_to_lightning(cls, root)(str(data), **options)
 
-    return make
+    return build
+
+
+@pytest.fixture
+def make(build):
+    """Makes data for supervised training."""
+    return partial(build, SupervisedData, **TALKS)
+
+
+@pytest.fixture
+def bert(tmp_path):
+    """A tokenizer with a few word pieces, which marks two texts and drops what is not text."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abf", "##b", "##c", *"cde"]
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "vocab.txt").write_text("\n".join(words))
+    settings = {"tokenizer_class": "BertTokenizer", "model_max_length": 16}
+    (tmp_path / "bert" / "tokenizer_config.json").write_text(json.dumps(settings))
+    AutoTokenizer.from_pretrained(tmp_path / "bert").save_pretrained(tmp_path / "bert")
+    return str(tmp_path / "bert")
+
+
+def refusal(data):
+    """Returns the message with which data is refused before a run."""
+    with pytest.raises(ConfigError) as error:
+        data.setup("fit")
+    return str(error.value)
 
 
 def pairs(count, start=0):
@@ -53,9 +83,6 @@ def pairs(count, start=0):
 def tiny_model(tmp_path_factory):
     """A folder with a Llama of random weights for the demo's tokenizer."""
     torch.manual_seed(3)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=4096, **sizes, **heads))
     folder = tmp_path_factory.mktemp("tiny")
-    model.save_pretrained(folder)
+    LlamaForCausalLM(llama_config(vocab_size=4096)).save_pretrained(folder)
     return str(folder)

@@ -4,6 +4,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from paired import trainer_of
 from torch.utils.data import DataLoader
 
 from lightning_peft.data.batching import LengthGroupedSampler, pad
@@ -110,17 +111,9 @@ def test_a_run_resumed_inside_an_epoch_sees_the_same_batches(
         points = lightning.callbacks.ModelCheckpoint(
             dirpath=tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1
         )
-        trainer = lightning.Trainer(
-            strategy=bind_to_lightning(LoRAStrategy, ROOT)(r=2, announce=False),
-            accelerator="cpu",
-            devices=1,
-            max_epochs=2,
-            callbacks=[points],
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(task, data, **fit)
+        strategy = bind_to_lightning(LoRAStrategy, ROOT)(r=2, announce=False)
+        steps = {"max_steps": -1, "max_epochs": 2, "enable_checkpointing": True}
+        trainer_of(strategy, ROOT, callbacks=[points], **steps).fit(task, data, **fit)
         return task.seen
 
     straight = run()

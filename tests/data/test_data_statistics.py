@@ -18,6 +18,8 @@ from lightning_peft.data.preview import preview
 from lightning_peft.data.row_content import writing_system
 from lightning_peft.demo.run import BASE
 
+from .conftest import ALL_ROWS
+
 
 def chat(*texts, system=None):
     turns = [{"role": "system", "content": system}] if system else []
@@ -26,10 +28,14 @@ def chat(*texts, system=None):
     return {"messages": turns}
 
 
-def data_of(folder, rows, cls=SupervisedData, **options):
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    given = {"cache_dir": str(folder / "cache"), "validation_share": 0, **options}
-    return cls(str(folder / "rows.jsonl"), tokenizer=str(BASE), **given)
+@pytest.fixture
+def data_of(build, write):
+    """Makes data of rows that are all trained on."""
+
+    def data_of(rows, cls=SupervisedData, **options):
+        return build(cls, write(rows), **{**ALL_ROWS, **options})
+
+    return data_of
 
 
 @pytest.mark.parametrize(
@@ -46,10 +52,10 @@ def test_writing_is_that_of_most_letters(text, system):
     assert writing_system(text) == system
 
 
-def test_roles_turns_writing_and_rows_that_are_there_twice(tmp_path):
+def test_roles_turns_writing_and_rows_that_are_there_twice(data_of):
     long = chat("Two?", "Two.", "More?", "Three, four, " + "and so on, " * 30)
     rows = [chat("One?", "Yes.", system="Be short."), long, chat("Да?", "Нет"), long]
-    data = data_of(tmp_path, rows, chat_template="plain", max_length=60, over_long="truncate")
+    data = data_of(rows, chat_template="plain", max_length=60, over_long="truncate")
     numbers = preview(data, 2).numbers
     found = numbers["statistics"]
     assert found["turns"] == {
@@ -87,31 +93,29 @@ _LONG = {"chosen": "a " * 60, "rejected": "b " * 50}
         (RerankingData, {}, {"query": "a", "positive": "b " * 60, "negative": "c " * 50}),
     ],
 )
-def test_a_row_of_several_texts_is_as_long_as_without_a_cut(tmp_path, cls, options, row):
+def test_a_row_of_several_texts_is_as_long_as_without_a_cut(data_of, cls, options, row):
     """Not the longest text with what is cut off all of them."""
-    whole = preview(data_of(tmp_path, [row], cls, max_length=256, **options), 0).numbers
+    whole = preview(data_of([row], cls, max_length=256, **options), 0).numbers
     longest = whole["lengths"]["longest"]
     assert 60 <= longest < 256
-    cut = preview(
-        data_of(tmp_path, [row], cls, max_length=40, over_long="truncate", **options), 0
-    ).numbers
+    cut = preview(data_of([row], cls, max_length=40, over_long="truncate", **options), 0).numbers
     assert cut["splits"]["train"]["tokens_cut"] > longest - 40
     assert cut["lengths"]["longest"] == 40
     assert cut["lengths"]["buckets"][-1] == {"from": 41, "to": longest, "rows": 1, "cut": True}
 
 
-def test_the_length_of_a_source_does_not_depend_on_its_target(tmp_path):
+def test_the_length_of_a_source_does_not_depend_on_its_target(data_of):
     rows = [{"source": "short", "target": "d " * 50}]
     options = {"max_length": 40, "max_target_length": 5, "over_long": "truncate"}
-    found = preview(data_of(tmp_path, rows, Seq2SeqData, **options), 0).numbers
+    found = preview(data_of(rows, Seq2SeqData, **options), 0).numbers
     assert found["splits"]["train"]["tokens_cut"] > 40
     assert not any(one["cut"] for one in found["lengths"]["buckets"])
 
 
-def test_rows_are_found_by_their_text_whether_used_or_not(tmp_path):
+def test_rows_are_found_by_their_text_whether_used_or_not(data_of):
     rows = [chat(f"What is {n}?", f"It is the number {n}.") for n in range(30)]
     rows += [chat("A lone NUMBER 7", "")]
-    data = data_of(tmp_path, rows, chat_template="plain", validation_share=0.3)
+    data = data_of(rows, chat_template="plain", validation_share=0.3)
     shown = preview(data, 2, search="Number 7")
     assert shown.numbers["search"] == {"text": "Number 7", "rows": 2}
     assert [one.row for one in shown.rows] == [8]
@@ -132,9 +136,9 @@ def test_of_a_row_that_is_split_the_part_with_the_text_is_shown(tmp_path):
     assert "zebra" not in "".join(span.text for span in first.runs)
 
 
-def test_labels_are_counted_by_split(tmp_path):
+def test_labels_are_counted_by_split(data_of):
     rows = [{"text": f"row {n}", "label": "bad" if n % 3 else "good"} for n in range(9)]
-    data = data_of(tmp_path, rows, TextClassificationData)
+    data = data_of(rows, TextClassificationData)
     found = preview(data, 1).numbers["statistics"]
     assert found["label_counts"] == {"train": {"bad": 6, "good": 3}}
     assert "turns" not in found

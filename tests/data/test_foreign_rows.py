@@ -6,11 +6,13 @@ import pytest
 from datasets import Dataset
 
 from lightning_peft.data.encoding import Encoder
+from lightning_peft.data.preference import PreferenceData
 from lightning_peft.data.prompts import PromptCollector
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.templates import find_template
 from lightning_peft.data.validation import EncodingProblem
 
+from .conftest import ALL_ROWS
 from .test_encoding import HEAD, trained
 from .test_row_keys import READS, TALK
 from .test_tool_calls import CALL, CALLING, TOOL, checked, encoder, parse
@@ -113,19 +115,13 @@ def test_thoughts_in_a_column_are_refused_where_they_could_be_of_any_turn():
     ]
 
 
-def test_a_preference_gets_its_tools_and_thoughts(make, write, tokenizer):
-    from lightning_peft.data.preference import PreferenceData
-    from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
-
+def test_a_preference_gets_its_tools_and_thoughts(build, write, tokenizer):
     answers = {
         "chosen": [{**TALK[1], "reasoning_content": "Hm."}],
         "rejected": [{"role": "assistant", "content": "c.", "id": 7}],
     }
     file = write([{"prompt": TALK[:1], **answers, "tools": [FUNCTION], "margin": 2.0}])
-    made = make(file).hparams
-    data = bind_to_lightning(PreferenceData, ROOTS[1])(
-        file, made["tokenizer"], READS, cache_dir=made["cache_dir"], validation_share=0.0
-    )
+    data = build(PreferenceData, file, **ALL_ROWS, chat_template=READS)
     row = data.read().splits["train"][0]
     chosen = tokenizer.decode(row["chosen_input_ids"])
     assert chosen.startswith("[tools]" + json.dumps(TOOL))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import logging
 import re
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, List, Value
@@ -22,23 +20,12 @@ from lightning_peft.data.image_text import ImageTextData
 from lightning_peft.data.image_tokens import ImageTokens
 from lightning_peft.data.processors import load_processor
 from lightning_peft.errors import ConfigError, UnsupportedError
-from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
+
+from .conftest import refusal
+from .test_images import content, picture
 
 Image = pytest.importorskip("PIL.Image")
 END = "<|im_end|>"
-
-
-def picture(seed: int, width: int = 30, height: int = 20, mode: str = "RGB") -> Image.Image:
-    bands = len(Image.new(mode, (1, 1)).getbands())
-    shape = (height, width, bands) if bands > 1 else (height, width)
-    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-    return Image.frombytes(mode, (width, height), pixels.tobytes())
-
-
-def content(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def user(*parts) -> dict:
@@ -80,19 +67,13 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def make(folder):
+def make(folder, build, write):
     """Makes data of rows, with the processor of a family."""
 
     def make(rows, family="llava", processor=None, **options):
-        path = folder / "rows.jsonl"
-        if isinstance(rows, list):
-            path.write_text("\n".join(map(json.dumps, rows)))
-        else:
-            path = rows
+        path = write(rows) if isinstance(rows, list) else rows
         options = {"validation_share": 0, "batch_size": len(ROWS), **options}
-        data = bind_to_lightning(ImageTextData, ROOTS[1])(
-            str(path), "given", cache_dir=str(folder / "cache"), **options
-        )
+        data = build(ImageTextData, path, processor="given", **options)
         data._images = ImageTokens(processor or FAMILIES[family].processor())
         return data
 
@@ -102,12 +83,6 @@ def make(folder):
 def prepared(data) -> list[dict]:
     data.setup("fit")
     return list(data.read().splits["train"])
-
-
-def refused(data) -> str:
-    with pytest.raises(ConfigError) as error:
-        data.setup("fit")
-    return str(error.value)
 
 
 def trained(data, row) -> list[str]:
@@ -271,7 +246,7 @@ def test_long_texts_that_are_not_paths_are_a_problem_of_their_row(make, folder):
         {"messages": [user(said("<image> What?")), answer("A")], "images": ["0.png"]},
         {"messages": [user(SEEN, said("<image> What?")), answer("A")], "images": ["1.png"]},
     ]
-    errors = refused(make(rows))
+    errors = refusal(make(rows))
     assert "row 2 names " in errors
     assert "... (base64 begins with data:;base64,), which cannot be read: File name" in errors
     for row in (3, 4):
@@ -321,7 +296,7 @@ def test_all_problems_are_reported_at_once(make, folder):
         asked({"type": "image", "index": 1}, images=["0.png"]),
         asked({"type": "image_url", "image_url": "data:image/png;base64,%%"}),
     ]
-    errors = refused(make(rows))
+    errors = refusal(make(rows))
     for wanted in (
         "11 of 12 rows cannot be used",
         "row 2 has 2 places for images in its turns and 1 images in its column",
@@ -347,7 +322,7 @@ def test_a_row_is_never_cut_within_an_image(make):
     ]
     # "<|im_start|>user\n", 40 letters, then 4 tokens of the image.
     data = make(rows, max_length=48, over_long="truncate")
-    errors = refused(data)
+    errors = refusal(data)
     assert (
         "row 1 has 73 tokens of 48 allowed, and the end cannot be cut off without a part of an "
         "image (tokens of its images: 4)"
@@ -356,7 +331,7 @@ def test_a_row_is_never_cut_within_an_image(make):
     cut = prepared(make(rows[1:], max_length=48, over_long="truncate"))[0]
     assert (len(cut["input_ids"]), cut["tokens_cut"]) == (48, 71)
     assert cut["image_ends"][0] - cut["image_starts"][0] == 4
-    assert "has 119 tokens of 48 allowed" in refused(make(rows[1:], max_length=48))
+    assert "has 119 tokens of 48 allowed" in refusal(make(rows[1:], max_length=48))
 
 
 @pytest.mark.parametrize("family", ["llava"])
@@ -393,7 +368,7 @@ def test_the_same_question_about_another_image_is_another_row(make, folder):
     assert len(prepared(make([{**asked, "images": [f"{n}.png"]} for n in (0, 1)]))) == 2
     (folder / "copy.png").write_bytes((folder / "0.png").read_bytes())
     same = [{**asked, "images": [name]} for name in ("0.png", "copy.png")]
-    assert "row 2 is the same as row 1" in refused(make(same))
+    assert "row 2 is the same as row 1" in refusal(make(same))
 
 
 def test_another_image_under_the_same_name_is_prepared_again(make, folder):
@@ -411,7 +386,7 @@ def test_templates_for_texts_get_the_token_and_those_without_images_are_refused(
         + END
     )
     blind = "{% for turn in messages %}{{ turn['role'] }}: Hi{% endfor %}"
-    errors = refused(make(ROWS[1:2], chat_template=blind))
+    errors = refusal(make(ROWS[1:2], chat_template=blind))
     assert "does not write '<image>' for an image in a user's turn" in errors
     # Only of the first turn: the second image would be left out.
     first = (
@@ -420,7 +395,7 @@ def test_templates_for_texts_get_the_token_and_those_without_images_are_refused(
         "{% endfor %}"
     )
     assert "has 3 images in its turns, and the chat template given as chat_template writes 2" in (
-        refused(make(ROWS[:1], chat_template=first))
+        refusal(make(ROWS[:1], chat_template=first))
     )
 
 
@@ -465,7 +440,7 @@ def test_a_processor_is_built_of_settings_or_refused(tmp_path):
     with pytest.raises(ConfigError, match="which does not take text and images"):
         load_processor(str(tmp_path / "words"))
     with pytest.raises(ConfigError, match="has no processor_class and no image_processor"):
-        bind_to_lightning(ImageTextData, ROOTS[1])("x.jsonl", "words", {"patch_size": 8})
+        ImageTextData("x.jsonl", "words", {"patch_size": 8})
 
 
 def test_a_processor_without_a_token_for_images_is_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from datasets import Image as ImageFeature
 from lightning_peft.data.images import ImageData
 from lightning_peft.data.media_source import ImageSource
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
+
+from .conftest import refusal
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -29,11 +31,11 @@ AS_IT_IS = {
 }
 
 
-def picture(seed: int, mode: str = "RGB", size: tuple[int, int] = (6, 5)) -> Image.Image:
+def picture(seed: int, width: int = 6, height: int = 5, mode: str = "RGB") -> Image.Image:
     bands = len(Image.new(mode, (1, 1)).getbands())
-    shape = (size[1], size[0], bands) if bands > 1 else (size[1], size[0])
+    shape = (height, width, bands) if bands > 1 else (height, width)
     pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-    return Image.frombytes(mode, size, pixels.tobytes())
+    return Image.frombytes(mode, (width, height), pixels.tobytes())
 
 
 def content(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -43,14 +45,8 @@ def content(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 @pytest.fixture
-def make(tmp_path):
-    def make(data, **options):
-        options = {"processor": AS_IT_IS, "batch_size": 4, **options}
-        return bind_to_lightning(ImageData, ROOTS[1])(
-            str(data), cache_dir=str(tmp_path / "cache"), **options
-        )
-
-    return make
+def make(build):
+    return partial(build, ImageData, processor=AS_IT_IS, batch_size=4)
 
 
 @pytest.fixture
@@ -80,7 +76,7 @@ def lines(rows) -> bytes:
 
 
 def test_all_problems_are_reported_at_once_with_their_rows(make, folder):
-    jpeg = content(picture(7, size=(64, 64)), "JPEG")
+    jpeg = content(picture(7, 64, 64), "JPEG")
     files = {
         **classes(),
         "text.png": b"no image at all",
@@ -101,10 +97,7 @@ def test_all_problems_are_reported_at_once_with_their_rows(make, folder):
         {"image": 3, "label": "dog"},
     ]
     path = folder({**files, "rows.jsonl": lines(rows)}) / "rows.jsonl"
-    data = make(path, labels=["cat", "dog"], validation_share=0)
-    with pytest.raises(ConfigError) as error:
-        data.setup("fit")
-    errors = str(error.value)
+    errors = refusal(make(path, labels=["cat", "dog"], validation_share=0))
     for wanted in (
         "9 of 10 rows cannot be used",
         "row 2 names ",
@@ -158,9 +151,7 @@ def test_images_without_class_and_leaks_are_reported_by_file(make, folder):
     files = {**classes(), "train/cat/a.png": same, "train/dog/b.png": picture(2)}
     files = {name: image for name, image in files.items() if name.startswith("train/")}
     path = folder({**files, "validation/dog/c.png": same, "train/loose.png": picture(3)})
-    with pytest.raises(ConfigError) as error:
-        make(path).setup("fit")
-    errors = str(error.value)
+    errors = refusal(make(path))
     assert (
         "validation/dog/c.png row 4 is for validation and the same as row 1 of train/cat/a.png"
         in errors
@@ -205,10 +196,10 @@ def test_columns_of_the_hub_are_read_as_they_are_kept(make, folder, tmp_path):
 
 
 def test_pixels_are_the_files_scaled_and_normalised(make, folder):
-    grey, colour = picture(1, "L"), picture(2, "RGB")
-    see_through = picture(3, "RGBA")
+    grey, colour = picture(1, mode="L"), picture(2)
+    see_through = picture(3, mode="RGBA")
     deep = Image.fromarray(np.arange(30, dtype=np.uint16).reshape(5, 6) * 2000)
-    turned = picture(4, "RGB", (5, 6))
+    turned = picture(4, 5, 6)
     exif = turned.getexif()
     exif[0x0112] = 6  # shown a quarter turn clockwise
     alpha = np.asarray(see_through)[..., 3:] / 255
@@ -238,7 +229,7 @@ def test_pixels_are_the_files_scaled_and_normalised(make, folder):
 
 
 def test_lossy_conversions_are_logged(make, folder, caplog):
-    files = {**classes(), "cat/x.png": picture(50, "RGBA"), "cat/y.png": picture(51, "L")}
+    files = {**classes(), "cat/x.png": picture(50, mode="RGBA"), "cat/y.png": picture(51, mode="L")}
     make(folder(files), validation_share=0).prepare_data()
     assert "1 images (transparent) become RGB: transparent parts become white" in caplog.text
 
@@ -310,7 +301,7 @@ def test_the_shipped_digits_are_those_of_scikit_learn(make):
 def test_a_column_that_is_something_else_is_not_a_path(make, folder):
     files = {f"{i}.png": content(picture(i)) for i in range(5)}
     rows = [{"image": f"{i}.png", "file_name": ("cat", "dog")[i % 2]} for i in range(4)]
-    path = folder({**files, "rows.jsonl": "\n".join(map(json.dumps, rows)).encode()}, "listed")
+    path = folder({**files, "rows.jsonl": lines(rows)}, "listed")
     data = make(path / "rows.jsonl", columns={"label": "file_name"}, validation_share=0)
     assert data.labels == ["cat", "dog"]
 
@@ -319,5 +310,5 @@ def test_files_that_an_unread_column_names_are_named_as_left_out(folder):
     files = {f"{i}.png": content(picture(i)) for i in range(3)}
     rows = [{"image": "0.png", "label": "a", "file_name": "2.png"},
             {"image": "1.png", "label": "b", "file_name": "2.png"}]  # fmt: skip
-    path = folder({**files, "rows.jsonl": "\n".join(map(json.dumps, rows)).encode()}, "named")
+    path = folder({**files, "rows.jsonl": lines(rows)}, "named")
     assert ImageSource(str(path)).left_out() == ["2.png"]

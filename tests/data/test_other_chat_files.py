@@ -8,7 +8,8 @@ from lightning_peft.data.supervised import SupervisedData
 from lightning_peft.data.templates import find_template
 from lightning_peft.demo.run import BASE
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
+
+from .conftest import ALL_ROWS
 
 SMALL = (
     "{% for m in messages %}({{ m.role }}){{ m.reasoning_content }}|{{ m.content }}"
@@ -48,14 +49,11 @@ def named(tmp_path):
 
 
 @pytest.fixture
-def texts(write, tmp_path):
+def texts(build, write):
     """Returns each row of some data as text, with what is trained in brackets."""
 
     def texts(rows, cls=SupervisedData, **options):
-        options = {"tokenizer": str(BASE), "chat_template": SMALL, **options}
-        made = bind_to_lightning(cls, ROOTS[1])
-        data = made(write(rows), validation_share=0.0, cache_dir=str(tmp_path / "cache"), **options)
-        data.prepare_data()
+        data = build(cls, write(rows), **{**ALL_ROWS, "chat_template": SMALL, **options})
         data.setup("fit")
         prepared = data.read()
         return [

@@ -5,6 +5,7 @@ from time import process_time
 
 import pytest
 import torch
+from paired import trainer_of
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -29,12 +30,12 @@ from lightning_peft.tasks.causal_lm import CausalLM
 
 from .conftest import pairs
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def llama(attention="sdpa", dtype=torch.float32):
-    config = LlamaConfig(vocab_size=64, attn_implementation=attention, **SIZES, **HEADS)
+    config = LlamaConfig(attn_implementation=attention, **SIZES)
     return LlamaForCausalLM(config).to(dtype).train()
 
 
@@ -154,13 +155,11 @@ def recurrent():
 
 
 def convolved():
-    layers = ["conv", "full_attention"]
-    return Lfm2ForCausalLM(Lfm2Config(vocab_size=64, layer_types=layers, **SIZES, **HEADS))
+    return Lfm2ForCausalLM(Lfm2Config(layer_types=["conv", "full_attention"], **SIZES))
 
 
 def windowed():
-    config = MistralConfig(vocab_size=64, sliding_window=16, **SIZES, **HEADS)
-    return MistralForCausalLM(config)
+    return MistralForCausalLM(MistralConfig(sliding_window=16, **SIZES))
 
 
 class Deaf(LlamaForCausalLM):
@@ -168,10 +167,6 @@ class Deaf(LlamaForCausalLM):
 
     def forward(self, attention_mask=None, position_ids=None, **batch):
         return super().forward(**batch)
-
-
-def deaf():
-    return Deaf(LlamaConfig(vocab_size=64, **SIZES, **HEADS))
 
 
 @pytest.mark.parametrize("build", [llama, gpt2])
@@ -189,7 +184,7 @@ def test_models_that_keep_examples_apart_pass_and_keep_their_modes(build, dtype)
     ("build", "message"),
     [
         (recurrent, "MambaForCausalLM cannot run packed rows"),
-        (deaf, "Packed examples see each other in Deaf"),
+        (lambda: Deaf(LlamaConfig(**SIZES)), "Packed examples see each other in Deaf"),
         (convolved, "Packed examples see each other in Lfm2"),
         (windowed, "attends to the last 16 tokens only"),
         (lambda: llama("flex_attention"), "attn_implementation='flex_attention'"),
@@ -210,17 +205,8 @@ def fit(make, write, tiny_model, precision="32-true", **options):
             losses.append((super().training_step(batch, batch_idx).detach(), batch))
             return super().training_step(batch, batch_idx)
 
-    trainer = import_module(root).Trainer(
-        strategy=bind_to_lightning(LoRAStrategy, root)(r=2, announce=False),
-        precision=precision,
-        accelerator="cpu",
-        devices=1,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    strategy = bind_to_lightning(LoRAStrategy, root)(r=2, announce=False)
+    trainer = trainer_of(strategy, root, precision=precision, max_steps=-1, max_epochs=1)
     import_module(root).seed_everything(3, verbose=False)
     trainer.fit(bind_to_lightning(Task, root)(tiny_model, dtype="float32"), data)
     assert torch.isfinite(trainer.callback_metrics["val_loss"])

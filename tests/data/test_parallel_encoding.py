@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from lightning_peft.data.supervised import SupervisedRows
 from lightning_peft.data.text_classification import TextClassificationData
 from lightning_peft.demo.run import BASE
 from lightning_peft.errors import ConfigError, HubError
-from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 
 from .conftest import pairs
 
@@ -102,9 +102,7 @@ def content(folder: Path) -> dict[str, str]:
 
 def prepared(make: Any, file: str, cache: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """Returns checksums and summary of data that is prepared again."""
-    data = make(file, skip_bad_rows=True, max_length=128)
-    data.hparams["cache_dir"] = str(cache)
-    found = data.read()
+    found = make(file, skip_bad_rows=True, max_length=128, cache_dir=str(cache)).read()
     return content(found.folder), found.summary
 
 
@@ -135,12 +133,9 @@ def test_what_is_prepared_is_the_same(make, write, here, workers, tmp_path) -> N
     assert keys == {"note": {"rows.jsonl": "101"}, "messages[].mood": {"rows.jsonl": "102"}}
 
 
-def test_labels_are_found_the_same(write, here, tmp_path) -> None:
+def test_labels_are_found_the_same(build, write, here, tmp_path) -> None:
     file = write([{"text": f"Text {i}", "label": "abc"[i % 3]} for i in range(60)])
-
-    def made(_: str, **options: Any) -> Any:
-        return bind_to_lightning(TextClassificationData, ROOTS[1])(file, str(BASE), **options)
-
+    made = partial(build, TextClassificationData, tokenizer=str(BASE))
     several = prepared(made, file, tmp_path / "several")
     assert len(here) == 5
     assert several == alone(made, file, tmp_path / "alone")

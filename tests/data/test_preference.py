@@ -4,9 +4,9 @@ import pytest
 
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.data.preference import PreferenceData, collate
-from lightning_peft.demo.run import BASE
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
+
+from .conftest import TALKS, refusal
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 # The answer decides how the turns before it are written.
@@ -19,13 +19,8 @@ REWRITES = (
 
 
 @pytest.fixture
-def pairs(tmp_path, write):
-    def pairs(rows, root=ROOTS[1], **options):
-        given = {"tokenizer": str(BASE), "chat_template": "plain", "batch_size": 4, **options}
-        cache = str(tmp_path / "cache")
-        return bind_to_lightning(PreferenceData, root)(write(rows), cache_dir=cache, **given)
-
-    return pairs
+def pairs(build, write):
+    return lambda rows, **options: build(PreferenceData, write(rows), **{**TALKS, **options})
 
 
 def rows(count):
@@ -114,10 +109,7 @@ def test_all_problems_are_reported_by_row(pairs):
         {"chosen": CHAT, "rejected": [{"role": "user", "content": "Ho"}, CHAT[1]]},
         {"prompt": "D?", "chosen": "Yes</s>.", "rejected": "No."},
     ]
-    data = pairs([*rows(8), *bad])
-    with pytest.raises(ConfigError) as caught:
-        data.setup("fit")
-    errors = str(caught.value)
+    errors = refusal(pairs([*rows(8), *bad]))
     assert "6 of 14 rows cannot be used" in errors
     assert "row 9 has the same text as chosen and rejected" in errors
     assert "row 10 has an empty rejected" in errors

@@ -3,19 +3,14 @@
 import pytest
 
 from lightning_peft.data.prompt_rows import PromptData
-from lightning_peft.demo.run import BASE
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
+
+from .conftest import TALKS, refusal
 
 
 @pytest.fixture
-def prompts(tmp_path, write):
-    def prompts(rows, **options):
-        given = {"tokenizer": str(BASE), "chat_template": "plain", "batch_size": 2, **options}
-        cache = str(tmp_path / "cache")
-        return bind_to_lightning(PromptData, ROOTS[1])(write(rows), cache_dir=cache, **given)
-
-    return prompts
+def prompts(build, write):
+    return lambda rows, **options: build(PromptData, write(rows), **TALKS, **options)
 
 
 def test_prompts_end_where_the_answer_begins_and_columns_are_kept(prompts):
@@ -55,9 +50,7 @@ def test_what_cannot_be_answered_is_refused_by_row(prompts):
         {"prompt": "word " * 300},
         {"prompt": ""},
     ]
-    with pytest.raises(ConfigError) as caught:
-        prompts([{"prompt": f"{i}?"} for i in range(6)] + bad).setup("fit")
-    message = str(caught.value)
+    message = refusal(prompts([{"prompt": f"{i}?"} for i in range(6)] + bad))
     assert "row 7 has a prompt that ends with an answer" in message
     assert "of 256 allowed" in message
     assert "row 9 has an empty prompt" in message

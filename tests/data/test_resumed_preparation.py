@@ -45,9 +45,8 @@ def file(write):
 
 def prepared(make, file, cache, **options):
     """Returns checksums and the summary of what is prepared."""
-    data = make(file, skip_bad_rows="rejected.jsonl", max_length=128, test_share=0.1, **options)
-    data.hparams["cache_dir"] = str(cache)
-    found = data.read()
+    options = {"max_length": 128, "test_share": 0.1, "cache_dir": str(cache), **options}
+    found = make(file, skip_bad_rows="rejected.jsonl", **options).read()
     names = [path.name for path in sorted(found.folder.iterdir()) if path.name != "summary.json"]
     sums = {name: hashlib.sha256((found.folder / name).read_bytes()).hexdigest() for name in names}
     return sums, found.summary

@@ -10,7 +10,6 @@ from transformers import AutoTokenizer, WhisperFeatureExtractor
 from lightning_peft.data.speech import SpeechData
 from lightning_peft.demo.run import BASE
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 
 from .conftest import pairs
 
@@ -82,7 +81,7 @@ def test_a_missing_revision_is_refused(make, write, tokenizers):
     assert "Check the name, the revision and the network" in str(refusal.value)
 
 
-def test_the_processor_of_recordings_is_that_of_the_revision(hub, tmp_path):
+def test_the_processor_of_recordings_is_that_of_the_revision(hub, build, tmp_path):
     for commit, size in ((OLD, 16), (NEW, 80)):
         folder = snapshot(hub, "me/heard", commit)
         WhisperFeatureExtractor(feature_size=size).save_pretrained(folder)
@@ -93,9 +92,8 @@ def test_the_processor_of_recordings_is_that_of_the_revision(hub, tmp_path):
         (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     (tmp_path / "rows.csv").write_text("audio,text\nx.wav,x\n")
     for revision, size in ((OLD, 16), (None, 80)):
-        data = bind_to_lightning(SpeechData, ROOTS[1])(
-            str(tmp_path / "rows.csv"), "me/heard", processor_revision=revision
-        )
+        named = {"processor": "me/heard", "processor_revision": revision}
+        data = build(SpeechData, tmp_path / "rows.csv", **named)
         assert data.extractor.feature_size == size
         assert data.tokenizer.model_max_length == size
         assert data.encoding().get("processor_revision") == revision

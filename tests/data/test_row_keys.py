@@ -3,15 +3,17 @@
 import json
 import logging
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from lightning_peft.data.preview import preview
 from lightning_peft.data.row_keys import describe_unused
 from lightning_peft.data.samples import Sample
+from lightning_peft.data.sequence_to_sequence import Seq2SeqData
 from lightning_peft.data.shapes import detect_layout
+from lightning_peft.demo.run import BASE
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 
 from .conftest import pairs
 
@@ -47,12 +49,8 @@ def shown(data):
 @pytest.fixture
 def made(make, write):
     """Makes data of rows whose template reads names, tools, thoughts and a variable."""
-
-    def made(rows, **options):
-        options = {"chat_template": READS, "validation_share": 0.0, **options}
-        return make(write(rows), **options)
-
-    return made
+    reading = partial(make, chat_template=READS, validation_share=0.0)
+    return lambda rows, **options: reading(write(rows), **options)
 
 
 @pytest.mark.parametrize(
@@ -220,16 +218,11 @@ def test_two_system_texts_are_refused_unless_they_are_the_same():
     ]
 
 
-def test_an_encoder_without_a_template_refuses_what_only_a_template_writes(write, tmp_path):
-    from lightning_peft.data.sequence_to_sequence import Seq2SeqData
-    from lightning_peft.demo.run import BASE
-
+def test_an_encoder_without_a_template_refuses_what_only_a_template_writes(build, write):
     rows = [{"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}]
     rows.append({"prompt": "a", "completion": [{"role": "assistant", "content": "b", "x": 1}]})
     rows.append({"prompt": "c", "completion": "d", "id": 3})
-    data = bind_to_lightning(Seq2SeqData, ROOTS[1])(
-        write(rows), str(BASE), shape="prompt_completion", cache_dir=str(tmp_path / "cache")
-    )
+    data = build(Seq2SeqData, write(rows), tokenizer=str(BASE), shape="prompt_completion")
     assert [problem.detail for problem in data.read().problems] == [
         "has tools, and no chat template that would write it",
         "has x in turn 2, and no template writes them",

@@ -63,6 +63,10 @@ def test_the_rows_are_spread_evenly(fitted, caplog):
 
 def test_only_a_fit_takes_a_part_of_the_rows(fitted):
     data = fitted()
+    # Also where nothing was fitted before.
+    data.trainer.state.fn = TrainerFn.VALIDATING
+    assert len(data.val_dataloader().dataset) == 12
+    data.trainer.state.fn = TrainerFn.FITTING
     assert len(data.val_dataloader().dataset) == 4
     for fn, loader in [
         (TrainerFn.VALIDATING, data.val_dataloader),
@@ -76,12 +80,6 @@ def test_only_a_fit_takes_a_part_of_the_rows(fitted):
     assert list(data.val_dataloader().dataset.indices) == [0, 3, 6, 9]
     data.trainer.state.fn = TrainerFn.FITTING
     assert len(data.predict_dataloader().dataset) == 12
-
-
-def test_a_validation_without_a_fit_takes_all_rows(fitted):
-    data = fitted()
-    data.trainer.state.fn = TrainerFn.VALIDATING
-    assert len(data.val_dataloader().dataset) == 12
 
 
 def test_a_resumed_run_validates_with_the_rows_that_it_began_with(fitted):
@@ -117,9 +115,5 @@ def test_workers_are_left_open(fitted, tmp_path):
 
 
 def test_workers_share_the_cores(monkeypatch):
-    class Process:
-        def cpu_affinity(self):
-            return list(range(8))
-
-    monkeypatch.setattr(row_data_module.psutil, "Process", Process)
+    monkeypatch.setattr(row_data_module, "usable_cores", lambda: 8)
     assert [automatic_workers(n) for n in (1, 2, 3, 4, 8, 9)] == [4, 3, 1, 1, 0, 0]

@@ -1,25 +1,21 @@
 """Pairs of texts: shapes, tokens, ends, lengths, languages, and the batch."""
 
+from functools import partial
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import NllbTokenizer, PreTrainedTokenizerFast
 
 from lightning_peft.data.sequence_to_sequence import Seq2SeqData
-from lightning_peft.demo.run import BASE
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
+
+from .conftest import ALL_ROWS
 
 
 @pytest.fixture
-def make(tmp_path):
-    def make(data, **options):
-        options = {"tokenizer": str(BASE), "batch_size": 2, "validation_share": 0, **options}
-        return bind_to_lightning(Seq2SeqData, ROOTS[1])(
-            data, cache_dir=str(tmp_path / "cache"), **options
-        )
-
-    return make
+def make(build):
+    return partial(build, Seq2SeqData, **ALL_ROWS)
 
 
 def pairs(count=4):

@@ -6,6 +6,7 @@ from importlib import import_module
 import pytest
 import torch
 import yaml
+from paired import trainer_of
 
 import lightning_peft
 from lightning_peft.demo.run import BASE
@@ -113,21 +114,16 @@ def test_the_record_says_what_was_trained_on(make, write):
 
 
 def test_packing_outside_a_known_model_is_refused(make, write):
-    lightning = import_module(ROOTS[1])
     data = make(write(pairs(30)), packing=True)
     demo = import_module(f"{ROOTS[1]}.demos.boring_classes").BoringModel()
-    trainer = lightning.Trainer(
-        max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
     with pytest.raises(NotImplementedError, match="needs a transformers model inside BoringModel"):
-        trainer.fit(demo, data)
+        trainer_of().fit(demo, data)
 
 
 def test_rows_that_do_not_fit_stop_a_run_before_its_first_step(make, write):
     data = make(write([*pairs(30), "{"]))
     task = bind_to_lightning(CausalLM, ROOTS[1])(str(BASE), dtype="float32")
-    trainer = import_module(ROOTS[1]).Trainer(max_steps=1, accelerator="cpu", logger=False)
+    trainer = trainer_of()
     with pytest.raises(ConfigError, match="row 31 is cut off after"):
         trainer.fit(task, data)
     assert trainer.global_step == 0
@@ -136,11 +132,8 @@ def test_rows_that_do_not_fit_stop_a_run_before_its_first_step(make, write):
 def test_resuming_on_other_data_warns(make, write, tmp_path, caplog):
     def run(data, **fit):
         caplog.clear()
-        trainer = import_module(ROOTS[1]).Trainer(
-            max_epochs=1 + bool(fit), limit_train_batches=2, limit_val_batches=0, logger=False,
-            accelerator="cpu", devices=1, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False,
-        )  # fmt: skip
+        steps = {"max_steps": -1, "max_epochs": 1 + bool(fit), "limit_train_batches": 2}
+        trainer = trainer_of(limit_val_batches=0, **steps)
         trainer.fit(bind_to_lightning(CausalLM, ROOTS[1])(str(BASE), dtype="float32"), data, **fit)
         trainer.save_checkpoint(tmp_path / "one.ckpt")
         return "trained on other data" in caplog.text

@@ -2,26 +2,21 @@
 
 import json
 import runpy
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from lightning_peft.data.text_classification import TextClassificationData
-from lightning_peft.demo.run import BASE
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
+
+from .conftest import ALL_ROWS, refusal
 
 
 @pytest.fixture
-def classified(tmp_path):
-    def classified(data, **options):
-        options = {"tokenizer": str(BASE), "batch_size": 4, "validation_share": 0, **options}
-        cache = str(tmp_path / "cache")
-        return bind_to_lightning(TextClassificationData, ROOTS[1])(data, cache_dir=cache, **options)
-
-    return classified
+def classified(build):
+    return partial(build, TextClassificationData, **ALL_ROWS)
 
 
 def rows(labels, **more):
@@ -59,9 +54,7 @@ def test_numbers_in_rows_stand_for_given_names(classified, write):
 
 def test_unknown_labels_are_all_reported_with_near_names(classified, write):
     data = classified(write(rows(["good", "bad", "god", 2])), labels=["bad", "good"])
-    with pytest.raises(ConfigError) as error:
-        data.setup("fit")
-    errors = str(error.value)
+    errors = refusal(data)
     assert "rows whose label cannot be used: 2" in errors
     assert (
         "row 3 has the label 'god', which is none of the 2 that are given; near names: goo"
@@ -150,18 +143,6 @@ def test_texts_with_special_tokens_or_without_tokens_are_refused(classified, wri
         classified(path).setup("fit")
 
 
-@pytest.fixture
-def bert(tmp_path):
-    """A tokenizer that marks two texts, and drops characters that are not text."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefgh", "##b", "##c"]
-    (tmp_path / "bert").mkdir()
-    (tmp_path / "bert" / "vocab.txt").write_text("\n".join(words))
-    settings = {"tokenizer_class": "BertTokenizer", "model_max_length": 16}
-    (tmp_path / "bert" / "tokenizer_config.json").write_text(json.dumps(settings))
-    AutoTokenizer.from_pretrained(tmp_path / "bert").save_pretrained(tmp_path / "bert")
-    return str(tmp_path / "bert")
-
-
 def test_two_texts_are_one_row_with_their_types(classified, write, bert):
     found = [
         {"text": "a b", "text_pair": "c", "label": "x"},
@@ -170,7 +151,7 @@ def test_two_texts_are_one_row_with_their_types(classified, write, bert):
     data = classified(write(found), tokenizer=bert)
     batch = data.collator()(list(data.rows("train")))
     cls, sep, pad = 2, 3, 0
-    a, b, c, d, e, f = range(4, 10)
+    a, b, f, _, _, c, d, e = range(4, 12)
     assert batch["input_ids"].tolist() == [
         [cls, a, b, sep, c, sep, pad],
         [cls, a, sep, d, e, f, sep],

@@ -1,6 +1,7 @@
 """Rows for embeddings and rerankers: what is read, what is refused, and what a batch holds."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import detect_layout
 from lightning_peft.demo.run import BASE
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 from lightning_peft.sentence_folder import SENTENCES, SentenceFolder, read_sentence_folder
+
+from .conftest import ALL_ROWS, refusal
 
 PAIRS = [{"anchor": f"what is {i}?", "positive": f"it is {i}"} for i in range(6)]
 SCORED = [{"sentence1": f"a {i}", "sentence2": f"b {i}", "score": i / 4} for i in range(5)]
@@ -25,18 +27,8 @@ PACKAGE = "sentence_transformers.models"
 
 
 @pytest.fixture
-def made(tmp_path):
-    def made(cls, data, **options):
-        options = {"tokenizer": str(BASE), "batch_size": 4, "validation_share": 0, **options}
-        return bind_to_lightning(cls, ROOTS[1])(data, cache_dir=str(tmp_path / "c"), **options)
-
-    return made
-
-
-def problems(data):
-    with pytest.raises(ConfigError) as error:
-        data.setup("fit")
-    return str(error.value)
+def made(build):
+    return partial(build, **ALL_ROWS)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +123,7 @@ def test_a_column_of_a_later_row_is_read_and_an_unknown_one_refused():
     ],
 )
 def test_rows_that_contradict_themselves_are_refused(made, write, row, message):
-    text = problems(made(EmbeddingData, write([*PAIRS[1:], row])))
+    text = refusal(made(EmbeddingData, write([*PAIRS[1:], row])))
     assert f"row {len(PAIRS)} {message}" in text
 
 
@@ -169,25 +161,25 @@ def test_cut_texts_are_the_same_text(made, write):
     data = made(EmbeddingData, write(rows), max_length=3, over_long="truncate")
     batch = data.collator()(list(data.rows("train")))
     assert batch["digests"][2] == batch["digests"][3]
-    refused = problems(made(EmbeddingData, write(rows), max_length=3))
+    refused = refusal(made(EmbeddingData, write(rows), max_length=3))
     assert "tokens, and 3 are allowed" in refused
 
 
 def test_nothing_to_learn_is_refused(made, write):
-    assert "batch_size=1 leaves each anchor alone" in problems(
+    assert "batch_size=1 leaves each anchor alone" in refusal(
         made(EmbeddingData, write(PAIRS), batch_size=1)
     )
     rows = [{**row, "negative": "no"} for row in PAIRS]
     made(EmbeddingData, write(rows, "n.jsonl"), batch_size=1).setup("fit")
     same = [{**row, "score": 1} for row in SCORED]
-    assert "Every score in" in problems(made(EmbeddingData, write(same, "s.jsonl")))
+    assert "Every score in" in refusal(made(EmbeddingData, write(same, "s.jsonl")))
 
 
 def test_a_reranker_needs_negatives_and_scores_to_one(made, write):
-    text = problems(made(RerankingData, write([*RANKED, {"query": "q", "positive": "p"}])))
+    text = refusal(made(RerankingData, write([*RANKED, {"query": "q", "positive": "p"}])))
     assert "row 5 has no negative to compare its positive with" in text
     scores = [*SCORED, {**SCORED[0], "sentence2": "z", "score": 3}]
-    text = problems(made(RerankingData, write(scores, "s.jsonl")))
+    text = refusal(made(RerankingData, write(scores, "s.jsonl")))
     assert "row 6 has the score 3, not one from 0 to 1" in text
 
 

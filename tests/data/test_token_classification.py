@@ -1,6 +1,6 @@
 """Words with tags: which token carries which, what is cut, and what is refused."""
 
-import json
+from functools import partial
 
 import pytest
 import torch
@@ -13,37 +13,19 @@ from lightning_peft.data.token_classification import (
     words_of_tokens,
 )
 from lightning_peft.data.validation import EncodingProblem
-from lightning_peft.demo.run import BASE
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 
+from .conftest import ALL_ROWS, refusal
+
+# Of the tokenizer ``bert``: ``abc`` is a ##b ##c.
 WORDS = ["abc", "a", "fbc"]
 TAGS = ["B-X", "O", "I-X"]
 PAD, UNKNOWN, CLS, SEP, A, B, F, _B, _C = range(9)
 
 
 @pytest.fixture
-def tagged(tmp_path):
-    def tagged(data, **options):
-        options = {"tokenizer": str(BASE), "batch_size": 4, "validation_share": 0, **options}
-        cache = str(tmp_path / "cache")
-        return bind_to_lightning(TokenClassificationData, ROOTS[1])(
-            data, cache_dir=cache, **options
-        )
-
-    return tagged
-
-
-@pytest.fixture
-def bert(tmp_path):
-    """A tokenizer with a few word pieces: ``abc`` is a ##b ##c."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "f", "##b", "##c"]
-    (tmp_path / "bert").mkdir()
-    (tmp_path / "bert" / "vocab.txt").write_text("\n".join(words))
-    settings = {"tokenizer_class": "BertTokenizer", "model_max_length": 16}
-    (tmp_path / "bert" / "tokenizer_config.json").write_text(json.dumps(settings))
-    AutoTokenizer.from_pretrained(tmp_path / "bert").save_pretrained(tmp_path / "bert")
-    return str(tmp_path / "bert")
+def tagged(build):
+    return partial(build, TokenClassificationData, **ALL_ROWS)
 
 
 def batch_of(data):
@@ -155,9 +137,7 @@ def test_bad_rows_are_all_reported(tagged, write, bert):
         {"tokens": ["f"], "tags": ["b-X"]},
         {"tokens": [], "tags": []},
     ]
-    with pytest.raises(ConfigError) as error:
-        tagged(write(rows), tokenizer=bert, labels=["O", "B-X"]).setup("fit")
-    errors = str(error.value)
+    errors = refusal(tagged(write(rows), tokenizer=bert, labels=["O", "B-X"]))
     assert "5 of 6 rows cannot be used" in errors
     for text in (
         "row 2 has 2 tokens and 1 tags",

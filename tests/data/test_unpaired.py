@@ -4,20 +4,14 @@ import pytest
 
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.data.unpaired import UnpairedPreferenceData, collate
-from lightning_peft.demo.run import BASE
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
+
+from .conftest import TALKS, refusal
 
 
 @pytest.fixture
-def answers(tmp_path, write):
-    def answers(rows, **options):
-        given = {"tokenizer": str(BASE), "chat_template": "plain", "batch_size": 4, **options}
-        cache = str(tmp_path / "cache")
-        made = bind_to_lightning(UnpairedPreferenceData, ROOTS[1])
-        return made(write(rows), cache_dir=cache, **given)
-
-    return answers
+def answers(build, write):
+    return lambda rows, **options: build(UnpairedPreferenceData, write(rows), **TALKS, **options)
 
 
 def rows(count):
@@ -107,9 +101,7 @@ def test_all_problems_are_reported_by_row(answers):
         {"prompt": "", "completion": "", "label": True},
         {"prompt": "B?", "completion": "Yes.", "label": None},
     ]
-    with pytest.raises(ConfigError) as caught:
-        answers([*rows(8), *bad]).setup("fit")
-    errors = str(caught.value)
+    errors = refusal(answers([*rows(8), *bad]))
     assert "3 of 11 rows cannot be used" in errors
     assert "row 9 has 'good' as label, which is true or false" in errors
     assert "row 10 has an empty prompt" in errors
