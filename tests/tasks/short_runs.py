@@ -1,15 +1,18 @@
-"""What the tests of classifiers share: short runs on a CPU, on tiny models."""
+"""What the tests of tasks share: short runs on a CPU, on tiny models."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from lightning_peft.demo.run import BASE
+from lightning_peft.plugin.loading import load_from_checkpoint
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 from lightning_peft.plugin.strategies import LoRAStrategy, QLoRAStrategy
 
@@ -44,8 +47,8 @@ def trainer(method: str | None = None, root: str = ROOTS[1], **options: Any) -> 
         strategy = bind_to_lightning(STRATEGIES[method], root)
         options["strategy"] = strategy(r=4, announce=False, optimizer=None)
     quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    options = dict.fromkeys(quiet, False) | options
-    return import_module(root).Trainer(accelerator="cpu", devices=1, **options)
+    here = {"accelerator": "cpu", "devices": 1, **dict.fromkeys(quiet, False)}
+    return import_module(root).Trainer(**(here | options))
 
 
 def make(cls: type, *arguments: Any, **options: Any) -> Any:
@@ -75,3 +78,69 @@ class Values:
 def values() -> Any:
     base = import_module(ROOTS[1]).Callback
     return type("ValuesAtTheBeginning", (Values, base), {})()
+
+
+# The layers of a new head; that of the decoder may have a bias.
+HEADS = {
+    "decoder": {"model.score.weight"},
+    "encoder": {f"model.head.{name}.weight" for name in ("dense", "norm")}
+    | {f"model.classifier.{name}" for name in ("weight", "bias")},
+}
+
+
+def fit_and_reload(
+    made: Any, data: Any, method: str, heads: set[str], folder: Path
+) -> tuple[Any, list[dict[str, Any]], Any, list[dict[str, Any]]]:
+    """Trains a task, and asserts that its adapters and heads alone moved and are in its files.
+
+    Returns:
+        The Trainer, the predictions, and the task of the checkpoint with its predictions.
+    """
+    before = values()
+    runner = trainer(method, max_epochs=2, callbacks=[before], num_sanity_val_steps=-1)
+    runner.fit(made, data)
+    moved = changed(before.before, made)
+    assert moved == heads | {n for n, p in made.named_parameters() if "lora_" in n}
+    assert moved == {n for n, p in made.named_parameters() if p.requires_grad}
+    predictions = [row for batch in runner.predict(made, data) for row in batch]
+    assert json.loads(json.dumps(predictions)) == predictions
+    runner.save_checkpoint(folder / "one.ckpt")
+    saved = torch.load(folder / "one.ckpt", weights_only=True)["state_dict"]
+    assert heads <= saved.keys()
+    (adapter,) = (folder / "adapters" / "one").rglob("adapter_model.safetensors")
+    stored = load_file(adapter)
+    for name in heads:
+        (same,) = (k for k in stored if k.endswith(name.removeprefix("model.")))
+        assert torch.equal(stored[same], dict(made.named_parameters())[name])
+    again = load_from_checkpoint(type(made), folder / "one.ckpt")
+    with torch.no_grad():
+        batches = [again.predict_step(b, i) for i, b in enumerate(data.predict_dataloader())]
+    return runner, predictions, again, [row for batch in batches for row in batch]
+
+
+def line(root: str, losses: Iterable[float] = (), scheduler: Any = None) -> Any:
+    """Returns a module that trains a line, whose first validations have the given losses."""
+    given = iter(losses)
+
+    class Module(import_module(root).LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.line = torch.nn.Linear(1, 1)
+            # The steps at which it was validated.
+            self.validated: list[int] = []
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            return self.line(batch).square().mean()
+
+        def validation_step(self, batch: Any, index: int) -> None:
+            if self.trainer.sanity_checking:
+                self.log("val_loss", 9.0)
+            else:
+                self.validated.append(self.trainer.global_step)
+                self.log("val_loss", next(given, self.line(batch).square().mean()))
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), 1e-4)
+            return optimizer if scheduler is None else scheduler(optimizer)
+
+    return Module()

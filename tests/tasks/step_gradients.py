@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from short_runs import STRATEGIES, make
+from short_runs import make, trainer
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
+from lightning_peft.plugin.namespace import ROOTS
 from lightning_peft.tasks.causal_lm import CausalLM
 from lightning_peft.tasks.encoder_decoder import Seq2SeqLM
 from lightning_peft.tasks.token_classification import TokenClassifier
@@ -73,9 +73,8 @@ def step(
     """
     found: dict[str, torch.Tensor] = {}
     losses: list[float] = []
-    library = import_module(ROOTS[1])
 
-    class Watch(library.Callback):  # type: ignore[name-defined]
+    class Watch(import_module(ROOTS[1]).Callback):  # type: ignore[misc]
         def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
             named = module.named_parameters()
             found.update({n: p.grad.clone() for n, p in named if p.grad is not None})
@@ -90,16 +89,10 @@ def step(
     if options.get("devices", 1) > 1:
         rank = int(os.environ.get("LOCAL_RANK", 0))
         sampler = DistributedSampler(data, options["devices"], rank, shuffle=False)
-    strategy = bind_to_lightning(STRATEGIES[method], ROOTS[1])
-    run = library.Trainer(
-        **{
-            "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
-            "enable_progress_bar": False, "enable_model_summary": False, "max_steps": 1,
-            "accumulate_grad_batches": accumulate, "callbacks": [Watch()],
-            "strategy": strategy(r=4, announce=False, optimizer=None), **options,
-        }
-    )  # fmt: skip
-    run.fit(module, DataLoader(data, batch_size=batch_size, sampler=sampler))
+    options = {"max_steps": 1, "callbacks": [Watch()], **options}
+    trainer(method, accumulate_grad_batches=accumulate, **options).fit(
+        module, DataLoader(data, batch_size=batch_size, sampler=sampler)
+    )
     return found, losses
 
 

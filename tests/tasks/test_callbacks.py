@@ -1,6 +1,7 @@
 import importlib
 
 import pytest
+import short_runs
 import torch
 from torch.utils.data import DataLoader
 
@@ -17,33 +18,13 @@ ROWS = torch.arange(12.0)[:, None]
 
 def fit(folder, *callbacks, root=ROOTS[0], losses=(), **options):
     """Trains a line, whose validation losses are as given."""
-    lightning = importlib.import_module(root)
-    message = iter(losses)
-
-    class Module(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.line = torch.nn.Linear(1, 1)
-
-        def training_step(self, batch, index):
-            return self.line(batch).square().mean()
-
-        def validation_step(self, batch, index):
-            self.log("val_loss", next(message) if not self.trainer.sanity_checking else 9.0)
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), 1e-4)
-
-    options = {"max_epochs": 1, "num_sanity_val_steps": -1, **options}
-    trainer = lightning.Trainer(
+    trainer = short_runs.trainer(
+        root=root,
         callbacks=[bind_to_lightning(cls, root)(**given) for cls, given in callbacks],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         default_root_dir=str(folder),
-        **options,
+        **{"max_epochs": 1, "num_sanity_val_steps": -1, "enable_checkpointing": True, **options},
     )
-    trainer.fit(Module(), DataLoader(ROWS, 1), DataLoader(ROWS[:1], 1))
+    trainer.fit(short_runs.line(root, losses), DataLoader(ROWS, 1), DataLoader(ROWS[:1], 1))
     return trainer
 
 
@@ -105,15 +86,10 @@ def test_the_model_answers_before_and_after(root, tmp_path):
         columns={"prompt": "prompt", "completion": "response"},
         cache_dir=str(tmp_path / "cache"),
     )
-    trainer = lightning.Trainer(
+    trainer = short_runs.trainer(
+        root=root,
         callbacks=[bind_to_lightning(LogSamples, root)(count=2, max_new_tokens=4), Keep()],
-        limit_train_batches=2,
-        limit_val_batches=1,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **{"limit_train_batches": 2, "limit_val_batches": 1, "max_epochs": 1},
     )
     task = bind_to_lightning(CausalLM, root)(str(BASE), learning_rate=1e-2, dtype="float32")
     trainer.fit(task, datamodule=data)

@@ -88,16 +88,11 @@ def test_the_training_loss_is_the_models_own(data):
 def test_adapters_and_head_are_trained_and_saved_and_nothing_else(method, model, data, tmp_path):
     module, images = task(MODELS[model], learning_rate=5e-3), data()
     before = with_adapters(method).validate(task(MODELS[model]), images, verbose=False)[0]
-    run = with_adapters(method)
-    start = {}
-
-    def keep(*_):
-        start.update({n: p.detach().clone() for n, p in module.named_parameters()})
-
-    module.on_train_start = keep
+    start = short_runs.values()
+    run = with_adapters(method, callbacks=[start])
     run.fit(module, images)
     assert run.callback_metrics["val_loss"] < before["val_loss"]
-    moved = {n for n, p in module.named_parameters() if not torch.equal(p, start[n])}
+    moved = short_runs.changed(start.before, module)
     heads = {f"model.classifier.{kind}" for kind in ("weight", "bias")}
     assert heads <= moved
     assert len(moved) > 10

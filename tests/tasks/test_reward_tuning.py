@@ -4,8 +4,7 @@ import sys
 
 import pytest
 import torch
-from paired import CONFIG, answers_in, prompts_in, strategy_of, trainer_of
-from test_unpaired import alone
+from paired import CONFIG, alone, answers_in, prompts_in, strategy_of, trainer_of
 
 from lightning_peft.errors import ConfigError, UnsupportedError
 from lightning_peft.plan.batch_size import BatchSize, size_of
@@ -68,9 +67,9 @@ def test_samples_are_those_of_the_tuned_model_without_dropout(kind, tmp_path):
         assert len(policy) == 8
         logits = task.model.lm_head
         scaled = logits.register_forward_hook(lambda *args: args[2] / 0.8)
-        expected = alone(task, rollout.batch)
+        expected = alone(task.model, rollout.batch)
         with reference(task):
-            base = alone(task, rollout.batch)
+            base = alone(task.model, rollout.batch)
         scaled.remove()
     torch.testing.assert_close(policy, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(rollout.reference.sum(1), base, rtol=1e-4, atol=1e-4)

@@ -1,7 +1,6 @@
 """Encoder-decoder language models: loss, generation and metrics, with LoRA and QLoRA."""
 
 import json
-from importlib import import_module
 from runpy import run_path
 
 import pytest
@@ -151,18 +150,10 @@ def test_generation_is_greedy_and_leaves_the_modes(data, tmp_path):
 def test_both_strategies_train_it_and_nothing_else_moves(strategy, checkpointing, data, tmp_path):
     made = task(learning_rate=1e-2)
     given = strategy(r=4, gradient_checkpointing=checkpointing, announce=False, verify="cheap")
-    run = trainer(tmp_path, strategy=given, max_steps=4)
-    before = {}
-
-    class Look(import_module(ROOTS[1]).Callback):
-        def on_train_start(self, trainer, module):
-            before.update({name: value.clone() for name, value in module.named_parameters()})
-
-    run.callbacks.append(Look())
+    start = short_runs.values()
+    run = trainer(tmp_path, strategy=given, max_steps=4, callbacks=[start])
     run.fit(made, data)
-    moved = {
-        name for name, value in made.named_parameters() if not torch.equal(value, before[name])
-    }
+    moved = short_runs.changed(start.before, made)
     assert moved
     assert all("lora_" in name for name in moved)
     assert {name.split(".")[1] for name in moved} == {"encoder", "decoder"}

@@ -84,17 +84,11 @@ def test_error_rates_are_of_generated_transcripts(data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("strategy", [LoRAStrategy, QLoRAStrategy])
 def test_both_strategies_train_it_and_it_transcribes(strategy, data, tmp_path):
-    made = task(learning_rate=1e-2)
-    before = {}
-
-    class Look(import_module(ROOTS[1]).Callback):
-        def on_train_start(self, trainer, module):
-            before.update({name: value.clone() for name, value in module.named_parameters()})
-
+    made, start = task(learning_rate=1e-2), short_runs.values()
     given = strategy(r=4, gradient_checkpointing=True, announce=False, verify="cheap")
-    run = trainer(tmp_path, strategy=given, callbacks=[Look()])
+    run = trainer(tmp_path, strategy=given, callbacks=[start])
     run.fit(made, data)
-    moved = {n for n, value in made.named_parameters() if not torch.equal(value, before[n])}
+    moved = short_runs.changed(start.before, made)
     assert moved
     assert all("lora_" in name for name in moved)
     rows = [row for batch in run.predict(made, data) for row in batch]

@@ -1,24 +1,12 @@
 """The tagger: loss over first tokens, scores in words, its head, and labels that must agree."""
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import load_file
-from short_runs import (
-    MODELS,
-    changed,
-    make,
-    trainer,
-    values,
-    write,
-)
+from short_runs import HEADS, MODELS, fit_and_reload, make, trainer, write
 
 from lightning_peft.data.token_classification import TokenClassificationData
 from lightning_peft.demo.run import BASE
 from lightning_peft.errors import CheckpointError, ConfigError
-from lightning_peft.plugin.loading import load_from_checkpoint
-from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 from lightning_peft.tasks.token_classification import TokenClassifier
 
 LABELS = ["B-NAME", "I-NAME", "O"]
@@ -134,48 +122,17 @@ def test_other_tags_are_scored_by_the_mean_over_tags():
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_adapters_and_the_new_head_learn_and_nothing_else(kind, method, data, tmp_path):
-    before, made, found = values(), task(kind), data()
-    runner = trainer(method, max_epochs=2, callbacks=[before], num_sanity_val_steps=-1)
-    runner.fit(made, found)
-    moved = changed(before.before, made)
-    heads = {n for n in moved if "lora_" not in n}
-    assert (
-        heads
-        == {
-            "decoder": {"model.score.weight", "model.score.bias"},
-            "encoder": {
-                "model.head.dense.weight",
-                "model.head.norm.weight",
-                "model.classifier.weight",
-                "model.classifier.bias",
-            },
-        }[kind]
-    )
-    assert moved - heads == {n for n, p in made.named_parameters() if "lora_" in n}
+    heads = {"model.score.weight", "model.score.bias"} if kind == "decoder" else HEADS[kind]
+    found = data()
+    runner, predictions, again, same = fit_and_reload(task(kind), found, method, heads, tmp_path)
     if kind == "decoder":
         assert runner.callback_metrics["val_f1"] > 0.9
         assert runner.callback_metrics["val_accuracy"] > 0.9
-    predictions = [row for given in runner.predict(made, found) for row in given]
-    assert json.loads(json.dumps(predictions)) == predictions
     known = {tuple(row["tokens"]): row["tags"] for row in rows()}
     assert len(predictions) == len(found.read().splits["validation"])
     assert all(known[tuple(row["words"])] == row["expected"] for row in predictions)
-
-    runner.save_checkpoint(tmp_path / "one.ckpt")
-    (adapter,) = (tmp_path / "adapters" / "one").rglob("adapter_model.safetensors")
-    stored = load_file(adapter)
-    for name in heads:
-        (same,) = (k for k in stored if k.endswith(name.removeprefix("model.")))
-        assert torch.equal(stored[same], dict(made.named_parameters())[name])
-    again = load_from_checkpoint(
-        bind_to_lightning(TokenClassifier, ROOTS[1]), tmp_path / "one.ckpt"
-    )
     assert again.labels == LABELS
-    with torch.no_grad():
-        message = [
-            r for i, b in enumerate(found.predict_dataloader()) for r in again.predict_step(b, i)
-        ]
-    assert message == predictions
+    assert same == predictions
 
 
 def test_labels_in_another_order_are_refused(data, tmp_path):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from paired import CONFIG, answers_in, strategy_of, trainer_of
+from paired import CONFIG, alone, answers_in, strategy_of, trainer_of
 
 from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
@@ -16,19 +16,6 @@ from lightning_peft.tasks.unpaired import UnpairedPreferenceTuning
 def task_of(**options):
     given = {"config": CONFIG, "learning_rate": 1e-2, "weight_decay": 0.0, **options}
     return bind_to_lightning(UnpairedPreferenceTuning, ROOTS[1])("none", **given)
-
-
-def alone(task, batch, name=""):
-    """Returns the log-probability of each answer, one row at a time, without padding."""
-    found = []
-    for ids, mask, labels in zip(
-        *(batch[f"{name}{one}"] for one in ("input_ids", "attention_mask", "labels")), strict=True
-    ):
-        length = int(mask.sum())
-        logits = task.model(input_ids=ids[None, :length]).logits[0].log_softmax(-1)
-        places = [place for place in range(1, length) if labels[place] != -100]
-        found.append(sum(logits[place - 1, ids[place]] for place in places))
-    return torch.stack(found)
 
 
 @pytest.mark.parametrize(
@@ -46,9 +33,9 @@ def test_loss_and_gradient_are_those_of_single_rows(kind, loss_type, tmp_path):
     batch = next(iter(data.val_dataloader()))
     task.eval()
     with torch.no_grad(), reference(task):
-        expected, expected_kl = alone(task, batch), alone(task, batch, "kl_")
-    policy = alone(task, batch)
-    kl = (alone(task, batch, "kl_").detach() - expected_kl).mean().clamp(min=0)
+        expected, expected_kl = alone(task.model, batch), alone(task.model, batch, "kl_")
+    policy = alone(task.model, batch)
+    kl = (alone(task.model, batch, "kl_").detach() - expected_kl).mean().clamp(min=0)
     kl = kl if loss_type == "kto" else torch.zeros(())
     gains = torch.where(batch["desirable"], policy - expected - kl, kl - policy + expected)
     weights = torch.where(batch["desirable"], 1.5, 0.75)
@@ -75,9 +62,9 @@ def test_the_estimate_is_over_rows_with_a_mismatched_answer_and_all_processes(tm
     trainer.fit(task, data)
     batch = next(iter(data.val_dataloader()))
     task.eval()
-    ratios = alone(task, batch, "kl_").detach()
+    ratios = alone(task.model, batch, "kl_").detach()
     with torch.no_grad(), reference(task):
-        ratios -= alone(task, batch, "kl_")
+        ratios -= alone(task.model, batch, "kl_")
     assert ratios.abs().min() > 1e-3
     batch["kl_labels"][0] = -100
     other_process = ratios.abs().sum()

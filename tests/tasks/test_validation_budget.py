@@ -4,6 +4,7 @@ import importlib
 
 import lightning.pytorch as pl
 import pytest
+import short_runs
 import torch
 from jsonargparse import Namespace
 from torch.utils.data import DataLoader
@@ -72,26 +73,8 @@ def test_the_line_gives_numbers_and_the_setting():
 
 def fit(folder, callbacks, root=ROOTS[0], resumed=None, scheduler=None, rows=ROWS, **options):
     """Trains a line; returns the steps at which it was validated."""
-    lightning, steps = importlib.import_module(root), []
 
-    class Module(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.line = torch.nn.Linear(1, 1)
-
-        def training_step(self, batch, index):
-            return self.line(batch).square().mean()
-
-        def validation_step(self, batch, index):
-            self.log("val_loss", self.line(batch).square().mean())
-            if not self.trainer.sanity_checking:
-                steps.append(self.trainer.global_step)
-
-        def configure_optimizers(self):
-            optimizer = torch.optim.SGD(self.parameters(), 1e-4)
-            return optimizer if scheduler is None else scheduler(optimizer)
-
-    class Samples(lightning.Callback):
+    class Samples(importlib.import_module(root).Callback):
         seconds, waits_for_end = 0.0, False
         steps: list = []
 
@@ -101,16 +84,12 @@ def fit(folder, callbacks, root=ROOTS[0], resumed=None, scheduler=None, rows=ROW
 
     samples = Samples()
     samples.steps = []
-    settings = {"max_epochs": 2, "num_sanity_val_steps": -1, "logger": False, **options}
-    trainer = lightning.Trainer(
-        callbacks=[*callbacks, samples],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=str(folder),
-        **settings,
-    )
-    trainer.fit(Module(), DataLoader(rows, 1), DataLoader(ROWS[:1], 1), ckpt_path=resumed)
-    return steps, samples.steps, trainer
+    settings = {"max_epochs": 2, "num_sanity_val_steps": -1, "enable_checkpointing": True}
+    settings |= {"callbacks": [*callbacks, samples], "default_root_dir": str(folder), **options}
+    module = short_runs.line(root, scheduler=scheduler)
+    trainer = short_runs.trainer(root=root, **settings)
+    trainer.fit(module, DataLoader(rows, 1), DataLoader(ROWS[:1], 1), ckpt_path=resumed)
+    return module.validated, samples.steps, trainer
 
 
 @pytest.fixture
