@@ -82,8 +82,8 @@ class ImageTextEncoder(Encoder):
             answers = {place: moved(span, gains) for place, span in read.answers.items()}
             hidden = tuple(moved(span, gains) for span in read.hidden)
             long = Part(read.messages, text, answers, hidden)
-            *labelled, offsets = self._part(long, sample.context)
-            row = self._row(*labelled, part.messages, sample.context)
+            ids, trained, masked, offsets = self._part(long, sample.context)
+            row = self._row(ids, trained, masked, part.messages, sample.context)
             places = tuple(overlapping_tokens(offsets, *span) for span in spans)
             rows.append(self._fit_images(row, places))
         return rows

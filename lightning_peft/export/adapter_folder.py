@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from lightning_peft import engine
 from lightning_peft.export.adapters import CONFIG, PROVENANCE, WEIGHTS
 from lightning_peft.export.base import license_of
 from lightning_peft.export.card import adapter_card, public
+from lightning_peft.export.output import write_json
 from lightning_peft.export.request import ExportRequest
 from lightning_peft.model_reference import written_reference
 
@@ -33,8 +33,7 @@ def copy_adapter(request: ExportRequest, folder: Path) -> None:
     adapter = replace(adapter, config=config, facts=facts)
     for name, fields in ((CONFIG, config), (PROVENANCE, facts)):
         if fields:
-            text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
-            (folder / name).write_text(text, encoding="utf-8")
+            write_json(folder / name, fields, sort_keys=True)
     card = adapter_card(adapter, license_of(request.base.folder))
     (folder / "README.md").write_text(card, encoding="utf-8")
     if request.chat_template:

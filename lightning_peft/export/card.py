@@ -89,12 +89,17 @@ def quantized_section(found: Mapping[str, Any]) -> str:
         f"\n## Quantized\n\nThe linear layers are {found['bits']}-bit ({found['kind']}, "
         "bitsandbytes).\n"
     )
+    return text + _difference(found)
+
+
+def _difference(found: Mapping[str, Any]) -> str:
+    """Returns how far outputs are from those in training, or why that is not known."""
     error = found["logit_error"]
     if error is None:
-        return f"{text}The outputs were not compared: {found['not_measured']}.\n"
+        return f"The outputs were not compared: {found['not_measured']}.\n"
     return (
-        f"{text}Difference to the base with the adapter as it was trained: {error['relative']:.2%} "
-        f"of the logits, {error['kl']:.2e} nats per token, {error['same_choice']:.1%} of the next "
+        f"Difference to the base with the adapter as it was trained: {error['relative']:.2%} of "
+        f"the logits, {error['kl']:.2e} nats per token, {error['same_choice']:.1%} of the next "
         "tokens the same.\n"
     )
 
@@ -110,15 +115,7 @@ def gguf_card(adapter: Adapter, license: str | None, record: Mapping[str, Any]) 
     }
     for file in record["files"]:
         text += f"| `{file['file']}` | {parts[file['part']]} | `{file['sha256']}` |\n"
-    error = record["logit_error"]
-    if error is not None:
-        text += (
-            f"\nDifference to the base with the adapter as it was trained: {error['relative']:.2%} "
-            f"of the logits, {error['kl']:.2e} nats per token, {error['same_choice']:.1%} of the "
-            "next tokens the same.\n"
-        )
-    else:
-        text += f"\nThe outputs were not compared: {record['not_measured']}.\n"
+    text += "\n" + _difference(record)
     title = f"# {adapter.name}, GGUF"
     return f"{front}\n{title}\n\n{_about(adapter)}\n{text}\n{_provenance_rows(adapter, license)}"
 

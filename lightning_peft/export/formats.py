@@ -18,7 +18,7 @@ from lightning_peft.export.gguf.llama_programs import converter_command
 from lightning_peft.export.loading import writes_text
 from lightning_peft.export.merging import merge
 from lightning_peft.export.modelfile import as_ollama
-from lightning_peft.export.output import atomic_folder
+from lightning_peft.export.output import atomic_folder, write_json
 from lightning_peft.export.quantizing import measure_quantized, quantize_folder
 from lightning_peft.export.request import ExportRequest
 from lightning_peft.export.sentence_models import as_sentence_transformers
@@ -58,8 +58,7 @@ def as_quantized(request: ExportRequest) -> dict[str, Any]:
             "logit_error": asdict(error) if error else None,
             "not_measured": reason,
         }
-        text = json.dumps(record, indent=2) + "\n"
-        (folder / "quantization_report.json").write_text(text, encoding="utf-8")
+        write_json(folder / "quantization_report.json", record)
         with open(folder / "README.md", "a", encoding="utf-8") as card:
             card.write(quantized_section(record))
     report["output"] = str(request.output)

@@ -5,7 +5,7 @@ Weights are those of each way; everything is computed in float32, so that nothin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -150,6 +150,37 @@ def compare(actual: Tensor, expected: Tensor) -> LogitError:
         kl=max(0.0, kl.item() / len(actual)),
         same_choice=same.item(),
     )
+
+
+def measured_model(
+    adapter: Adapter,
+    base: Base,
+    load: Callable[[], Any],
+    options: Mapping[str, Any],
+    reason: str | None = None,
+) -> tuple[LogitError | None, str | None]:
+    """Returns how far the model that ``load`` reads is from the one in training, or why not.
+
+    ``options`` are those of merging, ``reason`` says what stands against it.
+    """
+    if not options.get("measure", True):
+        return None, "it was not asked for"
+    if reason is not None:
+        return None, reason
+    progress = options.get("progress", lambda what, done, total: None)
+
+    def compared() -> LogitError:
+        progress("comparing outputs", 0, 2)
+        tokenizer, prompts = load_tokenizer(base), options.get("prompts")
+        trained = load_as_trained(base, adapter, check_base=options.get("check_base", True))
+        reference = logits_of(trained, tokenizer, prompts)
+        del trained
+        progress("comparing outputs", 1, 2)
+        error = compare(logits_of(load().eval(), tokenizer, prompts), reference)
+        progress("comparing outputs", 2, 2)
+        return error
+
+    return measured(adapter, base, compared)
 
 
 def measured(

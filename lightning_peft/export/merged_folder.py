@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -19,7 +20,6 @@ from lightning_peft.engine.vocabulary import vocabulary_size
 from lightning_peft.errors import BaseMismatchError, CheckpointError, ConfigError, itemize
 from lightning_peft.export.adapters import Adapter
 from lightning_peft.export.base import (
-    COMPANIONS,
     INDEX,
     Base,
     StoredTensor,
@@ -31,7 +31,9 @@ from lightning_peft.export.loading_code import labels_of
 from lightning_peft.export.output import (
     atomic_folder,
     check_output_free,
+    copy_companions,
     in_file_order,
+    write_json,
     write_safetensors,
 )
 
@@ -83,11 +85,12 @@ def merge_into_folder(
     merge, names = prepare(adapter, base, into, dtype)
     checked = check_base and base_checked(adapter, base, merge, names, progress)
     plan = planned(base, merge, names)
-    size = sum(s.numel * s.dtype.itemsize for shard in plan.values() for s in shard.values())
+    tensors = [stored for shard in plan.values() for stored in shard.values()]
+    size = sum(stored.numel * stored.dtype.itemsize for stored in tensors)
     refuse_full_disk(output, size)
     with atomic_folder(output) as folder:
         _write_weights(folder, base, merge, names, plan, progress, size)
-        written = str(_main_dtype(plan)).removeprefix("torch.")
+        written = main_dtype(tensors)
         _write_companions(folder, base, adapter, written, vocabulary_size(merge.outline))
     return MergedFolder(output, merge.into, written, size, checked, merge.errors)
 
@@ -207,13 +210,13 @@ def planned(
     return plan
 
 
-def _main_dtype(plan: dict[str, dict[str, StoredTensor]]) -> torch.dtype:
-    sizes: dict[torch.dtype, int] = {}
-    for shard in plan.values():
-        for stored in shard.values():
-            if stored.dtype.is_floating_point:
-                sizes[stored.dtype] = sizes.get(stored.dtype, 0) + stored.numel
-    return max(sizes, key=lambda dtype: sizes[dtype])
+def main_dtype(tensors: Iterable[StoredTensor]) -> str:
+    """Returns the name of the dtype of most of the numbers that are not whole ones."""
+    sizes: Counter[torch.dtype] = Counter()
+    for stored in tensors:
+        if stored.dtype.is_floating_point:
+            sizes[stored.dtype] += stored.numel
+    return str(sizes.most_common(1)[0][0]).removeprefix("torch.")
 
 
 def _write_weights(
@@ -239,7 +242,7 @@ def _write_weights(
     if len(plan) > 1 or (base.folder / INDEX).is_file():
         weight_map = {key: file for file, entries in plan.items() for key in entries}
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / INDEX, index)
 
 
 def merged_values(
@@ -266,16 +269,13 @@ def _write_companions(
     folder: Path, base: Base, adapter: Adapter, dtype: str, vocabulary: int | None
 ) -> None:
     """Copies tokenizer, generation config and the like as they are, and rewrites the config."""
-    for pattern in COMPANIONS:
-        for file in base.folder.glob(pattern):
-            if file.name not in NOT_COPIED and file.is_file():
-                shutil.copyfile(file, folder / file.name)
+    copy_companions(base.folder, folder, NOT_COPIED)
     text = json.loads(base.config.to_json_string(use_diff=True)) | {"dtype": dtype}
     recorded = adapter.base.get("vocabulary")
     if recorded is not None and recorded == vocabulary:
         holder = text if "vocab_size" in text else text.get("text_config", text)
         holder["vocab_size"] = vocabulary
-    (folder / "config.json").write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", text)
     template = adapter.chat_template
     if template is not None:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

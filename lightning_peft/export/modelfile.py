@@ -74,17 +74,12 @@ def _gguf_export(request: ExportRequest) -> tuple[GgufExport | None, list[str]]:
 
 
 def _gguf(export: GgufExport, folder: Path) -> dict[str, Any]:
-    files = export.write(folder)
-    measure = export.measure(folder, files)
-    record = export.record(folder, files, measure)
+    files, report = export.run(folder)
     model = files.get("model") or files.get("base")
     source = f"FROM {f'./{model.name}' if model else export.request.base_name}\n"
     if "adapter" in files:
         source += f"ADAPTER ./{files['adapter'].name}\n"
-    found = {"source": source, "notes": export.notes, "commands": [], "gguf": record}
-    if "model" in files:
-        found["merge"] = export.merge_report(record["files"][0]["bytes"], measure)
-    return found
+    return report | {"source": source, "commands": []}
 
 
 def _safetensors(request: ExportRequest, folder: Path) -> dict[str, Any]:

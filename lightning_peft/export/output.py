@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_peft.errors import ConfigError
-from lightning_peft.export.base import DTYPES, StoredTensor
+from lightning_peft.export.base import COMPANIONS, DTYPES, StoredTensor
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -48,6 +49,20 @@ def atomic_folder(output: Path) -> Iterator[Path]:
         os.replace(unfinished, output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_json(file: Path, content: Any, **options: Any) -> None:
+    """Writes JSON for people to read; ``options`` are those of :func:`json.dumps`."""
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(content, indent=2, **options) + "\n", encoding="utf-8")
+
+
+def copy_companions(source: Path, folder: Path, left_out: Container[str]) -> None:
+    """Copies what lies next to the weights of a model, but for files of some names."""
+    for pattern in COMPANIONS:
+        for file in source.glob(pattern):
+            if file.name not in left_out and file.is_file():
+                shutil.copyfile(file, folder / file.name)
 
 
 def in_file_order(entries: dict[str, StoredTensor]) -> list[str]:

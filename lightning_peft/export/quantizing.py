@@ -7,7 +7,7 @@ too, needs no calibration data, and transformers and vLLM load the folders witho
 from __future__ import annotations
 
 import json
-import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ import transformers
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError
 from lightning_peft.export.adapters import Adapter
-from lightning_peft.export.base import COMPANIONS, INDEX, Base
-from lightning_peft.export.loading import load_as_trained, load_tokenizer
-from lightning_peft.export.measuring import LogitError, compare, logits_of, measured
+from lightning_peft.export.base import INDEX, Base
+from lightning_peft.export.measuring import LogitError, measured_model
 from lightning_peft.export.merged_folder import REPORT
+from lightning_peft.export.output import copy_companions
 
 
 def quantize_folder(merged: Path, output: Path, bits: int) -> str:
@@ -34,10 +34,7 @@ def quantize_folder(merged: Path, output: Path, bits: int) -> str:
     )
     # Before any forward pass: on some CPUs that repacks the codes.
     model.save_pretrained(output)
-    for pattern in COMPANIONS:
-        for file in merged.glob(pattern):
-            if file.name not in (INDEX, "config.json"):
-                shutil.copyfile(file, output / file.name)
+    copy_companions(merged, output, (INDEX, "config.json"))
     assert (output / REPORT).is_file()
     backend = engine.backend_for(settings)
     return backend.label(backend.config_to_dict(settings))
@@ -52,16 +49,5 @@ def measure_quantized(
     adapter: Adapter, base: Base, folder: Path, options: dict[str, Any]
 ) -> tuple[LogitError | None, str | None]:
     """Returns how far a quantized folder is from the model as it was trained, or why not."""
-    if not options.get("measure", True):
-        return None, "it was not asked for"
-    prompts = options.get("prompts")
-
-    def compared() -> LogitError:
-        tokenizer = load_tokenizer(base)
-        trained = load_as_trained(base, adapter, check_base=options.get("check_base", True))
-        reference = logits_of(trained, tokenizer, prompts)
-        del trained
-        written = _class_of(folder).from_pretrained(folder, dtype=torch.float32)
-        return compare(logits_of(written.eval(), tokenizer, prompts), reference)
-
-    return measured(adapter, base, compared)
+    load = partial(_class_of(folder).from_pretrained, folder, dtype=torch.float32)
+    return measured_model(adapter, base, load, options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,22 +10,22 @@ from typing import Any
 from lightning_peft.errors import UnsupportedError
 from lightning_peft.export.adapter_folder import copy_adapter, notes_on_base
 from lightning_peft.export.adapters import Adapter
-from lightning_peft.export.base import COMPANIONS, INDEX, Base
+from lightning_peft.export.base import INDEX, Base
 from lightning_peft.export.card import public_name, sentence_card
 from lightning_peft.export.loading_code import sentence_class
+from lightning_peft.export.merged_folder import main_dtype
 from lightning_peft.export.merging import merge
-from lightning_peft.export.output import atomic_folder
+from lightning_peft.export.output import atomic_folder, copy_companions, write_json
 from lightning_peft.export.request import ExportRequest
 from lightning_peft.sentence_folder import (
     ENCODER,
     MODULES,
     SENTENCES,
-    SentenceFolder,
     read_sentence_folder,
 )
 
 _PACKAGE = "sentence_transformers.models"
-_DTYPE_BYTES = "float32", "bfloat16", "float16"
+_DTYPES = "float32", "bfloat16", "float16"
 
 
 def as_sentence_transformers(request: ExportRequest) -> dict[str, Any]:
@@ -37,8 +36,7 @@ def as_sentence_transformers(request: ExportRequest) -> dict[str, Any]:
     """
     adapter, base = request.adapter, request.base
     kind = _kind(adapter)
-    known = read_sentence_folder(str(base.folder))
-    files = _embedding_files(adapter, base, known) if kind == "SentenceTransformer" else {}
+    files = _embedding_files(adapter, base) if kind == "SentenceTransformer" else {}
     report, notes = None, []
     with atomic_folder(request.output) as folder:
         if request.separate_adapter:
@@ -49,7 +47,8 @@ def as_sentence_transformers(request: ExportRequest) -> dict[str, Any]:
                 )
             copy_adapter(request, folder)
             _name_base(folder, request)
-            _copy_tokenizer(base.folder, folder)
+            known = {file.name for file in folder.iterdir()}
+            copy_companions(base.folder, folder, {INDEX, "config.json", *known})
             notes += notes_on_base(request)
             if adapter.bits != 16:
                 notes.append(
@@ -59,7 +58,8 @@ def as_sentence_transformers(request: ExportRequest) -> dict[str, Any]:
                 )
         else:
             target = folder / "merged"
-            dtype = request.options.get("dtype") or _dtype(base)
+            own = main_dtype(base.keys.values())
+            dtype = request.options.get("dtype") or (own if own in _DTYPES else None)
             report = merge(adapter, target, **{**request.options, "dtype": dtype})
             for file in target.iterdir():
                 file.replace(folder / file.name)
@@ -71,7 +71,7 @@ def as_sentence_transformers(request: ExportRequest) -> dict[str, Any]:
                 for name in (MODULES, ENCODER, SENTENCES):
                     (folder / name).unlink(missing_ok=True)
         for name, content in files.items():
-            _write(folder / name, content)
+            write_json(folder / name, content, ensure_ascii=False)
         _write_card(folder, kind, request.output)
     python = f"from sentence_transformers import {kind}; model = {kind}({str(request.output)!r})"
     result = {"notes": notes, "commands": [f"python -ic {json.dumps(python)}"]}
@@ -90,25 +90,16 @@ def _kind(adapter: Adapter) -> str:
     return kind
 
 
-def _dtype(base: Base) -> str | None:
-    """Returns the dtype of most of the base's weights, where models are written in it."""
-    sizes: dict[str, int] = {}
-    for stored in base.keys.values():
-        name = str(stored.dtype).removeprefix("torch.")
-        sizes[name] = sizes.get(name, 0) + stored.numel
-    most = max(sizes, key=lambda name: sizes[name])
-    return most if most in _DTYPE_BYTES else None
-
-
-def _embedding_files(adapter: Adapter, base: Base, known: SentenceFolder) -> dict[str, Any]:
+def _embedding_files(adapter: Adapter, base: Base) -> dict[str, Any]:
     """Returns the content of the JSON files by which sentence-transformers makes embeddings."""
+    known = read_sentence_folder(str(base.folder))
     record: Mapping[str, Any] = adapter.facts["output_settings"]
     data: Mapping[str, Any] = adapter.facts.get("data") or {}
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
     modules += [("2_Normalize", "Normalize")] if record["normalize"] else []
     # What training took is in the record, be it from these files or from the user.
     longest = data.get("max_length") or known.max_length
-    prompts = {**known.prompts, **_prompts(data)}
+    prompts = {**known.prompts, **(data.get("prompts") or {})}
     return {
         MODULES: [
             {"idx": place, "name": str(place), "path": path, "type": f"{_PACKAGE}.{name}"}
@@ -130,11 +121,6 @@ def _embedding_files(adapter: Adapter, base: Base, known: SentenceFolder) -> dic
     }
 
 
-def _prompts(data: Mapping[str, Any]) -> dict[str, str]:
-    given = data.get("prompts")
-    return dict(given) if isinstance(given, Mapping) else {}
-
-
 def _describe_scores(folder: Path, adapter: Adapter) -> None:
     """Writes into the configuration how scores are made, and what pads."""
     file = folder / "config.json"
@@ -144,7 +130,7 @@ def _describe_scores(folder: Path, adapter: Adapter) -> None:
     if config.get("pad_token_id") is None and record.get("pad_token_id") is not None:
         config["pad_token_id"] = record["pad_token_id"]
     config["id2label"], config["label2id"] = {"0": "LABEL_0"}, {"LABEL_0": 0}
-    _write(file, config)
+    write_json(file, config, ensure_ascii=False)
 
 
 def _name_base(folder: Path, request: ExportRequest) -> None:
@@ -154,24 +140,10 @@ def _name_base(folder: Path, request: ExportRequest) -> None:
     named = Path(str(config.get("base_model_name_or_path")))
     if not request.base_name and (named.is_dir() or not config.get("base_model_name_or_path")):
         config["base_model_name_or_path"] = str(request.base.folder.resolve())
-    _write(file, config)
-
-
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    for pattern in COMPANIONS:
-        for file in source.glob(pattern):
-            known = file.name in (INDEX, "config.json") or (folder / file.name).exists()
-            if file.is_file() and not known:
-                shutil.copyfile(file, folder / file.name)
+    write_json(file, config, ensure_ascii=False)
 
 
 def _write_card(folder: Path, kind: str, output: Path) -> None:
     card = folder / "README.md"
     text = sentence_card(card.read_text(encoding="utf-8"), kind, public_name(str(output)))
     card.write_text(text, encoding="utf-8")
-
-
-def _write(file: Path, content: Any) -> None:
-    file.parent.mkdir(exist_ok=True)
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    file.write_text(text, encoding="utf-8")

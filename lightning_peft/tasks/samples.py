@@ -39,11 +39,12 @@ def answers(
     samples = []
     for (ids, _), prompt, new in zip(rows, prompts, found, strict=True):
         kept = list(takewhile(lambda token: token not in ends, new))
-        texts = (
+        asked, expected, generated = (
             tokenizer.decode(part, skip_special_tokens=True)
             for part in (prompt, ids[len(prompt) :], kept)
         )
-        samples.append(GeneratedSample(*texts, cut=len(kept) == len(new)))
+        cut = len(kept) == len(new)
+        samples.append(GeneratedSample(asked, expected, generated, cut))
     return samples
 
 

@@ -12,7 +12,7 @@ from llama_cpp import LlamaCpp
 import lightning_peft
 from lightning_peft.export.gguf.architectures import FAMILIES
 
-from .tiny_gguf import adapted, byte_tokenizer, prepared, silent, tiny_model
+from .tiny_gguf import adapted, merged_file, tiny_model
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -45,6 +45,11 @@ def logprobs(model: Any, ids: list[int]) -> torch.Tensor:
         return model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
 
 
+def of_all(row: dict[int, float]) -> torch.Tensor:
+    """Returns what llama.cpp gives for each token of the vocabulary."""
+    return torch.tensor([row[index] for index in range(128)])
+
+
 def test_every_family_has_a_case() -> None:
     assert {name for name, _ in CASES.values()} == set(FAMILIES)
 
@@ -58,9 +63,8 @@ QUICK = ("llama", "qwen2")
 )
 def test_same_logits(case: str, tmp_path: Path) -> None:
     name, changes = CASES[case]
-    model, adapter = adapted(tmp_path, tiny_model(name, **changes), byte_tokenizer(ascii_only=True))
-    file = tmp_path / "model.gguf"
-    prepared(tmp_path, adapter).write_merged(file, "f32", {"general.name": case}, silent)
+    model, adapter = adapted(tmp_path, tiny_model(name, **changes))
+    file = merged_file(tmp_path, adapter)
     lightning_peft.merge(model, dtype=torch.float32)
     found = LlamaCpp(file).continued(IDS, 5, top=128)
     ids, rows = list(IDS), found["logprobs"]
@@ -68,6 +72,5 @@ def test_same_logits(case: str, tmp_path: Path) -> None:
     for token, row in zip(found["tokens"], rows, strict=True):
         expected = logprobs(model, ids)
         assert token == int(expected.argmax())
-        actual = torch.tensor([row[index] for index in range(128)])
-        torch.testing.assert_close(actual, expected, atol=TOLERANCES.get(case, 2e-4), rtol=0)
+        torch.testing.assert_close(of_all(row), expected, atol=TOLERANCES.get(case, 2e-4), rtol=0)
         ids.append(token)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import lightning_peft
 from lightning_peft.errors import CheckpointError, UnsupportedError
-from lightning_peft.export.adapters import find_adapter
+from lightning_peft.export.adapters import Adapter, find_adapter
 from lightning_peft.export.base import find_base
 from lightning_peft.export.gguf import lora
 from lightning_peft.export.gguf.architectures import architecture_of
@@ -25,9 +25,9 @@ from lightning_peft.export.gguf.files import kind_of
 from lightning_peft.export.merged_folder import merge_into_folder
 from lightning_peft.export.request import ExportRequest
 
-from .test_gguf_architectures import CASES, IDS, LINEAR, LLAMA3, logprobs
+from .test_gguf_architectures import CASES, IDS, LINEAR, LLAMA3, logprobs, of_all
 from .test_merged_folder import peak_bytes
-from .tiny_gguf import CHATML, adapted, byte_tokenizer, prepared, silent, tiny_model
+from .tiny_gguf import CHATML, adapted, byte_tokenizer, merged_file, prepared, silent, tiny_model
 
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -54,10 +54,8 @@ def test_numbers_of_each_kind(kind: str, tmp_path: Path) -> None:
     model, adapter = adapted(
         tmp_path,
         tiny_model("LlamaForCausalLM", intermediate_size=80),
-        byte_tokenizer(ascii_only=True),
     )
-    file = tmp_path / "model.gguf"
-    prepared(tmp_path, adapter, kind).write_merged(file, kind, {"general.name": "x"}, silent)
+    file = merged_file(tmp_path, adapter, kind)
     dtype = {"f16": torch.float16, "bf16": torch.bfloat16}.get(kind, torch.float32)
     lightning_peft.merge(model, dtype=dtype)
     lightning_peft.unload(model)
@@ -103,15 +101,14 @@ def eight_bits(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch
 @pytest.mark.parametrize("layers", [1, 2])
 def test_llama_cpp_rounds_inputs_of_eight_bit_layers(layers: int, tmp_path: Path) -> None:
     base = tiny_model("LlamaForCausalLM", num_hidden_layers=layers)
-    _, adapter = adapted(tmp_path, base, byte_tokenizer(ascii_only=True))
-    file = tmp_path / "model.gguf"
-    prepared(tmp_path, adapter, "q8_0").write_merged(file, "q8_0", {}, silent)
+    _, adapter = adapted(tmp_path, base)
+    file = merged_file(tmp_path, adapter, "q8_0")
     # With the weights as they are in the file.
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file=file.name, dtype=torch.float32
     ).eval()
     found = LlamaCpp(file).continued(IDS, 1, top=128)["logprobs"][0]
-    actual = torch.tensor([found[index] for index in range(128)])
+    actual = of_all(found)
     exact = logprobs(model, IDS)
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -127,6 +124,16 @@ def test_which_numbers_a_tensor_gets() -> None:
     assert kind_of((3, 48), "q8_0") == "f16"
 
 
+def apart(folder: Path, adapter: Adapter) -> tuple[Path, Path]:
+    """Writes base and adapter to files of their own."""
+    found = prepared(folder, adapter)
+    lora.check_adapter(found.merge, found.architecture)
+    found.write_base(folder / "base.gguf", "f32", {}, silent)
+    outline, file = found.merge.outline, folder / "adapter.gguf"
+    lora.write_adapter(file, outline, found.architecture, "f32", "mine", silent)
+    return folder / "base.gguf", file
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -137,53 +144,37 @@ def test_which_numbers_a_tensor_gets() -> None:
 def test_an_adapter_file_is_the_merged_model(settings: dict, tmp_path: Path) -> None:
     settings = {"target_modules": LAYERS, **settings}
     base = tiny_model("LlamaForCausalLM")
-    model, adapter = adapted(tmp_path, base, byte_tokenizer(ascii_only=True), **settings)
-    written = prepared(tmp_path, adapter)
-    lora.check_adapter(written.merge, written.architecture)
-    written.write_base(tmp_path / "base.gguf", "f32", {}, silent)
-    outline = written.merge.outline
-    file = tmp_path / "adapter.gguf"
-    lora.write_adapter(file, outline, written.architecture, "f32", "mine", silent)
+    model, adapter = adapted(tmp_path, base, **settings)
+    alone, file = apart(tmp_path, adapter)
     known = facts(file)
     assert known["general.type"] == "adapter"
     assert known["adapter.type"] == "lora"
     assert len(tensors(file)) == 2 * 2 * len(LAYERS)
     assert tensors(file)["blk.1.attn_v.weight.lora_a"].shape == (2 if len(settings) > 1 else 4, 64)
-    plain = LlamaCpp(tmp_path / "base.gguf").continued(IDS, 3, top=128)
-    found = LlamaCpp(tmp_path / "base.gguf", file).continued(IDS, 3, top=128)
+    plain = LlamaCpp(alone).continued(IDS, 3, top=128)
+    found = LlamaCpp(alone, file).continued(IDS, 3, top=128)
     lightning_peft.merge(model, dtype=torch.float32)
     expected = logprobs(model, IDS)
-    actual = torch.tensor([found["logprobs"][0][index] for index in range(128)])
+    actual = of_all(found["logprobs"][0])
     torch.testing.assert_close(actual, expected, atol=2e-4, rtol=0)
-    without = torch.tensor([plain["logprobs"][0][index] for index in range(128)])
-    assert (without - expected).abs().max() > 0.1
+    assert (of_all(plain["logprobs"][0]) - expected).abs().max() > 0.1
 
 
 @pytest.mark.long
 def test_an_adapter_on_the_embedding(tmp_path: Path) -> None:
     base = tiny_model("Qwen2ForCausalLM", tie_word_embeddings=False)
-    model, adapter = adapted(
-        tmp_path,
-        base,
-        byte_tokenizer(ascii_only=True),
-        target_modules=["embed_tokens", "lm_head", "q_proj"],
-    )
-    written = prepared(tmp_path, adapter)
-    lora.check_adapter(written.merge, written.architecture)
-    written.write_base(tmp_path / "base.gguf", "f32", {}, silent)
-    file = tmp_path / "adapter.gguf"
-    lora.write_adapter(file, written.merge.outline, written.architecture, "f32", "x", silent)
+    targets = ["embed_tokens", "lm_head", "q_proj"]
+    model, adapter = adapted(tmp_path, base, target_modules=targets)
+    files = apart(tmp_path, adapter)
     lightning_peft.merge(model, dtype=torch.float32)
-    found = LlamaCpp(tmp_path / "base.gguf", file).continued(IDS, 1, top=128)
-    actual = torch.tensor([found["logprobs"][0][index] for index in range(128)])
+    found = LlamaCpp(*files).continued(IDS, 1, top=128)
+    actual = of_all(found["logprobs"][0])
     torch.testing.assert_close(actual, logprobs(model, IDS), atol=2e-4, rtol=0)
 
 
 def test_more_than_low_rank_factors(tmp_path: Path) -> None:
     base = tiny_model("LlamaForCausalLM", tie_word_embeddings=False)
-    model, adapter = adapted(
-        tmp_path, base, byte_tokenizer(ascii_only=True), modules_to_save=["lm_head"]
-    )
+    model, adapter = adapted(tmp_path, base, modules_to_save=["lm_head"])
     written = prepared(tmp_path, adapter)
     with pytest.raises(UnsupportedError, match=r"holds whole tensors(?s:.*)lm_head\.weight"):
         lora.check_adapter(written.merge, written.architecture)
@@ -218,7 +209,7 @@ def test_more_than_low_rank_factors(tmp_path: Path) -> None:
 def test_other_architectures(name: str, changes: dict, message: str, tmp_path: Path) -> None:
     model = tiny_model(name, **changes)
     targets = ["c_attn"] if name.startswith("GPT2") else ["q_proj"]
-    _, adapter = adapted(tmp_path, model, byte_tokenizer(ascii_only=True), target_modules=targets)
+    _, adapter = adapted(tmp_path, model, target_modules=targets)
     with pytest.raises(UnsupportedError, match=message):
         prepared(tmp_path, adapter)
 
@@ -240,8 +231,7 @@ def test_a_head_of_its_own_in_a_base_whose_config_ties_it(tmp_path: Path) -> Non
     assert written["tie_word_embeddings"] is False
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert torch.equal(merged.lm_head.weight, head.bfloat16().float())
-    file = tmp_path / "model.gguf"
-    prepared(tmp_path, adapter).write_merged(file, "f32", {}, silent)
+    file = merged_file(tmp_path, adapter)
     np.testing.assert_array_equal(tensors(file)["output.weight"], head.numpy())
 
 
@@ -276,7 +266,7 @@ def test_the_measured_error(case: str, tmp_path: Path) -> None:
 
 def test_a_window_of_attention_is_the_context(tmp_path: Path) -> None:
     model = tiny_model("MistralForCausalLM", sliding_window=16, num_hidden_layers=1)
-    _, adapter = adapted(tmp_path, model, byte_tokenizer(ascii_only=True))
+    _, adapter = adapted(tmp_path, model)
     written = prepared(tmp_path, adapter)
     assert written.architecture.context == 16
     assert written.notes == [
@@ -289,11 +279,11 @@ def test_a_window_of_attention_is_the_context(tmp_path: Path) -> None:
 def test_values_that_float16_cannot_hold(tmp_path: Path) -> None:
     model = tiny_model("LlamaForCausalLM", intermediate_size=80)
     model.model.layers[1].mlp.down_proj.weight.data[3, 4] = 1e5
-    _, adapter = adapted(tmp_path, model, byte_tokenizer(ascii_only=True))
+    _, adapter = adapted(tmp_path, model)
     for kind, message in (("f16", "down_proj.weight would hold values that"), ("q8_0", "65504")):
         with pytest.raises(CheckpointError, match=message):
-            prepared(tmp_path, adapter, kind).write_merged(tmp_path / "x", kind, {}, silent)
-    prepared(tmp_path, adapter, "bf16").write_merged(tmp_path / "x", "bf16", {}, silent)
+            merged_file(tmp_path, adapter, kind)
+    merged_file(tmp_path, adapter, "bf16")
 
 
 def test_memory_is_that_of_one_tensor(tmp_path: Path) -> None:
@@ -301,9 +291,7 @@ def test_memory_is_that_of_one_tensor(tmp_path: Path) -> None:
     model = tiny_model("LlamaForCausalLM", **sizes)
     total = sum(4 * param.numel() for param in model.parameters())
     largest = max(4 * param.numel() for param in model.parameters())
-    _, adapter = adapted(
-        tmp_path, model, byte_tokenizer(ascii_only=True), shards="1MB", target_modules=["q_proj"]
-    )
+    _, adapter = adapted(tmp_path, model, shards="1MB", target_modules=["q_proj"])
     written = prepared(tmp_path, adapter)
     tracemalloc.start()
     peak = peak_bytes(lambda: written.write_merged(tmp_path / "x.gguf", "q8_0", {}, silent))

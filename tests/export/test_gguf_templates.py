@@ -12,7 +12,7 @@ from lightning_peft.export.go_template import translate
 
 from .go_rendering import go
 from .test_go_template import TALK, TEMPLATES
-from .tiny_gguf import adapted, byte_tokenizer, prepared, silent, tiny_model
+from .tiny_gguf import adapted, byte_tokenizer, merged_file, tiny_model
 
 QUICK = ("smollm2", "llama3", "mistral")
 SYSTEM = [{"role": "system", "content": "Be kind."}]
@@ -24,8 +24,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     tokenizer = byte_tokenizer(bos=True)
     model = tiny_model("LlamaForCausalLM", vocab_size=300, num_hidden_layers=1)
     _, adapter = adapted(folder, model, tokenizer)
-    prepared(folder, adapter).write_merged(folder / "model.gguf", "f32", {}, silent)
-    return folder / "model.gguf", tokenizer
+    return merged_file(folder, adapter), tokenizer
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from .tiny_gguf import (
     adapted,
     byte_tokenizer,
     gemma_tokenizer,
+    merged_file,
     prepared,
     sentencepiece_tokenizer,
     silent,
@@ -98,8 +99,7 @@ def test_a_file_is_read_with_the_same_tokens(kind: str, tmp_path: Path) -> None:
     tokenizer = KINDS[kind][1]()
     model = tiny_model("LlamaForCausalLM", vocab_size=330, num_hidden_layers=1)
     _, adapter = adapted(tmp_path, model, tokenizer)
-    prepared(tmp_path, adapter).write_merged(tmp_path / "model.gguf", "f32", {}, silent)
-    found = engine.find_gguf(tmp_path / "model.gguf")
+    found = engine.find_gguf(merged_file(tmp_path, adapter))
     assert found is not None
     read = AutoTokenizer.from_pretrained(found.folder)
     for text in TEXTS:

@@ -135,11 +135,11 @@ def tiny_model(name: str, **changes: Any) -> Any:
 
 
 def adapted(
-    folder: Path, model: Any, tokenizer: Any, shards: str = "1GB", **settings: Any
+    folder: Path, model: Any, tokenizer: Any = None, shards: str = "1GB", **settings: Any
 ) -> tuple[nn.Module, Adapter]:
     """Writes a base with its tokenizer, and an adapter; returns the model with it, and it."""
     model.save_pretrained(folder / "base", max_shard_size=shards)
-    tokenizer.save_pretrained(folder / "base")
+    (tokenizer or byte_tokenizer(ascii_only=True)).save_pretrained(folder / "base")
     loaded = type(model).from_pretrained(folder / "base").eval()
     lightning_peft.inject(loaded, **({"r": 4} | settings))
     for layer in engine.adapted_layers(loaded).values():
@@ -152,6 +152,12 @@ def adapted(
 def prepared(folder: Path, adapter: Adapter, kind: str = "f32") -> GgufModel:
     """Returns the model that is written of an adapter and the base in ``folder``."""
     return prepare_model(adapter, find_base(str(folder / "base")), kind, None, None)
+
+
+def merged_file(folder: Path, adapter: Adapter, kind: str = "f32") -> Path:
+    """Returns the file of an adapter merged into the base in ``folder``."""
+    prepared(folder, adapter, kind).write_merged(folder / "model.gguf", kind, {}, silent)
+    return folder / "model.gguf"
 
 
 def silent(what: str, done: int, total: int) -> None:

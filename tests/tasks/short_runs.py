@@ -90,15 +90,16 @@ HEADS = {
 
 def fit_and_reload(
     made: Any, data: Any, method: str, heads: set[str], folder: Path
-) -> tuple[Any, list[dict[str, Any]], Any, list[dict[str, Any]]]:
+) -> tuple[dict[str, Any], list[dict[str, Any]], Any, list[dict[str, Any]]]:
     """Trains a task, and asserts that its adapters and heads alone moved and are in its files.
 
     Returns:
-        The Trainer, the predictions, and the task of the checkpoint with its predictions.
+        The metrics, the predictions, and the task of the checkpoint with its predictions.
     """
     before = values()
     runner = trainer(method, max_epochs=2, callbacks=[before], num_sanity_val_steps=-1)
     runner.fit(made, data)
+    metrics = dict(runner.callback_metrics)
     moved = changed(before.before, made)
     assert moved == heads | {n for n, p in made.named_parameters() if "lora_" in n}
     assert moved == {n for n, p in made.named_parameters() if p.requires_grad}
@@ -115,7 +116,7 @@ def fit_and_reload(
     again = load_from_checkpoint(type(made), folder / "one.ckpt")
     with torch.no_grad():
         batches = [again.predict_step(b, i) for i, b in enumerate(data.predict_dataloader())]
-    return runner, predictions, again, [row for batch in batches for row in batch]
+    return metrics, predictions, again, [row for batch in batches for row in batch]
 
 
 def line(root: str, losses: Iterable[float] = (), scheduler: Any = None) -> Any:

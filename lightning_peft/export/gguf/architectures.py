@@ -19,6 +19,9 @@ from lightning_peft.errors import UnsupportedError, itemize
 from lightning_peft.export.gguf.files import gguf
 
 _HEAD = "lm_head.weight"
+_OTHERWISE = (
+    "Export it with --format merged, and convert that folder by llama.cpp's convert_hf_to_gguf.py."
+)
 
 
 @dataclass(frozen=True)
@@ -196,17 +199,13 @@ def architecture_of(class_name: str, config: Any) -> Architecture:
     """Returns the architecture of a model, or refuses one that is not written, with all reasons."""
     if class_name not in FAMILIES:
         raise UnsupportedError(
-            f"{class_name} is not written as GGUF here: {', '.join(FAMILIES)} are. Export it with "
-            "--format merged, and convert that folder by llama.cpp's convert_hf_to_gguf.py."
+            f"{class_name} is not written as GGUF here: {', '.join(FAMILIES)} are. {_OTHERWISE}"
         )
     architecture = Architecture(class_name, config)
     reasons = list(_obstacles(architecture))
     if reasons:
         raise UnsupportedError(
-            f"This {class_name} is not written as GGUF here:"
-            + itemize(reasons)
-            + "\nExport it with --format merged, and convert that folder by llama.cpp's "
-            "convert_hf_to_gguf.py."
+            f"This {class_name} is not written as GGUF here:" + itemize(reasons) + f"\n{_OTHERWISE}"
         )
     return architecture
 

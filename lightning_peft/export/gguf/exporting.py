@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,15 +18,14 @@ from lightning_peft.export.gguf import lora
 from lightning_peft.export.gguf.files import KINDS, require_gguf, sha256_of
 from lightning_peft.export.gguf.llama_programs import find_program, quantize_file
 from lightning_peft.export.gguf.model import GgufModel, prepare_model
-from lightning_peft.export.loading import load_as_trained, load_tokenizer
-from lightning_peft.export.measuring import LogitError, compare, logits_of, measured
+from lightning_peft.export.measuring import LogitError, measured_model
 from lightning_peft.export.merged_folder import (
     MergedFolder,
     base_checked,
     refuse_full_disk,
     report_of,
 )
-from lightning_peft.export.output import atomic_folder, check_output_free
+from lightning_peft.export.output import atomic_folder, check_output_free, write_json
 from lightning_peft.export.request import ExportRequest
 
 REPORT = "gguf_report.json"
@@ -39,21 +37,11 @@ def as_gguf(request: ExportRequest) -> dict[str, Any]:
     """Exports GGUF files, which llama.cpp and the programs on it read."""
     export = GgufExport(request)
     with atomic_folder(request.output) as folder:
-        files = export.write(folder)
-        measure = export.measure(folder, files)
-        record = export.record(folder, files, measure)
-        text = json.dumps(record, indent=2) + "\n"
-        (folder / REPORT).write_text(text, encoding="utf-8")
-        card = gguf_card(request.adapter, license_of(request.base.folder), record)
+        files, report = export.run(folder)
+        write_json(folder / REPORT, report["gguf"])
+        card = gguf_card(request.adapter, license_of(request.base.folder), report["gguf"])
         (folder / "README.md").write_text(card, encoding="utf-8")
-    report: dict[str, Any] = {
-        "notes": export.notes,
-        "commands": export.commands(request.output, files),
-        "gguf": record,
-    }
-    if "model" in files:
-        report["merge"] = export.merge_report(record["files"][0]["bytes"], measure)
-    return report
+    return report | {"commands": export.commands(request.output, files)}
 
 
 class GgufExport:
@@ -103,7 +91,17 @@ class GgufExport:
             lora.check_adapter(model.merge, model.architecture)
         return model
 
-    def write(self, folder: Path) -> dict[str, Path]:
+    def run(self, folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
+        """Writes and measures; returns the files by what they are, and the report."""
+        files = self._write(folder)
+        measure = self._measure(folder, files)
+        record = self._record(folder, files, measure)
+        report: dict[str, Any] = {"notes": self.notes, "gguf": record}
+        if "model" in files:
+            report["merge"] = self._merge_report(record["files"][0]["bytes"], measure)
+        return files, report
+
+    def _write(self, folder: Path) -> dict[str, Path]:
         """Writes the files; returns those of ``"model"``, ``"base"`` and ``"adapter"``."""
         request, name = self.request, self.request.adapter.name
         files: dict[str, Path] = {}
@@ -138,35 +136,24 @@ class GgufExport:
         quantize_file(self.program, source, file, self.kind)
         source.unlink()
 
-    def measure(self, folder: Path, files: dict[str, Path]) -> tuple[LogitError | None, str | None]:
+    def _measure(
+        self, folder: Path, files: dict[str, Path]
+    ) -> tuple[LogitError | None, str | None]:
         """Compares the model in the file, read by transformers, with the one in training."""
-        request, options = self.request, self.request.options
-        if not options.get("measure", True):
-            return None, "it was not asked for"
+        reason, lost = None, self.model.architecture.not_read_back
         if "model" not in files:
-            return None, "base and adapter are in files of their own"
-        lost = self.model.architecture.not_read_back
-        if lost is not None:
-            return None, f"transformers does not read {lost} of this GGUF file"
+            reason = "base and adapter are in files of their own"
+        elif lost is not None:
+            reason = f"transformers does not read {lost} of this GGUF file"
 
-        def compared() -> LogitError:
-            self._progress("comparing outputs", 0, 2)
-            tokenizer, prompts = load_tokenizer(request.base), options.get("prompts")
-            check = options.get("check_base", True)
-            trained = load_as_trained(request.base, request.adapter, check_base=check)
-            reference = logits_of(trained, tokenizer, prompts)
-            del trained
-            self._progress("comparing outputs", 1, 2)
-            written: Any = AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=files["model"].name, dtype=torch.float32
-            )
-            error = compare(logits_of(written.eval(), tokenizer, prompts), reference)
-            self._progress("comparing outputs", 2, 2)
-            return error
+        def load() -> Any:
+            file = files["model"].name
+            return AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
 
-        return measured(request.adapter, request.base, compared)
+        request = self.request
+        return measured_model(request.adapter, request.base, load, request.options, reason)
 
-    def record(
+    def _record(
         self,
         folder: Path,
         files: dict[str, Path],
@@ -197,7 +184,7 @@ class GgufExport:
             "not_measured": reason,
         }
 
-    def merge_report(
+    def _merge_report(
         self, size: int, measure: tuple[LogitError | None, str | None]
     ) -> dict[str, Any]:
         """Returns the same report as of a merged folder."""

@@ -59,6 +59,11 @@ class WrittenTensor:
     values: Callable[[], Tensor]
     kind: str
 
+    @classmethod
+    def of(cls, name: str, value: Tensor, kind: str) -> WrittenTensor:
+        """A tensor that is at hand."""
+        return cls(name, tuple(value.shape), lambda: value, kind)
+
     @property
     def type(self) -> Any:
         """The same as ``gguf``'s type."""

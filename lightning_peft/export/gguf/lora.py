@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_peft import engine
 from lightning_peft.engine.layers.lora import LoraEmbedding, LoraLinear
@@ -81,8 +81,4 @@ def _factors(
     own = settings.scaling * settings.r / alpha
     b = architecture.converted(weight, b if own == 1 else b.float() * own)
     for suffix, value in (("lora_a", a), ("lora_b", b)):
-        yield WrittenTensor(f"{there}.{suffix}", tuple(value.shape), _given(value), kind)
-
-
-def _given(value: Tensor) -> Any:
-    return lambda: value
+        yield WrittenTensor.of(f"{there}.{suffix}", value, kind)

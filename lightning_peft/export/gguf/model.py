@@ -106,8 +106,7 @@ class GgufModel:
         if self.chat_template:
             writer.add_chat_template(self.chat_template)
         tensors = [
-            WrittenTensor(name, tuple(value.shape), _given(value), "f32")
-            for name, value in self.architecture.computed()
+            WrittenTensor.of(name, value, "f32") for name, value in self.architecture.computed()
         ]
         for shard in plan.values():
             for key in self._order(shard):
@@ -160,7 +159,3 @@ def _rendered(tokenizer: Any, template: str) -> str | None:
         return str(tokenizer.apply_chat_template([turn], chat_template=template, tokenize=False))
     except (TemplateError, ValueError):
         return None
-
-
-def _given(value: Tensor) -> Any:
-    return lambda: value
