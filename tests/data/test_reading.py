@@ -95,13 +95,6 @@ def test_a_folder_names_its_splits_and_what_it_leaves_out(tmp_path):
     assert [row.value["a"] for row in rows(tmp_path, limit=1)] == [1, 3]
 
 
-def test_rows_are_read_as_they_are_requested(tmp_path):
-    file = tmp_path / "a.jsonl"
-    file.write_text("".join(f'{{"a": {i}}}\n' for i in range(10**5)))
-    source = Source(str(file))
-    assert next(iter(source.rows())).value == {"a": 0}
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

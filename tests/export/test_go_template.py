@@ -8,7 +8,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from lightning_peft.data.templates import NAMED
-from lightning_peft.export.go_template import TurnTemplate, translate
+from lightning_peft.export.go_template import translate
 from lightning_peft.export.modelfile import added_token
 
 from .go_rendering import go
@@ -136,11 +136,6 @@ OTHERS = {
 @pytest.mark.parametrize("kind", OTHERS)
 def test_what_says_more_is_not_translated(kind: str, tokenizer) -> None:
     assert translate(tokenizer, OTHERS[kind]) is None
-
-
-def test_turns_are_text() -> None:
-    turns = TurnTemplate("<s>", {"user": ("U:", "\n"), "assistant": ("A:", "\n")}, "A:")
-    assert turns.render(TALK[:3]) == "<s>U:One?\nA:Two.\nU:Three\nA:"
 
 
 def test_only_a_token_that_ollama_adds_is_left_out(tokenizer) -> None:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from lightning_peft.data.images import ImageData
-from lightning_peft.errors import CheckpointError, ConfigError
+from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.loading import load_from_checkpoint
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 from lightning_peft.tasks.image_classification import ImageClassifier
@@ -151,22 +151,6 @@ def test_predictions_name_the_label(data):
         assert list(row["probabilities"]) == images.labels
         assert sum(row["probabilities"].values()) == pytest.approx(1)
         assert row["probabilities"][row["label"]] == max(row["probabilities"].values())
-
-
-def test_labels_that_differ_are_refused_by_order_alone(data, tmp_path):
-    names = [str(n) for n in range(10)]
-    with pytest.raises(ConfigError, match="They are in another order: number 0 is '9'"):
-        trainer().validate(task(labels=names[::-1]), data(), verbose=False)
-    with pytest.raises(ConfigError, match=r"9 there and 10 here; only here: \['9'\]"):
-        trainer().validate(task(labels=names[:9]), data(), verbose=False)
-    with pytest.raises(ConfigError, match="does not know its labels"):
-        trainer().validate(task(), data().val_dataloader(), verbose=False)
-    run = with_adapters("lora", max_steps=1)
-    run.fit(task(), data())
-    run.save_checkpoint(tmp_path / "one.ckpt")
-    other = with_adapters("lora", max_steps=2)
-    with pytest.raises(CheckpointError, match="They are in another order: number 0 is '0'"):
-        other.fit(task(), data(labels=names[::-1]), ckpt_path=tmp_path / "one.ckpt")
 
 
 def test_they_are_the_same_after_resuming(data, tmp_path):
