@@ -44,7 +44,7 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, T
 
 
 def pad(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
-    """Returns what :func:`pad_inputs` does, and ``labels``, padded with -100."""
+    """Returns the tensors of :func:`pad_inputs`, and ``labels``, padded with -100."""
     labels = pad_to_longest([row["labels"] for row in rows], IGNORED)
     return {**pad_inputs(rows, pad_token_id), "labels": labels}
 

@@ -278,7 +278,7 @@ def decode_image(content: bytes) -> Image:
 
 
 def conversion_of(image: Image) -> str | None:
-    """Returns what is lost as RGB, a key of :data:`CONVERSIONS`, or the mode; ``None`` for RGB."""
+    """Returns the loss of a conversion to RGB, a key of :data:`CONVERSIONS` or the mode, if any."""
     if image.mode in ("I", "F"):
         raise EncodingProblem(
             "image",

@@ -24,7 +24,7 @@ from lightning_peft.export.output import copy_companions
 
 
 def quantize_folder(merged: Path, output: Path, bits: int) -> str:
-    """Writes a merged model with its linear layers in 8 or 4 bits; returns what, in words."""
+    """Writes a merged model with its linear layers in 8 or 4 bits; returns their kind, in words."""
     if bits not in (4, 8):
         raise ConfigError(f"bits={bits}: 8 or 4.")
     settings = engine.quantization_config(load_in_8bit=bits == 8, bnb_4bit_compute_dtype="bfloat16")

@@ -42,7 +42,7 @@ class HeadedTask(PretrainedTask):
 def keep_heads_in_float32(model: PreTrainedModel) -> None:
     """Puts what ``model`` has on top of its base in float32, and makes it take any precision.
 
-    In 16 bits, steps of an optimizer of less than half a per cent of a weight are rounded away.
+    In 16-bit numbers, steps of less than half a per cent of a weight are rounded away.
     """
     base = model.base_model
     keep_in_float32(child for child in model.children() if child is not base)

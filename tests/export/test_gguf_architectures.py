@@ -46,7 +46,7 @@ def logprobs(model: Any, ids: list[int]) -> torch.Tensor:
 
 
 def of_all(row: dict[int, float]) -> torch.Tensor:
-    """Returns what llama.cpp gives for each token of the vocabulary."""
+    """Returns the log-probabilities by llama.cpp of all tokens of the vocabulary."""
     return torch.tensor([row[index] for index in range(128)])
 
 
