@@ -37,6 +37,7 @@ class TaskSpec:
         label_per: What has a label: a ``"row"`` or a ``"token"``; ``None`` for neither.
         generates: Whether its model generates text, so that samples can be logged.
         chats: Whether its model holds conversations.
+        sees: Whether questions in them may come with images.
         chat_template: Whether a chat template writes its rows.
         sentence_class: Class of sentence-transformers that loads its exported models.
         sequences_per_row: Sequences of the model in a row of the data, for the planner; 0 where
@@ -60,6 +61,7 @@ class TaskSpec:
     label_per: Literal["row", "token"] | None = None
     generates: bool = False
     chats: bool = False
+    sees: bool = False
     chat_template: bool = False
     sentence_class: Literal["SentenceTransformer", "CrossEncoder"] | None = None
     sequences_per_row: int = 0
@@ -339,6 +341,8 @@ register_task(
         family="image-text",
         label_per="token",
         generates=True,
+        chats=True,
+        sees=True,
         chat_template=True,
         sequences_per_row=1,
     )

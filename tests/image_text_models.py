@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from transformers import (
 )
 from transformers.processing_utils import ProcessorMixin
 
+from lightning_peft import engine
 from lightning_peft.data.images import load_image_processor
 
 # As the field writes it: contents are lists of parts.
@@ -222,3 +224,32 @@ def tiny_model(family: str, processor: Any) -> Any:
             weight = model.model.multi_modal_projector.mm_input_projection_weight
             torch.nn.init.normal_(weight, std=0.2)
         return model
+
+
+def saved_adapter(
+    folder: Path, family: str, dtype: torch.dtype = torch.float32
+) -> tuple[Path, Path]:
+    """Saves a base with its processor, and an adapter that changes what it says."""
+    known = FAMILIES[family]
+    processor = known.processor()
+    model = tiny_model(family, processor)
+    torch.manual_seed(1)
+    for param in model.parameters():
+        if param.ndim > 1:
+            torch.nn.init.normal_(param, std=0.15)
+    model.to(dtype).save_pretrained(folder / "base")
+    processor.save_pretrained(folder / "base")
+    model = AutoModelForImageTextToText.from_pretrained(folder / "base", dtype=dtype)
+    engine.inject(
+        model,
+        r=4,
+        target_modules=rf"{known.language}.*q_proj",
+        modules_to_save=[known.projector],
+    )
+    for name, param in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(param, std=0.3)
+        elif param.requires_grad and "lora_" not in name:
+            param.data += 0.1
+    engine.save_adapter(model, folder / "adapter")
+    return folder / "base", folder / "adapter"

@@ -83,6 +83,12 @@ def redact_message(text: object, settings: Settings) -> str:
     return found if len(found) <= _MAX_MESSAGE else found[: _MAX_MESSAGE - 1] + "\u2026"
 
 
+def sees_images(run: Run) -> bool:
+    """Returns whether a run trains a model that is asked about images."""
+    task = task_of_run(run)
+    return task is not None and task.sees
+
+
 def unsupported_task(run: Run) -> str:
     """Returns the class of the task that a run trains, if it is one that cannot chat.
 

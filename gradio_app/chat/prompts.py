@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
-from gradio_app.chat.request import MAX_TEXT
+from PIL import Image
+
+from gradio_app.chat.command import sees_images
+from gradio_app.chat.request import MAX_TEXT, user_turn
 from gradio_app.errors import UserError
 from gradio_app.runs.files import read_json_object, read_rows
 from gradio_app.runs.types import Run
+from lightning_peft.compat.gradio import served_folder
 
 # Questions that are offered, and rows that are scored.
 MAX_PROMPTS, MAX_SCORED = 3, 100
-Turns = tuple[tuple[str, str], ...]
+# Role, text, and images in base64.
+Turns = tuple[tuple[str, str, tuple[str, ...]], ...]
 
 
 @dataclass(frozen=True)
 class HeldOutPrompt:
-    """A row of the validation data: question, answer, and role and text of the turns before.
+    """A row of the validation data: question, answer, the turns before, and the images shown.
 
     Where turns are not known, they are ``None`` and the prompt is the text that the model was
     given.
@@ -28,18 +39,21 @@ class HeldOutPrompt:
     prompt: str
     reference: str
     turns: Turns | None = None
+    images: tuple[str, ...] = ()
 
     @property
     def system(self) -> str:
         """Its system turn; empty if it has none."""
-        first = self.turns[0] if self.turns else ("", "")
+        first = self.turns[0] if self.turns else ("", "", ())
         return first[1] if first[0] == "system" else ""
 
     @property
-    def earlier(self) -> list[dict[str, str]]:
-        """The turns between system turn and question."""
+    def earlier(self) -> list[dict[str, Any]]:
+        """The turns between system turn and question, with their images in base64."""
         return [
-            {"role": role, "content": text} for role, text in self.turns or () if role != "system"
+            {**user_turn(text, images), "role": role}
+            for role, text, images in self.turns or ()
+            if role != "system"
         ]
 
 
@@ -66,7 +80,8 @@ def held_out_prompts(run: Run, most: int = MAX_PROMPTS) -> list[HeldOutPrompt]:
     known = read_json_object(run.folder.prompts).get("held_out")
     rows = [_row(turns) for turns in known] if isinstance(known, list) else []
     found = {(row.turns, row.prompt, row.reference): row for row in rows if row is not None}
-    return list(found.values())[:most] or _sampled(run)
+    # In the samples of a model that sees, images are words.
+    return list(found.values())[:most] or ([] if sees_images(run) else _sampled(run))
 
 
 def scored_rows(run: Run, most: int = MAX_SCORED) -> list[dict[str, Any]]:
@@ -75,7 +90,7 @@ def scored_rows(run: Run, most: int = MAX_SCORED) -> list[dict[str, Any]]:
     opening = [[{"role": "system", "content": row.system}] if row.system else [] for row in rows]
     return [
         {
-            "messages": [*first, *row.earlier, {"role": "user", "content": row.prompt}],
+            "messages": [*first, *row.earlier, user_turn(row.prompt, row.images)],
             "reference": row.reference,
         }
         for first, row in zip(opening, rows, strict=True)
@@ -88,14 +103,37 @@ def _row(turns: Any) -> HeldOutPrompt | None:
     Of older runs, answers may be empty: those that were calls of tools.
     """
     try:
-        said = tuple((str(turn["role"]), str(turn["content"])) for turn in turns)
-    except (KeyError, TypeError):
+        said = tuple(
+            (str(turn["role"]), str(turn["content"]), tuple(map(str, turn.get("images", ()))))
+            for turn in turns
+        )
+    except (AttributeError, KeyError, TypeError):
         return None
-    if [role for role, _ in said[-2:]] != ["user", "assistant"] or not said[-1][1].strip():
+    roles, texts = [role for role, _, _ in said], [text for _, text, _ in said]
+    if roles[-2:] != ["user", "assistant"] or not all(text.strip() for text in texts[-2:]):
         return None
-    if any(len(text) > MAX_TEXT for _, text in said):
+    if any(len(text) > MAX_TEXT for text in texts):
         return None
-    return HeldOutPrompt(said[-2][1], said[-1][1], said[:-2])
+    return HeldOutPrompt(texts[-2], texts[-1], said[:-2], said[-2][2])
+
+
+@cache
+def _image_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(dir=served_folder())
+
+
+def image_file(text: str) -> str:
+    """Returns the path of a file with an image of a row, which is in base64.
+
+    Gradio shows files alone. It is deleted with the process.
+    """
+    content = base64.b64decode(text)
+    kind = Image.open(BytesIO(content)).format or "png"
+    name = f"{hashlib.sha256(content).hexdigest()[:32]}.{kind.lower()}"
+    path = Path(_image_folder().name) / name
+    if not path.exists():
+        path.write_bytes(content)
+    return str(path)
 
 
 def _sampled(run: Run) -> list[HeldOutPrompt]:

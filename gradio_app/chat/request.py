@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from gradio_app.errors import UserError
 
-Turns = Sequence[dict[str, str]]
+# Those of a user may have `images`: paths of files that Gradio has received.
+Turns = Sequence[dict[str, Any]]
 MAX_TEXT = 20_000
 MAX_TURNS = 60
+# Images of a question, and bytes of all images of a conversation.
+MAX_IMAGES, MAX_IMAGE_BYTES = 4, 20_000_000
 MAX_NEW_TOKENS = 1_024
 MAX_TEMPERATURE = 2.0
 MAX_TOP_K = 1_000
@@ -90,9 +95,42 @@ def validate_text(text: Any, name: str = "question") -> str:
     return found
 
 
-def build_messages(system: str, turns: Turns, question: str) -> list[dict[str, str]]:
-    """Returns the messages of a request; raises UserError if there are too many turns."""
-    if len(turns) >= MAX_TURNS:
+def validate_images(value: Any) -> tuple[str, ...]:
+    """Returns the paths of uploaded images; raises UserError if there are too many."""
+    found = tuple(map(str, value or ()))
+    if len(found) > MAX_IMAGES:
+        raise UserError("playground.refused_images_many", most=MAX_IMAGES)
+    return found
+
+
+def user_turn(question: str, images: Iterable[str] = ()) -> dict[str, Any]:
+    """Returns the turn of a question, with its images if it has any."""
+    shown = list(images)
+    return {"role": "user", "content": question, **({"images": shown} if shown else {})}
+
+
+def build_messages(system: str, turns: Turns) -> list[dict[str, Any]]:
+    """Returns the messages of a request from turns that end in the question.
+
+    Raises UserError if there are too many turns, or their images are too large or gone.
+    """
+    if len(turns) > MAX_TURNS:
         raise UserError("playground.refused_turns", n=MAX_TURNS // 2)
-    opening = [{"role": "system", "content": system}] if system else []
-    return [*opening, *turns, {"role": "user", "content": question}]
+    try:
+        sizes = [Path(path).stat().st_size for turn in turns for path in turn.get("images", ())]
+        if sum(sizes) > MAX_IMAGE_BYTES:
+            raise UserError("playground.refused_images_size", most=MAX_IMAGE_BYTES // 1_000_000)
+        messages = [
+            {**turn, "images": [_base64(path) for path in turn["images"]]}
+            if "images" in turn
+            else turn
+            for turn in turns
+        ]
+    except OSError:
+        # Gradio deletes files after a day.
+        raise UserError("playground.refused_images_gone") from None
+    return [*([{"role": "system", "content": system}] if system else []), *messages]
+
+
+def _base64(path: str) -> str:
+    return base64.b64encode(Path(path).read_bytes()).decode("ascii")

@@ -26,7 +26,7 @@ class Ballot:
     """Two answers to a prompt whose sources are not revealed yet.
 
     ``who`` answers, ``"base"`` or ``"tuned"``, and ``answers`` are by side; ``settings`` are those
-    of the sampling.
+    of the sampling; ``images`` counts those of the prompt.
     """
 
     run_id: str
@@ -35,6 +35,7 @@ class Ballot:
     who: Mapping[str, str]
     answers: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
+    images: int = 0
 
 
 def shuffle_sides(chance: random.Random | None = None) -> dict[str, str]:
@@ -53,6 +54,7 @@ def record_vote(run: Run, ballot: Ballot, vote: object) -> str:
         "time": time.time(),
         "checkpoint": ballot.checkpoint,
         "prompt": ballot.prompt,
+        "images": ballot.images,
         "answers": {ballot.who[side]: ballot.answers[side] for side in SIDES},
         "shown": dict(ballot.who),
         "settings": dict(ballot.settings),

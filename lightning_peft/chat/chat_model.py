@@ -132,6 +132,21 @@ class ChatModel:
         active = (adapter for adapter in self.adapters if adapter.name == self.active)
         return next(active, self.adapters[0] if self.adapters else None)
 
+    def require_images(self, what: str) -> ImageTokens:
+        """Returns what the processor does to images; ``what`` names the image, for messages.
+
+        Raises:
+            ConfigError: If the model sees none, or can be shown none here.
+        """
+        if self.image_problem:
+            raise ConfigError(f"{what} cannot be shown to the model: {self.image_problem}")
+        if self.images is None:
+            raise ConfigError(
+                f"{what} cannot be shown to this model, which reads text alone: it was not "
+                "trained on images (ImageTextToText), or is a language model."
+            )
+        return self.images
+
     def template(self) -> Template:
         """Returns the chat template of who is active.
 
@@ -163,6 +178,8 @@ class ChatModel:
         Raises:
             ConfigError: If the template refuses the conversation, or does not write the tools.
         """
+        if images_of(messages):
+            self.require_images("An image of this conversation")
         tokenizer, variables = self.loaded.tokenizer, self.variables()
         kind = Rendering if self.images is None else ImageRendering
         rendering = kind(tokenizer, self.template(), variables)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lightning_peft.chat.answer_scores import score_answer
 from lightning_peft.chat.chat_model import Answer, ChatModel
+from lightning_peft.chat.images import with_decoded_images
 from lightning_peft.data.batching import pad
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.data.row_keys import KeyCount, check_column, unread_columns
@@ -42,11 +43,13 @@ class Prompt:
         text: The question.
         reference: The expected answer.
         earlier: Turns before the question, perhaps a system turn first.
+        images: Bytes of the image files that the question is about.
     """
 
     text: str
     reference: str | None = None
     earlier: Sequence[dict[str, Any]] = ()
+    images: Sequence[bytes] = ()
 
 
 def held_out_prompts(folder: Path, limit: int | None = None) -> list[Prompt]:
@@ -67,9 +70,12 @@ def held_out_prompts(folder: Path, limit: int | None = None) -> list[Prompt]:
             f"{str(folder)!r} has no held-out rows: they are in prompts.json of a run that was "
             "validated on conversations. Give rows with --prompts FILE.jsonl."
         )
-    return [
-        Prompt(turns[-2]["content"], turns[-1]["content"], turns[:-2]) for turns in rows[:limit]
-    ]
+    prompts = []
+    for row in rows[:limit]:
+        *earlier, question, answer = with_decoded_images(row)
+        images = question.get("images", ())
+        prompts.append(Prompt(question["content"], answer["content"], earlier, images))
+    return prompts
 
 
 def _held_out_rows(file: Path) -> list[list[dict[str, Any]]]:
@@ -157,7 +163,9 @@ def answers(
         talks = []
         for prompt in some:
             own = bool(prompt.earlier) and prompt.earlier[0]["role"] == "system"
-            question = {"role": "user", "content": prompt.text}
+            question: dict[str, Any] = {"role": "user", "content": prompt.text}
+            if prompt.images:
+                question["images"] = list(prompt.images)
             talks.append([*([] if own else opening), *prompt.earlier, question])
         found: list[dict[str, Answer]] = [{} for _ in some]
         for name in asked:

@@ -59,16 +59,7 @@ class Conversation:
         Raises:
             ConfigError: If it cannot be read, or the model sees no images.
         """
-        if self.chat_model.image_problem:
-            raise ConfigError(
-                f"{path!r} cannot be shown to the model: {self.chat_model.image_problem}"
-            )
-        if self.chat_model.images is None:
-            raise ConfigError(
-                f"{path!r} cannot be shown to this model, which reads text alone: it was not "
-                "trained on images (ImageTextToText), or is a language model."
-            )
-        content, size = read_for_chat(path, self.chat_model.images)
+        content, size = read_for_chat(path, self.chat_model.require_images(repr(path)))
         self.images.append(content)
         return size
 

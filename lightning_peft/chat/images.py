@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -97,6 +98,31 @@ def read_for_chat(path: str, images: ImageTokens) -> tuple[bytes, str]:
         raise ConfigError(f"The question {'; '.join(reasons)}.") from error
     tokens = len(images.processor.tokenizer(written, add_special_tokens=False)["input_ids"])
     return content, f"{shown.width} x {shown.height} pixels, {tokens:,} tokens"
+
+
+def with_decoded_images(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns turns whose ``images`` are in base64 with their bytes.
+
+    Raises:
+        ConfigError: If one is not base64, or not an image.
+    """
+    return [
+        {**turn, "images": [_decoded(*one) for one in enumerate(turn["images"], 1)]}
+        if turn.get("images")
+        else turn
+        for turn in turns
+    ]
+
+
+def _decoded(number: int, text: str) -> bytes:
+    try:
+        content = base64.b64decode(text, validate=True)
+        decode_image(content)
+    except ValueError as error:
+        raise ConfigError(f"Image {number} of the turn is not base64: {error}.") from error
+    except EncodingProblem as error:
+        raise ConfigError(f"Image {number} of the turn {error}.") from error
+    return content
 
 
 def images_of(turns: Sequence[dict[str, Any]]) -> list[bytes]:

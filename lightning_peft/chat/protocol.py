@@ -26,7 +26,7 @@ FIELDS = (
     *(*NAMES, "seed"),
 )
 # Of a turn, besides its role and content.
-TURN_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
+TURN_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "images")
 # A program that waits for a model wants to know that it is still being loaded.
 _HEARTBEAT_SECONDS = 2.0
 
@@ -142,12 +142,11 @@ class Server:
             chat_model.sampling, chat_model.tools, chat_model.variables_override = before
 
     def _answer(self, chat_model: ChatModel, key: Any, row: Mapping[str, Any]) -> None:
-        inputs = import_module("lightning_peft.chat.template_inputs")
         messages = row["messages"]
         if self._system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self._system}, *messages]
         answer = chat_model.answer(
-            list(map(inputs.turn_of, messages)),
+            _turns(chat_model, messages),
             lambda text: self._write({"id": key, "text": text}),
             lambda: key in self._stopped,
         )
@@ -156,11 +155,13 @@ class Server:
 
     def _score(self, chat_model: ChatModel, key: Any, row: Mapping[str, Any]) -> None:
         comparison = import_module("lightning_peft.chat.comparison")
-        inputs = import_module("lightning_peft.chat.template_inputs")
         prompts = []
         for one in row["rows"]:
-            *earlier, question = map(inputs.turn_of, one["messages"])
-            prompts.append(comparison.Prompt(question["content"], one.get("reference"), earlier))
+            *earlier, question = _turns(chat_model, one["messages"])
+            images = question.get("images", ())
+            prompts.append(
+                comparison.Prompt(question["content"], one.get("reference"), earlier, images)
+            )
         names = row.get("adapters", chat_model.names)
         state = {"done": 0, "total": len(prompts) * len(names)}
 
@@ -190,6 +191,7 @@ class Server:
             "template": chat_model.template().name,
             "prompt_affixes": chat_model.prompt_affixes(),
             "memory_bytes": model.get_memory_footprint(),
+            "images": chat_model.images is not None,
             "notes": list(chat_model.loaded.notes),
         }
 
@@ -232,6 +234,15 @@ def _beating(tell: Callable[[], None]) -> Iterator[None]:
         ended.set()
         # What it says must not come after what the caller says next.
         thread.join()
+
+
+def _turns(chat_model: ChatModel, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the turns of a request as a model takes them."""
+    turns = list(map(import_module("lightning_peft.chat.template_inputs").turn_of, messages))
+    if any(turn.get("images") for turn in turns):
+        chat_model.require_images("The image of a request")
+        turns = import_module("lightning_peft.chat.images").with_decoded_images(turns)
+    return turns
 
 
 def _id_of(row: Mapping[str, Any] | None) -> str | int | None:
@@ -306,8 +317,13 @@ def _problems_of_messages(messages: Any) -> Iterator[str]:
             yield f"messages[{place}]: role is one of {', '.join(ROLES)}, and content a text"
         elif turn["role"] == "system" and place:
             yield f"messages[{place}]: a system turn comes first or not at all"
-        elif turn["role"] == "user" and not turn["content"].strip():
+        images = turn.get("images", [])
+        if turn["role"] == "user" and not str(turn["content"]).strip() and not images:
             yield f"messages[{place}]: content is empty"
+        if not isinstance(images, list) or not all(isinstance(one, str) for one in images):
+            yield f"messages[{place}]: images is a list of image files in base64"
+        elif images and turn["role"] != "user":
+            yield f"messages[{place}]: images are shown in the user's turns alone"
     last = messages[-1]
     if isinstance(last, dict) and last.get("role") in ("system", "assistant"):
         yield f"messages: the last turn is of {last['role']!r}; it is the user's that is answered"

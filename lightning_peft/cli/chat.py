@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     args = _parser().parse_args(list(arguments))
     if args.serve:
         if args.image:
-            raise ConfigError("--image is for a conversation, and --serve takes text alone.")
+            raise ConfigError("--image is for a conversation; requests of --serve bring their own.")
         return _serve(args)
     with to_stderr():
         conversation = _load(args)

@@ -2,6 +2,7 @@
 
 - ``Context.root_block``, the Blocks being built: waits for a public accessor.
 - ``Blocks.pages`` and ``current_page``: wait for a ``Blocks.route`` that does not rebuild the app.
+- ``utils.get_upload_folder``, whose files Gradio serves: waits for a public name.
 - ``EventData._data``: waits for public access to the payload of an event.
 - ``StateHolder`` and ``SessionState``: wait for sessions without a copy of the page's config.
 """
@@ -9,11 +10,13 @@
 from __future__ import annotations
 
 import datetime
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from gradio.context import Context
 from gradio.state_holder import SessionState, StateHolder
+from gradio.utils import get_upload_folder
 
 # How long a session is kept after its page was closed, and how many sessions there are at most.
 CLOSED_SESSION_AGE = datetime.timedelta(minutes=10)
@@ -35,6 +38,13 @@ def add_page(demo: gr.Blocks, path: str) -> None:
     """
     demo.pages.append((path, path, False))
     demo.current_page = path
+
+
+def served_folder() -> Path:
+    """Returns the folder of the files that Gradio serves."""
+    folder = Path(get_upload_folder())
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def event_data(event: gr.EventData) -> dict[str, Any]:

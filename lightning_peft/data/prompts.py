@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_peft.data.image_turns import MARK
 from lightning_peft.data.samples import METADATA_KEYS, UNDESIRABLE, Message, Sample
 
 # Stored with the prepared rows; never in a record that goes with an adapter, as it holds rows.
 FILE = "prompts.json"
 # Validation rows that are kept, the longest conversation of them, and all, in characters.
 MAX_HELD_OUT, MAX_CHARACTERS, MAX_ALL_CHARACTERS = 100, 20_000, 400_000
+# Bytes of all images of rows that are kept.
+MAX_IMAGE_BYTES = 3_000_000
 # Different system prompts that are counted; data with more has no typical one.
 MAX_SYSTEM_PROMPTS = 1_000
 _ROLES = frozenset({"system", "user", "assistant"})
@@ -26,7 +31,7 @@ class PromptCollector:
         self._systems: Counter[str] = Counter()
         self._conversations = 0
         self._held_out: list[list[Message]] = []
-        self._characters = 0
+        self._characters = self._image_bytes = 0
 
     def add(self, sample: Sample, split: str) -> None:
         """Counts a row of ``train``, or keeps one of ``validation``."""
@@ -41,18 +46,23 @@ class PromptCollector:
             )
             if known and text and len(text) <= MAX_CHARACTERS:
                 self._systems[text] += 1
-        # Without its tools or images, a row would be asked for something else.
+        # Without its tools, a row would be asked for something else.
         elif (
             split == "validation"
-            and not (sample.context or sample.images)
+            and not sample.context
             and sample.label != UNDESIRABLE
             and len(self._held_out) < MAX_HELD_OUT
         ):
             turns = _plain(sample.messages)
+            if turns is not None and sample.images:
+                turns = _with_images(turns, sample.images)
             size = sum(len(turn["content"]) for turn in turns or ())
-            if turns is not None and self._characters + size <= MAX_ALL_CHARACTERS:
+            image_size = sum(map(len, sample.images))
+            fits = self._characters + size <= MAX_ALL_CHARACTERS
+            if turns is not None and fits and self._image_bytes + image_size <= MAX_IMAGE_BYTES:
                 self._held_out.append(turns)
                 self._characters += size
+                self._image_bytes += image_size
 
     def write(self, folder: Path) -> None:
         """Writes what was found to a folder, if there was a conversation at all."""
@@ -77,6 +87,23 @@ def _plain(messages: list[Message]) -> list[Message] | None:
     long = sum(len(one["content"]) for one in turns) > MAX_CHARACTERS
     ends = [one["role"] for one in turns[-2:]] == ["user", "assistant"]
     return turns if ends and not long and turns[-1]["content"].strip() else None
+
+
+def _with_images(turns: list[Message], images: Sequence[bytes]) -> list[Message] | None:
+    """Returns turns with their images in base64.
+
+    ``None`` where one stands after text: a chat shows the images of a turn before its text.
+    """
+    waiting = iter(images)
+    found = []
+    for turn in turns:
+        text = turn["content"].lstrip(MARK)
+        if MARK in text:
+            return None
+        own = [next(waiting) for _ in range(len(turn["content"]) - len(text))]
+        shown = {"images": [base64.b64encode(image).decode("ascii") for image in own]}
+        found.append({**turn, "content": text, **(shown if own else {})})
+    return found
 
 
 def read_prompts(folder: Path) -> dict[str, Any] | None:

@@ -80,6 +80,7 @@ def answer(row: dict, stopped: set[int]) -> None:
         score(row, stopped)
         return
     key, question = row["id"], row["messages"][-1]["content"]
+    shown = [f" {image}" for turn in row["messages"] for image in turn.get("images", ())]
     if question == "die":
         os._exit(9)
     if question == "hang":
@@ -87,7 +88,9 @@ def answer(row: dict, stopped: set[int]) -> None:
     if question == "fail":
         say(id=key, error="CUDA out of memory")
         return
-    pieces = ["word "] * 2_000 if question == "long" else [row["adapter"], " heard ", question]
+    pieces = (
+        ["word "] * 2_000 if question == "long" else [row["adapter"], " heard ", question, *shown]
+    )
     for number, piece in enumerate(pieces):
         if key in stopped:
             say(id=key, done=True, tokens=number, ended=False, stopped=True, dropped=0)

@@ -32,6 +32,7 @@ from gradio_app.errors import UserError
 from gradio_app.pages.run.conversation import (
     ChatInputs,
     Conversation,
+    Question,
     parse_request,
     stream_answers,
     without_last,
@@ -100,7 +101,7 @@ def loaded(speakers: ChatSessions, run: Run, checkpoint: str = "best") -> None:
 def ask(
     speakers: ChatSessions, run: Run, question: str = "Hello", who: str | None = "best"
 ) -> AnswerChunk:
-    messages = request.build_messages("", [], question)
+    messages = request.build_messages("", [request.user_turn(question)])
     *_, last = speakers.answer(run.owner, run, who, messages, USUAL)
     return last
 
@@ -126,7 +127,7 @@ def test_it_loads_answers_and_is_unloaded(speak, store):
     assert seen[-1].phase == "ready"
     assert seen[-1].memory_bytes > 1_000_000
     assert seen[-1].notes == ("a note",)
-    messages = request.build_messages("Be kind", [], "Hello")
+    messages = request.build_messages("Be kind", [request.user_turn("Hello")])
     pieces = list(speakers.answer("local", run, "best", messages, USUAL))
     assert all(later.text.startswith(piece.text) for piece, later in pairwise(pieces))
     assert not any(piece.done for piece in pieces[:-1])
@@ -186,7 +187,9 @@ def test_there_is_one_process_and_the_next_run_takes_its_place(speak, store):
 def test_an_answer_is_stopped(speak, store):
     speakers, run = speak(), with_adapters(store)
     loaded(speakers, run)
-    answer = speakers.answer("local", run, "best", request.build_messages("", [], "long"), USUAL)
+    answer = speakers.answer(
+        "local", run, "best", request.build_messages("", [request.user_turn("long")]), USUAL
+    )
     next(answer)
     assert speakers.model_status("local").phase == "answering"
     with refused("refused_answering"):
@@ -197,7 +200,9 @@ def test_an_answer_is_stopped(speak, store):
     assert last.stopped
     assert 0 < last.tokens < 2_000
     # One that nobody waits for any more is stopped too, and its rest is nobody's answer.
-    answer = speakers.answer("local", run, "best", request.build_messages("", [], "long"), USUAL)
+    answer = speakers.answer(
+        "local", run, "best", request.build_messages("", [request.user_turn("long")]), USUAL
+    )
     next(answer)
     answer.close()
     assert ask(speakers, run).text == "checkpoint-1 heard Hello"
@@ -320,7 +325,6 @@ def test_a_run_whose_task_cannot_talk_is_refused(speak, store):
     silent = {
         "Forecaster",
         "ImageClassifier",
-        "ImageTextToText",
         "RewardModel",
         "Seq2SeqLM",
         "SpeechRecognizer",
@@ -329,6 +333,7 @@ def test_a_run_whose_task_cannot_talk_is_refused(speak, store):
     assert {task.class_name for task in TASKS.values() if not task.chats} == silent
     assert {task.class_name for task in TASKS.values() if task.chats} == {
         "CausalLM",
+        "ImageTextToText",
         "PreferenceTuning",
         "RewardTuning",
         "UnpairedPreferenceTuning",
@@ -426,8 +431,8 @@ def test_questions_are_checked():
     assert request.validate_text("", "system") == ""
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}] * 30
     with refused("refused_turns"):
-        request.build_messages("", turns, "z")
-    asked = request.build_messages("s", turns[:2], "z")
+        request.build_messages("", [*turns, request.user_turn("z")])
+    asked = request.build_messages("s", [*turns[:2], request.user_turn("z")])
     assert [one["role"] for one in asked] == ["system", "user", "assistant", "user"]
 
 
@@ -491,11 +496,40 @@ def test_the_last_question_is_taken_back():
     for right in (left, [*first, turn("user", "c")], first):
         shorter, question = without_last(Conversation(left=left, right=right, reference="r"))
         assert (shorter.left, shorter.right, shorter.reference) == (first, first, "")
-        assert question == "c"
+        assert question == Question("c", ())
     # Of the base alone, there is one column.
     shorter, question = without_last(Conversation(left=first))
-    assert (shorter.left, shorter.right, question) == ([], [], "a")
-    assert without_last(Conversation()) == (Conversation(), "")
+    assert (shorter.left, shorter.right, question.text) == ([], [], "a")
+    assert without_last(Conversation()) == (Conversation(), Question())
+
+
+def test_images_go_with_their_questions(speak, store, tmp_path):
+    run, speakers = with_adapters(store), speak()
+    file, large = tmp_path / "a.png", tmp_path / "b.png"
+    file.write_bytes(b"one")
+    with large.open("wb") as opened:
+        opened.truncate(request.MAX_IMAGE_BYTES)
+    inputs = ChatInputs("both", "best", "", 0, 1, 8, 0, 0, 1, "")
+    asked = Question("What is it?", request.validate_images([str(file)]))
+    with refused("refused_images .*Mine"):
+        parse_request(run, asked, inputs)
+    write_json(run.folder.provenance, {"task": "lightning_peft.tasks.image_text.ImageTextToText"})
+    loaded(speakers, run)
+    *_, talk = stream_answers(speakers, run, Conversation(), parse_request(run, asked, inputs))
+    assert [turn.get("images") for turn in talk.left] == [[str(file)], None]
+    # The fake server writes back what it is shown, here and above.
+    assert talk.right[-1]["content"] == "checkpoint-1 heard What is it? b25l"
+    assert without_last(talk)[1] == asked
+    *_, talk = stream_answers(speakers, run, talk, parse_request(run, "And now?", inputs))
+    assert talk.left[-1]["content"] == "base heard And now? b25l"
+    with refused("refused_images_size"):
+        more = Question("And this?", (str(large),))
+        list(stream_answers(speakers, run, talk, parse_request(run, more, inputs)))
+    file.unlink()
+    with refused("refused_images_gone"):
+        list(stream_answers(speakers, run, talk, parse_request(run, "And now?", inputs)))
+    with refused("refused_images_many"):
+        request.validate_images([str(file)] * 5)
 
 
 # Votes

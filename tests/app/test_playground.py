@@ -10,10 +10,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from image_text_models import saved_adapter
+from PIL import Image
 
 from gradio_app.runs.store import RunStore
 from gradio_app.runs.types import Run
 from gradio_app.settings import Settings
+from lightning_peft.data.image_turns import MARK
+from lightning_peft.data.prompts import PromptCollector
+from lightning_peft.data.samples import Sample
 from lightning_peft.data.templates import NAMED
 from lightning_peft.runs.status import write_json
 from tests.app.attacking import call
@@ -25,6 +30,12 @@ QUESTION = "What does `len` do?"
 SYSTEM = "You know Python."
 EARLIER = [("user", "And `abs`?"), ("assistant", "It drops the sign.")]
 ANSWER = "Return the number of items in a container."
+
+
+def drawing(folder: Path, colour: str) -> Path:
+    path = folder / f"{colour}.png"
+    Image.new("RGB", (20, 16), colour).save(path)
+    return path
 
 
 def tried(store: RunStore, owner: str, trained: Path) -> Run:
@@ -42,10 +53,14 @@ def tried(store: RunStore, owner: str, trained: Path) -> Run:
     turns = [[{"role": role, "content": text} for role, text in row] for row in rows]
     system = {"text": SYSTEM, "rows": 280, "of": 320}
     write_json(run.folder.prompts, {"system": system, "held_out": turns})
+    return finished(store, run)
+
+
+def finished(store: RunStore, run: Run) -> Run:
     now = run.status.updated
     status = {"state": "finished", "phase": "finished", "step": 8, "total_steps": 8}
     write_json(run.folder.status_file, {**status, "kind": "fit", "started": now, "updated": now})
-    return store.get(owner, run.id)
+    return store.get(run.owner, run.id)
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +206,67 @@ def blind(page, run: Run) -> None:
     names = {"base": "the base", "tuned": "the tuned model"}
     page.get_by_text(f"A is {names[vote['shown']['a']]}").wait_for()
     assert page.locator(f"#try-tally .{vote['outcome']} strong").inner_text() == "1"
+
+
+@pytest.fixture(scope="module")
+def image_run(store, tmp_path_factory) -> Run:
+    folder = tmp_path_factory.mktemp("llava")
+    _, adapter = saved_adapter(folder, "llava")
+    run = store.create(owner_with(HERS), "seed_everything: 0\n", "Tiny model that sees")
+    best = run.folder.checkpoints / "adapters" / "best"
+    shutil.copytree(adapter, best)
+    write_json(best / "provenance.json", {"global_step": 6})
+    prompts = PromptCollector()
+    turns = [
+        {"role": "user", "content": f"{MARK}{QUESTION}"},
+        {"role": "assistant", "content": "A"},
+    ]
+    prompts.add(Sample(messages=turns, images=(drawing(folder, "red").read_bytes(),)), "validation")
+    prompts.write(run.folder.path)
+    write_json(run.folder.provenance, {"task": "lightning_peft.tasks.image_text.ImageTextToText"})
+    return finished(store, run)
+
+
+@pytest.mark.long
+def test_base_and_tuned_are_shown_images(space, image_run, visit, tmp_path):
+    page = opened(visit, space, image_run, HERS)
+    page.set_default_timeout(180_000)
+    # A row of the data, with its image.
+    page.get_by_role("button", name=QUESTION).click()
+    page.get_by_text(re.compile(r"Tuned \(.+\):")).wait_for()
+    first = {side: said(page, side) for side in ("left", "right")}
+    assert first["left"] != first["right"]
+    for side in ("left", "right"):
+        page.locator(f"#try-{side} .user img").wait_for()
+    page.locator("#try-reference").get_by_text("A", exact=True).wait_for()
+    # One's own.
+    page.get_by_role("button", name="New conversation").click()
+    page.locator("#try-images input[type=file]").set_input_files(drawing(tmp_path, "blue"))
+    page.locator("#try-images img").first.wait_for()
+    page.get_by_label("Your question").fill(QUESTION)
+    assert violations(page) == []
+    screenshot(page, "playground-images")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.get_by_text(re.compile(r"Tuned \(.+\):")).wait_for()
+    second = {side: said(page, side) for side in ("left", "right")}
+    assert second["left"] != first["left"]
+    assert second["right"] != first["right"]
+    assert page.locator("#try-images img").count() == 0
+    assert page.get_by_role("button", name="Remove images").count() == 0
+    page.get_by_role("button", name="Edit question").click()
+    page.locator("#try-images img").wait_for()
+    loaded = "document.querySelector('#try-images img').naturalWidth === 20"
+    page.wait_for_function(loaded)
+    page.get_by_role("button", name="Remove images").click()
+    page.wait_for_function("!document.querySelector('#try-images img')")
+    assert violations(page) == []
+    page.get_by_role("button", name="Score", exact=True).click()
+    page.get_by_role("region", name="Answers to held-out rows").wait_for()
+    page.locator("#try-images input[type=file]").set_input_files(
+        {"name": "b.png", "mimeType": "image/png", "buffer": b"no image"}
+    )
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.get_by_text("is not an image that Pillow reads").wait_for()
 
 
 @pytest.mark.long

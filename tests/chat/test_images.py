@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from finished import BASE
-from image_text_models import FAMILIES, byte_tokenizer, tiny_model
+from image_text_models import byte_tokenizer, saved_adapter
 from transformers import AutoModelForImageTextToText, PaliGemmaProcessor
 
-from lightning_peft import engine
 from lightning_peft.chat.conversation import Conversation
 from lightning_peft.chat.images import find_images
+from lightning_peft.chat.protocol import Server
 from lightning_peft.cli import main
 from lightning_peft.cli.chat import _parser, load_chat_model
 from lightning_peft.cli.chat import main as chat
@@ -41,34 +43,7 @@ def drawing(folder: Path, colour: str, size: tuple[int, int] = (20, 16)) -> Path
 
 @pytest.fixture
 def run(tmp_path: Path) -> Any:
-    """Saves a base of a family with its processor, and an adapter that changes what it says."""
-
-    def run(family: str, dtype: torch.dtype = torch.float32) -> tuple[Path, Path]:
-        known = FAMILIES[family]
-        processor = known.processor()
-        model = tiny_model(family, processor)
-        torch.manual_seed(1)
-        for param in model.parameters():
-            if param.ndim > 1:
-                torch.nn.init.normal_(param, std=0.15)
-        model.to(dtype).save_pretrained(tmp_path / "base")
-        processor.save_pretrained(tmp_path / "base")
-        model = AutoModelForImageTextToText.from_pretrained(tmp_path / "base", dtype=dtype)
-        engine.inject(
-            model,
-            r=4,
-            target_modules=rf"{known.language}.*q_proj",
-            modules_to_save=[known.projector],
-        )
-        for name, param in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(param, std=0.3)
-            elif param.requires_grad and "lora_" not in name:
-                param.data += 0.1
-        engine.save_adapter(model, tmp_path / "adapter")
-        return tmp_path / "base", tmp_path / "adapter"
-
-    return run
+    return partial(saved_adapter, tmp_path)
 
 
 def asked(*words: str) -> Conversation:
@@ -128,6 +103,53 @@ def test_base_and_adapter_see_what_the_processor_makes_of_an_image(
     assert max(lengths) == 2
 
 
+def test_a_program_sends_images(run: Any, tmp_path: Path) -> None:
+    base, adapter = run("llava")
+    red, blue = drawing(tmp_path, "red"), drawing(tmp_path, "blue", (16, 24))
+    talk = asked(f"mine={adapter}", "--base", str(base))
+    said = []
+    for image in (red, blue):
+        talk.run_command(f"/image {image}")
+        said.append(talk.ask("What is it?", lambda text: None).text)
+
+    def turn(content: bytes, role: str = "user") -> dict[str, Any]:
+        return {
+            "role": role,
+            "content": "What is it?",
+            "images": [base64.b64encode(content).decode()],
+        }
+
+    first = [turn(red.read_bytes())]
+    both = [*first, {"role": "assistant", "content": said[0]}, turn(blue.read_bytes())]
+    asked_for = [
+        {"messages": first, "adapter": "base"},
+        {"messages": both},
+        {"rows": [{"messages": both, "reference": said[1]}], "adapters": ["mine"]},
+        {"messages": [turn(b"no image")]},
+        {"messages": [{**first[0], "images": ["\u00e9"]}]},
+        {"messages": [turn(b"", "assistant"), *first]},
+    ]
+    lines = [json.dumps({"id": number, **one}) for number, one in enumerate(asked_for)]
+    out = io.StringIO()
+    Server(lines, out).serve(lambda say: talk.chat_model)
+    replies: dict[int, Any] = {number: [] for number in range(len(lines))}
+    for line in map(json.loads, out.getvalue().splitlines()):
+        if "ready" in line:
+            assert line["ready"]["images"] is True
+        elif "id" in line:
+            replies[line["id"]].append(line)
+    texts = ["".join(row.get("text", "") for row in rows).strip() for rows in replies.values()]
+    assert texts[0] != said[0]
+    assert texts[1] == said[1] != said[0]
+    scored = next(row["row"] for row in replies[2] if "row" in row)
+    assert scored["answers"] == {"mine": said[1]}
+    assert scored["scores"]["mine"]["exact"]
+    problems = [replies[number][-1]["error"] for number in (3, 4, 5)]
+    assert problems[0] == "Image 1 of the turn is not an image that Pillow reads."
+    assert problems[1].startswith("Image 1 of the turn is not base64: ")
+    assert "messages[0]: images are shown in the user's turns alone" in problems[2]
+
+
 @LONG
 def test_a_base_alone_and_one_of_16_bits(run: Any, tmp_path: Path, capsys: Any) -> None:
     base, adapter = run("llava", torch.bfloat16)
@@ -160,7 +182,7 @@ def test_images_that_cannot_be_shown_are_refused(
         with pytest.raises(ConfigError, match=problem):
             talk.ask(text, lambda piece: None)
     assert not talk.turns
-    with pytest.raises(ConfigError, match="--image is for a conversation, and --serve"):
+    with pytest.raises(ConfigError, match="--image is for a conversation; requests of --serve"):
         chat(["--base", str(base), "--serve", "--image", "a.png"])
     monkeypatch.setattr("sys.stdin", io.StringIO("/image a.png\n"))
     assert main(["chat", "--base", str(BASE), "--chat-template", "plain"]) == 2

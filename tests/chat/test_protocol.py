@@ -261,6 +261,16 @@ def test_a_score_that_waits_is_stopped(client: Client) -> None:
             1,
             "has no variable 'a'",
         ),
+        (
+            {"id": 1, "messages": [{**QUESTION[0], "images": ["aGk="]}]},
+            1,
+            "The image of a request cannot be shown to this model, which reads text alone",
+        ),
+        (
+            {"id": 1, "messages": [{**QUESTION[0], "images": "aGk="}]},
+            1,
+            "messages[0]: images is a list of image files in base64",
+        ),
         ({"id": 1, "messages": QUESTION, "topk": 1}, 1, "no field 'topk'; near names: top_"),
         ({"id": 1, "messages": QUESTION, "stop": "x"}, 1, "stop='x': a list of texts"),
         (

@@ -1,15 +1,18 @@
 """What a chat begins with, kept while rows are prepared: system prompt and held-out rows."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from lightning_peft.data.conversations import parse_messages
+from lightning_peft.data.image_turns import MARK
 from lightning_peft.data.prompts import (
     FILE,
     MAX_ALL_CHARACTERS,
     MAX_CHARACTERS,
     MAX_HELD_OUT,
+    MAX_IMAGE_BYTES,
     MAX_SYSTEM_PROMPTS,
     PromptCollector,
     read_prompts,
@@ -60,6 +63,20 @@ def test_rows_are_kept_that_can_be_asked_as_text(tmp_path):
         "system", "user", "assistant", "user", "assistant",
     ]  # fmt: skip
     assert found["system"] == {"text": "", "rows": 0, "of": 0}
+
+
+def test_images_are_kept_with_their_questions(tmp_path):
+    prompts = PromptCollector()
+    said = [f"{MARK}{MARK}Which?", "The red one.", f"{MARK}And this?", "Blue."]
+    prompts.add(replace(conversation(*said, system=""), images=(b"1", b"2", b"3")), "validation")
+    # A chat shows the images of a question before its text.
+    inside = conversation(f"Before {MARK} after", "x")
+    prompts.add(replace(inside, images=(b"1",)), "validation")
+    large = conversation(f"{MARK}What?", "x")
+    prompts.add(replace(large, images=(b"x" * MAX_IMAGE_BYTES,)), "validation")
+    (row,) = kept(tmp_path, prompts)["held_out"]
+    assert [turn["content"] for turn in row] == ["Which?", "The red one.", "And this?", "Blue."]
+    assert [turn.get("images") for turn in row] == [["MQ==", "Mg=="], None, ["Mw=="], None]
 
 
 def test_rows_are_not_kept_whose_answer_is_more_than_its_text(tmp_path):

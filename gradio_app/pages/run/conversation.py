@@ -6,15 +6,29 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from gradio_app.chat.prompts import HeldOutPrompt, extract_question, held_out_prompts
-from gradio_app.chat.request import Sampling, build_messages, validate_sampling, validate_text
+from gradio_app.chat.command import sees_images
+from gradio_app.chat.prompts import HeldOutPrompt, extract_question, held_out_prompts, image_file
+from gradio_app.chat.request import (
+    Sampling,
+    Turns,
+    build_messages,
+    user_turn,
+    validate_sampling,
+    validate_text,
+)
 from gradio_app.chat.sessions import AnswerChunk, ChatSessions
 from gradio_app.chat.votes import SIDES, Ballot, shuffle_sides
 from gradio_app.errors import UserError
 from gradio_app.runs.types import Checkpoint, Run
 
 MODES = ("both", "tuned", "base", "blind")
-Turns = list[dict[str, str]]
+
+
+class Question(NamedTuple):
+    """A text, and the paths of the images that it is about."""
+
+    text: str = ""
+    images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,16 +56,17 @@ class Conversation:
     row: HeldOutPrompt | None = None
 
 
-def without_last(talk: Conversation) -> tuple[Conversation, str]:
+def without_last(talk: Conversation) -> tuple[Conversation, Question]:
     """Returns a conversation without its last question, and that question; none is empty."""
     known = {"left": talk.left, "right": talk.right}
     places = {name: _questions(turns) for name, turns in known.items()}
-    count, question = max(map(len, places.values())), ""
+    count, question = max(map(len, places.values())), Question()
     shorter: dict[str, Any] = {}
     # A column without the last question was stopped before it, or has no answers at all.
     for name, turns in known.items():
         if count and len(places[name]) == count:
-            question = turns[places[name][-1]]["content"]
+            last = turns[places[name][-1]]
+            question = Question(last["content"], tuple(last.get("images", ())))
             shorter[name] = turns[: places[name][-1]]
     return replace(talk, **shorter, ends={}, reference="", ballot=None, row=None), question
 
@@ -80,14 +95,14 @@ class ChatRequest:
     """A question with its settings, checked.
 
     Attributes:
-        question: A text, or a row of the data.
+        question: A text with its images, or a row of the data.
         mode: Who answers.
         checkpoint: Whose answers the tuned ones are.
         system: System turn, or empty.
         sampling: How tokens are drawn.
     """
 
-    question: str | HeldOutPrompt
+    question: Question | HeldOutPrompt
     mode: str
     checkpoint: Checkpoint
     system: str
@@ -97,10 +112,10 @@ class ChatRequest:
 def parse_request(run: Run, question: Any, inputs: ChatInputs) -> ChatRequest:
     """Returns the validated question of a visitor: a text, a held-out row or the place of one.
 
-    Raises UserError if it cannot be asked.
+    A text may come with images, as ``Question``. Raises UserError if it cannot be asked.
     """
     rows = held_out_prompts(run)
-    asked: str | HeldOutPrompt
+    asked: Question | HeldOutPrompt
     if isinstance(question, HeldOutPrompt):
         asked = question
     elif isinstance(question, int):
@@ -108,7 +123,10 @@ def parse_request(run: Run, question: Any, inputs: ChatInputs) -> ChatRequest:
             raise UserError("playground.refused_empty")
         asked = rows[question]
     else:
-        asked = validate_text(question)
+        text, images = question if isinstance(question, Question) else (question, ())
+        if images and not sees_images(run):
+            raise UserError("playground.refused_images", name=run.name)
+        asked = Question(validate_text(text), images)
     # A row of the data is asked as it is there.
     if isinstance(asked, HeldOutPrompt) and asked.turns is not None:
         system = asked.system
@@ -154,7 +172,10 @@ def stream_answers(
         talk = Conversation(checkpoint=asked.checkpoint, blind=blind)
     question, reference = _question(speakers, run, asked)
     if isinstance(asked.question, HeldOutPrompt) and asked.question.turns is not None:
-        before = asked.question.earlier
+        before = [
+            {**turn, "images": list(map(image_file, turn["images"]))} if "images" in turn else turn
+            for turn in asked.question.earlier
+        ]
         talk = Conversation(asked.checkpoint, blind, list(before), list(before))
     row = asked.question if isinstance(asked.question, HeldOutPrompt) else None
     talk = replace(talk, checkpoint=asked.checkpoint, reference=reference, row=row)
@@ -174,16 +195,18 @@ def stream_answers(
         yield replace(talk, ballot=_ballot(run, talk, asked, who, question))
 
 
-def _question(speakers: ChatSessions, run: Run, asked: ChatRequest) -> tuple[str, str]:
+def _question(speakers: ChatSessions, run: Run, asked: ChatRequest) -> tuple[Question, str]:
     """Returns the question, and the answer in the data if it is one of its rows."""
     around = speakers.prompt_affixes(run.owner)
     if isinstance(asked.question, HeldOutPrompt):
-        return extract_question(asked.question, around), asked.question.reference
-    for row in held_out_prompts(run):
+        row = asked.question
+        images = tuple(map(image_file, row.images))
+        return Question(extract_question(row, around), images), row.reference
+    for row in [] if asked.question.images else held_out_prompts(run):
         try:
-            own = row.system.strip() == asked.system and not row.earlier
+            own = row.system.strip() == asked.system and not (row.earlier or row.images)
             same = row.turns is None or own
-            if same and extract_question(row, around).strip() == asked.question:
+            if same and extract_question(row, around).strip() == asked.question.text:
                 return asked.question, row.reference
         except UserError:
             continue
@@ -195,12 +218,11 @@ def _answer(
     run: Run,
     talk: Conversation,
     asked: ChatRequest,
-    part: tuple[str, str, str],
+    part: tuple[str, str, Question],
 ) -> Iterator[Conversation]:
     column, name, question = part
-    before: Turns = getattr(talk, column)
-    messages = build_messages(asked.system, before, question)
-    said = [*before, {"role": "user", "content": question}]
+    said = [*getattr(talk, column), user_turn(*question)]
+    messages = build_messages(asked.system, said)
     turns: dict[str, Any] = {column: said}
     yield replace(talk, **turns)
     checkpoint = None if name == "base" else asked.checkpoint.name
@@ -212,12 +234,13 @@ def _answer(
 
 
 def _ballot(
-    run: Run, talk: Conversation, asked: ChatRequest, who: dict[str, str], question: str
+    run: Run, talk: Conversation, asked: ChatRequest, who: dict[str, str], question: Question
 ) -> Ballot:
     return Ballot(
         run_id=run.id,
         checkpoint=asked.checkpoint.name,
-        prompt=question,
+        prompt=question.text,
+        images=len(question.images),
         who=who,
         answers={"a": talk.left[-1]["content"], "b": talk.right[-1]["content"]},
         settings={"system": asked.system, **asked.sampling.as_dict()},

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from gradio_app.chat import votes
-from gradio_app.chat.command import unsupported_task
+from gradio_app.chat.command import sees_images, unsupported_task
 from gradio_app.chat.prompts import (
     MAX_PROMPTS,
     MAX_SCORED,
@@ -18,7 +18,7 @@ from gradio_app.chat.prompts import (
     labels,
     system_prompt,
 )
-from gradio_app.chat.request import PRESETS
+from gradio_app.chat.request import PRESETS, validate_images
 from gradio_app.errors import UserError
 from gradio_app.pages.components import Update, changed_updates, on_event, timer_options
 from gradio_app.pages.error_reporting import localized_message
@@ -26,6 +26,7 @@ from gradio_app.pages.run import playground_view
 from gradio_app.pages.run.conversation import (
     ChatInputs,
     Conversation,
+    Question,
     find_checkpoint,
     parse_request,
     stream_answers,
@@ -67,13 +68,17 @@ class PlaygroundTab:
         calm: dict[str, Any] = {"show_progress": "hidden"}
         every = {**calm, "concurrency_limit": None}
         asks = (p.ask.click, p.question.submit)
-        on_event(t, asks, self._answer_handler, [p.question, *given], [p.question, *shown], **every)
+        given_images, asked = [p.question, p.images, *given], [p.question, *p.image_outputs]
+        on_event(t, asks, self._answer_handler, given_images, [*asked, *shown], **every)
+        on_event(t, p.images.upload, self._show_images, p.images, p.image_outputs, **calm)
+        no_images = partial(p.image_updates, ())
+        on_event(t, p.clear_images.click, no_images, None, p.image_outputs, **calm)
         for place, button in enumerate(p.prompts):
             handler = self._prompt_handler(place)
             on_event(t, button.click, handler, given, [p.system, *shown], **every)
         on_event(t, p.clear_system.click, lambda: "", None, p.system, **calm)
         on_event(t, p.again.click, self._again, given, [p.seed, *shown], **every)
-        on_event(t, p.edit.click, self._edit, [self.talk, p.mode], [p.question, *talk], **calm)
+        on_event(t, p.edit.click, self._edit, [self.talk, p.mode], [*asked, *talk], **calm)
         for name, button in p.presets.items():
             on_event(t, button.click, partial(list, PRESETS[name]), None, p.preset_outputs, **calm)
         checkpoint = [self.run_id, p.checkpoint]
@@ -97,15 +102,17 @@ class PlaygroundTab:
     # Asking
 
     def _answer_handler(
-        self, request: gr.Request, question: Any, run_id: Any, talk: Any, *values: Any
+        self, request: gr.Request, text: Any, images: Any, run_id: Any, talk: Any, *values: Any
     ) -> Iterator[Any]:
-        text = question if isinstance(question, str) else ""
-        first = True
-        for taken, shown in self._answer(request, text, run_id, talk, ChatInputs(*values)):
+        text = text if isinstance(text, str) else ""
+        kept = (text, *(gr.skip(),) * 2)
+        cleared: tuple[Any, ...] = ("", *self.parts.image_updates(()))
+        for taken, shown in self._answer(request, text, run_id, talk, ChatInputs(*values), images):
             # What was written stays there if it cannot be asked. What is written while an answer
             # comes is the next question.
-            yield (("" if first else gr.skip()) if taken else text, *shown)
-            first = False
+            yield (*(cleared if taken else kept), *shown)
+            kept = (text, *self.parts.image_updates(images or ()))
+            cleared = (gr.skip(),) * 3
 
     def _prompt_handler(self, place: int) -> Callable[..., Iterator[Any]]:
         def ask(request: gr.Request, run_id: Any, talk: Any, *values: Any) -> Iterator[Any]:
@@ -140,19 +147,35 @@ class PlaygroundTab:
                 yield (gr.skip(), before, *updates, shown[-1])
 
     def _edit(self, talk: Any, mode: Any) -> tuple[Any, ...]:
-        """Takes the last question back into the field."""
+        """Takes the last question and its images back into their fields."""
         before = talk if isinstance(talk, Conversation) else Conversation()
         shorter, question = without_last(before)
-        return (question, shorter, *self.parts.updates(shorter, str(mode)))
+        images = self.parts.image_updates(question.images)
+        return (question.text, *images, shorter, *self.parts.updates(shorter, str(mode)))
+
+    def _show_images(self, images: Any) -> tuple[Any, ...]:
+        try:
+            return self.parts.image_updates(validate_images(images))
+        except UserError as refusal:
+            self._warn(refusal)
+            return self.parts.image_updates(())
 
     def _answer(
-        self, request: gr.Request, question: Any, run_id: Any, talk: Any, inputs: ChatInputs
+        self,
+        request: gr.Request,
+        question: Any,
+        run_id: Any,
+        talk: Any,
+        inputs: ChatInputs,
+        images: Any = None,
     ) -> Iterator[tuple[bool, tuple[Any, ...]]]:
         """Yields whether a question was taken, and what is shown."""
         now = talk = talk if isinstance(talk, Conversation) else Conversation()
         status: Any = gr.skip()
         try:
             run = self.studio.run(request, run_id)
+            if isinstance(question, str):
+                question = Question(question, validate_images(images))
             asked = parse_request(run, question, inputs)
             for _ in self.studio.chat.load(run.owner, run, asked.checkpoint.name):
                 skips = (gr.skip(),) * len(self.parts.conversation_outputs)
@@ -269,7 +292,7 @@ class PlaygroundTab:
         prompts: list[Update] = [
             (gr.Button(text, visible=True, interactive=resting), (text, resting)) for text in texts
         ]
-        hidden = gr.Button(visible=False)
+        hidden, sees = gr.Button(visible=False), sees_images(run)
         system = system_prompt(run) if there else None
         # Once for each run, and then it is the visitor's.
         system_key = run.id if there else ""
@@ -284,6 +307,7 @@ class PlaygroundTab:
             *prompts,
             *[(hidden, None)] * (MAX_PROMPTS - len(prompts)),
             (gr.Button(interactive=resting), resting),
+            (gr.Row(visible=sees), sees),
             self._vote_summary(run, chosen) if chosen else "",
             (system.text if system else gr.skip(), system_key),
             (playground_view.system_note(system, t) if system else gr.skip(), system_key),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import gradio as gr
 
@@ -16,11 +18,12 @@ from gradio_app.chat.request import (
     MAX_TOP_K,
     PRESETS,
     Sampling,
+    Turns,
 )
 from gradio_app.chat.sessions import AnswerChunk, ModelStatus
 from gradio_app.chat.votes import VOTES
 from gradio_app.pages.components import field, html
-from gradio_app.pages.run.conversation import MODES, Conversation, Turns
+from gradio_app.pages.run.conversation import MODES, Conversation
 from gradio_app.pages.run.score import ScoreView
 from gradio_app.pages.run_state import checkpoint_label
 from gradio_app.pages.templating import message, render
@@ -42,6 +45,7 @@ class PlaygroundView:
 
     Attributes:
         settings: What a question is asked with, as ``ChatInputs``.
+        image_outputs: What shows the images of the next question.
         conversation_outputs: What shows a conversation.
         polled_outputs: What changes by itself.
     """
@@ -58,13 +62,14 @@ class PlaygroundView:
             self.score = ScoreView(t)
             self.vote_summary = html(elem_id="try-tally")
         self.settings: list[Any] = [self.mode, self.checkpoint, self.system, *sampling]
+        self.image_outputs: list[Any] = [self.images, self.shown_images]
         self.conversation_outputs: list[Any] = [
             *(self.left, self.right, self.notes, self.reference),
             *(self.ballot, self.revealed, self.stop, self.again, self.edit),
         ]
         self.polled_outputs: list[Any] = [
             *(self.empty, self.body, self.model_status, self.load, self.unload, self.checkpoint),
-            *(self.held_out, *self.prompts, self.ask),
+            *(self.held_out, *self.prompts, self.ask, self.image_row),
             *(self.vote_summary, self.system, self.system_note),
             *self.score.polled_outputs,
         ]
@@ -154,6 +159,16 @@ class PlaygroundView:
         )
 
     def _build_question(self) -> None:
+        with gr.Row(elem_id="try-images", visible=False) as self.image_row:
+            self.images = gr.UploadButton(
+                self.t("playground.images"),
+                file_types=["image"],
+                file_count="multiple",
+                size="md",
+                scale=0,
+            )
+            self.clear_images = self._button("images_clear", "images-clear")
+            self.shown_images = html(elem_id="try-shown-images")
         with gr.Column(elem_id="try-asking"):
             self.question = field(
                 gr.Textbox,
@@ -201,6 +216,14 @@ class PlaygroundView:
     def _number(self, name: str, value: float, least: float, **options: Any) -> Any:
         return field(gr.Number, self.t, f"playground.{name}", value=value, minimum=least, **options)
 
+    def image_updates(self, paths: Sequence[str]) -> tuple[gr.UploadButton, str]:
+        """Returns the values of ``image_outputs``: the images of the next question."""
+        shown = [(quote(path), Path(path).name) for path in paths]
+        return (
+            gr.UploadButton(value=list(paths) or None),
+            render("playground.images", self.t, images=shown) if shown else "",
+        )
+
     def updates(
         self,
         talk: Conversation,
@@ -239,7 +262,16 @@ class PlaygroundView:
 
 def _chat_messages(turns: Turns) -> list[Any]:
     """Returns turns as Gradio shows them; an empty answer is named, not left blank."""
-    return [turn if turn["content"] else {**turn, "content": "\u2026"} for turn in turns]
+    return [
+        {
+            "role": turn["role"],
+            "content": [
+                *({"path": path} for path in turn.get("images", ())),
+                turn["content"] or "\u2026",
+            ],
+        }
+        for turn in turns
+    ]
 
 
 def model_status(now: ModelStatus, reason: str, minutes: int, t: Texts) -> str:
