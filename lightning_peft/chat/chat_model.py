@@ -133,7 +133,7 @@ class ChatModel:
         return next(active, self.adapters[0] if self.adapters else None)
 
     def require_images(self, what: str) -> ImageTokens:
-        """Returns what the processor does to images; ``what`` names the image, for messages.
+        """Returns the processor's ways with images; ``what`` names the image, for messages.
 
         Raises:
             ConfigError: If the model sees none, or can be shown none here.

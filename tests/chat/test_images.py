@@ -121,7 +121,7 @@ def test_a_program_sends_images(run: Any, tmp_path: Path) -> None:
 
     first = [turn(red.read_bytes())]
     both = [*first, {"role": "assistant", "content": said[0]}, turn(blue.read_bytes())]
-    asked_for = [
+    requests = [
         {"messages": first, "adapter": "base"},
         {"messages": both},
         {"rows": [{"messages": both, "reference": said[1]}], "adapters": ["mine"]},
@@ -129,7 +129,7 @@ def test_a_program_sends_images(run: Any, tmp_path: Path) -> None:
         {"messages": [{**first[0], "images": ["\u00e9"]}]},
         {"messages": [turn(b"", "assistant"), *first]},
     ]
-    lines = [json.dumps({"id": number, **one}) for number, one in enumerate(asked_for)]
+    lines = [json.dumps({"id": number, **one}) for number, one in enumerate(requests)]
     out = io.StringIO()
     Server(lines, out).serve(lambda say: talk.chat_model)
     replies: dict[int, Any] = {number: [] for number in range(len(lines))}

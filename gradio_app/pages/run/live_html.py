@@ -229,8 +229,10 @@ def _turns(
             and row.reference.strip() == expected.strip()
             and row.prompt.strip() in prompt
         ):
-            turns = [*row.turns, ("user", row.prompt)]
-            return [(role, shortened_cell(text)) for role, text in turns]
+            turns = [*row.turns, ("user", row.prompt, row.images)]
+            # A sample's text says where its images are.
+            if not any(images for *_, images in turns):
+                return [(role, shortened_cell(text)) for role, text, _ in turns]
     return [(None, shortened_cell(prompt))]
 
 
