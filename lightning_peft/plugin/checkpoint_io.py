@@ -42,11 +42,7 @@ class WholeFileCheckpointIO(_Base, metaclass=LateBoundMeta):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        """Writes a local file; remote ones are left to Lightning.
-
-        Raises:
-            StorageError: If the disk does not take it; an older file of that name stays.
-        """
+        """Writes a local file; remote ones are left to Lightning."""
         if not is_local(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -71,9 +67,6 @@ def write_whole_file(
     """Writes a checkpoint under another name, flushes it to disk and renames it.
 
     ``look`` is called with the complete file before it has its name.
-
-    Raises:
-        StorageError: If the disk does not take it; an older file of that name stays.
     """
     with _whole_or_absent(target) as unfinished:
         with open(unfinished, "wb") as file:
@@ -94,10 +87,6 @@ def read_checkpoint(
         read: A CheckpointIO's ``load_checkpoint``, or a strategy's.
         path: The file.
         weights_only: Only ``False`` trusts the file. Lightning's ``None`` trusts remote files.
-
-    Raises:
-        CheckpointError: If the file could run code, was cut short, or is not a checkpoint.
-        FileNotFoundError: If there is no such file.
     """
     trusted = weights_only is False
     try:
@@ -143,11 +132,7 @@ def adapter_folder(checkpoint: Any) -> Path:
 
 
 def write_adapter_folder(checkpoint: Any, files: dict[str, bytes]) -> None:
-    """Writes the adapter folder of a checkpoint; an older one is replaced when all is written.
-
-    Raises:
-        StorageError: If the disk does not take it; an older folder stays.
-    """
+    """Writes the adapter folder of a checkpoint; an older one is replaced when all is written."""
     folder = adapter_folder(checkpoint)
     with _whole_or_absent(folder) as unfinished:
         _write_files(unfinished, files)

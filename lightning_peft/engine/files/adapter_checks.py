@@ -55,19 +55,12 @@ def experts_were_dense(facts: Mapping[str, Any]) -> bool:
     """Whether an adapter was trained on a base that was quantized without its experts, if any.
 
     Versions before weights of experts could be quantized record nothing of them.
-
-    Args:
-        facts: The content of ``provenance.json``.
     """
     return bool(facts.get("quantization")) and not (facts.get("base") or {}).get(EXPERTS)
 
 
 def check_base_of(module: nn.Module, folder: AdapterFolder, entry: AdaptedModuleRecord) -> None:
-    """Refuses a base other than the one that a folder records.
-
-    Raises:
-        BaseMismatchError: If it is another one.
-    """
+    """Refuses a base other than the one that a folder records."""
     base = folder.facts.get("base") or {}
     loaded = _as_they_are(module.get_submodule(entry.name), entry)
     mine = recorded_base(loaded, folder.facts, [*folder.saved, *entry.heads]).digest()
@@ -117,9 +110,6 @@ def check_fit(
 
     Returns:
         The names of weights of the base that the folder brings with other values.
-
-    Raises:
-        CheckpointError: With every setting and tensor that does not fit.
     """
     fields, tensors = folder.fields, folder.tensors
     mine = exported_config(part, entry, name)

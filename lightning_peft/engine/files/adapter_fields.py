@@ -33,11 +33,6 @@ def checked_fields(
         folder: Where it lies, for messages.
         allow_unknown: Warn of unknown fields that switch something on, in place of refusing them.
         warn: Whether to warn of unknown fields that are set.
-
-    Raises:
-        CheckpointError: If the method is unknown, a value has another type than its field, or an
-            unknown field switches something on.
-        UnsupportedError: If the method cannot be injected into a module.
     """
     try:
         cls = config_class(fields["peft_type"])

@@ -255,9 +255,6 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
     Returns:
         The fields of ``adapter_config.json``, the tensors (keys without PEFT's prefix), and what
         ``provenance.json`` says, which only this package writes.
-
-    Raises:
-        CheckpointError: If a file is missing or damaged; pickled adapters are refused.
     """
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
@@ -301,11 +298,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Returns the JSON object in a file of an adapter folder.
-
-    Raises:
-        CheckpointError: If there is none.
-    """
+    """Returns the JSON object in a file of an adapter folder."""
     try:
         fields = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:

@@ -115,11 +115,7 @@ def load_adapter(
 
 
 def _vocabulary(module: nn.Module, folder: AdapterFolder) -> tuple[str, dict[str, Any], bool]:
-    """Returns a part, what is recorded of its base, and whether the file has its embeddings.
-
-    Raises:
-        CheckpointError: If the vocabulary is another one, and the file does not bring it.
-    """
+    """Returns a part, what is recorded of its base, and whether the file has its embeddings."""
     base = folder.facts.get("base") or {}
     rows = base.get("vocabulary")
     brought = any(
@@ -308,11 +304,7 @@ def _unfit(module: nn.Module, path: Path, error: Exception) -> CheckpointError:
 
 
 def refuse_residual_base(facts: Mapping[str, Any], folder: Path) -> None:
-    """Refuses to quantize the base of an adapter whose initialisation rewrote that base first.
-
-    Raises:
-        UnsupportedError: If ``facts`` describe such an adapter.
-    """
+    """Refuses to quantize the base of an adapter whose initialisation rewrote that base first."""
     config = facts.get("config") or {}
     if facts.get("quantization") and changes_base(config):
         raise UnsupportedError(

@@ -72,11 +72,7 @@ def fields_for(part: nn.Module, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_ranks(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Refuses ranks of which the file has no tensor, before memory is allocated for them.
-
-    Raises:
-        CheckpointError: If a rank is larger than every dimension in the file.
-    """
+    """Refuses ranks of which the file has no tensor, before memory is allocated for them."""
     sizes = [size for value in tensors.values() for size in value.shape]
     largest = max(method_of(fields).ranks(fields), default=0)
     if largest > max(sizes, default=0):
@@ -121,10 +117,6 @@ def saved_in_file(
     """Returns the names of the modules that a file holds in full.
 
     ``entries`` are ``modules_to_save`` of the file; ``provenance.json`` names the modules exactly.
-
-    Raises:
-        CheckpointError: If the record names modules that ``part`` does not have, or, without a
-            record, PEFT saved modules inside of others.
     """
     names = all_names(part)
     recorded = facts.get("modules_to_save")

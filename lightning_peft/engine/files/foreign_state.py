@@ -143,11 +143,7 @@ def load_foreign_state(
 def _settings_of(
     wrapped: PeftWrapped, lora_alpha: float | Mapping[str, float] | None, use_rslora: bool
 ) -> dict[str, Any]:
-    """Returns the settings of a module that wraps its layers.
-
-    Raises:
-        CheckpointError: If another scale was asked for.
-    """
+    """Returns the settings of a module that wraps its layers."""
     fields = config_to_dict(wrapped.config)
     asked = lora_alpha.values() if isinstance(lora_alpha, Mapping) else [lora_alpha]
     problems = []
@@ -176,11 +172,7 @@ def _keep_in_files(module: nn.Module, base: list[str]) -> None:
 def _alphas(
     layers: list[str], lora_alpha: float | Mapping[str, float] | None
 ) -> dict[str, float | None]:
-    """Returns the scale of each layer: that of the submodule named last above it.
-
-    Raises:
-        CheckpointError: If layers are in none of the submodules.
-    """
+    """Returns the scale of each layer: that of the submodule named last above it."""
     if not isinstance(lora_alpha, Mapping):
         return dict.fromkeys(layers, lora_alpha)
     above = {layer: [n for n in lora_alpha if inside(layer, [n])] for layer in layers}
@@ -194,11 +186,7 @@ def _alphas(
 
 
 def sort_foreign_state(module: nn.Module, state: Mapping[str, Any]) -> ForeignState:
-    """Returns the tensors of a state dict by what they are and by the names of ``module``.
-
-    Raises:
-        CheckpointError: If there are several adapters.
-    """
+    """Returns the tensors of a state dict by what they are and by the names of ``module``."""
     own, modules = _names(module), dict(module.named_modules(remove_duplicate=False))
     found, adapters = ForeignState(), Counter[str]()
     for key, value in state.items():

@@ -20,11 +20,6 @@ def saved_entries(part: nn.Module, saved: Iterable[str], targets: Iterable[str])
 
     A module that PEFT would take for others too gets none. Its values are in the file all the
     same, and PEFT puts them into the base.
-
-    Args:
-        part: The adapted submodule.
-        saved: Names of the modules that the file holds in full.
-        targets: Names of the adapted layers.
     """
     wanted, adapted, names = set(saved), set(targets), all_names(part)
     keys = [known for name in names for known in names[name]]

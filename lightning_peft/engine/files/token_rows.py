@@ -27,10 +27,6 @@ def rows_as_modules(
     Returns:
         The fields without the indices, the tensors, and the names of the modules that hold the
         embeddings, tied ones included.
-
-    Raises:
-        CheckpointError: If rows and indices do not fit the part.
-        UnsupportedError: If the part has no values to put rows into.
     """
     asked = fields.get(FIELD)
     if not asked:
@@ -54,11 +50,7 @@ def rows_as_modules(
 
 
 def refuse_training(fields: Mapping[str, Any], folder: Path) -> None:
-    """Refuses a folder with single rows where its adapter is to be trained further.
-
-    Raises:
-        UnsupportedError: If it has some.
-    """
+    """Refuses a folder with single rows where its adapter is to be trained further."""
     if fields.get(FIELD):
         raise UnsupportedError(
             f"{FIELD} in {str(folder)!r}: single rows are not trained here, so the adapter is "
