@@ -25,6 +25,7 @@ PACKAGE = "lightning_peft"
 FLOORS: dict[str, set[str]] = {
     "": {"tasks", "data", "runs", "plan", "plugin", "engine", "errors"},
     "cli": {
+        "sweeps",
         "demo",
         "doctor",
         "migration",
@@ -47,6 +48,7 @@ FLOORS: dict[str, set[str]] = {
     "data": {"tasks", "runs", "plan", "plugin", "engine", "errors"},
     "runs": {"plan", "plugin", "engine", "errors"},
     "plan": {"engine", "errors"},
+    "sweeps": {"tasks", "runs", "plugin", "engine", "errors"},
     "export": {"runs", "plan", "plugin", "engine", "errors"},
     "evaluation": {"chat", "export", "data", "runs", "plan", "plugin", "engine", "errors"},
     "chat": {"generation", "export", "data", "runs", "plan", "plugin", "engine", "errors"},

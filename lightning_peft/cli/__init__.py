@@ -22,6 +22,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Get started": ("demo", "doctor", "migrate"),
     "Prepare": ("recipes", "preview", "check", "plan"),
     "Train": ("fit", "validate", "test", "predict"),
+    "Tune": ("sweep",),
     "Verify": ("verify", "reproduce"),
     "Use the result": ("chat", "compare", "evaluate", "merge", "export"),
     "Maintenance": ("cache", "import"),

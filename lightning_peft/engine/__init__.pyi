@@ -52,6 +52,7 @@ from .layers.probes import in_eval_mode as in_eval_mode
 from .loading.gguf_files import find_gguf as find_gguf
 from .loading.gguf_model import GgufModel as GgufModel
 from .loading.gguf_tensors import gguf_tensors as gguf_tensors
+from .loading.kept_bases import quantized_bases_kept as quantized_bases_kept
 from .loading.pretrained import load_config as load_config
 from .loading.pretrained import load_pretrained_model as load_pretrained_model
 from .loading.pretrained import readable_name as readable_name

@@ -11,10 +11,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from textwrap import dedent
 from typing import Any, Protocol
 
 import torch
 import yaml
+from jsonargparse import Namespace
 
 from lightning_peft.compat.lightning import config_parser
 from lightning_peft.errors import ConfigError, LightningPeftError, similar_names
@@ -28,6 +30,8 @@ from lightning_peft.plugin.namespace import (
 
 # How every command parses: errors are explained here, and options are written in full.
 STRICT = {"exit_on_error": False, "allow_abbrev": False}
+# Cheap to make: their models and rows are loaded later.
+_MADE = ("model", "data", "trainer.strategy")
 _LINES_OF_LIGHTNING = (
     *(f"{root}.utilities.rank_zero" for root in ROOTS),
     *("lightning.fabric.utilities.rank_zero", "lightning_fabric.utilities.rank_zero"),
@@ -100,8 +104,18 @@ def lightning_command(arguments: Sequence[str], verbose: bool = False) -> Iterat
             raise ConfigError(_instantiation_problem(error, root)) from error
 
 
-def parsed_config(arguments: Sequence[str]) -> dict[str, Any]:
-    """Returns a config and its overrides as ``fit`` reads them; nothing of it is made."""
+def parsed_config(arguments: Sequence[str], made: str = "") -> dict[str, Any]:
+    """Returns a config and its overrides as ``fit`` reads them.
+
+    Args:
+        arguments: The command line.
+        made: A key; the strategy, or the class of this package, that it is an argument of is made,
+            and checks its arguments. Nothing else is made.
+
+    Raises:
+        ConfigError: If the arguments cannot be read, with the nearest right ones.
+        LightningPeftError: If what is made refuses them.
+    """
     with lightning_command(arguments) as root:
         cli = import_module(f"{root}.cli")
 
@@ -114,7 +128,12 @@ def parsed_config(arguments: Sequence[str]) -> dict[str, Any]:
                 """Leaves the random numbers alone."""
 
             def instantiate_classes(self) -> None:
-                """Makes nothing."""
+                part = next((part for part in _MADE if made.startswith(f"{part}.init_args.")), None)
+                given = self.config.get(part) if part else None
+                if isinstance(given, Namespace) and (
+                    part == _MADE[-1] or given.class_path.startswith("lightning_peft.")
+                ):
+                    self.parser.instantiate(Namespace({part: given}))
 
         parsed = ParsingCLI(
             args=qualify_optimizers(arguments),
@@ -131,6 +150,11 @@ def _instantiation_problem(error: ValueError, root: str) -> str:
     if named is None:
         # Without all that jsonargparse tried.
         cause = str(error).partition("\nGiven value type:")[0]
+        cause = re.sub(
+            r"Does not validate against any of the Union.*?Errors:\n", "", cause, flags=re.S
+        )
+        cause = re.sub(r"\n? *- Expected an? <class .*>", "", cause)
+        cause = dedent(cause).removeprefix("- ")
         return f"Cannot instantiate the config: {cause}"
     known = import_module(f"{root}.strategies").StrategyRegistry.available_strategies()
     near = similar_names(named[1], known)

@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,14 @@ def peak_memory() -> dict[str, int]:
     if torch.cuda.is_available():
         memory["cuda_bytes"] = torch.cuda.max_memory_allocated()
     return memory
+
+
+def reset_peak_memory() -> None:
+    """Lets :func:`peak_memory` count from now on, where the system can: Linux, and the GPU."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _peak_resident() -> int:

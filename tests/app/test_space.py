@@ -67,7 +67,7 @@ def test_the_folder_of_a_gradio_space_names_its_own_wheel_by_address_and_hash(wr
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     at = f"https://huggingface.co/spaces/someone/studio/resolve/main/{wheel.name}"
     assert (named.name, named.url) == ("lightning-peft", f"{at}#sha256={digest}")
-    assert named.extras == {"app", "audio", "excel", "gguf", "vision"}
+    assert named.extras == {"app", "audio", "excel", "gguf", "sweep", "vision"}
     # Direct requirements that are tested, without what the hub installs itself.
     assert pins == [pin("fsspec"), pin("gguf"), pin("torch")]
     assert hf_jobs.job_packages(folder) == [first, *pins]
@@ -127,12 +127,42 @@ def test_only_a_folder_that_was_written_here_is_replaced(written, tmp_path):
 def test_the_folder_of_a_docker_space_names_the_wheel_as_a_file(written):
     folder = written(sdk="docker")
     lines = requirements_of(folder)
-    assert lines[0] == ("./lightning_peft-0.1.0-py3-none-any.whl[app,audio,excel,gguf,vision]")
+    assert lines[0] == (
+        "./lightning_peft-0.1.0-py3-none-any.whl[app,audio,excel,gguf,sweep,vision]"
+    )
     assert lines[-1] == pin("gradio").replace("gradio", "gradio[oauth]")
     matter = matter_of(folder)
     assert (matter["sdk"], matter["app_port"]) == ("docker", 7860)
     assert not {"sdk_version", "app_file", "python_version"} & set(matter)
-    assert "COPY --chown=user requirements.txt *.whl ./" in (folder / "Dockerfile").read_text()
+
+
+def test_the_dockerfile_agrees_with_its_folder(written):
+    folder = written(sdk="docker")
+    text = re.sub(r"\\\n", " ", (folder / "Dockerfile").read_text())
+    steps = [line.split(None, 1) for line in text.splitlines() if line and line[0] != "#"]
+    found: dict[str, list[str]] = {}
+    for name, words in steps:
+        found.setdefault(name, []).append(words)
+    assert [name for name, _ in steps[:2]] == ["FROM", "RUN"]
+    python = found["FROM"][0].removeprefix("python:").removesuffix("-slim")
+    assert f"Programming Language :: Python :: {python}" in (ROOT / "pyproject.toml").read_text()
+    # The requirements come before the rest, so that a change of the page installs nothing.
+    assert found["COPY"] == ["--chown=user requirements.txt *.whl ./", "--chown=user . ."]
+    assert list(folder.glob("*.whl"))
+    (home,) = re.findall(r"HOME=(\S+)", found["ENV"][0])
+    assert f"PATH={home}/.local/bin:$PATH" in found["ENV"][0]
+    assert "pip install --no-cache-dir --user -r requirements.txt" in found["RUN"][1]
+    assert found["USER"] == ["user"]
+    (place,) = found["WORKDIR"]
+    assert f"mkdir -p {place}/runs && chown -R user:user {place}" in found["RUN"][0]
+    assert int(found["EXPOSE"][0]) == matter_of(folder)["app_port"]
+    program, script = json.loads(found["CMD"][0])
+    assert program == "python"
+    assert (folder / script).is_file()
+    # What the documentation mounts, publishes and starts.
+    page = (ROOT / "docs/containers.md").read_text()
+    for words in (f"runs:{place}/runs", f"cache:{home}/.cache", "7860:7860", f"python {script}"):
+        assert words in page
 
 
 @pytest.mark.parametrize(

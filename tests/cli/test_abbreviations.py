@@ -20,6 +20,7 @@ SHORT = {
     "validate": ("--trainer.limit_val_batche=1", _RUN, "trainer.limit_val_batches"),
     "test": ("--trainer.limit_test_batche=1", _RUN, "trainer.limit_test_batches"),
     "predict": ("--trainer.limit_predict_batche=1", _RUN, "trainer.limit_predict_batches"),
+    "sweep": ("--trainer.max_step=1", ("sft-qlora", "--set=r=8"), "trainer.max_steps"),
     "verify": ("--trainer.max_step=1", _RUN, "trainer.max_steps"),
     "reproduce": ("--js", ("runs/one",), "--json"),
     "chat": ("--temp=1", ("adapter",), "--temperature"),
@@ -36,6 +37,7 @@ MORE = {
     "check": [("--js", "json"), ("--conf=sft-lora", "config"), ("--del=;", "delimiter")],
     "plan": [("--mod=x", "model"), ("--seq=8", "seq-len")],
     "fit": [("--js", "json"), ("--conf=sft-lora", "config"), ("--run_di=x", "run_dir")],
+    "sweep": [("--js", "json"), ("--sam=tpe", "sampler"), ("--conf=sft-lora", "config")],
     "verify": [("--conf=sft-lora", "config"), ("--ckpt_pat=x", "ckpt_path")],
     "cache": [("clear --al", "all")],
 }

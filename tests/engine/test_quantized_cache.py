@@ -500,3 +500,35 @@ def test_processes_at_the_same_time_leave_one_entry(folders: dict[str, Path], ba
     again, early, _ = load(folders["llama"])
     assert early
     assert_same(plain, again)
+
+
+def test_codes_stay_in_memory_between_runs(folders: dict[str, Path], bases: Path) -> None:
+    fresh, _, stored = load(folders["llama"])
+    assert stored == 1
+    with engine.quantized_bases_kept():
+        first, early, _ = load(folders["llama"])
+        losses = train(first)
+        # What is not read from there any more cannot be read again.
+        for file in bases.rglob("*.safetensors"):
+            file.unlink()
+        second, again, _ = load(folders["llama"])
+        assert early
+        assert again
+        assert_same(fresh, second)
+        weights = [codes_of(holder) for holder in (first, second)]
+        assert weights[0].data_ptr() == weights[1].data_ptr()
+        assert train(second) == losses
+        # A run that changes codes in place does not change the next one's.
+        weights[1][0] += 1
+        third, from_cache, _ = load(folders["llama"])
+        assert not from_cache
+        assert_same(fresh, third)
+        for file in bases.rglob("*.safetensors"):
+            file.unlink()
+    # Outside nothing is kept.
+    _, after, _ = load(folders["llama"])
+    assert not after
+
+
+def codes_of(holder: Holder) -> torch.Tensor:
+    return next(p.data for p in holder.parameters() if hasattr(p, "quant_state"))

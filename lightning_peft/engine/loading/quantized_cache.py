@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from lightning_peft.engine.backends.registry import (
     storage_bytes,
 )
 from lightning_peft.engine.backends.share import current_share
+from lightning_peft.engine.loading.kept_bases import kept_weights
 from lightning_peft.engine.loading.weight_files import find_weight_files, hashes, stamps
 
 # Raised whenever an entry is written, or its layers are chosen, in another way.
@@ -177,7 +179,8 @@ def find_entry(
     load = CachedLoad(folder / key, str(name), dict(options), files, before, about)
     # Memory-mapped until a process has taken its part.
     place = device if current_share() is None else torch.device("cpu")
-    load.weights = _read(load.final, backend, place)
+    read = partial(_read, load.final, backend, place)
+    load.weights = kept_weights(load.final, backend, place, read)
     return load
 
 

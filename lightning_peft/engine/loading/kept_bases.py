@@ -1,0 +1,84 @@
+"""Quantized bases that stay in memory, for runs one after the other in a process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_peft.engine.backends.registry import Backend
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _KeptBase:
+    facts: dict[str, Any]
+    tensors: Mapping[str, Tensors]
+    sums: dict[str, int]
+
+
+_kept: ContextVar[dict[tuple[Path, torch.device], _KeptBase] | None] = ContextVar(
+    "quantized_bases_kept", default=None
+)
+
+
+@contextmanager
+def quantized_bases_kept() -> Iterator[None]:
+    """Within the body, codes that come out of the cache stay in memory for the next load of them.
+
+    They stay on the device that they were loaded to. Codes that were changed in place since are
+    read from the cache again.
+    """
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def kept_weights(
+    entry: Path, backend: Backend, device: torch.device, read: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """Returns the weights of an entry, from memory where they are there and unchanged.
+
+    Args:
+        entry: Folder of the entry.
+        backend: What its codes are made by.
+        device: Where they go.
+        read: Reads them: frozen dataclasses, with the parameter in ``stored``, by layer.
+    """
+    kept = _kept.get()
+    if kept is None:
+        return read()
+    known = kept.pop((entry, device), None)
+    if known is not None and known.sums == _sums(known.tensors):
+        weights = {
+            name: replace(one, stored=backend.from_state_tensors(known.tensors[name], device))
+            for name, one in known.facts.items()
+        }
+    else:
+        weights = read()
+    if weights:
+        # Not the parameters, which a run moves to another device or replaces.
+        tensors = {name: backend.state_tensors(one.stored) for name, one in weights.items()}
+        facts = {name: replace(one, stored=None) for name, one in weights.items()}
+        kept[entry, device] = _KeptBase(facts, tensors, _sums(tensors))
+    return weights
+
+
+def _sums(tensors: Mapping[str, Tensors]) -> dict[str, int]:
+    """Returns a sum of the bits of each weight, which is quick on any device."""
+    return {name: sum(map(_sum, parts.values())) for name, parts in tensors.items()}
+
+
+def _sum(tensor: Tensor) -> int:
+    octets = tensor.reshape(-1).view(torch.uint8)
+    whole = len(octets) // 8 * 8
+    return int(octets[:whole].view(torch.int64).sum()) + int(octets[whole:].sum())

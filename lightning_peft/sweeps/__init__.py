@@ -1,0 +1,1 @@
+"""Sweeps: the runs of a recipe with several values of some of its keys."""
