@@ -23,11 +23,7 @@ _INSTALLED = re.compile(r"installed:([\w-]+)/")
 
 
 def recipes_folder() -> Path:
-    """Returns the folder of all recipes.
-
-    Raises:
-        ConfigError: If it is not where an installation has it.
-    """
+    """Returns the folder of all recipes."""
     folder = next((folder for folder in _FOLDERS if folder.is_dir()), None)
     if folder is None:
         raise ConfigError(
@@ -45,11 +41,7 @@ def recipe_files() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """Returns the file that ``name`` means: a path, or the name of a recipe.
-
-    Raises:
-        ConfigError: If there is neither; near names are listed.
-    """
+    """Returns the file that ``name`` means: a path, or the name of a recipe."""
     if Path(name).is_file():
         return Path(name)
     known = recipe_files()
@@ -76,10 +68,6 @@ def resolved(file: Path) -> str:
 
     The marks are ``package:`` (this package), ``recipe:`` (its recipes) and ``installed:NAME/``
     (another package), at the beginning of a value.
-
-    Raises:
-        ConfigError: If the file is not YAML in UTF-8, with line and column; or if it names a
-            package that is not installed.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -140,9 +128,6 @@ def resolved_recipes(words: Sequence[str]) -> Iterator[list[str]]:
 
     Yields:
         The arguments with these files.
-
-    Raises:
-        ConfigError: If a name is neither a file nor a recipe.
     """
     with TemporaryDirectory() as folder:
         yield _write_resolved(words, Path(folder))

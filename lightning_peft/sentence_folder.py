@@ -78,9 +78,6 @@ def read_sentence_folder(name: str, revision: str | None = None) -> SentenceFold
     Args:
         name: Folder, or name on the hub.
         revision: Branch, tag or commit on the hub.
-
-    Raises:
-        ConfigError: If a file cannot be read, or describes what is not computed here.
     """
     gguf = written_reference(name).gguf_file is not None
     listed = None if gguf else _read(name, MODULES, revision)

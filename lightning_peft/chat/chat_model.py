@@ -103,11 +103,7 @@ class ChatModel:
         return [BASE, *(adapter.name for adapter in self.adapters)]
 
     def switch(self, name: str) -> None:
-        """Chooses who speaks from now on; the conversation stays.
-
-        Raises:
-            ConfigError: If there is nobody of that name.
-        """
+        """Chooses who speaks from now on; the conversation stays."""
         if name not in self.names:
             known = ", ".join(self.names)
             raise ConfigError(
@@ -133,11 +129,7 @@ class ChatModel:
         return next(active, self.adapters[0] if self.adapters else None)
 
     def require_images(self, what: str) -> ImageTokens:
-        """Returns the processor's ways with images; ``what`` names the image, for messages.
-
-        Raises:
-            ConfigError: If the model sees none, or can be shown none here.
-        """
+        """Returns the processor's ways with images; ``what`` names the image, for messages."""
         if self.image_problem:
             raise ConfigError(f"{what} cannot be shown to the model: {self.image_problem}")
         if self.images is None:
@@ -148,11 +140,7 @@ class ChatModel:
         return self.images
 
     def template(self) -> Template:
-        """Returns the chat template of who is active.
-
-        Raises:
-            ConfigError: If none is known.
-        """
+        """Returns the chat template of who is active."""
         adapter = self.prompted_as
         recorded = adapter.chat_template if adapter is not None else None
         requested = self.chat_template_override or recorded
@@ -173,11 +161,7 @@ class ChatModel:
         return next((value for value in known if value is not None), otherwise)
 
     def tokens_of(self, messages: Messages) -> torch.Tensor:
-        """Returns the ids of a conversation up to where the answer begins, ``(1, length)``.
-
-        Raises:
-            ConfigError: If the template refuses the conversation, or does not write the tools.
-        """
+        """Returns the ids of a conversation up to where the answer begins, ``(1, length)``."""
         if images_of(messages):
             self.require_images("An image of this conversation")
         tokenizer, variables = self.loaded.tokenizer, self.variables()
@@ -235,9 +219,6 @@ class ChatModel:
             messages: The conversation so far; the oldest turns are left out where it is too long.
             write: Takes each piece of the answer as soon as it is there.
             stop: Is asked after each token whether the answer is to end there.
-
-        Raises:
-            ConfigError: If even the last turn is too long for the model.
         """
         kept, ids, dropped, room = self._fit_context(messages)
         tokenizer, texts = self.loaded.tokenizer, self.sampling.stop
@@ -264,9 +245,6 @@ class ChatModel:
         Args:
             conversations: As ``messages`` of :meth:`answer`.
             stop: Is asked after each token whether all answers are to end there.
-
-        Raises:
-            ConfigError: If even the last turn of one is too long for the model.
         """
         # Padding would be penalized as part of the prompt; each ends at texts of its own.
         alone = self.sampling.repetition_penalty != 1 or bool(self.sampling.stop)

@@ -58,9 +58,6 @@ def held_out_prompts(folder: Path, limit: int | None = None) -> list[Prompt]:
     Args:
         folder: Of the run, or of an adapter in it.
         limit: Most rows.
-
-    Raises:
-        ConfigError: If the folder belongs to no run, or the run kept no rows.
     """
     run = run_of(folder)
     file = run.prompts if run is not None else None
@@ -88,11 +85,7 @@ def _held_out_rows(file: Path) -> list[list[dict[str, Any]]]:
 
 
 def read_prompts(file: str) -> list[Prompt]:
-    """Returns the prompts in a file: one a line, or JSONL with ``prompt`` and ``reference``.
-
-    Raises:
-        ConfigError: If the file cannot be read, or lines are not prompts; all of them at once.
-    """
+    """Returns the prompts in a file: one a line, or JSONL with ``prompt`` and ``reference``."""
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -225,9 +218,6 @@ def scores(
     """Returns the scores of the base and of every adapter on the trained tokens of data.
 
     The data's tokenizer is the base's; ``split`` may be ``"all"``.
-
-    Raises:
-        ConfigError: If rows have problems, or the split has none.
     """
     rows = _rows_of(data, split)
     size, filler = data.batch_size, data.tokenizer.pad_token_id

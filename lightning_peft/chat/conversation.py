@@ -39,11 +39,7 @@ class Conversation:
     images: list[bytes] = field(default_factory=list)
 
     def ask(self, question: str, write: Callable[[str], None]) -> Answer:
-        """Asks the active speaker; question and answer become part of the conversation.
-
-        Raises:
-            ConfigError: If the question cannot be put; the conversation is as before.
-        """
+        """Asks the active speaker; question and answer become part of the conversation."""
         opening = [{"role": "system", "content": self.system}] if self.system else []
         turn: dict[str, Any] = {"role": "user", "content": question}
         if self.images:
@@ -54,11 +50,7 @@ class Conversation:
         return answer
 
     def add_image(self, path: str) -> str:
-        """Reads an image for the next question; returns its size in words.
-
-        Raises:
-            ConfigError: If it cannot be read, or the model sees no images.
-        """
+        """Reads an image for the next question; returns its size in words."""
         content, size = read_for_chat(path, self.chat_model.require_images(repr(path)))
         self.images.append(content)
         return size
@@ -68,9 +60,6 @@ class Conversation:
 
         Returns:
             What to tell the user, or ``None`` if the conversation is to end.
-
-        Raises:
-            ConfigError: If there is no such command or adapter.
         """
         word, _, rest = line.strip().partition(" ")
         rest = rest.strip()

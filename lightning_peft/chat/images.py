@@ -24,10 +24,6 @@ def find_images(base: Base, adapters: Sequence[Adapter]) -> tuple[ImageTokens | 
 
     It is the processor that the first adapter was trained with, else that in the base's folder.
     A model of text has ``None`` and no reason.
-
-    Raises:
-        ConfigError: If the adapter was trained with a processor that cannot be had here.
-        UnsupportedError: If that does not write images as tokens.
     """
     trained = bool(adapters) and "processor" in adapters[0].encoding
     if not _sees_images(base, adapters):
@@ -80,11 +76,7 @@ def note_of_processor(images: ImageTokens, adapters: Sequence[Adapter]) -> list[
 
 
 def read_for_chat(path: str, images: ImageTokens) -> tuple[bytes, str]:
-    """Returns the bytes of an image file, and its size and tokens in words.
-
-    Raises:
-        ConfigError: If it cannot be read, or the processor refuses it.
-    """
+    """Returns the bytes of an image file, and its size and tokens in words."""
     try:
         if not path or is_address(path):
             raise EncodingProblem("image", f"names {path!r} as an image, which is not a file here")
@@ -134,9 +126,6 @@ def with_marks(turn: dict[str, Any]) -> dict[str, Any]:
     """Returns a turn as :class:`ImageRendering <lightning_peft.data.image_templates>` reads it.
 
     Its images come before its text, as those of a row without places for them.
-
-    Raises:
-        ConfigError: If its text has the mark of an image.
     """
     if MARK in turn["content"]:
         raise ConfigError(

@@ -59,9 +59,6 @@ class Server:
 
         Args:
             make: Returns the model; it gets a function to tell what is going on.
-
-        Raises:
-            LightningPeftError: If the model cannot be loaded, which is also said in a line.
         """
         threading.Thread(target=self._read, daemon=True).start()
         try:
@@ -251,11 +248,7 @@ def _id_of(row: Mapping[str, Any] | None) -> str | int | None:
 
 
 def _checked(row: dict[str, Any] | None, key: Any, names: list[str]) -> dict[str, Any]:
-    """Returns a request whose values can be used.
-
-    Raises:
-        ConfigError: If they cannot; all that is wrong at once.
-    """
+    """Returns a request whose values can be used."""
     if row is None:
         raise ConfigError("The line is not a JSON object. A request is one, on a line of its own.")
     unknown = [name for name in row if name not in FIELDS]

@@ -14,11 +14,7 @@ from lightning_peft.errors import ConfigError
 
 
 def read_tools_file(file: str | None) -> list[dict[str, Any]]:
-    """Returns the tools in a JSON file, as chat templates read them.
-
-    Raises:
-        ConfigError: If it cannot be read, or holds something else.
-    """
+    """Returns the tools in a JSON file, as chat templates read them."""
     if file is None:
         return []
     try:
@@ -32,11 +28,7 @@ def read_tools_file(file: str | None) -> list[dict[str, Any]]:
 
 
 def read_variables(text: str | None) -> dict[str, Any] | None:
-    """Returns the values in a JSON object, ``None`` where there is none.
-
-    Raises:
-        ConfigError: If it is not a JSON object, or sets what the command sets itself.
-    """
+    """Returns the values in a JSON object, ``None`` where there is none."""
     if text is None:
         return None
     try:
@@ -50,20 +42,13 @@ def context_of(name: str, value: Any, what: str) -> dict[str, Any]:
     """Returns ``"tools"`` or ``"chat_template_kwargs"`` of a row as a chat template gets it.
 
     ``what`` says where it is from, for messages.
-
-    Raises:
-        ConfigError: If it cannot be read.
     """
     with _as_config_error(what):
         return read_context({name: value})
 
 
 def turn_of(message: dict[str, Any]) -> Message:
-    """Returns a turn of a request, its tool calls as chat templates read them.
-
-    Raises:
-        ConfigError: If they cannot be read.
-    """
+    """Returns a turn of a request, its tool calls as chat templates read them."""
     if not message.get("tool_calls"):
         return message
     with _as_config_error("messages:"):

@@ -79,11 +79,7 @@ def command_names() -> list[str]:
 
 
 def find_command(name: str) -> Command:
-    """Returns a command.
-
-    Raises:
-        ConfigError: If there is none of that name; near names are listed.
-    """
+    """Returns a command."""
     if name in GROUPS["Train"]:
         from lightning_peft.cli import training
 

@@ -126,9 +126,6 @@ def load_chat_model(
     """Returns the model that the options of :func:`add_model_options` describe.
 
     Those of sampling that a command does not have are as by default.
-
-    Raises:
-        ConfigError: If options contradict each other, or nothing says what the base is.
     """
     values = {name: getattr(args, name) for name in NAMES if hasattr(args, name)}
     _check_options(args, values)
@@ -175,11 +172,7 @@ def show_memory(chat_model: ChatModel) -> None:
 
 
 def find_model(args: argparse.Namespace) -> tuple[Base, list[Adapter]]:
-    """Returns the base and the adapters that the options name.
-
-    Raises:
-        ConfigError: If there are none.
-    """
+    """Returns the base and the adapters that the options name."""
     from lightning_peft.export.adapters import find_adapters
     from lightning_peft.export.base import find_base
     from lightning_peft.export.merged_folder import base_of
@@ -193,11 +186,7 @@ def find_model(args: argparse.Namespace) -> tuple[Base, list[Adapter]]:
 def check_template(
     args: argparse.Namespace, base: Base, adapters: Sequence[Adapter], tokenizer: Any = None
 ) -> None:
-    """Refuses a chat template that does not exist; ``tokenizer`` is by default the base's.
-
-    Raises:
-        ConfigError: If there is none.
-    """
+    """Refuses a chat template that does not exist; ``tokenizer`` is by default the base's."""
     from lightning_peft.data.templates import find_template
     from lightning_peft.export.loading import check_generates, load_tokenizer
 

@@ -66,11 +66,7 @@ def _parser() -> OptionParser:
 
 
 def checked(configs: Sequence[str], words: Sequence[str]) -> dict[str, Any]:
-    """Returns the result of checking all rows, ready for JSON.
-
-    Raises:
-        ConfigError: If the data cannot be read at all.
-    """
+    """Returns the result of checking all rows, ready for JSON."""
     tokens = bool(configs) or any(word.startswith(_OF_TOKENS) for word in words)
     named = any(word.partition("=")[0] in ("--data", "--data.init_args.data") for word in words)
     if not named and not configs:

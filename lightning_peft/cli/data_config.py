@@ -30,9 +30,6 @@ def data_from_config(
     """Returns the data module that configs and the command line describe.
 
     Overrides of the model and the Trainer are checked as ``fit`` does, and change nothing here.
-
-    Raises:
-        ConfigError: If they do not describe data that is read row by row.
     """
     import jsonargparse
 

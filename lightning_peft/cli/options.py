@@ -57,11 +57,7 @@ def add_config_option(parser: OptionParser) -> None:
 
 
 def refuse_unknown(words: Sequence[str], known: Sequence[str]) -> None:
-    """Refuses options that do not exist.
-
-    Raises:
-        ConfigError: With the nearest right name of each.
-    """
+    """Refuses options that do not exist."""
     ours = words[: words.index("--")] if "--" in words else words
     names = [word.partition("=")[0] for word in ours if word.startswith("--")]
     unknown = [name for name in dict.fromkeys(names) if name not in known]

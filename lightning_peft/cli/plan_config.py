@@ -23,9 +23,6 @@ def plan_from_config(
     """Returns the arguments of the command for the run of a config.
 
     With ``length``, rows with images are read, to know how many tokens they have.
-
-    Raises:
-        ConfigError: If they cannot be read, or the memory of such a run is not predicted.
     """
     from lightning_peft.plugin.lightning_cli import parsed_config
 

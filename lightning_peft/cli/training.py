@@ -102,11 +102,7 @@ def run(
     decided: dict[str, Any] | None = None,
     verbose: bool = False,
 ) -> RunSession:
-    """Runs one of the four, and returns its result; ``decided`` is what another run decided.
-
-    Raises:
-        LightningPeftError: If it fails for a reason that it explains.
-    """
+    """Runs one of the four, and returns its result; ``decided`` is what another run decided."""
     from lightning_peft.plugin.lightning_cli import run_subcommand
     from lightning_peft.runs.session import RunSession
 

@@ -103,9 +103,6 @@ def choose_exercise(model: str | None, folder: Path, steps: int | None) -> Exerc
             one where it is installed, else the toy.
         folder: Where rows are written to.
         steps: Optimizer steps; by default those that suit it.
-
-    Raises:
-        ConfigError: If the model cannot be had.
     """
     if model == TOY:
         return toy_exercise(steps)
@@ -192,11 +189,7 @@ def _without_system(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_source(source: str) -> None:
-    """Tries the model's configuration before anything else.
-
-    Raises:
-        ConfigError: If it cannot be had.
-    """
+    """Tries the model's configuration before anything else."""
     try:
         engine.load_config(source)
     except LightningPeftError:

@@ -51,11 +51,7 @@ def run_demo(
     learning_rate: float | None = None,
     output: str = "demo-output",
 ) -> dict[str, Any]:
-    """Runs the demo and returns its result record; see ``lightning-peft demo --help``.
-
-    Raises:
-        ConfigError: If the model is neither a folder nor can be had from the hub.
-    """
+    """Runs the demo and returns its result record; see ``lightning-peft demo --help``."""
     console = Console()
     lightning = import_module(namespace_in_use())
     quiet()

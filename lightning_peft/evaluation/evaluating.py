@@ -50,11 +50,7 @@ class Settings:
 
 
 def check_language_model(base: Base, adapters: Sequence[Adapter]) -> None:
-    """Refuses models that are not language models.
-
-    Raises:
-        UnsupportedError: If an adapter was trained on another kind of model, or the base is one.
-    """
+    """Refuses models that are not language models."""
     generating = {
         *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
         *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(),
@@ -76,11 +72,7 @@ def evaluate(
     settings: Settings,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """Returns the results of the base and of every adapter on the same prompts.
-
-    Raises:
-        ConfigError: If the tasks do not fit the model.
-    """
+    """Returns the results of the base and of every adapter on the same prompts."""
     lm = _harness_model(chat_model, settings)
     found = {}
     for name in chat_model.names:

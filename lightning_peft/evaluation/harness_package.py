@@ -9,11 +9,7 @@ from lightning_peft.errors import ConfigError
 
 
 def harness_version() -> str:
-    """Returns the version of the harness.
-
-    Raises:
-        ConfigError: If it is not installed.
-    """
+    """Returns the version of the harness."""
     if find_spec("lm_eval") is None:
         raise ConfigError(
             "Benchmarks take EleutherAI's lm-evaluation-harness, which is not installed: pip "

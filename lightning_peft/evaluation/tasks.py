@@ -77,10 +77,6 @@ def load_tasks(
         num_fewshot: Solved examples before each question; by default what the task says, else 0.
             A task that says 0 keeps it, as in the harness.
         seeds: The seed of the examples, and those of everything drawn while tasks are loaded.
-
-    Raises:
-        ConfigError: If a folder or task does not exist, or its rows cannot be had. All of them are
-            listed.
     """
     _check_folders(folders)
     resolved = [Path(folder).resolve() for folder in folders]

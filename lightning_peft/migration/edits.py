@@ -241,11 +241,7 @@ def as_diff(changed: dict[Path, tuple[Source, str]]) -> str:
 
 
 def require_clean_tree(path: Path) -> None:
-    """Refuses to write where git could not give the files of before back.
-
-    Raises:
-        ConfigError: If the path is not in a git tree, or in one with changes.
-    """
+    """Refuses to write where git could not give the files of before back."""
     folder = _folder(path)
     ran = _git(folder, "status", "--porcelain", "--", ".")
     if ran.returncode:
@@ -266,9 +262,6 @@ def require_tracked(path: Path, changed: Iterable[Path]) -> None:
     Args:
         path: What is read.
         changed: The files of it that change.
-
-    Raises:
-        ConfigError: If there are such files.
     """
     folder = _folder(path)
     names = {file.relative_to(folder).as_posix(): file for file in changed}
@@ -289,11 +282,7 @@ def _folder(path: Path) -> Path:
 
 
 def _git(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Runs git in a folder.
-
-    Raises:
-        ConfigError: If it cannot be run.
-    """
+    """Runs git in a folder."""
     command = ["git", "-C", str(folder), *words]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=_GIT_SECONDS)

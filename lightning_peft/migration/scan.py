@@ -27,11 +27,7 @@ class Scan:
 
 
 def scan(path: Path) -> Scan:
-    """Reads a code base and applies all rules; nothing of the code runs.
-
-    Raises:
-        ConfigError: If there is nothing to read.
-    """
+    """Reads a code base and applies all rules; nothing of the code runs."""
     base = read_code_base(path)
     findings = with_strategy(base, [one for rule in RULES for one in rule.find(base)])
     findings.sort(key=lambda one: (one.place.path, one.place.cell or 0, one.place.line, one.rule))

@@ -180,11 +180,7 @@ def is_false(node: ast.AST) -> bool:
 
 
 def read_code_base(root: Path) -> CodeBase:
-    """Reads the Python files, notebooks and YAML files below a folder, or one file.
-
-    Raises:
-        ConfigError: If there is nothing of that name, or no such file in it.
-    """
+    """Reads the Python files, notebooks and YAML files below a folder, or one file."""
     if not root.exists():
         raise ConfigError(f"{str(root)!r}: there is no such file or folder to read.")
     files = [root] if root.is_file() else sorted(_files(root))

@@ -17,9 +17,6 @@ def batch_maker(model_class: Any, config: Any) -> BatchMaker:
     """Returns a batch factory for a model class: rows, tokens, and whether rows are padded.
 
     Images have the size of the config, and audio has ``length`` samples or frames.
-
-    Raises:
-        UnsupportedError: If the input is of another kind than text, images or audio.
     """
     kind, name = getattr(model_class, "main_input_name", "input_ids"), model_class.__name__
     makers: dict[str, BatchMaker] = {

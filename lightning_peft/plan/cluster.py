@@ -133,9 +133,6 @@ def cluster_of(gpu: str | None, gpus: int, nodes: int, given: Mapping[str, Any])
         gpus: In a node.
         nodes: How many.
         given: Figures by their names in :class:`Cluster` that replace the maker's.
-
-    Raises:
-        ConfigError: If a number is not above 0.
     """
     alike = "h100" if gpu == "h100-80" else gpu or ""
     figures = dict(zip(FIGURES, _MAKERS.get(alike, ()), strict=False))

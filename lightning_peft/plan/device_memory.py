@@ -61,9 +61,6 @@ def device_memory(text: str) -> DeviceMemory:
         text: An amount such as ``"24GB"`` or ``"22.5GiB"``; the name of a GPU such as
             ``"rtx4090"`` or ``"A100-40"``; or ``"this"``: what is free on this machine's first GPU,
             or in its memory where it has none.
-
-    Raises:
-        ConfigError: If it is none of them.
     """
     if text.strip().lower() == "this":
         return this_device()

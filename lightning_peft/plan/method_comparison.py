@@ -145,9 +145,6 @@ def compare_methods(
         limits: Whether to search the largest batch and the longest sequence, which takes most of
             the time.
         progress: Called with the name of the next prediction.
-
-    Raises:
-        ConfigError, TargetModulesError, UnsupportedError: If the run could not be started.
     """
     runs = f"at batch_size={settings.batch_size}, seq_len={settings.seq_len}"
     progress(f"{settings.method} {runs}")

@@ -105,11 +105,7 @@ def process_bytes(traced: Trace, device: str, end: int = 1) -> dict[str, int]:
 
 
 def predict(source: ModelSource, settings: PlanSettings, step: Step | None = None) -> Prediction:
-    """Predicts the memory of one run.
-
-    Raises:
-        ConfigError, TargetModulesError, UnsupportedError: If the run could not be started.
-    """
+    """Predicts the memory of one run."""
     traced = trace(
         source.build_meta_copy(),
         lambda: source.batch(settings.batch_size, settings.seq_len, settings.is_padded),

@@ -50,9 +50,6 @@ def share_weights(
         settings: The run.
         tracker: Where they are entered.
         names: Under what quantized and other weights are entered.
-
-    Raises:
-        UnsupportedError: If a run refuses to share them.
     """
     if not settings.is_sharded:
         return Gathered()

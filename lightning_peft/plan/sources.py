@@ -57,9 +57,6 @@ def from_name(name: str, revision: str | None = None, dtype: str = "auto") -> Mo
     """Returns the source for a hub name, a folder with at least ``config.json``, or a GGUF file.
 
     No weights are read and no code of the repository is run.
-
-    Raises:
-        ConfigError: If there is no config, or ``dtype`` is none.
     """
     try:
         config = engine.load_config(name, revision=revision, trust_remote_code=False)
@@ -79,10 +76,6 @@ def from_config(config: Any, name: str = "", dtype: str = "auto") -> ModelSource
     """Returns the source for a transformers config.
 
     The class is the first of its ``architectures``, or the causal language model of its kind.
-
-    Raises:
-        ConfigError: If ``dtype`` is not a dtype.
-        UnsupportedError: If there is no class for it.
     """
     weights = _dtype(dtype, config)
     model_class = _class_of(config)
@@ -145,9 +138,6 @@ def from_module(module: nn.Module, batch: Any) -> ModelSource:
         module: The module; it is not changed, and no value of it is copied.
         batch: What its ``training_step``, or itself, takes. For a transformers model it can be
             ``None``; then batches of any size are made.
-
-    Raises:
-        ConfigError: If the module has no parameters yet, or needs a batch.
     """
     if not any(True for _ in module.parameters()):
         raise ConfigError(

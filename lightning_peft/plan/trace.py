@@ -75,10 +75,6 @@ def trace(
 
     ``batch`` is called where new tensors have no values; ``vocabulary`` tells logits from other
     activations.
-
-    Raises:
-        ConfigError, TargetModulesError, UnsupportedError: If the adapters cannot be injected, or
-            the step gives no loss or cannot run without values.
     """
     # New adapters draw random numbers, and so may the step: the user's run must not notice.
     with _explained(type(module).__name__), preserved_randomness():

@@ -50,11 +50,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, root: Path, name: str) -> RunFolder:
-        """Makes a new folder below ``root``; its name begins with the time, so that runs sort.
-
-        Raises:
-            ConfigError: If nothing can be written there.
-        """
+        """Makes a new folder below ``root``; its name begins with the time, so that runs sort."""
         words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "run"
         stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
         path = root / f"{stamp}-{words}-{secrets.token_hex(2)}"
@@ -62,11 +58,7 @@ class RunFolder:
 
     @classmethod
     def at(cls, path: Path) -> RunFolder:
-        """Returns the folder ``path``, which is made if it is not there.
-
-        Raises:
-            ConfigError: If nothing can be written there.
-        """
+        """Returns the folder ``path``, which is made if it is not there."""
         return cls(path)._make(exist_ok=True)
 
     def _make(self, exist_ok: bool) -> RunFolder:
@@ -131,9 +123,6 @@ class RunFolder:
 
         Args:
             warn: Whether to log which newer ones are not whole.
-
-        Raises:
-            ConfigError: If none of them is.
         """
         newest = self.newest_checkpoint()
         others = sorted(self.checkpoints.glob("*.ckpt"), key=_age)
@@ -158,11 +147,7 @@ class RunFolder:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Keeps other runs out of the folder; the system ends that with the process, however.
-
-        Raises:
-            ConfigError: If another process has the folder.
-        """
+        """Keeps other runs out of the folder; the system ends that with the process, however."""
         try:
             file = (self.path / ".lock").open("a")
         except OSError as error:

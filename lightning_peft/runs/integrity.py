@@ -23,11 +23,7 @@ def run_of(path: Path) -> RunFolder | None:
 
 
 def adapters_in(path: Path) -> list[Path]:
-    """Returns the adapter folders of a run, or the one that ``path`` is.
-
-    Raises:
-        ConfigError: If there are none.
-    """
+    """Returns the adapter folders of a run, or the one that ``path`` is."""
     if (path / "adapter_config.json").is_file():
         return [path]
     if path.suffix == ".ckpt":
@@ -42,11 +38,7 @@ def adapters_in(path: Path) -> list[Path]:
 
 
 def file_checks(path: Path) -> list[Check]:
-    """Returns the checks that need no model: hashes, and records that name each other.
-
-    Raises:
-        ConfigError: If it is neither.
-    """
+    """Returns the checks that need no model: hashes, and records that name each other."""
     run = run_of(path)
     facts = _read(run.provenance) if run is not None else {}
     checks = []

@@ -54,11 +54,7 @@ class RunRecord:
         self._peaks: dict[str, int] = {}
 
     def open(self) -> None:
-        """Begins the record: from here on the folder says that the run is alive.
-
-        Raises:
-            ConfigError: If another run is at work in it.
-        """
+        """Begins the record: from here on the folder says that the run is alive."""
         if self.status is None:
             self._claim.enter_context(self.folder.claimed())
             self.status = StatusFile(self.folder.status_file, self.kind)

@@ -51,11 +51,7 @@ class Reproduction:
 
 
 def finished_result(run: RunFolder) -> dict[str, Any]:
-    """Returns the result of a finished fit.
-
-    Raises:
-        ConfigError: If the folder is no such run.
-    """
+    """Returns the result of a finished fit."""
     kind = "a folder without result.json"
     if run.result.is_file() and run.recipe.is_file():
         result: dict[str, Any] = json.loads(run.result.read_text(encoding="utf-8"))
@@ -69,11 +65,7 @@ def finished_result(run: RunFolder) -> dict[str, Any]:
 
 
 def compare(first: RunFolder, second: RunFolder) -> Reproduction:
-    """Compares two finished runs of one recipe.
-
-    Raises:
-        ConfigError: If one of them is not finished.
-    """
+    """Compares two finished runs of one recipe."""
     results = [finished_result(run) for run in (first, second)]
     losses = [
         {row["step"]: row["train_loss"] for row in run.rows(run.metrics) if "train_loss" in row}

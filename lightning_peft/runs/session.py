@@ -77,9 +77,6 @@ class RunSession:
         """Makes the folder, lets everything of the run go there, and returns callbacks for that.
 
         Places that the user left open in ``config`` are filled in.
-
-        Raises:
-            ConfigError: If the folder cannot be written to.
         """
         self._times.ended("Python, imports and config")
         self._interruption = bind_to_lightning(SaveOnInterrupt, root)()
@@ -182,11 +179,7 @@ class RunSession:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Closes the record; what ended the run is written down.
-
-        Raises:
-            LightningPeftError: Instead of an error that it can explain.
-        """
+        """Closes the record; what ended the run is written down."""
         explained = self._explained(error)
         if self._recorder is not None:
             if explained is not None:
@@ -227,11 +220,7 @@ def _storage_problem(folder: Path, error: OSError) -> str | None:
 
 
 def _choose_checkpoint(config: Namespace, kind: str, warn: bool) -> None:
-    """Continues a run that torchrun started again, or where ``ckpt_path`` is ``"last"``.
-
-    Raises:
-        ConfigError: If a restart could not continue it, or there is nothing to evaluate.
-    """
+    """Continues a run that torchrun started again, or where ``ckpt_path`` is ``"last"``."""
     run_dir, given = config.get("run_dir"), config.get("ckpt_path")
     if kind == "fit":
         check_restarts(has_folder=bool(run_dir))
