@@ -14,9 +14,7 @@ _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 def write_problem(path: Path, error: BaseException) -> str | None:
     """Returns why ``path`` cannot be written, and what to do; ``None`` where it is not the disk.
 
-    Args:
-        path: The file or folder that was to be written.
-        error: What was raised: an ``OSError``, or what torch makes of one.
+    ``error`` is an ``OSError``, or what torch makes of one.
     """
     code = getattr(error, "errno", None)
     there = next((one for one in (path, *path.parents) if one.exists()), Path("/"))

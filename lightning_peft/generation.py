@@ -30,10 +30,6 @@ def ready(model: nn.Module, say: Callable[[str], None] = log.info) -> Iterator[N
     """Within the body, ``model`` generates: eval mode, no gradients, nothing computed twice.
 
     Adapters must not change meanwhile. What is stored is only read.
-
-    Args:
-        model: A model with or without adapters.
-        say: Takes a line on the memory of copies, where there are any.
     """
     with torch.no_grad(), engine.in_eval_mode(model), kept_ready(model, say):
         yield
@@ -44,11 +40,7 @@ def kept_ready(model: nn.Module, say: Callable[[str], None] = log.info) -> Itera
     """Within the body, layers of ``model`` are ready for inference; its modes are as they are.
 
     Weights are copied, quantized ones dequantized, where the copies take at most half of what is
-    free.
-
-    Args:
-        model: A model with or without adapters.
-        say: Takes a line on the memory of copies, where there are any.
+    free; ``say`` takes a line on that.
     """
     first = next(model.parameters(), None)
     device = torch.device("cpu") if first is None else first.device
@@ -84,12 +76,8 @@ def without_settings_of_base(model: Any) -> Iterator[None]:
 def generate(model: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:
     """Returns the output of ``model.generate``, tokens of shape ``(batch, length)``; greedy.
 
-    Those of a causal model begin with the prompt. The modes of the model are as before.
-
-    Args:
-        model: A transformers model that generates.
-        inputs: What it is given, on any device.
-        options: For ``generate``; they may ask for sampling.
+    Those of a causal model begin with the prompt. The modes of the model are as before; ``inputs``
+    may be on any device, and ``options`` may ask for sampling.
     """
     # A config says all of it.
     greedy = {} if "generation_config" in options else {"do_sample": False, "num_beams": 1}
@@ -108,14 +96,9 @@ def continuations(
     most: int = BATCH_SIZE,
     **options: Any,
 ) -> list[list[int]]:
-    """Returns the tokens that follow each prompt; those that ended before others are padded.
+    """Returns the tokens that follow each prompt, ``most`` prompts at the same time.
 
-    Args:
-        model: A causal language model.
-        prompts: Token ids.
-        pad_token_id: What is put in front of shorter ones, and behind those that have ended.
-        most: Prompts at the same time.
-        options: As for :func:`generate`.
+    Those that ended before others are padded; ``options`` are those of :func:`generate`.
     """
     found: dict[int, list[int]] = {}
     with ready(model):

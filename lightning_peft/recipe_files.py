@@ -121,14 +121,7 @@ def _values(text: str) -> list[yaml.ScalarToken]:
 
 @contextmanager
 def resolved_recipes(words: Sequence[str]) -> Iterator[list[str]]:
-    """Within the body, every ``--config`` is a file that LightningCLI can read.
-
-    Args:
-        words: The arguments; ``--config`` also takes the name of a recipe.
-
-    Yields:
-        The arguments with these files.
-    """
+    """Within the body, every ``--config``, which may name a recipe, is a file for LightningCLI."""
     with TemporaryDirectory() as folder:
         yield _write_resolved(words, Path(folder))
 

@@ -73,12 +73,7 @@ class SentenceFolder:
 
 
 def read_sentence_folder(name: str, revision: str | None = None) -> SentenceFolder:
-    """Returns the settings in the files of a model.
-
-    Args:
-        name: Folder, or name on the hub.
-        revision: Branch, tag or commit on the hub.
-    """
+    """Returns the settings in the files of a model, in a folder or on the hub."""
     gguf = written_reference(name).gguf_file is not None
     listed = None if gguf else _read(name, MODULES, revision)
     if listed is None:

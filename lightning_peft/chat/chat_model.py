@@ -213,12 +213,10 @@ class ChatModel:
         write: Callable[[str], None] = lambda text: None,
         stop: Callable[[], bool] = lambda: False,
     ) -> Answer:
-        """Generates the next turn.
+        """Generates the next turn; the oldest turns are left out where there are too many tokens.
 
-        Args:
-            messages: The conversation so far; the oldest turns are left out where it is too long.
-            write: Takes each piece of the answer as soon as it is there.
-            stop: Is asked after each token whether the answer is to end there.
+        ``write`` takes each piece of the answer as soon as it is there; after each token, ``stop``
+        is asked whether the answer is to end there.
         """
         kept, ids, dropped, room = self._fit_context(messages)
         tokenizer, texts = self.loaded.tokenizer, self.sampling.stop
@@ -240,11 +238,7 @@ class ChatModel:
     def answers(
         self, conversations: Sequence[Messages], stop: Callable[[], bool] = lambda: False
     ) -> list[Answer]:
-        """Generates the next turn of each conversation, for several at a time.
-
-        Args:
-            conversations: As ``messages`` of :meth:`answer`.
-            stop: Is asked after each token whether all answers are to end there.
+        """Generates the next turn of each conversation, for several at a time; see :meth:`answer`.
         """
         # Padding would be penalized as part of the prompt; each ends at texts of its own.
         alone = self.sampling.repetition_penalty != 1 or bool(self.sampling.stop)

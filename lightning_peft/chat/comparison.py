@@ -53,12 +53,7 @@ class Prompt:
 
 
 def held_out_prompts(folder: Path, limit: int | None = None) -> list[Prompt]:
-    """Returns the validation rows that a run kept, with system prompt and earlier turns.
-
-    Args:
-        folder: Of the run, or of an adapter in it.
-        limit: Most rows.
-    """
+    """Returns the validation rows that a run kept, with system prompt and earlier turns."""
     run = run_of(folder)
     file = run.prompts if run is not None else None
     rows = _held_out_rows(file) if file is not None and file.is_file() else []
@@ -135,18 +130,12 @@ def answers(
 ) -> Iterator[dict[str, Any]]:
     """Yields the answers to each prompt, and their scores; each begins a new conversation.
 
-    Args:
-        chat_model: Who answers.
-        prompts: What is asked.
-        system: System turn of prompts that bring none.
-        progress: Takes what is done, and how many answers of how many.
-        stop: Is asked after each token whether to end; answers that are not whole are left out.
-        names: Who is asked; by default the base and every adapter.
+    ``system`` is for prompts without a system turn; ``names`` are by default the base and every
+    adapter. Once ``stop()`` is true, answers that are not whole are left out.
 
-    Yields:
-        Rows with ``prompt``, ``answers`` by name and ``cut``, the names of those whose answers
-        ended at the most tokens; where a reference is known, it and by name the ``scores``, as
-        :class:`AnswerScore <lightning_peft.chat.answer_scores.AnswerScore>` names them.
+    Rows have ``prompt``, ``answers`` by name and ``cut``, the names of those whose answers ended at
+    the most tokens; where a reference is known, it and by name the ``scores``, as
+    :class:`AnswerScore <lightning_peft.chat.answer_scores.AnswerScore>` names them.
     """
     asked = list(chat_model.names if names is None else names)
     opening = [{"role": "system", "content": system}] if system else []

@@ -56,11 +56,7 @@ class Conversation:
         return size
 
     def run_command(self, line: str) -> str | None:
-        """Carries out a command.
-
-        Returns:
-            What to tell the user, or ``None`` if the conversation is to end.
-        """
+        """Carries out a command; returns a reply, or ``None`` if the conversation is to end."""
         word, _, rest = line.strip().partition(" ")
         rest = rest.strip()
         if word in ("/quit", "/exit"):

@@ -55,10 +55,7 @@ class Server:
         self._first = ""
 
     def serve(self, make: Callable[[SendReply], ChatModel]) -> None:
-        """Loads the model, and answers until the lines end.
-
-        Args:
-            make: Returns the model; it gets a function to tell what is going on.
+        """Loads the model by ``make``, which reports its progress, and answers until the lines end.
         """
         threading.Thread(target=self._read, daemon=True).start()
         try:

@@ -96,13 +96,9 @@ class Exercise:
 
 
 def choose_exercise(model: str | None, folder: Path, steps: int | None) -> Exercise:
-    """Returns the exercise for a model.
+    """Returns the exercise for a model, whose rows go to ``folder``; ``"toy"`` is the shipped base.
 
-    Args:
-        model: Its name; ``"toy"`` for the base that comes with the package; ``None`` for the real
-            one where it is installed, else the toy.
-        folder: Where rows are written to.
-        steps: Optimizer steps; by default those that suit it.
+    ``None`` is the real model where it is installed, else the toy.
     """
     if model == TOY:
         return toy_exercise(steps)

@@ -54,10 +54,7 @@ def order_rows(
 ) -> list[dict[str, Any]]:
     """Returns conversations in which an e-mail is answered with its order as JSON.
 
-    Args:
-        count: How many; no two are the same.
-        seed: Decides all of them.
-        besides: E-mails that may not occur.
+    ``seed`` decides all of them; no two are the same, and none of ``besides`` is among them.
     """
     draw, seen = random.Random(seed), set(besides)
     rows: list[dict[str, Any]] = []

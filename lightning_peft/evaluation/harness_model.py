@@ -17,13 +17,7 @@ class HarnessModel(HFLM):
     """Transformers model that reports its progress."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int | str) -> None:
-        """Takes a model as it is.
-
-        Args:
-            model: A transformers model in eval mode, on its device.
-            tokenizer: Its tokenizer.
-            batch_size: Requests at a time, or ``"auto"``.
-        """
+        """Takes a model in eval mode, on its device; ``batch_size`` may be ``"auto"``."""
         with _as_it_is(model):
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self._progress: Progress = lambda what, done, total: None

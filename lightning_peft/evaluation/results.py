@@ -20,15 +20,11 @@ Found = Mapping[str, Any]
 
 
 def table_rows(found: Mapping[str, Found]) -> list[dict[str, Any]]:
-    """Returns a row for each task and metric.
+    """Returns a row for each task and metric of what was found by model, the base first.
 
-    Args:
-        found: What the harness' ``evaluate`` returned, by model; the first one is the base.
-
-    Returns:
-        Rows with ``task``, ``metric``, ``filter``, ``higher_is_better`` (``None`` if unknown),
-        ``samples``, and by name in ``values`` and ``differences`` a ``value`` with its ``stderr``
-        (``None`` where there is none). Differences are those to the base.
+    Rows have ``task``, ``metric``, ``filter``, ``higher_is_better`` (``None`` if unknown),
+    ``samples``, and by name in ``values`` and ``differences`` a ``value`` with its ``stderr``
+    (``None`` where there is none). Differences are those to the base.
     """
     base, *adapters = found
     rows = []
@@ -67,11 +63,10 @@ def task_hashes(found: Found) -> dict[str, str]:
 def save(
     report: dict[str, Any], adapters: Sequence[Path], output: str | None
 ) -> tuple[list[Path], list[str]]:
-    """Writes a report to each run that an adapter belongs to, and to ``output``.
+    """Writes a report to ``output`` and to ``evaluations/`` of each run with one of the adapters.
 
-    Returns:
-        The files, of a run ``evaluations/`` and the time; and why others could not be written. The
-        report took hours perhaps, so that one full disk does not end it.
+    Returned are the files, and why others could not be written: the report may have taken hours, so
+    that one full disk does not end it.
     """
     runs = {run.path.resolve(): run for folder in adapters if (run := run_of(folder)) is not None}
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())

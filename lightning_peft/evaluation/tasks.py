@@ -68,15 +68,10 @@ def load_tasks(
     num_fewshot: int | None = None,
     seeds: Seeds = HARNESS_SEEDS,
 ) -> TaskSet:
-    """Returns tasks with their rows.
+    """Returns tasks, groups or tags of the harness, of ``folders`` or of this package.
 
-    Args:
-        names: Tasks, groups or tags of the harness, of ``folders``, or of this package.
-        folders: With tasks as YAML files. A relative file of rows is looked for next to the YAML
-            file, then in the working directory.
-        num_fewshot: Solved examples before each question; by default what the task says, else 0.
-            A task that says 0 keeps it, as in the harness.
-        seeds: The seed of the examples, and those of everything drawn while tasks are loaded.
+    A relative file of rows is looked for next to the YAML file, then in the working directory. A
+    task that says that it has 0 solved examples keeps them, as in the harness.
     """
     _check_folders(folders)
     resolved = [Path(folder).resolve() for folder in folders]

@@ -257,12 +257,7 @@ def require_clean_tree(path: Path) -> None:
 
 
 def require_tracked(path: Path, changed: Iterable[Path]) -> None:
-    """Refuses to write files that git ignores, or that are links to other places.
-
-    Args:
-        path: What is read.
-        changed: The files of it that change.
-    """
+    """Refuses to write files that git ignores, or that are links to other places."""
     folder = _folder(path)
     names = {file.relative_to(folder).as_posix(): file for file in changed}
     ran = _git(folder, "--literal-pathspecs", "ls-files", "-z", "--", *names)

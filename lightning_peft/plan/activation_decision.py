@@ -52,16 +52,10 @@ class ActivationDecision:
 def decide_activations(
     module: nn.Module, batch: Any, settings: PlanSettings, device: DeviceMemory
 ) -> ActivationDecision:
-    """Decides for a training step of ``module`` on ``batch``.
+    """Decides for a training step of ``module``, with nothing recomputed, on ``batch``.
 
     Everything is kept where that leaves 15 % of the device free by the upper end of the prediction.
     Where the step cannot be predicted, blocks keep their inputs only.
-
-    Args:
-        module: The module as it is trained, with nothing recomputed.
-        batch: What its ``training_step`` takes; no value of it is read.
-        settings: The run.
-        device: What the run can have, the memory that it holds included.
     """
     size = size_of(module, batch)
     if size.unknown:

@@ -108,12 +108,9 @@ class StepBounds:
 
 
 def step_bounds(work: Work, cluster: Cluster) -> StepBounds | None:
-    """Returns the bounds of a step of one process, which all GPUs of ``cluster`` take at once.
+    """Returns the bounds of a step of one process; ``None`` where a figure is not known.
 
-    What a node sends to others passes through its network once, however many GPUs it has.
-
-    Returns:
-        The bounds; ``None`` where a figure is not known.
+    All GPUs take it at once, and what a node sends to others passes through its network once.
     """
     if cluster.missing:
         return None
@@ -126,14 +123,7 @@ def step_bounds(work: Work, cluster: Cluster) -> StepBounds | None:
 
 
 def cluster_of(gpu: str | None, gpus: int, nodes: int, given: Mapping[str, Any]) -> Cluster:
-    """Returns the cluster.
-
-    Args:
-        gpu: Name of the GPU, as :func:`lightning_peft.plan.device_memory.device_memory` has it.
-        gpus: In a node.
-        nodes: How many.
-        given: Figures by their names in :class:`Cluster` that replace the maker's.
-    """
+    """Returns the cluster; figures in ``given`` replace those of the maker of ``gpu``."""
     alike = "h100" if gpu == "h100-80" else gpu or ""
     figures = dict(zip(FIGURES, _MAKERS.get(alike, ()), strict=False))
     figures |= {name: value for name, value in given.items() if value is not None}

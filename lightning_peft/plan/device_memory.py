@@ -55,12 +55,10 @@ class DeviceMemory:
 
 
 def device_memory(text: str) -> DeviceMemory:
-    """Returns the device that ``text`` mean.
+    """Returns the device that ``text`` means.
 
-    Args:
-        text: An amount such as ``"24GB"`` or ``"22.5GiB"``; the name of a GPU such as
-            ``"rtx4090"`` or ``"A100-40"``; or ``"this"``: what is free on this machine's first GPU,
-            or in its memory where it has none.
+    It is an amount such as ``"24GB"`` or ``"22.5GiB"``, the name of a GPU such as ``"rtx4090"`` or
+    ``"A100-40"``, or ``"this"``: what is free on this machine's first GPU, or in its memory.
     """
     if text.strip().lower() == "this":
         return this_device()

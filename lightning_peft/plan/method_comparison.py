@@ -138,13 +138,7 @@ def compare_methods(
 ) -> MethodComparison:
     """Predicts a run, the same run by the other methods, and how far it could grow.
 
-    Args:
-        source: The model.
-        settings: The run.
-        device: Where it is to run.
-        limits: Whether to search the largest batch and the longest sequence, which takes most of
-            the time.
-        progress: Called with the name of the next prediction.
+    ``limits`` takes most of the time; ``progress`` takes the name of the next prediction.
     """
     runs = f"at batch_size={settings.batch_size}, seq_len={settings.seq_len}"
     progress(f"{settings.method} {runs}")
@@ -206,9 +200,7 @@ def _by(method: Method, source: ModelSource, settings: PlanSettings) -> dict[Met
     """Predicts the run with another method and, where it was left open, that method's optimizer.
 
     Checkpointing is that of the run asked for, so that the methods are compared and nothing else.
-
-    Returns:
-        The prediction; nothing where the base can be shared by one method and not by this one.
+    Nothing is returned where the base can be shared by one method and not by this one.
     """
     run = replace(settings, method=method, gradient_checkpointing=settings.checkpointing)
     try:

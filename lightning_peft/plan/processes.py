@@ -43,13 +43,9 @@ class Gathered:
 def share_weights(
     module: nn.Module, settings: PlanSettings, tracker: MemoryTracker, names: tuple[str, str]
 ) -> Gathered:
-    """Leaves in ``tracker`` what one process holds, and what it gathers meanwhile.
+    """Leaves in ``tracker``, where all weights are, what a process holds and gathers meanwhile.
 
-    Args:
-        module: With adapters and all weights entered.
-        settings: The run.
-        tracker: Where they are entered.
-        names: Under what quantized and other weights are entered.
+    ``names`` are the purposes of quantized and of other weights there.
     """
     if not settings.is_sharded:
         return Gathered()

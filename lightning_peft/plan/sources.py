@@ -132,12 +132,9 @@ def _class_of(config: Any) -> Any:
 
 
 def from_module(module: nn.Module, batch: Any) -> ModelSource:
-    """Returns the source for a module and a sample batch.
+    """Returns the source for a module, which is not changed, and a batch of its training step.
 
-    Args:
-        module: The module; it is not changed, and no value of it is copied.
-        batch: What its ``training_step``, or itself, takes. For a transformers model it can be
-            ``None``; then batches of any size are made.
+    Without one, a transformers model gets batches of any size.
     """
     if not any(True for _ in module.parameters()):
         raise ConfigError(

@@ -76,12 +76,8 @@ class WorkCounter(TorchDispatchMode):
     ) -> Work:
         """Returns the work of a step of ``accumulate`` batches, of which ``batches`` were counted.
 
-        Args:
-            accumulate: Batches in a step.
-            batches: Batches that were counted.
-            trained: Weights of the optimizer.
-            gathered: Bytes that are gathered for a batch.
-            averaged: Bytes of gradients.
+        ``trained`` are weights; ``gathered`` are bytes for a batch, and ``averaged`` those of a
+        step.
         """
         return Work(
             self.flops * accumulate // batches,

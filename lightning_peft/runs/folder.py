@@ -121,8 +121,7 @@ class RunFolder:
     def resumable_checkpoint(self, warn: bool = True) -> Path | None:
         """Returns the newest checkpoint that is whole; ``None`` where there are none at all.
 
-        Args:
-            warn: Whether to log which newer ones are not whole.
+        With ``warn``, those that are not whole are logged.
         """
         newest = self.newest_checkpoint()
         others = sorted(self.checkpoints.glob("*.ckpt"), key=_age)
