@@ -1,7 +1,5 @@
 """How near an answer is to the expected one."""
 
-from __future__ import annotations
-
 import pytest
 
 from lightning_peft.chat.answer_scores import (

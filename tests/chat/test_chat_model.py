@@ -1,7 +1,5 @@
 """Who speaks is who was chosen: the base, or one of its adapters, as they are without this room."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -24,13 +22,13 @@ QUESTION = [{"role": "user", "content": "What does `len` do?"}]
 CPU = torch.device("cpu")
 
 
-def chat_model(*adapters: str, tokens: int = 12, template: str = "plain", **options) -> ChatModel:
+def chat_model(*adapters, tokens=12, template="plain", **options):
     found = find_adapters(adapters)
     loaded = load_with_adapters(find_base(str(BASE)), found, device=CPU, **options)
     return ChatModel(loaded, found, template, Sampling(max_new_tokens=tokens))
 
 
-def greedy(model, ids: torch.Tensor, tokenizer, tokens: int = 12) -> str:
+def greedy(model, ids, tokenizer, tokens=12):
     out = model.eval().generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -41,10 +39,10 @@ def greedy(model, ids: torch.Tensor, tokenizer, tokens: int = 12) -> str:
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
-def test_base_and_adapter_say_what_they_say_in_transformers_and_peft(lora_run: Path) -> None:
+def test_base_and_adapter_say_what_they_say_in_transformers_and_peft(lora_run):
     talk = chat_model(str(lora_run))
     assert talk.names == ["base", talk.active]
-    pieces: list[str] = []
+    pieces = []
     tuned = talk.answer(QUESTION, pieces.append)
     assert "".join(pieces).strip() == tuned.text
     assert len(pieces) > 1
@@ -60,7 +58,7 @@ def test_base_and_adapter_say_what_they_say_in_transformers_and_peft(lora_run: P
     assert talk.answer(QUESTION).text == tuned.text
 
 
-def test_bits_are_those_in_training_or_requested(qlora_run: Path, lora_run: Path) -> None:
+def test_bits_are_those_in_training_or_requested(qlora_run, lora_run):
     trained = chat_model(str(qlora_run))
     assert not trained.loaded.notes
     (entry,) = engine.require_record(trained.loaded.model).parts.values()
@@ -78,7 +76,7 @@ def test_bits_are_those_in_training_or_requested(qlora_run: Path, lora_run: Path
         assert torch.equal(both.loaded.model(ids).logits, trained.loaded.model(ids).logits)
 
 
-def test_adapters_of_one_name_get_numbers(lora_run: Path) -> None:
+def test_adapters_of_one_name_get_numbers(lora_run):
     first, second = find_adapters([str(lora_run), str(adapter_in(lora_run))])
     assert second.name == f"{first.name}-2"
     # The model without an adapter has that name.
@@ -87,7 +85,7 @@ def test_adapters_of_one_name_get_numbers(lora_run: Path) -> None:
         chat_model(str(lora_run)).switch("lats")
 
 
-def test_another_base_is_refused(lora_run: Path, tmp_path: Path) -> None:
+def test_another_base_is_refused(lora_run, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(BASE)
     model.model.norm.weight.data[0] += 1
     model.save_pretrained(tmp_path)
@@ -98,7 +96,7 @@ def test_another_base_is_refused(lora_run: Path, tmp_path: Path) -> None:
         load_with_adapters(find_base(str(tmp_path)), found, device=CPU)
 
 
-def test_the_recorded_template_is_used(lora_run: Path, tmp_path: Path) -> None:
+def test_the_recorded_template_is_used(lora_run, tmp_path):
     jinja = "Q: {{ messages[-1]['content'] }}\nA:"
     folder = adapter_in(lora_run)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -115,7 +113,7 @@ def test_the_recorded_template_is_used(lora_run: Path, tmp_path: Path) -> None:
         chat_model(str(lora_run), template=None).template()
 
 
-def test_old_turns_make_room(lora_run: Path) -> None:
+def test_old_turns_make_room(lora_run):
     talk = Conversation(chat_model(str(lora_run), tokens=4), system="Be brief.")
     for number in range(12):
         found = talk.ask(f"What does `len` do, and for the {number}th time?", lambda text: None)
@@ -127,7 +125,7 @@ def test_old_turns_make_room(lora_run: Path) -> None:
     assert len(talk.turns) == 24
 
 
-def test_commands(lora_run: Path) -> None:
+def test_commands(lora_run):
     talk = Conversation(chat_model(f"mine={lora_run}", tokens=2))
     talk.ask("hello", lambda text: None)
     assert talk.run_command("/base") == "base answers"
@@ -144,7 +142,7 @@ def test_commands(lora_run: Path) -> None:
     assert question_of("//etc") == "/etc"
 
 
-def test_without_adapters_the_base_speaks() -> None:
+def test_without_adapters_the_base_speaks():
     talk = chat_model()
     assert talk.names == ["base"]
     plain = AutoModelForCausalLM.from_pretrained(BASE)
@@ -152,7 +150,7 @@ def test_without_adapters_the_base_speaks() -> None:
     assert talk.answer(QUESTION).text == greedy(plain, ids, talk.loaded.tokenizer)
 
 
-def test_where_no_answer_would_end(lora_run: Path) -> None:
+def test_where_no_answer_would_end(lora_run):
     talk = chat_model(str(lora_run))
     talk.loaded.model.generation_config.eos_token_id = None
     talk.loaded.tokenizer.eos_token = None
@@ -160,14 +158,14 @@ def test_where_no_answer_would_end(lora_run: Path) -> None:
         talk.answer(QUESTION)
 
 
-def test_a_classifier_has_nothing_to_say(lora_run: Path) -> None:
+def test_a_classifier_has_nothing_to_say(lora_run):
     (found,) = find_adapters([str(lora_run)])
     found.facts["base"]["class"] = "LlamaForSequenceClassification"
     with pytest.raises(UnsupportedError, match="which generates no text"):
         load_with_adapters(find_base(str(BASE)), [found], device=CPU)
 
 
-def test_recorded_facts_of_other_programs() -> None:
+def test_recorded_facts_of_other_programs():
     bare = Adapter("x", Path(), {"base_model_name_or_path": "org/name"}, {})
     assert (bare.base_name, bare.base_revision, bare.bits, bare.chat_template) == (
         "org/name",

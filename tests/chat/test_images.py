@@ -7,7 +7,6 @@ import io
 import json
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,22 +34,22 @@ SAVED = ["llava", pytest.param("idefics3", marks=LONG), pytest.param("gemma3", m
 WORDS = ("--max-new-tokens", "6")
 
 
-def drawing(folder: Path, colour: str, size: tuple[int, int] = (20, 16)) -> Path:
+def drawing(folder, colour, size=(20, 16)):
     path = folder / f"{colour}.png"
     Image.new("RGB", size, colour).save(path)
     return path
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Any:
+def run(tmp_path):
     return partial(saved_adapter, tmp_path)
 
 
-def asked(*words: str) -> Conversation:
+def asked(*words):
     return Conversation(load_chat_model(_parser().parse_args([*words, *WORDS])))
 
 
-def expected(model: Any, processor: Any, turns: list[Any], images: list[Path]) -> str:
+def expected(model, processor, turns, images):
     """What transformers says by the processor's own ways."""
     text = processor.apply_chat_template(turns, add_generation_prompt=True)
     files = [Image.open(path) for path in images]
@@ -62,14 +61,12 @@ def expected(model: Any, processor: Any, turns: list[Any], images: list[Path]) -
     return processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def parts(text: str, images: int = 1) -> list[dict[str, str]]:
+def parts(text, images=1):
     return [{"type": "image"}] * images + [{"type": "text", "text": text}]
 
 
 @pytest.mark.parametrize("family", SAVED)
-def test_base_and_adapter_see_what_the_processor_makes_of_an_image(
-    family: str, run: Any, tmp_path: Path
-) -> None:
+def test_base_and_adapter_see_what_the_processor_makes_of_an_image(family, run, tmp_path):
     base, adapter = run(family)
     red, blue = drawing(tmp_path, "red"), drawing(tmp_path, "blue", (16, 24))
     talk = asked(f"mine={adapter}", "--base", str(base))
@@ -103,7 +100,7 @@ def test_base_and_adapter_see_what_the_processor_makes_of_an_image(
     assert max(lengths) == 2
 
 
-def test_a_program_sends_images(run: Any, tmp_path: Path) -> None:
+def test_a_program_sends_images(run, tmp_path):
     base, adapter = run("llava")
     red, blue = drawing(tmp_path, "red"), drawing(tmp_path, "blue", (16, 24))
     talk = asked(f"mine={adapter}", "--base", str(base))
@@ -112,7 +109,7 @@ def test_a_program_sends_images(run: Any, tmp_path: Path) -> None:
         talk.run_command(f"/image {image}")
         said.append(talk.ask("What is it?", lambda text: None).text)
 
-    def turn(content: bytes, role: str = "user") -> dict[str, Any]:
+    def turn(content, role="user"):
         return {
             "role": role,
             "content": "What is it?",
@@ -151,7 +148,7 @@ def test_a_program_sends_images(run: Any, tmp_path: Path) -> None:
 
 
 @LONG
-def test_a_base_alone_and_one_of_16_bits(run: Any, tmp_path: Path, capsys: Any) -> None:
+def test_a_base_alone_and_one_of_16_bits(run, tmp_path, capsys):
     base, adapter = run("llava", torch.bfloat16)
     red = drawing(tmp_path, "red")
     given = ["--image", str(red), "--prompt", "What is it?", *WORDS, "--json"]
@@ -162,9 +159,7 @@ def test_a_base_alone_and_one_of_16_bits(run: Any, tmp_path: Path, capsys: Any) 
     assert rows[0]["answer"] != rows[1]["answer"]
 
 
-def test_images_that_cannot_be_shown_are_refused(
-    run: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_that_cannot_be_shown_are_refused(run, tmp_path, capsys, monkeypatch):
     base, _ = run("llava")
     talk = asked("--base", str(base))
     (tmp_path / "text.png").write_text("no image")
@@ -189,9 +184,7 @@ def test_images_that_cannot_be_shown_are_refused(
     assert "'a.png' cannot be shown to this model, which reads text" in capsys.readouterr().err
 
 
-def test_text_needs_neither_processor_nor_pillow(
-    run: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_needs_neither_processor_nor_pillow(run, tmp_path, capsys, monkeypatch):
     base, adapter = run("llava")
     files = {path: path.read_bytes() for path in base.glob("*processor_config.json")}
     for path in files:

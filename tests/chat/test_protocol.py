@@ -8,13 +8,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from finished import ROOT
-from program import Program
 
 from lightning_peft.chat import protocol
 from lightning_peft.chat.answer_scores import score_answer
@@ -28,7 +25,7 @@ QUESTION = [{"role": "user", "content": "What does `len` do?"}]
 class Client:
     """A program that talks to the command."""
 
-    def __init__(self, *words: str) -> None:
+    def __init__(self, *words):
         self.process = subprocess.Popen(
             [sys.executable, "-m", "lightning_peft.cli", "chat", *words, "--serve"],
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -39,25 +36,25 @@ class Client:
             # So that a test can send bytes that are not UTF-8.
             errors="surrogateescape",
         )
-        self.loading: list[dict[str, Any]] = []
+        self.loading = []
         while "progress" in (row := self.read()):
             self.loading.append(row["progress"])
         self.ready = row["ready"]
 
-    def read(self) -> dict[str, Any]:
+    def read(self):
         line = self.process.stdout.readline()
         assert line, self.process.stderr.read()
         return json.loads(line)
 
-    def send(self, row: Any) -> None:
+    def send(self, row):
         self.process.stdin.write((row if isinstance(row, str) else json.dumps(row)) + "\n")
         self.process.stdin.flush()
 
-    def ask(self, key: Any, **more: Any) -> tuple[str, dict[str, Any]]:
+    def ask(self, key, **more):
         self.send({"id": key, "messages": QUESTION, **more})
         return self.answer(key)
 
-    def answer(self, key: Any) -> tuple[str, dict[str, Any]]:
+    def answer(self, key):
         text = ""
         while "text" in (row := self.read()):
             assert row["id"] == key
@@ -67,7 +64,7 @@ class Client:
 
 
 @pytest.fixture(scope="module")
-def client(lora_run: Path) -> Iterator[Client]:
+def client(lora_run):
     opened = Client(f"mine={lora_run}", *SPEAK)
     yield opened
     opened.process.kill()
@@ -76,7 +73,7 @@ def client(lora_run: Path) -> Iterator[Client]:
         stream.close()
 
 
-def test_it_says_what_it_loads_and_what_is_there(client: Client) -> None:
+def test_it_says_what_it_loads_and_what_is_there(client):
     whats = [one["what"] for one in client.loading]
     assert whats[0] == "loading the libraries"
     assert whats[-1] == "loading the model"
@@ -90,9 +87,7 @@ def test_it_says_what_it_loads_and_what_is_there(client: Client) -> None:
     assert client.ready["memory_bytes"] > 4 * 4_000_000
 
 
-def test_the_stream_is_what_the_command_line_says(
-    client: Client, lora_run: Path, tmp_path: Path, program: Program
-) -> None:
+def test_the_stream_is_what_the_command_line_says(client, lora_run, tmp_path, program):
     tuned, done = client.ask(1, adapter="mine")
     assert done == {
         "id": 1,
@@ -111,14 +106,14 @@ def test_the_stream_is_what_the_command_line_says(
     assert [json.loads(line)["answer"] for line in shown.splitlines()] == [tuned, base]
 
 
-def test_who_answers_does_not_depend_on_who_did_before(client: Client) -> None:
+def test_who_answers_does_not_depend_on_who_did_before(client):
     tuned, _ = client.ask("first")
     client.ask("second", adapter="base")
     again, _ = client.ask("third")
     assert again == tuned == client.ask("fourth", adapter="mine")[0]
 
 
-def test_the_seed_decides_what_is_drawn(client: Client) -> None:
+def test_the_seed_decides_what_is_drawn(client):
     drawn = {"adapter": "base", "temperature": 1.5, "max_new_tokens": 8}
     first, _ = client.ask(3, seed=1, **drawn)
     again, _ = client.ask(4, seed=1, **drawn)
@@ -128,7 +123,7 @@ def test_the_seed_decides_what_is_drawn(client: Client) -> None:
     assert client.ask(6, adapter="base")[0] == client.ask(7, adapter="base", temperature=0)[0]
 
 
-def test_an_answer_is_stopped_and_so_is_one_that_waits(client: Client) -> None:
+def test_an_answer_is_stopped_and_so_is_one_that_waits(client):
     long = {"adapter": "base", "max_new_tokens": 400, "temperature": 3.0, "messages": QUESTION}
     client.send({"id": 8, **long})
     client.send({"id": 9, **long})
@@ -149,7 +144,7 @@ def test_an_answer_is_stopped_and_so_is_one_that_waits(client: Client) -> None:
 ROWS = [{"messages": QUESTION, "reference": "It counts."}, {"messages": QUESTION}]
 
 
-def scored(client: Client, key: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Any]:
+def scored(client, key):
     rows, progress = [], []
     while not (row := client.read()).get("done"):
         assert row["id"] == key
@@ -157,7 +152,7 @@ def scored(client: Client, key: Any) -> tuple[list[dict[str, Any]], list[dict[st
     return rows, progress, row
 
 
-def test_rows_are_answered_by_all_and_scored(client: Client) -> None:
+def test_rows_are_answered_by_all_and_scored(client):
     client.send({"id": 21, "rows": ROWS, "max_new_tokens": 5})
     rows, progress, done = scored(client, 21)
     assert done == {"id": 21, "done": True, "stopped": False}
@@ -175,7 +170,7 @@ def test_rows_are_answered_by_all_and_scored(client: Client) -> None:
     assert row["cut"] == list(row["answers"]) == ["mine"]
 
 
-def test_a_request_says_how_tokens_are_chosen(client: Client) -> None:
+def test_a_request_says_how_tokens_are_chosen(client):
     whole, _ = client.ask(31)
     word = whole.split(" ")[1]
     text, done = client.ask(32, stop=[word], top_k=1, temperature=2.0)
@@ -191,20 +186,20 @@ class SlowToRead:
     active, sampling = "base", Sampling()
     tools, variables_override = (), None
 
-    def __init__(self, out: io.StringIO) -> None:
+    def __init__(self, out):
         self.out, self.names = out, ["base"]
 
-    def switch(self, name: str) -> None:
+    def switch(self, name):
         pass
 
-    def answers(self, talks: list[Any], stop: Any) -> list[Answer]:
+    def answers(self, talks, stop):
         end = time.monotonic() + 60
         while self.out.getvalue().count("progress") < 2 and time.monotonic() < end:
             time.sleep(0.01)
         return [Answer("It counts.", 3, ended=True) for _ in talks]
 
 
-def test_reading_long_prompts_does_not_look_like_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_long_prompts_does_not_look_like_a_hang(monkeypatch):
     monkeypatch.setattr(protocol, "_HEARTBEAT_SECONDS", 0.01)
     out = io.StringIO()
     model: Any = SlowToRead(out)
@@ -214,7 +209,7 @@ def test_reading_long_prompts_does_not_look_like_a_hang(monkeypatch: pytest.Monk
     assert lines[-1] == {"id": 1, "done": True, "stopped": False}
 
 
-def test_a_score_that_waits_is_stopped(client: Client) -> None:
+def test_a_score_that_waits_is_stopped(client):
     client.send({"id": 24, "messages": QUESTION, "max_new_tokens": 200})
     client.send({"id": 25, "rows": ROWS})
     client.send({"stop": 25})
@@ -292,14 +287,14 @@ def test_a_score_that_waits_is_stopped(client: Client) -> None:
         ),
     ],
 )
-def test_a_bad_request_is_answered_and_ends_nothing(client: Client, row, key, said) -> None:
+def test_a_bad_request_is_answered_and_ends_nothing(client, row, key, said):
     client.send(row)
     answered = client.read()
     assert answered["id"] == key
     assert said in answered["error"]
 
 
-def test_it_still_answers_and_ends_with_its_input(client: Client) -> None:
+def test_it_still_answers_and_ends_with_its_input(client):
     client.send({"id": "last", "messages": QUESTION, "max_new_tokens": 2})
     client.process.stdin.close()
     assert client.answer("last")[1]["done"]
@@ -307,7 +302,7 @@ def test_it_still_answers_and_ends_with_its_input(client: Client) -> None:
     assert client.process.stdout.read() == ""
 
 
-def test_what_cannot_be_loaded_is_said_in_a_line_too(tmp_path: Path, program: Program) -> None:
+def test_what_cannot_be_loaded_is_said_in_a_line_too(tmp_path, program):
     code, out, err = program.run(tmp_path, "chat", str(tmp_path / "none"), "--serve")
     assert code == 2
     *_, last = map(json.loads, out.splitlines())

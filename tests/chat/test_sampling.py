@@ -1,7 +1,5 @@
 """How tokens are chosen, and what ends an answer."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from finished import BASE
@@ -17,14 +15,14 @@ QUESTION = [{"role": "user", "content": "What does `len` do?"}]
 
 
 @pytest.fixture(scope="module")
-def talk() -> ChatModel:
+def talk():
     loaded = load_with_adapters(find_base(str(BASE)), [], device=torch.device("cpu"))
     return ChatModel(loaded, [], "plain")
 
 
-def answered(talk: ChatModel, **values) -> tuple[str, bool, list[str]]:
+def answered(talk, **values):
     talk.sampling = Sampling(max_new_tokens=16, **values)
-    pieces: list[str] = []
+    pieces = []
     torch.manual_seed(3)
     found = talk.answer(QUESTION, pieces.append)
     # What is written is the answer, whatever is held back on the way.
@@ -32,7 +30,7 @@ def answered(talk: ChatModel, **values) -> tuple[str, bool, list[str]]:
     return found.text, found.ended, pieces
 
 
-def test_what_is_drawn_from(talk: ChatModel) -> None:
+def test_what_is_drawn_from(talk):
     greedy, *_ = answered(talk)
     assert answered(talk, temperature=5.0, top_k=1)[0] == greedy
     assert answered(talk, temperature=5.0)[0] != greedy
@@ -68,7 +66,7 @@ def test_what_is_drawn_from(talk: ChatModel) -> None:
     ]
 
 
-def test_a_stop_text_ends_an_answer_before_it(talk: ChatModel) -> None:
+def test_a_stop_text_ends_an_answer_before_it(talk):
     whole, *_ = answered(talk)
     words = whole.split(" ")
     stop = f"{words[2]} {words[3][:1]}"
@@ -93,12 +91,12 @@ def test_a_stop_text_ends_an_answer_before_it(talk: ChatModel) -> None:
         ("It</s> is.</s>more", ("s>more",), "It is."),
     ],
 )
-def test_an_answer_is_written_up_to_a_stop_text(put_first, said, stop, answer) -> None:
+def test_an_answer_is_written_up_to_a_stop_text(put_first, said, stop, answer):
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     special = tokenizer.eos_token
     stop = tuple(one.replace("</s>", special).replace("s>m", f"{special[-2:]}m") for one in stop)
     tokens = tokenizer(said.replace("</s>", special), add_special_tokens=False)["input_ids"]
-    pieces: list[str] = []
+    pieces = []
     criterion = StopTexts(tokenizer, stop, 1)
     streamer = AnswerStreamer(tokenizer, pieces.append, criterion)
     known = torch.tensor([[5]])
@@ -118,7 +116,7 @@ def test_an_answer_is_written_up_to_a_stop_text(put_first, said, stop, answer) -
     assert criterion.found == (answer != said)
 
 
-def test_a_stop_text_may_be_a_special_token_and_lies_in_the_answer() -> None:
+def test_a_stop_text_may_be_a_special_token_and_lies_in_the_answer():
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     special = tokenizer.eos_token
     ids = tokenizer("Stop here", add_special_tokens=False, return_tensors="pt")["input_ids"]
@@ -131,7 +129,7 @@ def test_a_stop_text_may_be_a_special_token_and_lies_in_the_answer() -> None:
     assert criterion.found
 
 
-def test_values_that_cannot_be() -> None:
+def test_values_that_cannot_be():
     good = {"max_new_tokens": 1, "temperature": 0, "top_p": 1, "top_k": 0, "stop": ["x"]}
     assert broken_rules({**good, "repetition_penalty": 0.5, "other": None}) == {}
     bad = {"max_new_tokens": 0, "temperature": -1, "top_p": 0, "top_k": 1.5, "stop": ["x", ""]}

@@ -1,10 +1,7 @@
 """What the chat template gets when a model is asked is what it got in training."""
 
-from __future__ import annotations
-
 import json
 import logging
-from pathlib import Path
 
 import pytest
 import torch
@@ -44,13 +41,13 @@ CALLED = [
 
 
 @pytest.fixture(scope="module")
-def talk() -> ChatModel:
+def talk():
     loaded = load_with_adapters(find_base(str(BASE)), [], device=torch.device("cpu"))
     return ChatModel(loaded, [], TEMPLATE, Sampling(max_new_tokens=2))
 
 
 @pytest.mark.parametrize("turns", [ASKED, CALLED])
-def test_a_prompt_is_that_of_training(talk: ChatModel, turns) -> None:
+def test_a_prompt_is_that_of_training(talk, turns):
     tokenizer = talk.loaded.tokenizer
     template = find_template(tokenizer, TEMPLATE)
     encoder = Encoder(tokenizer, template, 256, "completion", "error", variables={"style": "low"})
@@ -64,7 +61,7 @@ def test_a_prompt_is_that_of_training(talk: ChatModel, turns) -> None:
     assert talk.answer(turns).tokens > 0
 
 
-def test_what_the_template_would_not_write_is_refused(talk: ChatModel) -> None:
+def test_what_the_template_would_not_write_is_refused(talk):
     talk.tools, talk.variables_override = [], {"stile": "low"}
     with pytest.raises(ConfigError, match="no variable 'stile'; near names: style"):
         talk.tokens_of(ASKED)
@@ -79,7 +76,7 @@ def test_what_the_template_would_not_write_is_refused(talk: ChatModel) -> None:
         talk.tools, talk.chat_template_override = [], TEMPLATE
 
 
-def test_recorded_variables_are_used(lora_run: Path, tmp_path: Path) -> None:
+def test_recorded_variables_are_used(lora_run, tmp_path):
     folder = adapter_in(lora_run)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
@@ -99,7 +96,7 @@ def test_recorded_variables_are_used(lora_run: Path, tmp_path: Path) -> None:
     assert find_adapter(str(lora_run)).chat_template_kwargs == {}
 
 
-def test_options_are_read_or_refused(tmp_path: Path) -> None:
+def test_options_are_read_or_refused(tmp_path):
     file = tmp_path / "tools.json"
     file.write_text(json.dumps([TOOL["function"]]))
     assert read_tools_file(str(file)) == [TOOL]
@@ -121,7 +118,7 @@ def test_options_are_read_or_refused(tmp_path: Path) -> None:
             read_variables(given)
 
 
-def test_prompts_with_more_than_prompts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_prompts_with_more_than_prompts(tmp_path, caplog):
     file = tmp_path / "prompts.jsonl"
     rows = [{"prompt": "a?", "id": 1}, {"prompt": "b?", "reference": "b.", "id": 2, "topic": "x"}]
     file.write_text("\n".join(map(json.dumps, rows)))

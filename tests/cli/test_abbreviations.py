@@ -1,7 +1,5 @@
 """Every command wants its options in full, and names the nearest one for a part of a name."""
 
-from __future__ import annotations
-
 import pytest
 
 from lightning_peft.cli import command_names, main
@@ -43,7 +41,7 @@ MORE = {
 }
 
 
-def said(capsys, name: str, *words: str) -> str:
+def said(capsys, name, *words):
     assert main([name, *words]) == 2
     captured = capsys.readouterr()
     assert not captured.out

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -34,7 +33,7 @@ def root(tmp_path, monkeypatch):
     return tmp_path / "lightning-peft"
 
 
-def names(root: Path) -> set[str]:
+def names(root):
     return {path.name for kind in ("bases", "data") for path in (root / kind).iterdir()}
 
 

@@ -1,27 +1,16 @@
 """``lightning-peft chat`` in a process of its own, with its questions through a pipe."""
 
-from __future__ import annotations
-
 import io
 import json
-from pathlib import Path
-from typing import Any
 
-import pytest
 from finished import BASE
-from trainer_fixtures import _one_thread  # noqa: F401
 
 from lightning_peft.cli import main
 
 SPEAK = ("--chat-template", "plain", "--max-new-tokens", "8")
 
 
-def test_questions_and_commands_through_a_pipe(
-    qlora_run: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    new_process: Any,
-) -> None:
+def test_questions_and_commands_through_a_pipe(qlora_run, capsys, monkeypatch, new_process):
     lines = "What does `len` do?\n/base\n/reset\nWhat does `len` do?\n/quit\nnot asked\n"
     done = new_process("chat", f"mine={qlora_run}", *SPEAK, "--json", given=lines)
     assert done.returncode == 0, done.stderr
@@ -39,7 +28,7 @@ def test_questions_and_commands_through_a_pipe(
     assert streams.out == ""
 
 
-def test_bad_input(lora_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(lora_run, capsys):
     run = str(lora_run)
     for words, message in [
         ([], "neither an ADAPTER nor --base is given"),

@@ -1,19 +1,14 @@
 """``lightning-peft compare``: the figures are those of the models apart, from one in memory."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from finished import BASE, EXAMPLES, adapter_in, json_of
 from peft import PeftModel
-from trainer_fixtures import _one_thread  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 from lightning_peft.chat.answer_scores import score_answer
@@ -25,7 +20,7 @@ COLUMNS = ("--columns", "prompt=prompt", "completion=response")
 
 
 @pytest.fixture
-def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def examples(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     lines = EXAMPLES.read_text().splitlines()
     chosen = [line for line in lines if '"validation"' in line][:9]
@@ -35,9 +30,7 @@ def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def test_losses_are_those_of_the_models_apart(
-    lora_run: Path, qlora_run: Path, examples: Path, tmp_path: Path, new_process: Any
-) -> None:
+def test_losses_are_those_of_the_models_apart(lora_run, qlora_run, examples, tmp_path, new_process):
     words = ["compare", f"a={lora_run}", f"b={qlora_run}", "--data", examples, *COLUMNS, *PLAIN]
     rows = tmp_path / "rows.jsonl"
     found = json_of(new_process(*words, "--bits", "16", "--json", "--output", rows))
@@ -52,7 +45,7 @@ def test_losses_are_those_of_the_models_apart(
     )
     base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
     tuned = PeftModel.from_pretrained(base, adapter_in(lora_run)).eval()
-    totals: dict[str, list[float]] = {"base": [], "a": []}
+    totals = {"base": [], "a": []}
     tokens = hits = 0
     for batch in data.val_dataloader():
         count = int((batch["labels"][:, 1:] != -100).sum())
@@ -76,9 +69,7 @@ def test_losses_are_those_of_the_models_apart(
     assert [row["a"]["loss"] for row in written] == pytest.approx(totals["a"], rel=1e-5)
 
 
-def test_answers_side_by_side(
-    qlora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_answers_side_by_side(qlora_run, tmp_path, capsys):
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     rows = [{"prompt": "What does `len` do?", "reference": "It counts."}, {"prompt": "And `sum`?"}]
     prompts.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
@@ -97,9 +88,7 @@ def test_answers_side_by_side(
     assert re.search(r"^1 rows +exact match +valid JSON +token overlap$", said, re.M)
 
 
-def test_the_rows_that_a_run_kept_are_scored(
-    lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_rows_that_a_run_kept_are_scored(lora_run, tmp_path, capsys):
     adapter = tmp_path / "checkpoints" / "adapters" / "best"
     shutil.copytree(adapter_in(lora_run), adapter)
     words = ["compare", f"mine={adapter}", "--held-out", *PLAIN]
@@ -126,9 +115,7 @@ def test_the_rows_that_a_run_kept_are_scored(
         assert found["summary"][name]["rows"] == 2
 
 
-def test_bad_input(
-    lora_run: Path, examples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input(lora_run, examples, tmp_path, capsys):
     run = str(lora_run)
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": "x"}\nnothing\n{"question": "y"}\n')

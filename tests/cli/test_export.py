@@ -1,12 +1,9 @@
 """``lightning-peft export`` in every format, and its push to a stand-in of the hub."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,7 +11,6 @@ import pytest
 import torch
 from finished import BASE, ROOT, adapter_in, command, json_of
 from peft import PeftModel
-from trainer_fixtures import _one_thread  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_peft.cli import main
@@ -23,23 +19,7 @@ from lightning_peft.export.loading import writes_text
 IDS = torch.arange(5, 40)[None]
 
 
-Export = Callable[..., dict]
-
-
-@pytest.fixture
-def exported(capsys: pytest.CaptureFixture[str]) -> Export:
-    """Runs the command in this process, which has imported all that takes seconds."""
-
-    def run(run: Path, output: Path, kind: str, *words: str) -> dict:
-        capsys.readouterr()
-        given = ["export", f"mine={run}", str(output), "--format", kind, "--json", *words]
-        assert main(given) == 0, capsys.readouterr().err
-        return json.loads(capsys.readouterr().out)
-
-    return run
-
-
-def test_the_adapter_with_its_card(qlora_run: Path, tmp_path: Path, exported: Export) -> None:
+def test_the_adapter_with_its_card(qlora_run, tmp_path, exported):
     out = tmp_path / "out"
     found = exported(qlora_run, out, "adapter", "--base-name", "org/base", "--chat-template", "raw")
     assert {file["path"] for file in found["files"]} == {
@@ -64,9 +44,7 @@ def test_the_adapter_with_its_card(qlora_run: Path, tmp_path: Path, exported: Ex
     assert torch.isfinite(PeftModel.from_pretrained(base, out)(IDS).logits).all()
 
 
-def test_a_folder_that_travels_names_no_place_of_its_data(
-    lora_run: Path, tmp_path: Path, exported: Export
-) -> None:
+def test_a_folder_that_travels_names_no_place_of_its_data(lora_run, tmp_path, exported):
     trained = tmp_path / "trained"
     shutil.copytree(adapter_in(lora_run), trained)
     facts = json.loads((trained / "provenance.json").read_text())
@@ -84,7 +62,7 @@ def test_a_folder_that_travels_names_no_place_of_its_data(
     assert "from_pretrained('base')" in card
 
 
-def test_a_license_that_the_base_names(lora_run: Path, tmp_path: Path, exported: Export) -> None:
+def test_a_license_that_the_base_names(lora_run, tmp_path, exported):
     base = tmp_path / "base"
     base.mkdir()
     for file in BASE.iterdir():
@@ -97,9 +75,7 @@ def test_a_license_that_the_base_names(lora_run: Path, tmp_path: Path, exported:
 
 
 @pytest.mark.parametrize(("bits", "most"), [(8, 0.08), (4, 0.3)])
-def test_quantized_folders_load_without_this_package(
-    qlora_run: Path, tmp_path: Path, exported: Export, bits: int, most: float
-) -> None:
+def test_quantized_folders_load_without_this_package(qlora_run, tmp_path, exported, bits, most):
     out = tmp_path / "out"
     found = exported(qlora_run, out, "quantized", "--bits", str(bits))
     error = found["quantized"]["logit_error"]
@@ -115,9 +91,7 @@ def test_quantized_folders_load_without_this_package(
     assert f"The linear layers are {bits}-bit" in (out / "README.md").read_text()
 
 
-def test_vllm(
-    qlora_run: Path, tmp_path: Path, exported: Export, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_vllm(qlora_run, tmp_path, exported, capsys):
     found = exported(qlora_run, tmp_path / "out", "vllm", "--base-name", "org/base")
     assert found["commands"] == [
         "vllm serve org/base --enable-lora --max-lora-rank 8 "
@@ -150,7 +124,7 @@ def test_vllm(
     assert writes_text("OfMyOwn")
 
 
-def test_ollama(qlora_run: Path, tmp_path: Path, exported: Export) -> None:
+def test_ollama(qlora_run, tmp_path, exported):
     out = tmp_path / "out"
     words = ("--chat-template", "chatml", "--system", "Be brief.", "--no-measure")
     found = exported(qlora_run, out, "ollama", *words)
@@ -183,7 +157,7 @@ class Hub(BaseHTTPRequestHandler):
 
     token, files, made, commits = "hf_right", {}, [], []
 
-    def reply(self, content: object, status: int = 200) -> None:
+    def reply(self, content, status=200):
         body = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -191,29 +165,29 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def body(self) -> bytes:
+    def body(self):
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
-    def refused(self) -> bool:
+    def refused(self):
         right = self.headers.get("Authorization") == f"Bearer {self.token}"
         if not right:
             self.reply({"error": "Invalid credentials"}, 401)
         return not right
 
-    def do_GET(self) -> None:
+    def do_GET(self):
         if not self.refused():
             self.reply({"name": "me", "type": "user", "auth": {"accessToken": {"role": "write"}}})
 
-    def do_HEAD(self) -> None:
+    def do_HEAD(self):
         self.reply({}, 404)
 
-    def do_PUT(self) -> None:
+    def do_PUT(self):
         content = self.body()
         assert hashlib.sha256(content).hexdigest() == self.path.rpartition("/")[2]
         self.files[self.path.rpartition("/")[2]] = content
         self.reply({})
 
-    def do_POST(self) -> None:
+    def do_POST(self):
         body = self.body()
         if self.refused():
             return
@@ -254,12 +228,12 @@ class Hub(BaseHTTPRequestHandler):
         else:
             self.reply({"errors": [], "warnings": []})
 
-    def log_message(self, *words: object) -> None:
+    def log_message(self, *words):
         """Says nothing."""
 
 
 @pytest.fixture
-def hub() -> Iterator[str]:
+def hub():
     Hub.files, Hub.made, Hub.commits = {}, [], []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -268,7 +242,7 @@ def hub() -> Iterator[str]:
     server.server_close()
 
 
-def online(hub: str, tmp_path: Path, token: str) -> dict[str, str]:
+def online(hub, tmp_path, token):
     return {
         "HF_ENDPOINT": hub,
         "HF_TOKEN": token,
@@ -279,7 +253,7 @@ def online(hub: str, tmp_path: Path, token: str) -> dict[str, str]:
     }
 
 
-def test_pushing_to_a_stand_in_of_the_hub(lora_run: Path, hub: str, tmp_path: Path) -> None:
+def test_pushing_to_a_stand_in_of_the_hub(lora_run, hub, tmp_path):
     out, push = tmp_path / "out", ("--push-to", "me/mine", "--json")
     done = command("export", lora_run, out, *push, **online(hub, tmp_path, "hf_right"))
     found = json_of(done)
@@ -297,9 +271,7 @@ def test_pushing_to_a_stand_in_of_the_hub(lora_run: Path, hub: str, tmp_path: Pa
     assert "hf_right" not in done.stdout + done.stderr
 
 
-def test_a_token_that_is_refused_costs_no_merge(
-    lora_run: Path, hub: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_token_that_is_refused_costs_no_merge(lora_run, hub, tmp_path, capsys):
     out = tmp_path / "out"
     words = ("export", lora_run, out, "--format", "merged", "--push-to", "me/mine")
     done = command(*words, **online(hub, tmp_path, "hf_wrong"))
@@ -312,9 +284,7 @@ def test_a_token_that_is_refused_costs_no_merge(
     assert "HF_HUB_OFFLINE must not be set" in capsys.readouterr().err
 
 
-def test_a_dry_run_pushes_nothing(
-    lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_pushes_nothing(lora_run, tmp_path, capsys):
     words = ["export", str(lora_run), str(tmp_path / "out"), "--push-to", "me/mine", "--dry-run"]
     assert main(words) == 0
     said = capsys.readouterr().out
@@ -322,7 +292,7 @@ def test_a_dry_run_pushes_nothing(
     assert "adapter_model.safetensors" in said
 
 
-def test_bad_input(lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(lora_run, tmp_path, capsys):
     out = str(tmp_path / "out")
     for words, message in [
         ([out, "--dry-run"], "--dry-run is for --push-to"),

@@ -1,7 +1,5 @@
 """``lightning-peft export --format gguf``: files, their record, and what is refused before."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil
@@ -12,22 +10,20 @@ import pytest
 import torch
 from finished import BASE
 from llama_cpp import LlamaCpp
-from trainer_fixtures import _one_thread  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_peft.cli import main
-from tests.cli.test_export import Export, exported  # noqa: F401
 
 TALK = [{"role": "user", "content": "What does `len` do?"}]
 
 
-def answer(folder: Path, ids: list[int]) -> list[int]:
+def answer(folder, ids):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)
     return found[0, len(ids) :].tolist()
 
 
-def test_the_merged_model(qlora_run: Path, tmp_path: Path, exported: Export) -> None:  # noqa: F811
+def test_the_merged_model(qlora_run, tmp_path, exported):
     out, merged = tmp_path / "out", tmp_path / "merged"
     words = ("--chat-template", "chatml", "--base-name", "org/base")
     found = exported(qlora_run, out, "gguf", *words)
@@ -67,7 +63,7 @@ def test_the_merged_model(qlora_run: Path, tmp_path: Path, exported: Export) -> 
     assert llama.continued(ids, 12)["tokens"] == answer(merged, ids)
 
 
-def test_the_adapter_alone(lora_run: Path, tmp_path: Path, exported: Export) -> None:  # noqa: F811
+def test_the_adapter_alone(lora_run, tmp_path, exported):
     found = exported(lora_run, tmp_path / "out", "gguf", "--adapter-only")
     assert [each["file"] for each in found["gguf"]["files"]] == ["mine-lora-f32.gguf"]
     assert found["commands"] == [
@@ -79,7 +75,7 @@ def test_the_adapter_alone(lora_run: Path, tmp_path: Path, exported: Export) -> 
 
 
 @pytest.mark.long
-def test_base_and_adapter(qlora_run: Path, tmp_path: Path, exported: Export) -> None:  # noqa: F811
+def test_base_and_adapter(qlora_run, tmp_path, exported):
     out = tmp_path / "out"
     found = exported(qlora_run, out, "gguf", "--with-adapter", "--outtype", "q8_0")
     parts = {each["part"]: each["file"] for each in found["gguf"]["files"]}
@@ -90,7 +86,7 @@ def test_base_and_adapter(qlora_run: Path, tmp_path: Path, exported: Export) -> 
     assert both["logprobs"][0] != alone["logprobs"][0]
 
 
-def stand_in(folder: Path, body: str) -> Path:
+def stand_in(folder, body):
     """A program that is called as llama-quantize is."""
     program = folder / "llama-quantize"
     program.write_text(f"#!{sys.executable}\nimport shutil, sys\n{body}\n")
@@ -98,13 +94,7 @@ def stand_in(folder: Path, body: str) -> Path:
     return program
 
 
-def test_other_numbers_by_llama_quantize(
-    lora_run: Path,
-    tmp_path: Path,
-    exported: Export,  # noqa: F811
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_other_numbers_by_llama_quantize(lora_run, tmp_path, exported, capsys, monkeypatch):
     program = stand_in(
         tmp_path, "assert sys.argv[3] == 'Q4_K_M'; shutil.copy(sys.argv[1], sys.argv[2])"
     )
@@ -124,7 +114,7 @@ def test_other_numbers_by_llama_quantize(
     assert not list(tmp_path.glob("*no*"))
 
 
-def test_bad_input(lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(lora_run, tmp_path, capsys):
     out = str(tmp_path / "out")
     for words, message in [
         (["--dtype", "float16"], "dtype='float16': a GGUF file has its own names"),
@@ -144,9 +134,7 @@ def test_bad_input(lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert not Path(out).exists()
 
 
-def test_another_tokenizer(
-    lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_tokenizer(lora_run, tmp_path, capsys):
     base = tmp_path / "base"
     shutil.copytree(BASE, base)
     described = json.loads((base / "tokenizer.json").read_text())
@@ -164,11 +152,7 @@ def test_another_tokenizer(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_dtype_of_an_ollama_model(
-    lora_run: Path,
-    tmp_path: Path,
-    exported: Export,  # noqa: F811
-) -> None:
+def test_the_dtype_of_an_ollama_model(lora_run, tmp_path, exported):
     words = ("--dtype", "bfloat16", "--chat-template", "chatml", "--no-measure")
     found = exported(lora_run, tmp_path / "out", "ollama", *words)
     assert found["gguf"]["outtype"] == "bf16"

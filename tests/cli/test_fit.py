@@ -1,12 +1,8 @@
 """``lightning-peft fit`` interrupted, stopped, killed, resumed, and in two processes."""
 
-from __future__ import annotations
-
 import json
 import signal
 import time
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -24,7 +20,7 @@ trainer:
 """
 
 
-def wait(process: Any, there: Callable[[], Any]) -> None:
+def wait(process, there):
     """Waits until something is there or the process has ended, at most 200 seconds."""
     until = time.monotonic() + 200
     while process.poll() is None and not there():
@@ -32,7 +28,7 @@ def wait(process: Any, there: Callable[[], Any]) -> None:
         time.sleep(0.02)
 
 
-def test_interrupted_and_resumed_is_uninterrupted(program, tmp_path) -> None:
+def test_interrupted_and_resumed_is_uninterrupted(program, tmp_path):
     (tmp_path / "saving.yaml").write_text(SAVING)
     config = ["--config=sft-lora", "--config=small/sft", "--config=saving.yaml", *QUIET]
     process = program.start(tmp_path, "fit", *config, "--run_dir=mine")
@@ -73,7 +69,7 @@ def test_interrupted_and_resumed_is_uninterrupted(program, tmp_path) -> None:
     assert results[0]["before"] == results[1]["before"] != {}
 
 
-def test_another_program_saves_and_stops_a_run(program, tmp_path) -> None:
+def test_another_program_saves_and_stops_a_run(program, tmp_path):
     (tmp_path / "saving.yaml").write_text(SAVING)
     config = ["--config=sft-lora", "--config=small/sft", "--config=saving.yaml", *QUIET]
     process = program.start(tmp_path, "fit", *config, "--run_dir=mine")
@@ -88,7 +84,7 @@ def test_another_program_saves_and_stops_a_run(program, tmp_path) -> None:
     assert folder.status.state == "stopped"
 
 
-def test_a_second_interrupt_stops_at_once(program, tmp_path) -> None:
+def test_a_second_interrupt_stops_at_once(program, tmp_path):
     # One step takes the whole epoch, so that the first interrupt is still waiting for its end.
     long = ["--trainer.limit_train_batches=300", "--trainer.accumulate_grad_batches=300"]
     process = program.start(
@@ -108,7 +104,7 @@ def test_a_second_interrupt_stops_at_once(program, tmp_path) -> None:
 
 
 @pytest.mark.long
-def test_two_processes_keep_one_record(program, tmp_path) -> None:
+def test_two_processes_keep_one_record(program, tmp_path):
     devices = [
         "--trainer.devices=2",
         "--trainer.accelerator=cpu",
@@ -129,7 +125,7 @@ def test_two_processes_keep_one_record(program, tmp_path) -> None:
     assert result["after"]["val_loss"] < result["before"]["val_loss"]
 
 
-def test_a_killed_run_is_found_out(program, tmp_path) -> None:
+def test_a_killed_run_is_found_out(program, tmp_path):
     config = ["--config=sft-lora", "--config=small/sft", *QUIET]
     process = program.start(tmp_path, "fit", *config, "--run_dir=mine")
     folder = RunFolder(tmp_path / "mine")

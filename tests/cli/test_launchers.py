@@ -1,7 +1,5 @@
 """``lightning-peft fit`` in several processes: started by itself, torchrun, two nodes, SLURM."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
@@ -54,7 +52,7 @@ ENVIRONMENT |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 LONGEST = 280
 
 
-def test_short_options_win_over_recipes(in_process) -> None:
+def test_short_options_win_over_recipes(in_process):
     short = ["--devices=2", "--num_nodes", "3", "--sharding=fsdp2"]
     done = in_process("fit", *short, "--config=sft-lora", "--print_config")
     assert done.returncode == 0, done.stderr
@@ -153,7 +151,7 @@ def is_open(port):
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_a_killed_rank_is_started_again_by_torchrun(launched, tmp_path) -> None:
+def test_a_killed_rank_is_started_again_by_torchrun(launched, tmp_path):
     """Lightning's own launcher trains the same, in one folder; each step is in the record once."""
     ends(launched("lightning_peft.cli", "fit", *SMALL, "--devices=2", "--run_dir=own"), tmp_path)
     words = torchrun("--standalone", "--nproc-per-node=2", "--max-restarts=1")
@@ -178,7 +176,7 @@ def test_a_killed_rank_is_started_again_by_torchrun(launched, tmp_path) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_restarts_that_could_not_continue_are_refused(launched, tmp_path) -> None:
+def test_restarts_that_could_not_continue_are_refused(launched, tmp_path):
     words = torchrun("--standalone", "--nproc-per-node=2", "--max-restarts=1")
     ends(launched(*words, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="0"), tmp_path, code=1)
     errors = (tmp_path / "0.err").read_text()
@@ -189,7 +187,7 @@ def test_restarts_that_could_not_continue_are_refused(launched, tmp_path) -> Non
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_two_launchers_are_two_nodes(launched, tmp_path) -> None:
+def test_two_launchers_are_two_nodes(launched, tmp_path):
     port = free_port()
     rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=two"]
     words = torchrun("--nnodes=2", "--nproc-per-node=1", *rendezvous)
@@ -202,7 +200,7 @@ def test_two_launchers_are_two_nodes(launched, tmp_path) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_a_run_continues_with_the_nodes_that_are_left(launched, tmp_path) -> None:
+def test_a_run_continues_with_the_nodes_that_are_left(launched, tmp_path):
     port = free_port()
     rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=left"]
     rendezvous += ["--rdzv-conf=last_call_timeout=5,keep_alive_interval=1"]
@@ -225,7 +223,7 @@ def test_a_run_continues_with_the_nodes_that_are_left(launched, tmp_path) -> Non
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_a_notice_before_preemption_saves_and_the_job_continues(launched, tmp_path) -> None:
+def test_a_notice_before_preemption_saves_and_the_job_continues(launched, tmp_path):
     """SIGTERM to the agent of torchrun, as SLURM and Kubernetes send it; loaders have processes."""
     words = torchrun("--standalone", "--nproc-per-node=2", "--max-restarts=3")
     words += ["--data.init_args.num_workers=1", "--run_dir=run", "--ckpt_path=last"]
@@ -244,7 +242,7 @@ def test_a_notice_before_preemption_saves_and_the_job_continues(launched, tmp_pa
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_tasks_of_slurm_keep_one_record(launched, tmp_path) -> None:
+def test_tasks_of_slurm_keep_one_record(launched, tmp_path):
     """Two nodes of one task, with the variables of srun."""
     job = {"SLURM_JOB_ID": "4242", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}
     job |= {"SLURM_NNODES": "2", "SLURM_NODELIST": "127.0.0.1", "SLURM_LOCALID": "0"}
@@ -262,7 +260,7 @@ def test_tasks_of_slurm_keep_one_record(launched, tmp_path) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_a_run_ends_when_one_of_its_processes_does(launched, tmp_path) -> None:
+def test_a_run_ends_when_one_of_its_processes_does(launched, tmp_path):
     """Without torchrun nothing starts it again; `--resume` continues to the same end."""
     ends(launched("lightning_peft.cli", "fit", *SMALL, "--devices=2", "--run_dir=whole"), tmp_path)
     words = ["lightning_peft.cli", "fit", *SMALL, "--devices=2", "--run_dir=run"]

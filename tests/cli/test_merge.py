@@ -1,27 +1,21 @@
 """``lightning-peft merge`` as a user runs it, on a real run."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from finished import BASE, ROOT, adapter_in, json_of
-from trainer_fixtures import _one_thread  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lightning_peft.cli import main
 
 
-def test_a_checkpoint_becomes_a_model_folder(
-    qlora_run: Path, tmp_path: Path, new_process: Any
-) -> None:
+def test_a_checkpoint_becomes_a_model_folder(qlora_run, tmp_path, new_process):
     (checkpoint,) = (qlora_run / "checkpoints").glob("*.ckpt")
     report = json_of(new_process("merge", checkpoint, tmp_path / "out", "--json"))
     assert report["adapter"] == str(adapter_in(qlora_run))
@@ -43,9 +37,7 @@ def test_a_checkpoint_becomes_a_model_folder(
     assert str(ROOT) not in card
 
 
-def test_the_figures_are_printed(
-    lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_figures_are_printed(lora_run, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("What does `len` do?\n\nWhat is a list?\n")
     words = ["merge", str(lora_run), str(tmp_path / "out"), "--prompts", str(prompts)]
@@ -58,7 +50,7 @@ def test_the_figures_are_printed(
     assert "outputs were not compared: it was not asked for" in capsys.readouterr().out
 
 
-def test_bad_input(lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(lora_run, tmp_path, capsys):
     out, adapter = str(tmp_path / "out"), str(adapter_in(lora_run))
     for words, code, message in [
         (["nowhere", out], 2, "'nowhere' is neither a folder nor a checkpoint here"),
@@ -76,7 +68,7 @@ def test_bad_input(lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert not Path(out).exists()
 
 
-def test_an_interrupt_says_so_and_leaves_nothing(qlora_run: Path, tmp_path: Path) -> None:
+def test_an_interrupt_says_so_and_leaves_nothing(qlora_run, tmp_path):
     words = ["merge", str(qlora_run), str(tmp_path / "out")]
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, *words], stderr=subprocess.PIPE, text=True, cwd=ROOT
@@ -107,7 +99,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_help_is_quick_to_come() -> None:
+def test_help_is_quick_to_come():
     code = (
         "import sys\nfrom lightning_peft.cli.{name} import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"

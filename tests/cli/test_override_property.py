@@ -1,7 +1,5 @@
 """A misspelled override is answered with the one that was meant, wherever it stands."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from functools import lru_cache

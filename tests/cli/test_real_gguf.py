@@ -1,13 +1,10 @@
 """QLoRA on a real GGUF file by the commands: interrupted, resumed, proven, reproduced, compared."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -44,7 +41,7 @@ CONFIG = ("--config=sft-qlora", "--config=short.yaml")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, program: Any) -> Path:
+def folder(tmp_path_factory, program):
     """A folder with the run ``runs/whole`` on the file, and what it was trained with."""
     folder = tmp_path_factory.mktemp("gguf")
     rows = [
@@ -59,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, program: Any) -> Path:
     return folder
 
 
-def test_an_interrupted_run_ends_as_the_whole_one(folder: Path, program: Any) -> None:
+def test_an_interrupted_run_ends_as_the_whole_one(folder, program):
     process = program.start(folder, "fit", *CONFIG, "--run_dir=runs/mine")
     mine, until = RunFolder(folder / "runs" / "mine"), time.monotonic() + 200
     while process.poll() is None and time.monotonic() < until:
@@ -83,7 +80,7 @@ def test_an_interrupted_run_ends_as_the_whole_one(folder: Path, program: Any) ->
     assert all(torch.equal(found[key], wanted[key]) for key in found)
 
 
-def test_it_is_proven_and_reproduced(folder: Path, program: Any) -> None:
+def test_it_is_proven_and_reproduced(folder, program):
     code, out, err = program.run(folder, "verify", "runs/whole", "--json")
     assert code == 0, err[-3000:]
     checks = {check["name"]: check["passed"] for check in json.loads(out)["checks"]}
@@ -99,7 +96,7 @@ def test_it_is_proven_and_reproduced(folder: Path, program: Any) -> None:
     assert facts["base"]["model"]["gguf_sha256"] == hashlib.sha256(content).hexdigest()
 
 
-def test_it_is_compared_with_its_base(folder: Path, program: Any) -> None:
+def test_it_is_compared_with_its_base(folder, program):
     words = ("--data", "rows.jsonl", "--batch-size", "4", "--json")
     code, out, err = program.run(folder, "compare", "tuned=runs/whole", *words)
     assert code == 0, err[-3000:]

@@ -1,7 +1,5 @@
 """``lightning-peft fit`` and its relatives: what they take, and what they say to bad input."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -15,18 +13,18 @@ from lightning_peft.runs.folder import RunFolder
 RECIPES = [name for name in recipe_files() if not name.startswith("small/") and name != "forkme"]
 
 
-def run_folder(folder: Path, kind: str = "") -> RunFolder:
+def run_folder(folder, kind=""):
     (found,) = [path for path in (folder / "runs").iterdir() if f"-{kind}" in path.name]
     return RunFolder(found)
 
 
-def test_all_recipes_are_tested() -> None:
+def test_all_recipes_are_tested():
     assert sorted(name for file in TASKS for name in recipes_of(file)) == sorted(RECIPES)
     here = Path(__file__).parent
     assert sorted(TASKS) == sorted(path.name for path in here.glob("test_trials_of_*.py"))
 
 
-def test_a_checkpoint_is_evaluated_and_predicts(program, tmp_path) -> None:
+def test_a_checkpoint_is_evaluated_and_predicts(program, tmp_path):
     """The recipe that a run leaves is a config like any other."""
     code, _, err = program.run(tmp_path, "fit", "--config=sft-lora", small("sft-lora"), *QUIET)
     assert code == 0, err[-3000:]
@@ -60,7 +58,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("word", WRONG)
-def test_bad_input_is_named_and_costs_nothing(word, in_process, tmp_path) -> None:
+def test_bad_input_is_named_and_costs_nothing(word, in_process, tmp_path):
     done = in_process("fit", "--config=sft-lora", "--config=small/sft", word)
     assert done.returncode == 2
     assert WRONG[word] in done.stderr
@@ -81,21 +79,21 @@ def test_bad_input_is_named_and_costs_nothing(word, in_process, tmp_path) -> Non
         (["--json=x", "--config=sft-lora"], "there is no 'json'"),
     ],
 )
-def test_options_that_are_not_understood_are_explained(words, message, in_process) -> None:
+def test_options_that_are_not_understood_are_explained(words, message, in_process):
     done = in_process("fit", *words)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_wrong_key_in_a_file(in_process, tmp_path) -> None:
+def test_a_wrong_key_in_a_file(in_process, tmp_path):
     (tmp_path / "own.yaml").write_text("trainer:\n  max_step: 3\n")
     done = in_process("fit", "--config=sft-lora", "--config=own.yaml")
     assert done.returncode == 2
     assert "near names: trainer.max_steps" in done.stderr
 
 
-def test_recipes_are_listed_shown_and_copied(in_process, tmp_path) -> None:
+def test_recipes_are_listed_shown_and_copied(in_process, tmp_path):
     done = in_process("recipes", "--json")
     assert done.returncode == 0
     rows = {row["name"]: row for row in json.loads(done.stdout)}
@@ -112,7 +110,7 @@ def test_recipes_are_listed_shown_and_copied(in_process, tmp_path) -> None:
     assert in_process("recipes", "show", "sft-qlorra").returncode == 2
 
 
-def test_the_defaults_of_recipes_are_models_of_the_hub() -> None:
+def test_the_defaults_of_recipes_are_models_of_the_hub():
     for name in RECIPES:
         content = yaml.safe_load(recipe_files()[name].read_text())
         model, given = content["model"]["init_args"], content["data"]["init_args"]

@@ -1,11 +1,9 @@
 """Recipes that train classifiers and a forecaster, in real processes."""
 
-from __future__ import annotations
-
 import pytest
 from trials import check_trial, trials_of
 
 
 @pytest.mark.parametrize("recipe", trials_of(__file__))
-def test_a_recipe_trains_and_leaves_a_whole_run_folder(recipe, program, tmp_path) -> None:
+def test_a_recipe_trains_and_leaves_a_whole_run_folder(recipe, program, tmp_path):
     check_trial(recipe, program, tmp_path)

@@ -1,13 +1,10 @@
 """The demo's text: read in the same way every time, clean, and split without leaks."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -74,7 +71,7 @@ def copy(text):
 
 
 @pytest.fixture
-def library(tmp_path: Path) -> Path:
+def library(tmp_path):
     for name, text in LIBRARY.items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
@@ -83,16 +80,16 @@ def library(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def entries() -> list[Entry]:
+def entries():
     return read_entries()
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[dict[str, str]]:
+def rows():
     return [json.loads(line) for line in INSTRUCTIONS_PATH.read_text("utf-8").splitlines()]
 
 
-def test_entries_of_a_small_library(library: Path) -> None:
+def test_entries_of_a_small_library(library):
     found = {entry.name: entry for entry in read_entries(library)}
     assert list(found) == [
         "licensed.f",
@@ -126,9 +123,9 @@ def digest(entries):
 """
 
 
-def test_extraction_is_the_same_every_time(entries: list[Entry]) -> None:
+def test_extraction_is_the_same_every_time(entries):
     assert len(entries) > 3000
-    here: dict[str, Any] = {}
+    here = {}
     exec(DIGEST, here)
     # Sets have another order there.
     other = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
@@ -144,22 +141,20 @@ def test_extraction_is_the_same_every_time(entries: list[Entry]) -> None:
     assert done.stdout.strip() == here["digest"](entries)
 
 
-def test_nothing_of_the_library_is_imported(library: Path) -> None:
+def test_nothing_of_the_library_is_imported(library):
     (library / "textwrap.py").write_text(
         '"""Text wrapping and filling for the tests."""\nraise SystemExit("imported")\n'
     )
     assert "textwrap" in [entry.name for entry in read_entries(library)]
 
 
-def test_an_interpreter_without_sources_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interpreter_without_sources_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(FileNotFoundError, match=r"no textwrap\.py.*regular Python installation"):
         stdlib_root()
 
 
-def test_held_out_documents_are_in_no_training_document(entries: list[Entry]) -> None:
+def test_held_out_documents_are_in_no_training_document(entries):
     train, held_out = build_documents(entries)
     names = [entry.name for entry in entries if is_held_out(entry.name)]
     assert len(names) == len(held_out) > 50
@@ -171,7 +166,7 @@ def test_held_out_documents_are_in_no_training_document(entries: list[Entry]) ->
             assert f"{entry.name}{entry.signature}\n\n{entry.doc}" not in text
 
 
-def test_questions_are_asked_about_text_that_was_read(entries: list[Entry]) -> None:
+def test_questions_are_asked_about_text_that_was_read(entries):
     pairs = build_pairs(entries)
     assert not [pair for pair in pairs if is_held_out(pair.subject)]
     assert len({pair.prompt for pair in pairs}) == len(pairs)
@@ -179,19 +174,19 @@ def test_questions_are_asked_about_text_that_was_read(entries: list[Entry]) -> N
     assert not {pair.subject for pair in train} & {pair.subject for pair in validation}
 
 
-def test_too_few_pairs_to_split(entries: list[Entry]) -> None:
+def test_too_few_pairs_to_split(entries):
     with pytest.raises(ValueError, match=r"Cannot keep 200 of 5 .*Ask for fewer"):
         split_pairs(build_pairs(entries)[:5])
 
 
 @pytest.fixture
-def _read_once(entries: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
+def _read_once(entries, monkeypatch):
     """Spares the commands below from reading the library again."""
     monkeypatch.setattr(corpus, "read_entries", lambda root=None: entries)
 
 
 @pytest.mark.usefixtures("_read_once")
-def test_written_instructions_can_be_read_back(tmp_path: Path) -> None:
+def test_written_instructions_can_be_read_back(tmp_path):
     path = tmp_path / "pairs.jsonl"
     train, validation = write_instructions(path)
     splits = [json.loads(line)["split"] for line in path.read_text("utf-8").splitlines()]
@@ -205,11 +200,11 @@ def test_written_instructions_can_be_read_back(tmp_path: Path) -> None:
         ("One.  \n\n\n\nTwo.", "One.\n\nTwo."),
     ],
 )
-def test_markup_is_cleaned(text: str, expected: str) -> None:
+def test_markup_is_cleaned(text, expected):
     assert clean_markup(text) == expected
 
 
-def test_sentences_keep_abbreviations_whole() -> None:
+def test_sentences_keep_abbreviations_whole():
     text = "Take a value, e.g. Decimal.\nReturn it (see J. Doe). Then stop."
     assert sentences(text) == [
         "Take a value, e.g. Decimal.",
@@ -230,11 +225,11 @@ def test_sentences_keep_abbreviations_whole() -> None:
         "This is a hack for now.",
     ],
 )
-def test_bad_sentences_are_refused(bad: str) -> None:
+def test_bad_sentences_are_refused(bad):
     assert not is_good_sentence(bad)
 
 
-def test_a_summary_is_the_first_sentence_or_two() -> None:
+def test_a_summary_is_the_first_sentence_or_two():
     doc = "Return the value. Raise an error where there is none. Third one.\n\nAnother paragraph."
     entry = Entry("m", "f", "function", "()", (), doc)
     assert summary(entry) is None, "three words are too few"
@@ -242,7 +237,7 @@ def test_a_summary_is_the_first_sentence_or_two() -> None:
     assert summary(entry) == "Return the stored value. Raise an error where there is none."
 
 
-def test_shipped_questions_are_unique_and_split_without_leaks(rows: list[dict[str, str]]) -> None:
+def test_shipped_questions_are_unique_and_split_without_leaks(rows):
     assert all(row.keys() == {"prompt", "response", "split"} for row in rows)
     prompts = [row["prompt"] for row in rows]
     assert len(set(prompts)) == len(prompts)
@@ -255,7 +250,7 @@ def test_shipped_questions_are_unique_and_split_without_leaks(rows: list[dict[st
     assert INSTRUCTIONS_PATH.stat().st_size < 500_000
 
 
-def test_shipped_answers_are_short_and_plain(rows: list[dict[str, str]]) -> None:
+def test_shipped_answers_are_short_and_plain(rows):
     for row in rows:
         assert row["prompt"].isascii()
         assert row["response"].isascii()
@@ -266,7 +261,7 @@ def test_shipped_answers_are_short_and_plain(rows: list[dict[str, str]]) -> None
 
 
 @pytest.mark.usefixtures("_read_once")
-def test_command_line_writes_and_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_writes_and_counts(tmp_path, capsys):
     path = tmp_path / "pairs.jsonl"
     corpus.main(["--write-instructions", str(path)])
     assert str(path) in capsys.readouterr().out

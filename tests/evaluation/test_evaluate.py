@@ -1,14 +1,11 @@
 """``lightning-peft evaluate``: the figures are the harness' own, from one model in memory."""
 
-from __future__ import annotations
-
 import gc
 import hashlib
 import json
 import shutil
 import weakref
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,7 +21,7 @@ from lightning_peft.errors import ConfigError, UnsupportedError
 from lightning_peft.evaluation.evaluating import Settings, check_language_model, evaluate
 from lightning_peft.evaluation.harness_model import HarnessModel
 from lightning_peft.evaluation.tasks import load_tasks
-from lightning_peft.export.adapters import Adapter, find_adapters
+from lightning_peft.export.adapters import find_adapters
 from lightning_peft.export.base import Base, find_base
 from lightning_peft.export.loading import load_with_adapters
 from lightning_peft.export.merging import merge
@@ -33,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("tasks")
     write_task(made, "manual_choice", "multiple_choice")
     write_task(made, "manual_answer", "generate_until", rows=2)
@@ -41,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(lora_run: Path, tmp_path: Path) -> Path:
+def run(lora_run, tmp_path):
     """A run with the files by which it is known as one."""
     path = tmp_path / "run"
     shutil.copytree(adapter_in(lora_run), path / "checkpoints" / "adapters" / "best")
@@ -50,12 +47,12 @@ def run(lora_run: Path, tmp_path: Path) -> Path:
     return path
 
 
-def evaluated(words: list[Any], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+def evaluated(words, capsys):
     assert main(["evaluate", *map(str, words), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
-def check_figures(report: dict[str, Any], name: str, there: dict[str, Any]) -> None:
+def check_figures(report, name, there):
     """Compares a column of the table with what the harness itself found."""
     found = {
         f"{row['metric']},{row['filter']}": (row["task"], row["values"][name])
@@ -66,13 +63,9 @@ def check_figures(report: dict[str, Any], name: str, there: dict[str, Any]) -> N
         assert value["value"] == pytest.approx(there["results"][task][key], rel=1e-4)
 
 
-def test_figures_are_those_of_the_harness_on_the_merged_model(
-    run: Path,
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_figures_are_those_of_the_harness_on_a_merged_model(
+    run, folder, tmp_path, monkeypatch, capsys
+):
     words = [f"tuned={run}", "--tasks", "manual_choice", "--include-path", folder, "--limit", 6]
     report = evaluated(words, capsys)
     merge(str(run), tmp_path / "merged", dtype="float32")
@@ -95,21 +88,19 @@ def test_figures_are_those_of_the_harness_on_the_merged_model(
     assert json.loads(Path(saved).read_text())["results"] == report["results"]
 
 
-def loaded(adapters: list[Adapter]) -> ChatModel:
+def loaded(adapters):
     base = find_base(str(BASE))
     return ChatModel(load_with_adapters(base, adapters, device=CPU), adapters)
 
 
-def test_an_interrupt_leaves_the_adapters_on_and_nothing_in_memory(
-    lora_run: Path, folder: Path
-) -> None:
+def test_an_interrupt_leaves_the_adapters_on_and_nothing_in_memory(lora_run, folder):
     model = loaded(find_adapters([str(lora_run)]))
     network, ids = model.loaded.model, torch.arange(8)[None]
     with torch.no_grad():
         before = network(ids).logits
     seen = []
 
-    def stop(what: str, done: int, total: int) -> None:
+    def stop(what, done, total):
         seen.append((what, done, total))
         raise KeyboardInterrupt
 
@@ -127,7 +118,7 @@ def test_an_interrupt_leaves_the_adapters_on_and_nothing_in_memory(
     assert left() is None
 
 
-def test_an_adapted_embedding_is_not_tied_once_more() -> None:
+def test_an_adapted_embedding_is_not_tied_once_more():
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
     inject(model, r=2, target_modules=["embed_tokens"])
     tie = model.tie_weights
@@ -135,7 +126,7 @@ def test_an_adapted_embedding_is_not_tied_once_more() -> None:
     assert model.tie_weights == tie
 
 
-def test_questions_are_turns_of_the_recorded_template(tmp_path: Path, folder: Path) -> None:
+def test_questions_are_turns_of_the_recorded_template(tmp_path, folder):
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     inject(model, r=2)
     save_adapter(model, tmp_path / "adapter")
@@ -166,7 +157,7 @@ def test_questions_are_turns_of_the_recorded_template(tmp_path: Path, folder: Pa
     ]
 
 
-def test_code_of_a_task_that_fails_at_a_later_row(tmp_path: Path) -> None:
+def test_code_of_a_task_that_fails_at_a_later_row(tmp_path):
     write_task(tmp_path, "late", "multiple_choice", rows=2)
     (tmp_path / "code.py").write_text(
         "def question(row):\n    return row['prompt'] if row['gold'] == 2 else None.strip()\n"
@@ -182,9 +173,7 @@ def test_code_of_a_task_that_fails_at_a_later_row(tmp_path: Path) -> None:
         evaluate(loaded([]), tasks, Settings())
 
 
-def test_results_that_cannot_be_written_are_printed(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_results_that_cannot_be_written_are_printed(run, tmp_path, capsys):
     write_task(tmp_path / "tasks", "dated", "multiple_choice", rows=1)
     file = tmp_path / "tasks" / "dated.yaml"
     file.write_text(file.read_text().replace("version: 2.0", "version: 2024-05-01"))
@@ -201,7 +190,7 @@ def test_results_that_cannot_be_written_are_printed(
     assert report["tasks"]["dated"]["version"] == "2024-05-01"
 
 
-def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table(capsys):
     value, change = {"value": 0.25, "stderr": 0.0625}, {"value": -0.5, "stderr": None}
     row = {"task": "t", "metric": "acc", "filter": "none", "higher_is_better": True}
     row |= {"values": {"base": value, "a": value}, "differences": {"a": change}}
@@ -215,12 +204,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_bad_input(
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_bad_input(folder, tmp_path, monkeypatch, capsys):
     bad = tmp_path / "bad"
     bad.mkdir()
     (bad / "hub.yaml").write_text(
@@ -261,7 +245,7 @@ def test_bad_input(
     assert "pip install 'lightning-peft[eval]'" in capsys.readouterr().err
 
 
-def test_other_kinds_of_models_are_refused(lora_run: Path) -> None:
+def test_other_kinds_of_models_are_refused(lora_run):
     (adapter,) = find_adapters([f"mine={lora_run}"])
     base = find_base(str(BASE))
     check_language_model(base, [adapter])

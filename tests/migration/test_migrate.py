@@ -1,7 +1,5 @@
 """``lightning-peft migrate``: what the rules find, the changes, and what is never touched."""
 
-from __future__ import annotations
-
 import ast
 import io
 import json
@@ -54,14 +52,14 @@ trainer.fit(model)
 LORA = "r=8, lora_alpha=16, target_modules=['q', 'v'], adapt='encoder'"
 
 
-def code_base(folder: Path, **files: str) -> Path:
+def code_base(folder, **files):
     for name, text in files.items():
         (folder / f"{name}.py").write_text(text, encoding="utf-8")
     return folder
 
 
-def rules_of(path: Path) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
+def rules_of(path):
+    found = {}
     for one in scan(path).findings:
         found.setdefault(one.rule, []).append(one.place.line)
     return found
@@ -330,7 +328,7 @@ def test_yaml_of_lightning_cli_is_read(tmp_path):
     }
 
 
-def git(folder: Path, *words: str) -> None:
+def git(folder, *words):
     identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
     subprocess.run(["git", "-C", str(folder), *identity, *words], check=True, timeout=60)
 

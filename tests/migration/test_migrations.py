@@ -1,7 +1,5 @@
 """The pairs of docs/migrations: what is found in each, and that nothing is lost by the change."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
