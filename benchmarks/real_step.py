@@ -11,7 +11,8 @@ Seconds, and seconds of all cores, are those of a token that is not padding. The
 torch's allocator in one step (``training_case.py``), ``resident`` that of the process so far.
 
 The record is ``records/real_step.json``. ``--quick`` runs one round, to see that all of it works;
-``table`` writes the tables into ``docs/performance.md``.
+``profile`` measures only where the time of a padded step goes, within a minute, and adds it to the
+record; ``table`` writes the tables into ``docs/performance.md``.
 """
 
 from __future__ import annotations
@@ -269,6 +270,25 @@ def measure(given: argparse.Namespace) -> None:
     print("\n".join(tables(content)))
 
 
+def profile() -> None:
+    """Adds where the time of a padded step goes to the record, which keeps its other figures."""
+    content = read(NAME)
+    if content is None:
+        raise SystemExit("There is no record to add the profile to: run `measure` first.")
+    with tempfile.TemporaryDirectory() as name:
+        prepared(Path(name))
+        worker = worker_of("padded", Path(name))
+        try:
+            worker.ask("block 1")
+            found = worker.ask("profile")
+        finally:
+            worker.end()
+    commit = conditions()["commit"]
+    content["methods"].setdefault("padded", {})["profile"] = {**found, "commit": commit}
+    write(NAME, content, quick=False)
+    print(profile_sentence(content["methods"]["padded"]["profile"]))
+
+
 def has_trl() -> bool:
     """Whether TRL is installed."""
     return importlib.util.find_spec("trl") is not None
@@ -306,9 +326,15 @@ def tables(content: dict[str, Any]) -> list[str]:
     lines += ["Ratios, round by round:", "", *ratio_table(content["ratios"])]
     profile = content["methods"].get("padded", {}).get("profile")
     if profile:
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in profile["groups"].items())
-        lines += ["", f"Where the time of a padded step goes, by torch's profiler: {shares}."]
+        lines += ["", profile_sentence(profile)]
     return lines
+
+
+def profile_sentence(found: dict[str, Any]) -> str:
+    """Says where the time of a padded step goes; ``commit`` is there if it was measured alone."""
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in found["groups"].items())
+    alone = f" at {found['commit']}" if "commit" in found else ""
+    return f"Where the time of a padded step goes, by torch's profiler{alone}: {shares}."
 
 
 def table() -> None:
@@ -327,7 +353,7 @@ def work(given: argparse.Namespace) -> None:
 def main() -> None:
     """Runs one of the commands."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", choices=["measure", "table", "work"])
+    parser.add_argument("command", choices=["measure", "profile", "table", "work"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="methods that contain this text")
     parser.add_argument("--quick", action="store_true", help="one round, to try the script")
@@ -336,12 +362,12 @@ def main() -> None:
     given = parser.parse_args()
     if given.quick:
         given.rounds = 1
-    if given.command == "measure":
+    if given.command in ("measure", "profile"):
         from lightning_peft.demo.exercises import absence_of_smollm2
 
         if missing := absence_of_smollm2():
             raise SystemExit(f"The model is missing: {missing}")
-        measure(given)
+        measure(given) if given.command == "measure" else profile()
     elif given.command == "table":
         table()
     else:
