@@ -13,11 +13,9 @@ whether all ways had the same losses to the last bit. The record is
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable, Mapping
 from typing import Any
 
+from allocations import Allocations
 from record import (
     conditions,
     device_name,
@@ -27,6 +25,7 @@ from record import (
     read,
     record_name,
     summary,
+    timed,
     write,
     write_between,
 )
@@ -42,17 +41,7 @@ QUICK = {**SIZE, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers
 
 
 class Trained:
-    """A model that is trained in one way.
-
-    Args:
-        wanted: The ``gradient_checkpointing`` argument.
-        quantized: Whether the base is in NF4.
-        given: The arguments of the command line.
-
-    Attributes:
-        messages: Log lines of the engine about the budget.
-        losses: Of all steps.
-    """
+    """A model that is trained in one way, with ``wanted`` for ``gradient_checkpointing``."""
 
     def __init__(self, wanted: Any, quantized: bool, given: argparse.Namespace) -> None:
         import torch
@@ -62,6 +51,7 @@ class Trained:
 
         size = QUICK if given.quick else SIZE
         self.rows, self.length, self.device = 2, given.length, given.device
+        # What the engine says about the budget.
         self.messages: list[str] = []
         self.losses: list[float] = []
         torch.manual_seed(0)
@@ -101,8 +91,8 @@ class Trained:
         counted in its place.
         """
         for _ in range(2):
-            self.finish(self.loss())
-        watch = _Allocated(self.device)
+            self.step()
+        watch = Allocations(self.device)
         # Blocks that are computed again call their own hooks again; these are called once.
         hooks = [
             self.model.model.rotary_emb.register_forward_hook(lambda *_: watch.start()),
@@ -112,67 +102,18 @@ class Trained:
         for hook in hooks:
             hook.remove()
         self.finish(loss)
-        return watch.kept
+        return watch.left
 
-    def timed(self, steps: int) -> Callable[[], Mapping[str, float]]:
-        """Returns a function that takes steps and returns the seconds of one."""
-
-        def run() -> Mapping[str, float]:
-            times = []
-            for _ in range(steps):
-                self.synchronize()
-                started = time.perf_counter()
-                self.finish(self.loss())
-                self.synchronize()
-                times.append(time.perf_counter() - started)
-            return {"seconds": statistics.median(times)}
-
-        return run
-
-    def synchronize(self) -> None:
-        """Waits for the device."""
-        if self.device == "cuda":
-            import torch
-
-            torch.cuda.synchronize()
-
-
-class _Allocated:
-    """What torch's allocator holds at one moment and did not at another."""
-
-    def __init__(self, device: str) -> None:
-        import torch
-
-        self.kept = 0
-        self._cuda = device == "cuda"
-        cpu = [torch.profiler.ProfilerActivity.CPU]
-        self._profile = torch.profiler.profile(activities=cpu, profile_memory=True)
-
-    def start(self) -> None:
-        import torch
-
-        if self._cuda:
-            self.kept = -torch.cuda.memory_allocated()
-        else:
-            self._profile.start()
-
-    def stop(self) -> None:
-        import torch
-
-        if self._cuda:
-            self.kept += torch.cuda.memory_allocated()
-            return
-        self._profile.stop()
-        results: Any = self._profile.profiler
-        events = results.kineto_results.events()
-        self.kept = sum(event.nbytes() for event in events if event.name() == "[memory]")
+    def step(self) -> None:
+        """Takes a step."""
+        self.finish(self.loss())
 
 
 def measured(quantized: bool, given: argparse.Namespace) -> dict[str, Any]:
     """Returns the record of one case."""
     models = {way: Trained(wanted, quantized, given) for way, wanted in WAYS.items()}
     kept = {way: model.kept() for way, model in models.items()}
-    ways = {way: model.timed(given.block) for way, model in models.items()}
+    ways = {way: timed(model.step, given.device, given.block) for way, model in models.items()}
     runs = interleaved(ways, given.rounds)
     return {
         "kept_bytes": kept,

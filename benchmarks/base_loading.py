@@ -16,12 +16,12 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from loading_memory import PeakMemory, write_model
-from record import conditions, interleaved, ratio, run_script, spread, summary, write
+from record import Way, conditions, interleaved, ratio, run_script, spread, summary, write
 
 WAYS = ("first", "second", "uncached", "transformers", "transformers_alone")
 # Of a folder that is quantized already; for `prequantized_folder.py`.
@@ -74,7 +74,7 @@ def load(way: str, folder: str, dtype: str) -> None:
     print(json.dumps(found))
 
 
-def started(way: str, folder: Path, dtype: str) -> Callable[[], Mapping[str, float]]:
+def started(way: str, folder: Path, dtype: str) -> Way:
     """Returns a function that loads in a fresh process."""
 
     def run() -> Mapping[str, float]:

@@ -15,11 +15,11 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from record import QUIET, conditions, interleaved, ratio, run_script, summary, write
+from record import QUIET, Way, conditions, interleaved, ratio, run_script, summary, write
 
 # Width of the model, of its feed-forward layers, and layers.
 SIZES = {"137M": (1024, 2816, 12), "379M": (2048, 5632, 8)}
@@ -58,7 +58,7 @@ def trained(way: str, size: tuple[int, int, int], folder: Path) -> tuple[Any, An
     return trainer, task
 
 
-def saved(trainer: Any, path: Path) -> Callable[[], Mapping[str, float]]:
+def saved(trainer: Any, path: Path) -> Way:
     """Returns a function that saves and returns its seconds and bytes."""
 
     def run() -> Mapping[str, float]:
@@ -82,7 +82,7 @@ def load(way: str, size: tuple[int, int, int], path: Path) -> None:
     print(json.dumps({"load_seconds": time.perf_counter() - started}))
 
 
-def loaded(way: str, size: tuple[int, int, int], path: Path) -> Callable[[], Mapping[str, float]]:
+def loaded(way: str, size: tuple[int, int, int], path: Path) -> Way:
     """Returns a function that loads in a fresh process."""
     words = ["--load", way, "--size", *map(str, size), "--file", str(path)]
     return lambda: run_script(__file__, *words)

@@ -19,11 +19,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from record import QUIET, conditions, interleaved, ratio, run_script, spread, summary, write
+from record import (
+    QUIET,
+    conditions,
+    interleaved,
+    ratio,
+    run_script,
+    spread,
+    summary,
+    with_empty_cache,
+    write,
+)
 
 WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "was", "with", "not", "this", "from")
 WAYS = ("one", "several", "cached")
@@ -95,17 +104,6 @@ def wait(steps: int) -> None:
     print(json.dumps({"share": share, "step_seconds": sum(watch.wholes[1:]) / len(watch.wholes)}))
 
 
-def prepared(way: str, file: Path, caches: Path) -> Callable[[], Mapping[str, float]]:
-    """Returns a function that prepares in a fresh process."""
-
-    def run() -> Mapping[str, float]:
-        with tempfile.TemporaryDirectory(dir=caches) as fresh:
-            cache = str(caches / "kept") if way == "cached" else fresh
-            return run_script(__file__, "--prepare", way, "--file", str(file), "--cache", cache)
-
-    return run
-
-
 def first_step(cache: Path) -> dict[str, float]:
     """Returns the seconds to the end of the first step of a recipe."""
     with tempfile.TemporaryDirectory() as folder:
@@ -145,8 +143,14 @@ def main() -> None:
     repeats = 1 if given.quick else given.repeats
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        write_rows(folder / "rows.jsonl", rows)
-        ways = {way: prepared(way, folder / "rows.jsonl", folder) for way in WAYS}
+        file = folder / "rows.jsonl"
+        write_rows(file, rows)
+        ways = {
+            way: with_empty_cache(__file__, folder, "--prepare", way, "--file", str(file))
+            for way in ("one", "several")
+        }
+        cached = ("--prepare", "cached", "--file", str(file), "--cache", str(folder / "kept"))
+        ways["cached"] = lambda: run_script(__file__, *cached)
         # Fills the cache.
         ways["cached"]()
         steps = "4" if given.quick else "40"

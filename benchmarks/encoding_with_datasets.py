@@ -19,7 +19,6 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -27,7 +26,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from data_path import write_rows
-from record import conditions, interleaved, ratio, run_script, spread, summary, write
+from record import Way, conditions, interleaved, ratio, spread, summary, with_empty_cache, write
 
 MAX_LENGTH = 256
 TEMPLATE = (
@@ -106,8 +105,8 @@ ENCODE = {
 }
 
 
-def encode(who: str, processes: int, file: Path, cache: Path) -> None:
-    """Encodes in this process, and prints the seconds."""
+def data_of(who: str, file: Path, cache: Path) -> Any:
+    """Returns the data in a file, when all is imported by which ``who`` prepares them."""
     import datasets
 
     if who == "trl":
@@ -125,6 +124,12 @@ def encode(who: str, processes: int, file: Path, cache: Path) -> None:
         cache_dir=str(cache / "ours"),
     )
     assert data.tokenizer
+    return data
+
+
+def encode(who: str, processes: int, file: Path, cache: Path) -> None:
+    """Encodes in this process, and prints the seconds."""
+    data = data_of(who, file, cache)
     before, started = os.times(), time.perf_counter()
     rows = ENCODE[who](data, processes, cache)
     seconds, after = time.perf_counter() - started, os.times()
@@ -138,19 +143,12 @@ def encode(who: str, processes: int, file: Path, cache: Path) -> None:
     print(json.dumps(content))
 
 
-def encoded(
-    way: str, file: Path, caches: Path, other: Path | None
-) -> Callable[[], Mapping[str, float]]:
+def encoded(way: str, file: Path, caches: Path, other: Path | None) -> Way:
     """Returns a function that encodes in a fresh process, with an empty cache."""
     who, processes = way.split()
     environment = {"PYTHONPATH": str(other)} if who == "other" else {}
-
-    def run() -> Mapping[str, float]:
-        with tempfile.TemporaryDirectory(dir=caches) as cache:
-            words = ("--way", who, "--processes", processes, "--file", str(file), "--cache", cache)
-            return run_script(__file__, *words, **environment)
-
-    return run
+    words = ("--way", who, "--processes", processes, "--file", str(file))
+    return with_empty_cache(__file__, caches, *words, **environment)
 
 
 def main() -> None:

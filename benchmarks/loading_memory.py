@@ -24,7 +24,15 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from record import PAGE, conditions, format_conditions, markdown, write, write_between
+from record import (
+    PAGE,
+    conditions,
+    format_conditions,
+    markdown,
+    smollm2_file,
+    write,
+    write_between,
+)
 
 GGUF = "gguf_memory"
 METHODS = ("plain", "lora", "qlora", "dense_first", "by_transformers")
@@ -38,35 +46,47 @@ def memory(kind: str) -> int:
     raise RuntimeError(f"{kind} is not in /proc/self/status; this benchmark needs Linux")
 
 
-class PeakMemory:
-    """Watches the memory of this process in a ``with`` block, in bytes above what it began with.
+class Sampler:
+    """Looks at something every so many seconds in a ``with`` block, and at its end."""
 
-    Attributes:
-        peak: The most of each kind: ``RssAnon`` is private, ``VmRSS`` counts mapped pages too.
-        final: Private memory at the end.
-    """
+    def __init__(self, seconds: float = 0.002) -> None:
+        self._seconds, self._ended = seconds, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> PeakMemory:
-        self._before = {kind: memory(kind) for kind in ("RssAnon", "VmRSS")}
-        self.peak = dict.fromkeys(self._before, 0)
-        self._ended = threading.Event()
-        self._watcher = threading.Thread(target=self._watch)
-        self._watcher.start()
+    def look(self) -> None:
+        """Looks once."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Any:
+        self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._ended.set()
-        self._watcher.join()
-        self._look()
-        self.final = memory("RssAnon") - self._before["RssAnon"]
+        self._thread.join()
+        self.look()
 
     def _watch(self) -> None:
-        while not self._ended.wait(0.002):
-            self._look()
+        while not self._ended.wait(self._seconds):
+            self.look()
 
-    def _look(self) -> None:
-        for kind, before in self._before.items():
-            self.peak[kind] = max(self.peak[kind], memory(kind) - before)
+
+class PeakMemory(Sampler):
+    """The memory of this process, in bytes above what it had when this was made.
+
+    ``RssAnon`` is private, ``VmRSS`` counts mapped pages too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._before = {kind: memory(kind) for kind in ("RssAnon", "VmRSS")}
+        self.peak = dict.fromkeys(self._before, 0)
+
+    def look(self) -> None:
+        """Looks at both kinds."""
+        now = {kind: memory(kind) - before for kind, before in self._before.items()}
+        self.peak = {kind: max(self.peak[kind], held) for kind, held in now.items()}
+        self.final = now["RssAnon"]
 
 
 def write_model(folder: Path, layers: int, dtype: str) -> dict[str, int]:
@@ -160,11 +180,7 @@ def measured(method: str, folder: str, weights: dict[str, int]) -> dict[str, Any
 
 def of_gguf() -> None:
     """Measures the real GGUF file, and writes the record and the table."""
-    from lightning_peft.demo.exercises import absence_of_smollm2, smollm2
-
-    if missing := absence_of_smollm2():
-        raise SystemExit(f"The model is missing: {missing}")
-    file = str(smollm2())
+    file = str(smollm2_file())
     with tempfile.TemporaryDirectory() as cache:
         # So that the first start is one.
         os.environ["XDG_CACHE_HOME"] = cache

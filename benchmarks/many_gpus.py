@@ -8,21 +8,20 @@ dimensions are below (a minute or two; nothing is loaded), and writes three tabl
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, replace
 from typing import Any
 
-from planner_anchors import GB, GIB, LLAMAS, Anchor
+from planner_anchors import GB, GIB, LLAMAS, Anchor, plan_of
+from planner_anchors import table as anchor_table
 from planner_grid import PAGE
 from record import markdown, read, write_between
 from sharding import COUNTS, METHODS, SIZES
 
 from lightning_peft.plan.cluster import cluster_of, step_bounds
 from lightning_peft.plan.device_memory import readable
-from lightning_peft.plan.prediction import PARTS, Prediction, predict, process_bytes
+from lightning_peft.plan.prediction import PARTS, Prediction, process_bytes
 from lightning_peft.plan.settings import PlanSettings
-from lightning_peft.plan.sources import from_config
 from lightning_peft.plan.work import Work
-from lightning_peft.tasks.token_loss import chunked_loss
 
 # Those of Llama 3.1 are the dimensions of Llama 3.
 MODELS: dict[str, dict[str, int]] = {
@@ -74,15 +73,6 @@ def plan(model: str, settings: PlanSettings, chunked: bool = True) -> Prediction
     return replace(more, trace=trace, breakdown=breakdown)
 
 
-def plan_of(dimensions: dict[str, int], settings: PlanSettings, chunked: bool) -> Prediction:
-    """Returns the plan of one process for a Llama of some dimensions."""
-    import transformers
-
-    config = transformers.LlamaConfig(**dimensions, architectures=["LlamaForCausalLM"])
-    source = from_config(config, dtype="bfloat16")
-    return predict(source, settings, chunked_loss if chunked else None)
-
-
 def table() -> str:
     """Returns the plans for 1 to 512 GPUs."""
     rows = []
@@ -128,17 +118,6 @@ def base_bytes(found: Prediction) -> int:
     return found.breakdown["weights_quantized"] + found.breakdown["weights_dense"]
 
 
-@dataclass(frozen=True)
-class Published(Anchor):
-    """A published figure of one GPU of several.
-
-    Attributes:
-        chunked: Whether logits are made by chunks there.
-    """
-
-    chunked: bool = False
-
-
 def all_shared(found: Prediction) -> float:
     """What torch's allocator holds where what trains is shared too, and needs no buckets."""
     parts = found.breakdown
@@ -152,7 +131,7 @@ def without_base(found: Prediction) -> float:
     return all_shared(found) - base_bytes(found)
 
 
-def anchors() -> list[Published]:
+def anchors() -> list[Anchor]:
     """Returns the published figures."""
 
     def run(count: int, **given: Any) -> PlanSettings:
@@ -162,40 +141,19 @@ def anchors() -> list[Published]:
 
     long = run(2, batch_size=2, seq_len=2048, lora={"r": 8}, padded=False)
     return [
-        Published("PEFT docs, r=8, batch 2, 2048 tokens, 2 GPUs", "Llama-2-70B", long, 35.6 * GB,
+        Anchor("PEFT docs, r=8, batch 2, 2048 tokens, 2 GPUs", "Llama-2-70B", long, 35.6 * GB,
                all_shared, ""),
-        Published("the same, base on the CPU", "Llama-2-70B", long, 19.6 * GB, without_base,
+        Anchor("the same, base on the CPU", "Llama-2-70B", long, 19.6 * GB, without_base,
                "not planned: what is left without the base"),
-        Published("axolotl, 512 tokens, 2 x 24 GB", "Llama-2-70B",
+        Anchor("axolotl, 512 tokens, 2 x 24 GB", "Llama-2-70B",
                run(2, lora={"r": 32}, optimizer="adamw_8bit"), 14 * GB, without_base,
                "not planned: what is left without the base"),
-        Published("torchtune, LoRA r=16, batch 2, 2048 tokens, 8 x A100, compiled", "Llama-3.1-70B",
+        Anchor("torchtune, LoRA r=16, batch 2, 2048 tokens, 8 x A100, compiled", "Llama-3.1-70B",
                PlanSettings("lora", processes=8, sharding="fsdp2", batch_size=2, seq_len=2048,
                             padded=False), 27.6 * GIB, all_shared, "", True),
-        Published("torchtune, QLoRA r=16, batch 1, 8 x A100", "Llama-3.1-405B",
+        Anchor("torchtune, QLoRA r=16, batch 1, 8 x A100", "Llama-3.1-405B",
                run(8), 44.8 * GB, all_shared, "512 tokens, not stated by the source", True),
     ]  # fmt: skip
-
-
-def anchor_table() -> str:
-    """Returns predictions and published figures."""
-    made: dict[str, Prediction] = {}
-    rows = []
-    for anchor in anchors():
-        key = f"{anchor.model} {anchor.settings} {anchor.chunked}"
-        if key not in made:
-            made[key] = plan(anchor.model, anchor.settings, anchor.chunked)
-        found = made[key]
-        value = anchor.share(found)
-        parts = ", ".join(
-            f"{name} {readable(size)}" for name, size in found.breakdown.items() if size > GB / 10
-        )
-        deviation = f"{value / anchor.published - 1:+.1%}"
-        figures = [f"{anchor.published / GB:.1f}", f"{value / GB:.1f}", deviation]
-        rows.append([anchor.what, anchor.model, *figures, anchor.note])
-        print(*rows[-1], parts, sep=" | ", flush=True)
-    columns = "run | model | published GB | predicted GB | deviation | compared"
-    return "\n".join(markdown(columns, rows))
 
 
 def counted_plan(method: str, count: int) -> Prediction:
@@ -236,5 +194,6 @@ def counted_table() -> str:
 
 if __name__ == "__main__":
     write_between("counted", counted_table(), PAGE)
-    write_between("published of several", anchor_table(), PAGE)
+    published = anchor_table(anchors(), lambda one: plan(one.model, one.settings, one.chunked))
+    write_between("published of several", published, PAGE)
     write_between("many gpus", table(), PAGE)

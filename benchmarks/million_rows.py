@@ -20,9 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,39 +28,35 @@ from typing import Any
 
 import psutil
 from data_path import write_rows
-from encoding_with_datasets import MAX_LENGTH, TEMPLATE, encode_with_trl
-from record import conditions, interleaved, ratio, run_script, spread, summary, write
+from encoding_with_datasets import data_of, encode_with_trl
+from loading_memory import Sampler
+from record import (
+    conditions,
+    interleaved,
+    ratio,
+    run_script,
+    spread,
+    summary,
+    with_empty_cache,
+    write,
+)
 
 PROCESSES = 2
 SAMPLE_SECONDS = 0.5
 
 
-class PeakMemory:
-    """Samples the memory of this process and its children in a thread, within its context."""
+class PeakMemory(Sampler):
+    """The most memory of this process and its children."""
 
-    def __init__(self) -> None:
-        self.peak = 0
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
+    peak = 0
 
-    def __enter__(self) -> PeakMemory:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        this = psutil.Process()
-        while True:
-            total = 0
-            for process in [this, *this.children(recursive=True)]:
-                with suppress(psutil.Error, OSError):
-                    total += anonymous_bytes(process.pid)
-            self.peak = max(self.peak, total)
-            if self._ended.wait(SAMPLE_SECONDS):
-                return
+    def look(self) -> None:
+        """Samples it."""
+        this, total = psutil.Process(), 0
+        for process in [this, *this.children(recursive=True)]:
+            with suppress(psutil.Error, OSError):
+                total += anonymous_bytes(process.pid)
+        self.peak = max(self.peak, total)
 
 
 def anonymous_bytes(pid: int) -> int:
@@ -74,26 +68,11 @@ def anonymous_bytes(pid: int) -> int:
 
 def prepare(who: str, file: Path, cache: Path) -> None:
     """Prepares in this process, and prints seconds, peak and rows."""
-    import datasets
-
-    if who == "trl":
-        import trl.trainer.sft_trainer  # noqa: F401
-
-    from lightning_peft import SupervisedData
     from lightning_peft.data import preparation
-    from lightning_peft.demo.run import BASE
 
     preparation.usable_cores = lambda: PROCESSES
-    datasets.disable_progress_bars()
-    data = SupervisedData(
-        str(file),
-        str(BASE),
-        chat_template=TEMPLATE,
-        max_length=MAX_LENGTH,
-        cache_dir=str(cache / "ours"),
-    )
-    assert data.tokenizer
-    with PeakMemory() as memory:
+    data = data_of(who, file, cache)
+    with PeakMemory(SAMPLE_SECONDS) as memory:
         started = time.perf_counter()
         if who == "trl":
             rows = len(encode_with_trl(data, PROCESSES, cache))
@@ -103,25 +82,15 @@ def prepare(who: str, file: Path, cache: Path) -> None:
     print(json.dumps({"seconds": seconds, "peak_bytes": memory.peak, "rows": rows}))
 
 
-def words_of(who: str, file: Path, cache: Path) -> tuple[str, ...]:
-    """Returns the arguments with which this script prepares."""
-    return ("--who", who, "--file", str(file), "--cache", str(cache))
-
-
-def with_empty_cache(who: str, file: Path, folder: Path) -> Callable[[], Mapping[str, float]]:
-    """Returns a function that prepares in a fresh process."""
-
-    def run() -> Mapping[str, float]:
-        with tempfile.TemporaryDirectory(dir=folder) as cache:
-            return run_script(__file__, *words_of(who, file, Path(cache)))
-
-    return run
+def words_of(who: str, file: Path) -> tuple[str, ...]:
+    """Returns the arguments with which this script prepares, but for the cache."""
+    return ("--who", who, "--file", str(file))
 
 
 def killed(file: Path, cache: Path, parts: int) -> None:
     """Kills a preparation once so many parts are written."""
     script = subprocess.Popen(
-        [sys.executable, __file__, *words_of("ours", file, cache)],
+        [sys.executable, __file__, *words_of("ours", file), "--cache", str(cache)],
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.DEVNULL,
     )
@@ -146,14 +115,15 @@ def measure(rows: int, small: int, repeats: int) -> dict[str, Any]:
         write_rows(few, small)
         write_rows(many, rows)
         names = ("ours", "trl") if find_spec("trl") else ("ours",)
-        runs = interleaved({who: with_empty_cache(who, few, folder) for who in names}, repeats)
-        kept = folder / "kept"
+        ways = {who: with_empty_cache(__file__, folder, *words_of(who, few)) for who in names}
+        runs = interleaved(ways, repeats)
+        words = (*words_of("ours", many), "--cache")
         for way in ("all", "cached"):
-            runs[way] = [run_script(__file__, *words_of("ours", many, kept))]
+            runs[way] = [run_script(__file__, *words, str(folder / "kept"))]
             print(f"{way}: {runs[way]}", flush=True)
         parts = max(1, rows // PART_ROWS // 2)
         killed(many, folder / "killed", parts)
-        runs["resumed"] = [run_script(__file__, *words_of("ours", many, folder / "killed"))]
+        runs["resumed"] = [run_script(__file__, *words, str(folder / "killed"))]
     assert all(run["rows"] == small for who in names for run in runs[who])
     assert {run["rows"] for way in ("all", "cached", "resumed") for run in runs[way]} == {rows}
     growth = runs["all"][0]["peak_bytes"] - min(run["peak_bytes"] for run in runs["ours"])

@@ -6,7 +6,7 @@ and writes the table into ``docs/planner.md``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from record import markdown, write_between
 from lightning_peft.plan.prediction import Prediction, predict
 from lightning_peft.plan.settings import PlanSettings
 from lightning_peft.plan.sources import from_config
+from lightning_peft.tasks.token_loss import chunked_loss
 
 GB, GIB = 1e9, 2**30
 
@@ -41,23 +42,17 @@ LLAMAS: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True)
 class Anchor:
-    """A published figure.
-
-    Attributes:
-        what: The run.
-        model: One of the models.
-        settings: The run, for the planner.
-        published: Bytes.
-        share: What of the prediction the figure is compared with.
-        note: What that is, and why the rest is left out.
-    """
+    """A published figure of a run, in bytes."""
 
     what: str
     model: str
     settings: PlanSettings
     published: float
+    # What of the prediction it is compared with; what that is, and why the rest is left out.
     share: Callable[[Prediction], float]
     note: str
+    # Whether logits are made by chunks there.
+    chunked: bool = False
 
 
 def peak(plan: Prediction) -> float:
@@ -113,19 +108,25 @@ def anchors() -> list[Anchor]:
     ]  # fmt: skip
 
 
-def table() -> str:
-    """Returns predictions and published figures."""
+def plan_of(
+    dimensions: dict[str, int], settings: PlanSettings, chunked: bool = False
+) -> Prediction:
+    """Returns the plan of one process for a Llama of some dimensions, in bfloat16."""
     import transformers
 
-    made: dict[tuple[str, str], Prediction] = {}
+    config = transformers.LlamaConfig(**dimensions, architectures=["LlamaForCausalLM"])
+    source = from_config(config, dtype="bfloat16")
+    return predict(source, settings, chunked_loss if chunked else None)
+
+
+def table(anchors: Iterable[Anchor], plan: Callable[[Anchor], Prediction]) -> str:
+    """Returns published figures and what ``plan`` predicts of them."""
+    made: dict[tuple[str, str, bool], Prediction] = {}
     rows = []
-    for anchor in anchors():
-        key = (anchor.model, repr(anchor.settings))
+    for anchor in anchors:
+        key = (anchor.model, repr(anchor.settings), anchor.chunked)
         if key not in made:
-            config = transformers.LlamaConfig(
-                **LLAMAS[anchor.model], architectures=["LlamaForCausalLM"]
-            )
-            made[key] = predict(from_config(config, dtype="bfloat16"), anchor.settings)
+            made[key] = plan(anchor)
         value = anchor.share(made[key])
         cells = [
             anchor.what,
@@ -136,10 +137,11 @@ def table() -> str:
             anchor.note,
         ]
         rows.append(cells)
-        print(*cells, sep=" | ", flush=True)
+        print(*cells, made[key].breakdown, sep=" | ", flush=True)
     columns = "run | model | published GB | predicted GB | deviation | compared"
     return "\n".join(markdown(columns, rows))
 
 
 if __name__ == "__main__":
-    write_between("anchors", table(), PAGE)
+    published = table(anchors(), lambda one: plan_of(LLAMAS[one.model], one.settings))
+    write_between("anchors", published, PAGE)

@@ -22,6 +22,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from allocations import memory_events
+from profiles import torch_profiler
 from record import QUIET, device_name, markdown, run_script, write_between
 
 HERE = Path(__file__).parent
@@ -225,11 +227,8 @@ class Meter:
         self._mark: Any = None
 
     def __enter__(self) -> None:
-        import torch
-
         if self.device == "cpu":
-            cpu = [torch.profiler.ProfilerActivity.CPU]
-            self._profile = torch.profiler.profile(activities=cpu, profile_memory=True)
+            self._profile = torch_profiler(profile_memory=True)
             self._profile.__enter__()
 
     def before(self, index: int) -> None:
@@ -254,11 +253,10 @@ class Meter:
             return
         self._mark.__exit__(None, None, None)
         self._profile.__exit__(None, None, None)
-        events = list(self._profile.profiler.kineto_results.events())
+        events = self._profile.profiler.kineto_results.events()
         start = next(e.start_ns() for e in events if e.name() == "second step")
-        memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
         live = 0
-        for when, size in memory:
+        for when, size in memory_events(self._profile):
             live += size
             if when >= start:
                 self.peak = max(self.peak, live)

@@ -23,13 +23,12 @@ import ast
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import base_loading
 from loading_memory import write_model
-from record import conditions, interleaved, ratio, run_script, summary, write
+from record import Way, conditions, interleaved, ratio, run_script, summary, write
 
 WAYS = ("cache", "folder", "folder_alone")
 LOADING = Path(__file__).parents[1] / "lightning_peft" / "engine" / "loading"
@@ -59,7 +58,7 @@ def save(source: str, folder: str) -> None:
     print(json.dumps({"seconds": seconds, "equal": equal}))
 
 
-def start(way: str, place: Path) -> Callable[[], Mapping[str, float]]:
+def start(way: str, place: Path) -> Way:
     """Returns a function that loads in a fresh process."""
     kind = {"cache": "second", "folder": "prequantized", "folder_alone": "prequantized_alone"}[way]
     folder = place / ("model" if way == "cache" else "quantized")

@@ -50,12 +50,7 @@ def shares(events: Any) -> dict[str, Any]:
 
 
 def group_of(event: Any, closures: Mapping[int, float]) -> str:
-    """Returns the group of an operation.
-
-    Args:
-        event: The operation.
-        closures: When the closure of an optimizer's step ended, by the step's ``id``.
-    """
+    """Returns the group of an operation; ``closures`` are those of :func:`_ends_of_closures`."""
     for group, names in GROUPS.items():
         if any(name in event.name for name in names):
             return group
@@ -70,7 +65,7 @@ def group_of(event: Any, closures: Mapping[int, float]) -> str:
 
 
 def _ends_of_closures(events: Any) -> dict[int, float]:
-    """Finds where forward and backward passes end in the step of an optimizer (Lightning)."""
+    """Finds when forward and backward pass end in steps of an optimizer (Lightning), by ``id``."""
     ends: dict[int, float] = {}
     for event in events:
         if event.name.startswith("autograd::engine"):

@@ -11,15 +11,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from record import PAGE, conditions, read, write, write_between
+from record import (
+    PAGE,
+    conditions,
+    markdown,
+    read,
+    run_command,
+    smollm2_file,
+    write,
+    write_between,
+)
 
-from lightning_peft.demo.exercises import absence_of_smollm2, smollm2
 from lightning_peft.recipe_files import recipes_folder
 
 NAME = "real_preferences"
@@ -60,16 +66,7 @@ def trained(task: str, base: Path, steps: int, batch: int) -> dict[str, Any]:
         }
         words = [f"--config={task}-lora", f"--config=small/{task}"]
         words += [f"--{key}={value}" for key, value in values.items()]
-        done = subprocess.run(
-            [sys.executable, "-m", "lightning_peft.cli", "fit", *words, "--json"],
-            cwd=name,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    if done.returncode:
-        raise SystemExit(done.stderr[-2000:])
-    result = json.loads(done.stdout)
+        result = run_command(Path(name), "fit", *words)
     kept = ("before", "after", "steps", "trainable_parameters")
     return {"task": task, **{name: result[name] for name in kept}}
 
@@ -82,17 +79,17 @@ def table(content: dict[str, Any]) -> str:
         f"{VALIDATED} pairs to validate; {where['cores']} cores, torch "
         f"{where['versions']['torch']}, {where['date']}:",
         "",
-        "| recipe | steps | val_loss before | after | val_accuracy before | after |",
-        "| --- | --- | --- | --- | --- | --- |",
     ]
+    rows = []
     for row in content["rows"]:
         cells = [
             f"{row[when][metric]:.3f}"
             for metric in ("val_loss", "val_accuracy")
             for when in ("before", "after")
         ]
-        lines.append(f"| `{row['task']}-lora` | {row['steps']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([f"`{row['task']}-lora`", row["steps"], *cells])
+    columns = "recipe | steps | val_loss before | after | val_accuracy before | after"
+    return "\n".join([*lines, *markdown(columns, rows)])
 
 
 def main() -> None:
@@ -104,11 +101,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     content = read(NAME) or {"rows": []}
-    base, missing = smollm2(), absence_of_smollm2()
     for task in [] if given.table else given.tasks:
-        if base is None or missing:
-            raise SystemExit(f"The model is missing: {missing}")
-        row = trained(task, base, given.steps, given.batch)
+        row = trained(task, smollm2_file(), given.steps, given.batch)
         rows = [*[one for one in content["rows"] if one["task"] != task], row]
         content = {
             "rows": sorted(rows, key=lambda one: TASKS.index(one["task"])),

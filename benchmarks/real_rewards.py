@@ -13,16 +13,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from record import PAGE, conditions, markdown, read, write, write_between
+from record import (
+    PAGE,
+    conditions,
+    markdown,
+    read,
+    run_command,
+    smollm2_file,
+    write,
+    write_between,
+)
 
-from lightning_peft.demo.exercises import absence_of_smollm2, smollm2
 from lightning_peft.demo.orders import order_rows
 
 NAME = "real_rewards"
@@ -62,17 +68,8 @@ def _row(turns: list[dict[str, str]], split: str, name: str) -> dict[str, Any]:
 
 
 def command(folder: Path, *words: str) -> dict[str, Any]:
-    """Runs a command in a folder, and returns its result, which it prints as JSON."""
-    done = subprocess.run(
-        [sys.executable, "-m", "lightning_peft.cli", *words, "--json"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(done.stderr[-2000:])
-    result = dict(json.loads(done.stdout))
+    """Runs a command in a folder, and returns and prints what comes out."""
+    result = run_command(folder, *words)
     print(words[0], result.get("before", ""), result.get("after", ""), flush=True)
     return result
 
@@ -167,12 +164,9 @@ def main() -> None:
     given = parser.parse_args()
     content = read(NAME)
     if not given.table:
-        base = smollm2()
-        if base is None or absence_of_smollm2():
-            raise SystemExit(f"The model is missing: {absence_of_smollm2()}")
         settings = {name: value for name, value in vars(given).items() if name != "table"}
         content = {"conditions": conditions(), "settings": settings, "rates": RATES}
-        content["run"] = measured(base, given)
+        content["run"] = measured(smollm2_file(), given)
         write(NAME, content, quick=False)
     if content is None:
         raise SystemExit("There is no record yet.")

@@ -34,6 +34,7 @@ from record import (
     markdown,
     ratio_table,
     read,
+    smollm2_file,
     spread,
     write,
     write_between,
@@ -69,10 +70,9 @@ def prepared(folder: Path) -> None:
 
     from lightning_peft import SupervisedData, engine
     from lightning_peft.data.tokenized import load_tokenizer
-    from lightning_peft.demo.exercises import smollm2
     from lightning_peft.demo.orders import order_rows
 
-    model = str(smollm2())
+    model = str(smollm2_file())
     engine.load_pretrained_model(AutoModelForCausalLM, model, dtype="bfloat16").save_pretrained(
         folder
     )
@@ -362,12 +362,10 @@ def main() -> None:
     given = parser.parse_args()
     if given.quick:
         given.rounds = 1
-    if given.command in ("measure", "profile"):
-        from lightning_peft.demo.exercises import absence_of_smollm2
-
-        if missing := absence_of_smollm2():
-            raise SystemExit(f"The model is missing: {missing}")
-        measure(given) if given.command == "measure" else profile()
+    if given.command == "measure":
+        measure(given)
+    elif given.command == "profile":
+        profile()
     elif given.command == "table":
         table()
     else:

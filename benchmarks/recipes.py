@@ -23,7 +23,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.demo.exercises import absence_of_smollm2, smollm2
+from record import markdown, smollm2_file
+
 from lightning_peft.recipe_files import recipe_files, recipes_folder
 
 RESULTS = recipes_folder() / "results.json"
@@ -119,10 +120,7 @@ REAL_CONDITIONS = """
 {processor}, {cores} cores, {threads} threads, {system}, Python {python}, torch {torch}; {date}.
 There was other work on the machine: times are not comparable. No GPU was used.
 """
-TABLE_HEAD = (
-    "| recipe | method | metric | before | after | val_loss before | after | steps | s | MB |",
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-)
+COLUMNS = "recipe | method | metric | before | after | val_loss before | after | steps | s | MB"
 
 
 def task_of(recipe: str) -> str:
@@ -131,20 +129,13 @@ def task_of(recipe: str) -> str:
 
 
 def real_model(kind: str) -> Path:
-    """Returns the folder of the real encoder, or the file of the real decoder.
-
-    Raises:
-        SystemExit: If its package is not installed.
-    """
+    """Returns the folder of the real encoder, or the file of the real decoder."""
     if kind == "decoder":
-        found, missing = smollm2(), absence_of_smollm2()
-    else:
-        spec = find_spec(ENCODER[0])
-        found = Path(str(spec.origin)).parent / ENCODER[1] if spec else None
-        missing = None if found else f"pip install {ENCODER[0].replace('_', '-')}"
-    if found is None or missing:
-        raise SystemExit(f"The model is missing: {missing}")
-    return found
+        return smollm2_file()
+    spec = find_spec(ENCODER[0])
+    if spec is None:
+        raise SystemExit(f"The model is missing: pip install {ENCODER[0].replace('_', '-')}")
+    return Path(str(spec.origin)).parent / ENCODER[1]
 
 
 def on_real(kind: str, recipe: str) -> list[str]:
@@ -223,25 +214,21 @@ def table(content: dict[str, Any]) -> str:
 
 
 def _rows(rows: list[dict[str, Any]]) -> list[str]:
-    lines = list(TABLE_HEAD)
+    cells: list[list[str]] = []
     for row in rows:
-        start = f"| `{row['recipe']}` | {row['method']} "
+        cells.append([f"`{row['recipe']}`", row["method"]])
         if "error" in row:
-            lines.append(f"{start}| failed: {row['error']} | | | | | | | |")
+            cells[-1] += [f"failed: {row['error']}", *[""] * 7]
             continue
-        name, before, after = row["metric"], row["before"], row["after"]
-        cells = [
-            name,
-            _number(before.get(name)),
-            _number(after.get(name)),
-            _number(before.get("val_loss")),
-            _number(after.get("val_loss")),
+        cells[-1] += [
+            row["metric"],
+            *(_number(row[when].get(row["metric"])) for when in ("before", "after")),
+            *(_number(row[when].get("val_loss")) for when in ("before", "after")),
             str(row["steps"]),
             f"{row['seconds']:.0f}",
             f"{row['peak_memory']['process_bytes'] / 1e6:,.0f}",
         ]
-        lines.append(f"{start}| {' | '.join(cells)} |")
-    return lines
+    return markdown(COLUMNS, cells)
 
 
 def _number(value: float | None) -> str:

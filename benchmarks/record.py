@@ -8,6 +8,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -22,6 +23,8 @@ QUIET: dict[str, Any] = {
     "devices": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
     "enable_model_summary": False,
 }  # fmt: skip
+# Measures once.
+Way = Callable[[], Mapping[str, float]]
 PACKAGES = (
     "torch", "transformers", "peft", "bitsandbytes", "pytorch-lightning", "safetensors", "trl",
 )  # fmt: skip
@@ -73,9 +76,7 @@ def format_conditions(where: Mapping[str, Any]) -> str:
     return "; ".join(f"{k} {v}".replace("_", " ") for k, v in flat.items() if v is not None) + "."
 
 
-def interleaved(
-    ways: Mapping[str, Callable[[], Mapping[str, float]]], repeats: int
-) -> dict[str, list[dict[str, float]]]:
+def interleaved(ways: Mapping[str, Way], repeats: int) -> dict[str, list[dict[str, float]]]:
     """Runs every way once, then every way once more, and so on.
 
     Other load on the machine then falls on all of them alike.
@@ -107,6 +108,64 @@ def run_script(script: str, *words: str, **environment: str) -> dict[str, float]
     if done.returncode:
         raise RuntimeError(f"{' '.join(words)}: {(done.stderr.strip().splitlines() or ['-'])[-1]}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def smollm2_file() -> Path:
+    """Returns the file of SmolLM2-135M-Instruct; ends this process where there is none."""
+    from lightning_peft.demo.exercises import absence_of_smollm2, smollm2
+
+    found, missing = smollm2(), absence_of_smollm2()
+    if found is None or missing:
+        raise SystemExit(f"The model is missing: {missing}")
+    return found
+
+
+def run_command(folder: Path, *words: str) -> dict[str, Any]:
+    """Runs a command of the package in a folder, and returns the result that it prints as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_peft.cli", *words, "--json"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    return dict(json.loads(done.stdout))
+
+
+def with_empty_cache(script: str, folder: Path, *words: str, **environment: str) -> Way:
+    """Returns a function that runs a script in a fresh process, with an empty ``--cache``."""
+
+    def run() -> Mapping[str, float]:
+        with tempfile.TemporaryDirectory(dir=folder) as cache:
+            return run_script(script, *words, "--cache", cache, **environment)
+
+    return run
+
+
+def synchronize(device: str) -> None:
+    """Waits for what was started on a GPU."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def timed(step: Callable[[], Any], device: str, steps: int = 1) -> Way:
+    """Returns a function that takes some steps, and returns the median of their seconds."""
+
+    def run() -> Mapping[str, float]:
+        times = []
+        for _ in range(steps):
+            synchronize(device)
+            started = time.perf_counter()
+            step()
+            synchronize(device)
+            times.append(time.perf_counter() - started)
+        return {"seconds": statistics.median(times)}
+
+    return run
 
 
 def device_name(device: str) -> str:

@@ -68,7 +68,6 @@ class Step(Pace):
         """Called after each step."""
         self.steps += 1
         if self.steps == 3:
-            self._synchronize()
             self.peak = self._end_memory()
             raise Finished
 

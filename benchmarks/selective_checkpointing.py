@@ -33,6 +33,7 @@ from record import (
     ratio,
     record_name,
     summary,
+    timed,
     write,
 )
 
@@ -112,11 +113,6 @@ def levels_for(limit: float, quantized: bool, given: argparse.Namespace) -> list
     return choose_levels([BlockSizes(("", ()), *kept)] * count, limit)
 
 
-def peak_of_step(trained: Trained) -> int:
-    """Returns the most that torch had allocated during a step, above what was there before."""
-    return allocations(trained.device, lambda: trained.finish(trained.loss()))[0]
-
-
 def gradients(trained: Trained) -> dict[str, Any]:
     """Returns the gradients of the adapters for a fixed batch."""
     import torch
@@ -145,8 +141,9 @@ def measured(quantized: bool, given: argparse.Namespace) -> dict[str, Any]:
         way: max(float((value - of["none"][name]).abs().max()) for name, value in found.items())
         for way, found in of.items()
     }
-    peaks = {way: peak_of_step(model) for way, model in models.items()}
-    runs = interleaved({way: models[way].timed(given.block) for way in WAYS}, given.rounds)
+    peaks = {way: allocations(given.device, model.step)[0] for way, model in models.items()}
+    steps = {way: timed(models[way].step, given.device, given.block) for way in WAYS}
+    runs = interleaved(steps, given.rounds)
     return {
         "levels": {way: Counter(found) for way, found in levels.items()},
         "kept_bytes": kept,

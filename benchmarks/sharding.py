@@ -74,14 +74,50 @@ def _bytes(tensors: list[Any]) -> int:
     return sum(storages.values())
 
 
+def task_class() -> Any:
+    """Returns the class of a task that trains ``self.model`` on rows of tokens."""
+    import pytorch_lightning as pl
+    import torch
+
+    class Task(pl.LightningModule):
+        model: Any
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.model(input_ids=batch, labels=batch).loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    return Task
+
+
+def trainer_of(count: int, method: str, own: dict[str, Any] | None = None, **given: Any) -> Any:
+    """Returns the Trainer of ``count`` processes; ``own`` are settings of the strategy."""
+    import pytorch_lightning as pl
+
+    import lightning_peft
+
+    classes = {"lora": lightning_peft.LoRAStrategy, "qlora": lightning_peft.QLoRAStrategy}
+    strategy = classes[method](sharding="fsdp2", announce=False, **(own or {}))
+    settings = {**QUIET, "devices": count, "accelerator": "cpu"}
+    return pl.Trainer(strategy=strategy, **settings, **given)
+
+
+def of_all(count: int, mine: dict[str, int]) -> list[Any]:
+    """Returns what each process found."""
+    import torch
+
+    found: list[Any] = [mine] * count
+    if count > 1:
+        torch.distributed.all_gather_object(found, mine)
+    return found
+
+
 def train(count: int, method: str, quick: bool, target: Path) -> None:
     """Trains in ``count`` processes, of which this is one; the first writes what each holds."""
-    import pytorch_lightning as pl
     import torch
     from torch.utils.data import DataLoader
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    import lightning_peft
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -91,28 +127,16 @@ def train(count: int, method: str, quick: bool, target: Path) -> None:
     ).to(torch.bfloat16)
     held: list[Any] = []
 
-    class Task(pl.LightningModule):
+    class Task(task_class()):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.model = model
 
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            return self.model(input_ids=batch, labels=batch).loss
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.AdamW(self.parameters(), lr=1e-3)
-
         def on_train_end(self) -> None:
-            mine = held_bytes(self, self.optimizers(use_pl_optimizer=False))
-            held[:] = [mine] * count
-            if count > 1:
-                torch.distributed.all_gather_object(held, mine)
+            held[:] = of_all(count, held_bytes(self, self.optimizers(use_pl_optimizer=False)))
 
-    classes = {"lora": lightning_peft.LoRAStrategy, "qlora": lightning_peft.QLoRAStrategy}
-    ours = classes[method](sharding="fsdp2", announce=False)
     rows = torch.randint(4096, (3 * count, 16), generator=torch.Generator().manual_seed(1))
-    settings = {**QUIET, "devices": count, "accelerator": "cpu", "max_epochs": 1}
-    trainer = pl.Trainer(strategy=ours, precision="bf16-mixed", **settings)
+    trainer = trainer_of(count, method, max_epochs=1, precision="bf16-mixed")
     trainer.fit(Task(), DataLoader(rows, batch_size=1))
     if trainer.is_global_zero:
         target.write_text(json.dumps(held), encoding="utf-8")
@@ -120,7 +144,6 @@ def train(count: int, method: str, quick: bool, target: Path) -> None:
 
 def load(count: int, way: str, folder: str, target: Path) -> None:
     """Loads in ``count`` processes, of which this is one; the first writes what each took."""
-    import pytorch_lightning as pl
     import torch
     from loading_memory import PeakMemory, memory
     from torch.utils.data import DataLoader
@@ -138,7 +161,7 @@ def load(count: int, way: str, folder: str, target: Path) -> None:
     method, dtype, in_constructor, cached = WAYS[way]
     taken: list[Any] = []
 
-    class Task(pl.LightningModule):
+    class Task(task_class()):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.model: Any = None
@@ -153,23 +176,12 @@ def load(count: int, way: str, folder: str, target: Path) -> None:
                 self.build()
 
         def on_train_start(self) -> None:
-            mine = {"peak": watched.peak["RssAnon"], "after": memory("RssAnon") - before}
-            taken[:] = [mine] * count
-            if count > 1:
-                torch.distributed.all_gather_object(taken, mine)
+            after = memory("RssAnon") - before
+            taken[:] = of_all(count, {"peak": watched.peak["RssAnon"], "after": after})
 
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            return self.model(input_ids=batch, labels=batch).loss
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.AdamW(self.parameters(), lr=1e-3)
-
-    classes = {"lora": lightning_peft.LoRAStrategy, "qlora": lightning_peft.QLoRAStrategy}
-    given = {"cache_quantized_base": cached} if method == "qlora" else {}
-    ours = classes[method](sharding="fsdp2", announce=False, r=1, **given)
+    own = {"r": 1, **({"cache_quantized_base": cached} if method == "qlora" else {})}
     rows = torch.zeros(count, 4, dtype=torch.long)
-    settings = {**QUIET, "devices": count, "accelerator": "cpu", "max_steps": 1}
-    trainer = pl.Trainer(strategy=ours, **settings)
+    trainer = trainer_of(count, method, own, max_steps=1)
     before = memory("RssAnon")
     with PeakMemory() as watched:
         trainer.fit(Task(), DataLoader(rows, batch_size=1))

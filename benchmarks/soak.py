@@ -32,15 +32,7 @@ STEP_SECONDS = 0.2
 
 @dataclass
 class Sample:
-    """What was measured at one moment; memory in bytes.
-
-    Attributes:
-        minutes: Since the start.
-        server: Resident memory of the server's process.
-        watching: Heap of the page that watches a run.
-        home: Heap of the home page.
-        runs: How many runs were started and stopped so far.
-    """
+    """What was measured at one moment: resident bytes of the server, and bytes of pages' heaps."""
 
     minutes: float
     server: float
@@ -51,14 +43,10 @@ class Sample:
 
 @dataclass
 class Traffic:
-    """What one page asks of the server, as Chromium tells it.
-
-    Attributes:
-        requests: How many.
-        received: Bytes of each answer, with what has come of those that are still open.
-    """
+    """What one page asks of the server, as Chromium tells it."""
 
     requests: int = 0
+    # Bytes of each answer, with what has come of those that are still open.
     received: dict[str, float] = field(default_factory=dict)
 
     def listen(self, page: Any) -> None:
@@ -93,13 +81,7 @@ def slope(samples: Sequence[Sample], of: str) -> float:
 
 
 class Soak:
-    """The server, the pages, and what is done with them.
-
-    Args:
-        server: The server, started.
-        browser: Chromium.
-        minutes: For how long.
-    """
+    """The server, which is started already, the pages, and what is done with them."""
 
     def __init__(self, server: Any, browser: Any, minutes: float) -> None:
         from gradio_app.runs.store import RunStore

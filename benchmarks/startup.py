@@ -17,10 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from record import conditions, interleaved, ratio, summary, write
+from record import Way, conditions, interleaved, ratio, summary, write
 
 from lightning_peft.demo.real_base import smollm2
 
@@ -38,7 +38,7 @@ COMMANDS = {
 CHECKED = ("lightning", "ours_and_lightning", "help")
 
 
-def timed(command: list[str]) -> Callable[[], Mapping[str, float]]:
+def timed(command: list[str]) -> Way:
     """Returns a function that runs Python with ``command`` and returns the seconds."""
 
     def run() -> Mapping[str, float]:
@@ -49,7 +49,7 @@ def timed(command: list[str]) -> Callable[[], Mapping[str, float]]:
     return run
 
 
-def first_step(folder: Path, model: Path) -> Callable[[], Mapping[str, float]]:
+def first_step(folder: Path, model: Path) -> Way:
     """Returns a function that runs a fit up to its first step, and returns the seconds by phase."""
     turns = [
         {"role": "user", "content": "What is {0} plus {0}?"},

@@ -10,27 +10,21 @@ from record import markdown, read, spread
 
 @dataclass(frozen=True)
 class Bound:
-    """A ratio of a record, and the most that it may be.
-
-    Attributes:
-        record: Name of the record.
-        ratio: Its key in ``ratios`` there, or the keys from the top, by ``//``.
-        most: The bound.
-        label: What it is called in the summary.
-        over: The keys of what it is divided by, if the record has no such ratio.
-    """
+    """A ratio of a record, and the most that it may be."""
 
     record: str
+    # Its key in `ratios` there, or the keys from the top, by `//`.
     ratio: str
     most: float
+    # What it is called in the summary.
     label: str = ""
+    # The keys of what it is divided by, if the record has no such ratio.
     over: str = ""
 
     def found(self, kind: str = "") -> dict[str, float] | None:
         """Returns median, smallest and largest value, or ``None`` where nothing was measured.
 
-        Args:
-            kind: ``".check"`` for the records of a check.
+        ``kind`` is ``".check"`` for the records of a check.
         """
         content = read(self.record + kind)
         found = _at(content, self.ratio if "//" in self.ratio else f"ratios // {self.ratio}")
@@ -53,14 +47,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Target:
-    """A row of the summary; it is met if all of its bounds are.
-
-    Attributes:
-        measure: What is measured.
-        aim: What is aimed at.
-        bounds: The ratios.
-        script: What measures them.
-    """
+    """A row of the summary; it is met if all of its bounds are."""
 
     measure: str
     aim: str

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from allocations import Allocations
 from profiles import shares, torch_profiler
-from record import QUIET
+from record import QUIET, synchronize
 
 IGNORED = -100
 # So large that a few steps of random weights show in the loss.
@@ -38,25 +39,21 @@ SIZES: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained.
-
-    Attributes:
-        name: For the record.
-        size: Of :data:`SIZES`.
-        quantized: Whether the base is in NF4 with double quantization.
-        dropout: Of the adapters.
-        rows: In a batch.
-        length: Tokens of a row; of ``"instructions"``, the most.
-        data: ``"full"`` (a label on every token), ``"prompts"`` (on the last tenth), or
-            ``"instructions"`` (lengths log-normal with median 100, prompts of half of that).
-    """
+    """What is trained."""
 
     name: str
+    # Of SIZES.
     size: str
+    # The base, to NF4 with double quantization.
     quantized: bool
+    # Of the adapters.
     dropout: float = 0.0
+    # In a batch.
     rows: int = 2
+    # Tokens of a row; of "instructions", the most.
     length: int = 256
+    # "full": a label on every token; "prompts": on the last tenth; "instructions": lengths are
+    # log-normal with median 100, and half of that is the prompt.
     data: str = "full"
 
 
@@ -67,9 +64,7 @@ class Finished(Exception):
 class Pace:
     """Times steps in blocks; the parent process starts each block.
 
-    Args:
-        device: ``"cpu"`` or ``"cuda"``.
-        switch: Called with the setting that a block asks for, if it does.
+    ``switch`` is called with the setting that a block asks for, if it does.
     """
 
     def __init__(self, device: str, switch: Callable[[str], None] | None = None) -> None:
@@ -86,7 +81,7 @@ class Pace:
         """Called before each step."""
         if not self.times:
             self._wait()
-        self._synchronize()
+        synchronize(self.device)
         if self.order == "memory":
             self._begin_memory()
         elif self.order == "profile":
@@ -95,13 +90,8 @@ class Pace:
         self._began, self._began_core = time.perf_counter(), time.process_time()
 
     def after(self, tokens: int, loss: Any = None) -> None:
-        """Called after each step.
-
-        Args:
-            tokens: Non-padding tokens of the step.
-            loss: Of the step, where the method trains.
-        """
-        self._synchronize()
+        """Called after each step, with its tokens that are not padding."""
+        synchronize(self.device)
         self.times.append(time.perf_counter() - self._began)
         self.core_seconds += time.process_time() - self._began_core
         self.tokens += tokens
@@ -141,42 +131,22 @@ class Pace:
     def _send(answer: dict[str, Any]) -> None:
         print(json.dumps(answer), file=sys.__stdout__, flush=True)
 
-    def _synchronize(self) -> None:
-        if self.device == "cuda":
-            import torch
-
-            torch.cuda.synchronize()
-
     def _begin_memory(self) -> None:
-        import torch
-
         gc.collect()
-        if self.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            return
-        self.held = held_bytes()
-        self.profile = torch_profiler(profile_memory=True)
-        self.profile.__enter__()
+        self.held, self.memory = held_bytes(self.device), Allocations(self.device)
+        self.memory.start()
 
     def _end_memory(self) -> int:
-        import torch
-
-        if self.device == "cuda":
-            return torch.cuda.max_memory_allocated()
-        self.profile.__exit__(None, None, None)
-        events = self.profile.profiler.kineto_results.events()
-        sizes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-        live = most = 0
-        for _, size in sizes:
-            live += size
-            most = max(most, live)
-        return self.held + most
+        self.memory.stop()
+        return self.held + self.memory.peak
 
 
-def held_bytes() -> int:
-    """Returns the bytes of all tensors that exist, each storage once."""
+def held_bytes(device: str) -> int:
+    """Returns the bytes of all tensors that exist on a device, each storage once."""
     import torch
 
+    if device == "cuda":
+        return torch.cuda.memory_allocated()
     sizes = {}
     for thing in gc.get_objects():
         # By type: isinstance would ask lazy and deprecated things what they are.

@@ -21,12 +21,7 @@ CHANGES = {
 
 
 def tables(content: dict[str, Any], ladder: Sequence[str]) -> list[str]:
-    """Returns all of them, under the conditions.
-
-    Args:
-        content: The record.
-        ladder: Its methods in order.
-    """
+    """Returns all of them, under the conditions; ``ladder`` are methods of it in order."""
     cases = {entry["case"]: entry["methods"] for entry in content["cases"]}
     lines = [format_conditions(content["conditions"]), "", *_measured(cases)]
     lines += ["", "Ratios, round by round:", "", *ratio_table(content["ratios"])]

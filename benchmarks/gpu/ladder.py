@@ -37,18 +37,12 @@ TIMED = 6
 
 @dataclass(frozen=True)
 class Build:
-    """A model with adapters.
-
-    Attributes:
-        size: Of :data:`SIZES`.
-        quantized: Whether its base is in NF4.
-        dropout: Of the adapters.
-        seconds: About how long it takes to make, and to take its steps, on a large GPU.
-    """
+    """A model of a size, with adapters; its base is quantized to NF4 or not."""
 
     size: str
     quantized: bool
     dropout: float
+    # About how long it takes to make, and to take its steps, on a large GPU.
     seconds: float
 
     @property

@@ -30,22 +30,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parents[1])]
 
-from record import RECORDS, conditions, write_between  # noqa: E402
+from record import RECORDS, conditions, synchronize, write_between  # noqa: E402
 
 SECONDS = 460
 
 
 class Kit:
-    """What a part needs, and the record.
+    """What a part needs, and the record: each part in it maps its rows to their numbers.
 
-    Args:
-        device: ``"cuda"`` or ``"cpu"``.
-        tiny: Whether next to nothing is run.
-        seconds: For all parts together.
-        path: The record's file.
-
-    Attributes:
-        record: What was measured so far, by part; each part maps its rows to their numbers.
+    ``seconds`` are those of all parts together; ``tiny`` runs next to nothing.
     """
 
     def __init__(self, device: str, tiny: bool, seconds: float, path: Path) -> None:
@@ -108,10 +101,7 @@ class Kit:
 
     def wait(self) -> None:
         """Waits for the device."""
-        import torch
-
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(self.device)
 
     def seconds(self, function: Callable[[], Any], repeats: int) -> float:
         """Returns the seconds of one call: the mean of ``repeats`` after one to warm up."""
