@@ -106,15 +106,9 @@ def write_folder(
 ) -> None:
     """Writes everything but the wheel, which is in ``folder``, and the model.
 
-    Args:
-        folder: The repository.
-        wheel: The wheel in it.
-        constraints: Lines of ``constraints.txt``, from which direct requirements are pinned.
-        space: ``OWNER/NAME`` on the hub; without, ``requirements.txt`` names the file.
-        sdk: ``"gradio"`` or ``"docker"``.
-
-    Raises:
-        SystemExit: If the hub would refuse the front matter, with all problems.
+    Direct requirements are pinned by the lines of ``constraints``; ``space`` is ``OWNER/NAME`` on
+    the hub, without which ``requirements.txt`` names the file. Ends with all problems of the front
+    matter for which the hub would refuse it.
     """
     shutil.copytree(PAGE, folder, dirs_exist_ok=True, ignore=_unpublished)
     readme = folder / "README.md"

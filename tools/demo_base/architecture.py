@@ -15,11 +15,7 @@ PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
 
 def train_tokenizer(documents: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer that starts every encoded text with ``<s>``.
-
-    Args:
-        documents: Text to learn the merges from.
-    """
+    """Trains a byte-level BPE tokenizer that starts every encoded text with ``<s>``."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -93,14 +93,10 @@ def _general_index(entries: Sequence[Entry], lines_each: int = 12) -> Iterator[s
 
 
 def build_documents(entries: Sequence[Entry]) -> tuple[list[str], list[str]]:
-    """Makes the plain documents for pre-training.
+    """Makes the plain documents for pre-training: ``(train, held_out)``.
 
-    Args:
-        entries: From :func:`read_entries`.
-
-    Returns:
-        ``(train, held_out)``: the held-out part has the reference sections of the names that
-        :func:`is_held_out` picks, and these names are in no train document's header or summary.
+    The held-out part has the reference sections of the names that :func:`is_held_out` picks, and
+    these names are in no train document's header or summary.
     """
     read = [entry for entry in entries if not is_held_out(entry.name)]
     train = [_reference(entry) for entry in read]
@@ -112,15 +108,7 @@ def build_documents(entries: Sequence[Entry]) -> tuple[list[str], list[str]]:
 
 
 def write_instructions(path: Path, root: Path | None = None) -> tuple[int, int]:
-    """Writes the pairs as JSON lines with ``prompt``, ``response`` and ``split``.
-
-    Args:
-        path: File to write.
-        root: Folder with the library's sources; the running interpreter's by default.
-
-    Returns:
-        Numbers of train and validation pairs.
-    """
+    """Writes the pairs as JSON lines, and returns the numbers of train and validation pairs."""
     train, validation = split_pairs(build_pairs(read_entries(root)))
     lines = [
         json.dumps({"prompt": pair.prompt, "response": pair.response, "split": split})

@@ -75,19 +75,10 @@ PROBES = 4
 def batches(
     documents: Sequence[Tensor], steps: int, seed: int, size: int = BATCH
 ) -> Iterator[Tensor]:
-    """Yields ``steps`` batches of packed documents.
+    """Yields ``steps`` batches of packed documents, token ids of shape ``(size, CONTEXT)``.
 
     Each epoch shuffles the documents, joins them and cuts the stream into sequences, so that a
     document meets other neighbours and other positions every time.
-
-    Args:
-        documents: Token ids of each document, with ``<s>`` and ``</s>``.
-        steps: Number of batches.
-        seed: Seed of the shuffling.
-        size: Sequences in a batch.
-
-    Yields:
-        Token ids of shape ``(size, CONTEXT)``.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = size * CONTEXT
@@ -148,19 +139,10 @@ def build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 def train(
     model: LlamaForCausalLM, documents: Sequence[Tensor], steps: int, seed: int
 ) -> tuple[float, float]:
-    """Trains ``model`` in place.
+    """Trains ``model`` in place; returns the mean loss of the last 100 steps (nats), and seconds.
 
     The matrix products run in bfloat16 by autocast, which on CPUs with such instructions (AVX512
     BF16, AMX) doubles the speed; weights and optimizer state stay in float32.
-
-    Args:
-        model: Model in float32.
-        documents: Token ids of each document.
-        steps: Optimizer steps.
-        seed: Seed of the document order.
-
-    Returns:
-        Mean training loss over the last 100 steps (nats per token), and seconds.
     """
     optimizers = build_optimizers(model)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -197,12 +179,7 @@ def train(
 
 @torch.no_grad()
 def document_loss(model: LlamaForCausalLM, ids: Tensor) -> tuple[float, int]:
-    """Returns the mean loss of one document (nats per token) and its number of predictions.
-
-    Args:
-        model: Model to evaluate.
-        ids: Token ids; what is beyond ``CONTEXT`` is cut off.
-    """
+    """Returns the mean loss of one document (nats per token) and its number of predictions."""
     tokens = ids[:CONTEXT].unsqueeze(0)
     return model(input_ids=tokens, labels=tokens).loss.item(), tokens.shape[1] - 1
 
@@ -214,19 +191,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, document: str) -> Tensor:
 
 
 def pretrain(out: Path = BASE_PATH, seed: int = 0, steps: int = STEPS) -> dict[str, Any]:
-    """Makes tokenizer and model, trains, saves both and measures what was saved.
-
-    Args:
-        out: Folder to write; made if missing.
-        seed: Seed of the initial weights and the document order.
-        steps: Optimizer steps.
-
-    Returns:
-        The content of ``training_record.json``.
-
-    Raises:
-        ValueError: If ``steps`` is less than one.
-    """
+    """Makes tokenizer and model, trains, saves both, and returns the record of what was saved."""
     if steps < 1:
         raise ValueError(
             f"Cannot pre-train for steps={steps}: at least one optimizer step is needed. Pass "
@@ -273,13 +238,7 @@ def pretrain(out: Path = BASE_PATH, seed: int = 0, steps: int = STEPS) -> dict[s
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Saves model (in bfloat16) and tokenizer where the Auto classes find them.
-
-    Args:
-        model: Trained model; converted in place.
-        tokenizer: Its tokenizer.
-        out: Folder to write; made if missing.
-    """
+    """Saves model (in bfloat16) and tokenizer where the Auto classes find them."""
     out.mkdir(parents=True, exist_ok=True)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -298,16 +257,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 def measure(
     folder: Path, train_texts: Sequence[str], held_out_texts: Sequence[str]
 ) -> dict[str, Any]:
-    """Measures the saved base, in float32, so that rounding and files are part of the result.
-
-    Args:
-        folder: Folder written by :func:`save`.
-        train_texts: Documents that were trained on.
-        held_out_texts: Documents that were not.
-
-    Returns:
-        Parameter count, held-out loss, configuration and the probe documents with their losses.
-    """
+    """Measures the saved base, in float32, so that rounding and files are part of the result."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     losses = [document_loss(model, encode(tokenizer, text)) for text in held_out_texts]

@@ -27,19 +27,14 @@ MAX_PAIRS_PER_PACKAGE = 170
 
 @dataclass(frozen=True)
 class Pair:
-    """A question with its answer.
-
-    Attributes:
-        prompt: The question.
-        response: The answer.
-        subject: Qualified name that the question is about; never split between train and
-            validation, so that one question about a name does not give away another.
-        form: Which of the question forms it is: ``summary``, ``arguments`` or ``module``.
-    """
+    """A question with its answer."""
 
     prompt: str
     response: str
+    # The name that it is about. Never split between train and validation, so that one question
+    # about a name does not give away another.
     subject: str
+    # `summary`, `arguments` or `module`.
     form: str
 
 
@@ -185,17 +180,11 @@ def _capped(pairs: Iterable[Pair]) -> set[str]:
 
 
 def build_pairs(entries: Sequence[Entry]) -> list[Pair]:
-    """Makes the question/answer pairs.
+    """Makes question/answer pairs with unique questions, in the order of the entries.
 
-    Left out are names kept out of pre-training (the point of the demo is a base that has read
-    the text), names that are not public, and every sentence that answers more than one
-    question, since it would stand in train and validation at once.
-
-    Args:
-        entries: From :func:`tools.demo_base.stdlib.read_entries`.
-
-    Returns:
-        Pairs with unique questions, in the order of the entries.
+    Left out are names kept out of pre-training (the point of the demo is a base that has read the
+    text), names that are not public, and every sentence that answers more than one question, since
+    it would stand in train and validation at once.
     """
     answers = Counter(summary(entry) for entry in entries)
     definitions = [entry for entry in entries if entry.kind in ("class", "function")]
@@ -228,16 +217,7 @@ def split_pairs(
 ) -> tuple[list[Pair], list[Pair]]:
     """Splits pairs into train and validation by the name they ask about.
 
-    Args:
-        pairs: From :func:`build_pairs`.
-        validation: Number of validation pairs, at least.
-
-    Returns:
-        ``(train, validation)``; the validation part exceeds its number only as far as the last
-        name has more than one question.
-
-    Raises:
-        ValueError: If there are not more pairs than ``validation``.
+    The validation part exceeds its number only as far as the last name has more than one question.
     """
     if len(pairs) <= validation:
         raise ValueError(

@@ -189,13 +189,10 @@ def _defined(source: _Source) -> set[str]:
 
 
 def _public_homes(sources: dict[str, _Source]) -> dict[tuple[str, str], str]:
-    """Finds the names that a package offers as its own.
+    """Finds the names that a package offers as its own: ``{(defining module, name): package}``.
 
     ``unittest.TestCase`` is defined in ``unittest.case`` and ``asyncio.gather`` in
     ``asyncio.tasks``; people know them by the package, so that is the name to learn.
-
-    Returns:
-        ``{(defining module, name): package}``.
     """
     homes: dict[tuple[str, str], str] = {}
     for package in sources.values():
@@ -325,15 +322,10 @@ def _definitions(body: Sequence[ast.stmt], prefix: str) -> Iterator[Entry]:
 
 
 def read_entries(root: Path | None = None) -> list[Entry]:
-    """Reads the documented public names of the standard library.
+    """Reads the documented public names of the standard library, each once.
 
-    Args:
-        root: Folder with the library's sources; the running interpreter's by default.
-
-    Returns:
-        The entries, each qualified name once and each docstring once: of the names that share
-        one docstring (inherited text, aliases) only the first is kept, because the others would
-        carry held-out text into the training text.
+    Of the names that share one docstring (inherited text, aliases) only the first is kept, because
+    the others would carry held-out text into the training text.
     """
     sources = _parse_sources(stdlib_root() if root is None else root)
     homes = _public_homes(sources)
