@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lightning_peft.errors import ConfigError, first_line
 from lightning_peft.migration.finding import Edit, Finding
-from lightning_peft.migration.source import Source
+from lightning_peft.migration.source import Source, nodes
 
 _GIT_SECONDS = 60
 # Of these, imports that nothing uses any more are removed with the code that used them.
@@ -179,7 +179,7 @@ def _with_imports(source: Source, text: str, names: list[str]) -> str:
     imports = [node for node in tree.body if _is_import(node) and _is_alone(node, tree)]
     changes = []
     if names:
-        used = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in names]
+        used = [node.lineno for node in nodes(tree, ast.Name) if node.id in names]
         ends = [node.end_lineno or 0 for node in imports]
         last = max((end for end in ends if end < min(used)), default=_start(tree, lines))
         line = f"from lightning_peft import {', '.join(names)}{newline}"
@@ -201,11 +201,9 @@ def _with_imports(source: Source, text: str, names: list[str]) -> str:
 
 def _words(tree: ast.Module) -> set[str]:
     """Returns the names that code uses, and all words in its strings, such as of ``__all__``."""
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name):
-            found.add(node.id)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+    found = {node.id for node in nodes(tree, ast.Name)}
+    for node in nodes(tree, ast.Constant):
+        if isinstance(node.value, str):
             found |= set(re.findall(r"\w+", node.value))
     return found
 

@@ -15,22 +15,16 @@ Served = Literal["yes", "partly", "no"]
 
 @dataclass(frozen=True)
 class Edit:
-    """A piece of a file, from its first to behind its last byte, and what takes its place.
-
-    Attributes:
-        source: The file.
-        start: Line from 1 and UTF-8 byte in it from 0, as ``ast`` counts.
-        end: The same of what comes behind.
-        text: The new text; empty removes the piece.
-        needs: Name to import from ``lightning_peft``.
-        removes: Class of the statement that is removed with its lines.
-    """
+    """A piece of a file, from its first to behind its last byte, and what takes its place."""
 
     source: Source
+    # Line from 1 and UTF-8 byte in it from 0, as `ast` counts.
     start: tuple[int, int]
     end: tuple[int, int]
     text: str
+    # Name to import from `lightning_peft`.
     needs: str = ""
+    # Class of the statement that is removed with its lines.
     removes: str = ""
 
     @classmethod
@@ -48,26 +42,21 @@ class Edit:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing in a code base that changes, or could.
-
-    Attributes:
-        rule: Name of the rule.
-        place: Where it is.
-        found: The code, or a name.
-        becomes: What to write instead, or that nothing is to be done.
-        served: Whether this package does what it does.
-        problem: What is wrong with it today; empty where nothing is.
-        edits: The change, where it is mechanical.
-        strategy: Arguments of the Trainer's strategy that the change asks for; ``None`` without.
-    """
+    """One thing in a code base that changes, or could."""
 
     rule: str
     place: Place
+    # The code, or a name.
     found: str
+    # What to write instead, or that nothing is to be done.
     becomes: str
+    # Whether this package does what it does.
     served: Served
+    # What is wrong with it today.
     problem: str = ""
+    # The change, where it is mechanical.
     edits: tuple[Edit, ...] = ()
+    # Arguments of the Trainer's strategy that the change asks for.
     strategy: Mapping[str, str] | None = None
 
     @property
@@ -77,13 +66,7 @@ class Finding:
 
 
 class Rule(ABC):
-    """One kind of thing to find.
-
-    Attributes:
-        name: As the report calls it.
-        becomes: What to write instead.
-        served: Whether this package does what it does.
-    """
+    """One kind of thing to find, with what its findings say where they say nothing else."""
 
     name: ClassVar[str]
     becomes: ClassVar[str]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from dataclasses import dataclass
 
-from lightning_peft.migration.source import CodeBase, Source
+from lightning_peft.migration.source import CodeBase, Source, nodes
 
 # Lightning calls these once for each module that trains.
 _METHODS = ("__init__", "configure_model", "setup")
@@ -15,14 +15,11 @@ _CHAINED = ("train", "eval", "to", "cuda", "cpu", "half", "bfloat16", "float")
 
 @dataclass(frozen=True)
 class CallPlace:
-    """Where a call stands.
+    """Where a call stands."""
 
-    Attributes:
-        problem: Why it may not run, or not for the module that trains; ``""`` if it does.
-        attribute: Path in the module of what it is assigned to; ``""`` where that is not certain.
-    """
-
+    # Why it may not run, or not for the module that trains.
     problem: str = ""
+    # Path in the module of what it is assigned to, where that is certain.
     attribute: str = ""
 
 
@@ -49,7 +46,7 @@ def place_of(base: CodeBase, source: Source, call: ast.Call) -> CallPlace:
             "of a LightningModule"
         )
     before = method.body[: method.body.index(line)]
-    if any(isinstance(node, ast.Return) for one in before for node in ast.walk(one)):
+    if any(list(nodes(one, ast.Return)) for one in before):
         return CallPlace(f"{cls.name}.{method.name} may return before it")
     chained = all(_passes_on(outer, one) for one, outer in zip([call, *inner], inner, strict=False))
     attribute = _attribute(line, method) if chained else ""
@@ -83,12 +80,11 @@ def _attribute(line: ast.stmt, method: ast.FunctionDef) -> str:
 
 def _other_modules(base: CodeBase, name: str) -> str:
     """Returns that there are LightningModules besides a class and those above it."""
-    bases = {cls.name: source.bases(cls) for source in base.sources for cls in source.classes}
     own, before = {name}, 0
     while len(own) != before:
         before = len(own)
-        own |= {above for one in own for above in bases.get(one, ())}
-    others = sorted(bases.keys() & base.lightning_modules - own)
+        own |= {above for one in own for above in base.bases.get(one, ())}
+    others = sorted(base.bases.keys() & base.lightning_modules - own)
     if len(others) > (not name):
         return f"the Trainer may train another LightningModule: {', '.join(others)}"
     return ""

@@ -13,13 +13,7 @@ from lightning_peft.migration.trainer import with_strategy
 
 @dataclass(frozen=True)
 class Scan:
-    """What was found.
-
-    Attributes:
-        files: How many files were read.
-        findings: By file and line.
-        unreadable: A sentence for each file that could not be parsed.
-    """
+    """How many files were read, what was found in them, and why others could not be read."""
 
     files: int
     findings: list[Finding]

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
+from typing import TypeVar
 
 from lightning_peft.errors import ConfigError, first_line
 
+_Node = TypeVar("_Node", bound=ast.AST)
 _KINDS = (".py", ".ipynb", ".yaml", ".yml")
 _SKIPPED = {"node_modules", "site-packages", "__pycache__"}
 _LARGEST = 5_000_000
@@ -39,16 +41,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Mention:
-    """A class or function that is called in code, or named in YAML.
+    """A class or function that is called in code, or named in YAML."""
 
-    Attributes:
-        name: Dotted, with imports resolved; ``"?"`` stands for an expression.
-        line: Where, from 1.
-        call: The call; ``None`` in YAML.
-    """
-
+    # Dotted, with imports resolved; "?" stands for an expression.
     name: str
     line: int
+    # None in YAML.
     call: ast.Call | None = None
 
     @property
@@ -59,22 +57,15 @@ class Mention:
 
 @dataclass
 class Source:
-    """One file.
-
-    Attributes:
-        path: The file.
-        text: What it says; of a notebook, the code of all cells.
-        tree: The parsed code; empty for YAML.
-        encoding: How the file is encoded.
-        cells: Of a notebook, the number of the cell and the line in it, for each line of ``text``.
-        left_out: Sentences on cells that could not be parsed.
-    """
+    """One file; of a notebook, the code of all cells; of YAML, an empty tree."""
 
     path: Path
     text: str
     tree: ast.Module = field(repr=False)
     encoding: str = "utf-8"
+    # Of a notebook, the number of the cell and the line in it, for each line of the text.
     cells: tuple[tuple[int, int], ...] = ()
+    # Sentences on cells that could not be parsed.
     left_out: tuple[str, ...] = ()
 
     def place(self, line: int) -> Place:
@@ -127,13 +118,13 @@ class Source:
         """All calls, and all ``class_path`` and ``strategy`` of YAML."""
         if self.path.suffix in (".yaml", ".yml"):
             return tuple(_yaml_mentions(self.text))
-        calls = [node for node in ast.walk(self.tree) if isinstance(node, ast.Call)]
+        calls = nodes(self.tree, ast.Call)
         return tuple(Mention(self.name_of(call.func), call.lineno, call) for call in calls)
 
     @cached_property
     def classes(self) -> tuple[ast.ClassDef, ...]:
         """All classes."""
-        return tuple(node for node in ast.walk(self.tree) if isinstance(node, ast.ClassDef))
+        return tuple(nodes(self.tree, ast.ClassDef))
 
 
 @dataclass
@@ -144,14 +135,30 @@ class CodeBase:
     sources: list[Source]
     unreadable: list[str]
 
+    def classes(self) -> Iterator[tuple[Source, ast.ClassDef]]:
+        """Yields all classes."""
+        for source in self.sources:
+            for cls in source.classes:
+                yield source, cls
+
+    def methods(self, *names: str) -> Iterator[tuple[Source, ast.ClassDef, ast.FunctionDef]]:
+        """Yields the methods of all classes, those with one of some names if there are any."""
+        for source, cls in self.classes():
+            for method in methods(cls, *names):
+                yield source, cls, method
+
+    @cached_property
+    def bases(self) -> dict[str, set[str]]:
+        """The last steps of the names of the bases of all classes, by their names."""
+        return {cls.name: source.bases(cls) for source, cls in self.classes()}
+
     @cached_property
     def lightning_modules(self) -> set[str]:
         """Names of the classes that derive from Lightning's module, directly or by another one."""
-        bases = {cls.name: source.bases(cls) for source in self.sources for cls in source.classes}
         found, before = {"LightningModule"}, -1
         while len(found) != before:
             before = len(found)
-            found |= {name for name, above in bases.items() if above & found}
+            found |= {name for name, above in self.bases.items() if above & found}
         return found
 
     def mentions(self, *names: str) -> Iterator[tuple[Source, Mention]]:
@@ -162,10 +169,15 @@ class CodeBase:
                     yield source, mention
 
 
+def nodes(tree: ast.AST, kind: type[_Node]) -> Iterator[_Node]:
+    """Yields the nodes of a kind that are in a tree."""
+    return (node for node in ast.walk(tree) if isinstance(node, kind))
+
+
 def methods(node: ast.ClassDef, *names: str) -> Iterator[ast.FunctionDef]:
-    """Yields the methods of a class with one of these names."""
+    """Yields the methods of a class, those with one of some names if there are any."""
     for item in node.body:
-        if isinstance(item, ast.FunctionDef) and item.name in names:
+        if isinstance(item, ast.FunctionDef) and (not names or item.name in names):
             yield item
 
 

@@ -18,6 +18,7 @@ _READING = {
     *("startswith", "endswith"),
 }
 _SIMPLE = (ast.If, ast.Try, ast.Pass, ast.Continue)
+_NO_OPTIMIZER = "its files have no optimizer state: such a run cannot be resumed"
 _RENAMES = re.compile(r"\.replace\(|\.removeprefix\(|\.removesuffix\(|re\.sub\(")
 
 
@@ -29,22 +30,20 @@ class CheckpointHooks(Rule):
 
     def find(self, base: CodeBase) -> Iterator[Finding]:
         """Yields hooks that drop or rename, with their removal where they leave the base out."""
-        for source in base.sources:
-            for cls in source.classes:
-                for method in methods(cls, *_HOOKS):
-                    code = ast.unparse(method)
-                    drops, renames = _DROPS.search(code), _RENAMES.search(code)
-                    if drops or renames:
-                        edits = () if renames else self._removal(source, method, code)
-                        yield self.finding(
-                            source,
-                            method,
-                            f"{cls.name}.{method.name}",
-                            problem=_lost(code),
-                            edits=edits,
-                            strategy={} if edits else None,
-                            **({"becomes": _RENAMED} if renames else {}),
-                        )
+        for source, cls, method in base.methods(*_HOOKS):
+            code = ast.unparse(method)
+            drops, renames = _DROPS.search(code), _RENAMES.search(code)
+            if drops or renames:
+                edits = () if renames else self._removal(source, method, code)
+                yield self.finding(
+                    source,
+                    method,
+                    f"{cls.name}.{method.name}",
+                    problem=_lost(code),
+                    edits=edits,
+                    strategy={} if edits else None,
+                    **({"becomes": _RENAMED} if renames else {}),
+                )
 
     def _removal(self, source: Source, method: ast.FunctionDef, code: str) -> tuple[Edit, ...]:
         """Only where a saving hook does nothing but leave frozen parameters out."""
@@ -59,19 +58,19 @@ class CheckpointHooks(Rule):
 def _only_leaves_out(body: list[ast.stmt], checkpoint: str) -> bool:
     """Whether statements do nothing but leave keys of a checkpoint's state dict out."""
     state = f"{checkpoint}['state_dict']"
-    nodes = [node for statement in body for node in ast.walk(statement)]
+    inside = [node for statement in body for node in ast.walk(statement)]
     values: dict[str, set[str]] = {}
-    for one in (node for node in nodes if isinstance(node, ast.Assign)):
+    for one in (node for node in inside if isinstance(node, ast.Assign)):
         for target in one.targets:
             values.setdefault(ast.unparse(target), set()).add(ast.unparse(one.value))
     lists = {name for name, given in values.items() if given <= {"[]", "set()", "list()"}}
-    named = sum(isinstance(node, ast.Name) and node.id == checkpoint for node in nodes)
-    used = sum(isinstance(node, ast.Subscript) and ast.unparse(node) == state for node in nodes)
-    calls = (node.func for node in nodes if isinstance(node, ast.Call))
+    named = sum(isinstance(node, ast.Name) and node.id == checkpoint for node in inside)
+    used = sum(isinstance(node, ast.Subscript) and ast.unparse(node) == state for node in inside)
+    calls = (node.func for node in inside if isinstance(node, ast.Call))
     known = all(
         getattr(f, "attr", getattr(f, "id", "")) in _READING or _fills(f, lists) for f in calls
     )
-    statements = (node for node in nodes if isinstance(node, ast.stmt))
+    statements = (node for node in inside if isinstance(node, ast.stmt))
     return named == used and known and all(_is_plain(one, state, lists) for one in statements)
 
 
@@ -137,24 +136,17 @@ class AdapterCheckpointCallback(Rule):
 
     def find(self, base: CodeBase) -> Iterator[Finding]:
         """Yields subclasses of ModelCheckpoint or Callback that call PEFT's saving."""
-        for source in base.sources:
-            for cls in source.classes:
-                code = ast.unparse(cls)
-                saves = re.search(r"\.save_pretrained\(|get_peft_model_state_dict\(", code)
-                own = any(methods(cls, "_save_checkpoint", "save_checkpoint"))
-                if not any("Checkpoint" in b or "Callback" in b for b in source.bases(cls)):
-                    continue
-                if saves or (own and "super()" not in code):
-                    lost = own and not re.search(r"super\(\)|optimizer", code)
-                    emptied = re.search(r"optimizer_states'\] = \[\]|pop\('optimizer_states'", code)
-                    yield self.finding(
-                        source,
-                        cls,
-                        f"class {cls.name}",
-                        problem="its files have no optimizer state: such a run cannot be resumed"
-                        if lost or emptied
-                        else "",
-                    )
+        for source, cls in base.classes():
+            code = ast.unparse(cls)
+            saves = re.search(r"\.save_pretrained\(|get_peft_model_state_dict\(", code)
+            own = any(methods(cls, "_save_checkpoint", "save_checkpoint"))
+            if not any("Checkpoint" in b or "Callback" in b for b in source.bases(cls)):
+                continue
+            if saves or (own and "super()" not in code):
+                lost = own and not re.search(r"super\(\)|optimizer", code)
+                emptied = re.search(r"optimizer_states'\] = \[\]|pop\('optimizer_states'", code)
+                problem = _NO_OPTIMIZER if lost or emptied else ""
+                yield self.finding(source, cls, f"class {cls.name}", problem=problem)
 
 
 class SavingByHand(Rule):
@@ -165,20 +157,12 @@ class SavingByHand(Rule):
 
     def find(self, base: CodeBase) -> Iterator[Finding]:
         """Yields methods of LightningModules that save a state dict."""
-        for source in base.sources:
-            for cls in source.classes:
-                if cls.name not in base.lightning_modules:
-                    continue
-                for method in cls.body:
-                    code = ast.unparse(method) if isinstance(method, ast.FunctionDef) else ""
-                    if "torch.save(" in code and "state_dict" in code:
-                        problem = "its files have no optimizer state: such a run cannot be resumed"
-                        yield self.finding(
-                            source,
-                            method,
-                            f"{cls.name}.{getattr(method, 'name', '')}",
-                            problem="" if "optimizer" in code else problem,
-                        )
+        for source, cls, method in base.methods():
+            code = ast.unparse(method)
+            saves = "torch.save(" in code and "state_dict" in code
+            if saves and cls.name in base.lightning_modules:
+                problem = "" if "optimizer" in code else _NO_OPTIMIZER
+                yield self.finding(source, method, f"{cls.name}.{method.name}", problem=problem)
 
 
 class NotStrict(Rule):
@@ -216,7 +200,7 @@ class LoadFromCheckpoint(Rule):
 
     def find(self, base: CodeBase) -> Iterator[Finding]:
         """Yields calls, without those of classes that are seen not to be LightningModules."""
-        classes = [cls for source in base.sources for cls in source.classes]
+        classes = [cls for _, cls in base.classes()]
         others = {cls.name for cls in classes} - base.lightning_modules
         # Files of modules without adapters stay files of the whole module.
         adapted = {

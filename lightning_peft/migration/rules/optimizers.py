@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterator
 
 from lightning_peft.migration.finding import Finding, Rule
-from lightning_peft.migration.source import CodeBase, Source, methods
+from lightning_peft.migration.source import CodeBase, Source, nodes
 
 
 class OptimizerGroups(Rule):
@@ -17,11 +17,9 @@ class OptimizerGroups(Rule):
 
     def find(self, base: CodeBase) -> Iterator[Finding]:
         """Yields selections that can miss adapters, and lists in which one is inside another."""
-        for source in base.sources:
-            for cls in source.classes:
-                for method in methods(cls, "configure_optimizers"):
-                    yield from self._misses(source, method)
-                    yield from self._doubles(source, method)
+        for source, _, method in base.methods("configure_optimizers"):
+            yield from self._misses(source, method)
+            yield from self._doubles(source, method)
 
     def _misses(self, source: Source, method: ast.FunctionDef) -> Iterator[Finding]:
         for node in ast.walk(method):
@@ -44,14 +42,12 @@ class OptimizerGroups(Rule):
             )
 
     def _doubles(self, source: Source, method: ast.FunctionDef) -> Iterator[Finding]:
-        calls = [
-            node
-            for node in ast.walk(method)
-            if isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and node.func.attr in ("parameters", "named_parameters")
-        ]
-        owners = {f"{ast.unparse(call.func.value)}.": call for call in calls}  # type: ignore[attr-defined]
+        owners = {
+            f"{ast.unparse(call.func.value)}.": call
+            for call in nodes(method, ast.Call)
+            if isinstance(call.func, ast.Attribute)
+            and call.func.attr in ("parameters", "named_parameters")
+        }
         for inner, call in owners.items():
             outer = [name for name in owners if name != inner and inner.startswith(name)]
             if outer:
@@ -73,11 +69,9 @@ class EarlyOptimizer(Rule):
 
     def find(self, base: CodeBase) -> Iterator[Finding]:
         """Yields optimizers of torch and bitsandbytes in constructors."""
-        for source in base.sources:
-            for cls in source.classes:
-                for method in methods(cls, "__init__"):
-                    for node in ast.walk(method):
-                        name = source.name_of(node.func) if isinstance(node, ast.Call) else ""
-                        made = name.startswith(("torch.optim.", "bitsandbytes.optim."))
-                        if made and "lr_scheduler" not in name:
-                            yield self.finding(source, node, source.code(node))
+        for source, _, method in base.methods("__init__"):
+            for call in nodes(method, ast.Call):
+                name = source.name_of(call.func)
+                made = name.startswith(("torch.optim.", "bitsandbytes.optim."))
+                if made and "lr_scheduler" not in name:
+                    yield self.finding(source, call, source.code(call))

@@ -99,19 +99,10 @@ class OtherFormats(MentionRule):
     """Quantization that this package has no layers for."""
 
     name = "other-quantization"
-    names = frozenset(
-        {
-            *(
-                "GPTQConfig",
-                "AwqConfig",
-                "HqqConfig",
-                "TorchAoConfig",
-                "EetqConfig",
-                "QuantoConfig",
-            ),
-            *("AqlmConfig", "CompressedTensorsConfig", "FineGrainedFP8Config", "Mxfp4Config"),
-        }
-    )
+    names = frozenset({
+        "GPTQConfig", "AwqConfig", "HqqConfig", "TorchAoConfig", "EetqConfig", "QuantoConfig",
+        "AqlmConfig", "CompressedTensorsConfig", "FineGrainedFP8Config", "Mxfp4Config",
+    })  # fmt: skip
     served = "no"
     becomes = (
         "a dense model (dequantize=True where transformers can), which QLoRAStrategy quantizes"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightning_peft.migration.finding import Finding, MentionRule, Rule
-from lightning_peft.migration.source import CodeBase, Mention, Source, methods
+from lightning_peft.migration.source import CodeBase, Mention, Source
 from lightning_peft.migration.trainer import SHARDED, shards, strategy_text, trainer_calls
 
 _STRATEGY_BASES = ("Strategy", "DDPStrategy", "SingleDeviceStrategy", "DeepSpeedStrategy",
@@ -51,28 +51,18 @@ class OwnStrategy(Rule):
 
     def find(self, base: CodeBase) -> Iterator[Finding]:
         """Yields classes that override how a strategy saves or loads."""
-        for source in base.sources:
-            for cls in source.classes:
-                if source.bases(cls).isdisjoint(_STRATEGY_BASES):
-                    continue
-                for method in methods(cls, *_OVERRIDDEN):
-                    problems = []
-                    names = [a.arg for a in [*method.args.args, *method.args.kwonlyargs]]
-                    lenient = "strict=False" in ast.unparse(method)
-                    if lenient:
-                        problems.append("it passes over keys that are missing")
-                    if (
-                        method.name == "load_model_state_dict"
-                        and "strict" not in names
-                        and not method.args.kwarg
-                    ):
-                        problems.append("Lightning passes `strict`, which raises a TypeError here")
-                    yield self.finding(
-                        source,
-                        method,
-                        f"{cls.name}.{method.name}",
-                        problem=" and ".join(problems),
-                    )
+        for source, cls, method in base.methods(*_OVERRIDDEN):
+            if source.bases(cls).isdisjoint(_STRATEGY_BASES):
+                continue
+            problems = []
+            names = [a.arg for a in [*method.args.args, *method.args.kwonlyargs]]
+            takes_strict = "strict" in names or method.args.kwarg
+            if "strict=False" in ast.unparse(method):
+                problems.append("it passes over keys that are missing")
+            if method.name == "load_model_state_dict" and not takes_strict:
+                problems.append("Lightning passes `strict`, which raises a TypeError here")
+            found = f"{cls.name}.{method.name}"
+            yield self.finding(source, method, found, problem=" and ".join(problems))
 
 
 class ShardingByHand(MentionRule):

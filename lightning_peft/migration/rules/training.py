@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightning_peft.migration.finding import Finding, MentionRule, Rule
-from lightning_peft.migration.source import CodeBase, Mention, Source
+from lightning_peft.migration.source import CodeBase, Mention, Source, methods, nodes
 
 _HOOK = re.compile(r"on_(train|validation|fit)_|setup|finetune_function|freeze_before_training")
 
@@ -17,12 +17,10 @@ class Averages(MentionRule):
     """Averages of weights over steps."""
 
     name = "weight-average"
-    names = frozenset(
-        {
-            *("EMAWeightAveraging", "WeightAveraging", "StochasticWeightAveraging", "EMA"),
-            *("AveragedModel", "ExponentialMovingAverage", "EMACallback", "ModelEma", "ModelEmaV2"),
-        }
-    )
+    names = frozenset({
+        "EMAWeightAveraging", "WeightAveraging", "StochasticWeightAveraging", "EMA",
+        "AveragedModel", "ExponentialMovingAverage", "EMACallback", "ModelEma", "ModelEmaV2",
+    })  # fmt: skip
     becomes = "nothing: Lightning's callbacks average adapters, heads and buffers"
 
     def details(self, source: Source, mention: Mention) -> dict[str, Any]:
@@ -57,16 +55,14 @@ class UnfreezingByHand(Rule):
 
     def find(self, base: CodeBase) -> Iterator[Finding]:
         """Yields them; subclasses of finetuning callbacks are named as a whole."""
-        for source in base.sources:
-            for cls in source.classes:
-                if source.bases(cls) & Unfreezing.names:
-                    yield self.finding(source, cls, f"class {cls.name}")
-                    continue
-                for method in cls.body:
-                    if isinstance(method, ast.FunctionDef) and _HOOK.match(method.name):
-                        for node in ast.walk(method):
-                            if _unfreezes(node):
-                                yield self.finding(source, node, source.code(node))
+        for source, cls in base.classes():
+            if source.bases(cls) & Unfreezing.names:
+                yield self.finding(source, cls, f"class {cls.name}")
+                continue
+            hooks = (method for method in methods(cls) if _HOOK.match(method.name))
+            for node in (node for hook in hooks for node in ast.walk(hook)):
+                if _unfreezes(node):
+                    yield self.finding(source, node, source.code(node))
 
 
 def _unfreezes(node: ast.AST) -> bool:
@@ -114,9 +110,7 @@ class FusedQkv(Rule):
     def find(self, base: CodeBase) -> Iterator[Finding]:
         """Yields slices and chunks of fused weights, one for each function."""
         for source in base.sources:
-            for function in ast.walk(source.tree):
-                if not isinstance(function, ast.FunctionDef):
-                    continue
+            for function in nodes(source.tree, ast.FunctionDef):
                 for node in ast.walk(function):
                     part = node.value if isinstance(node, ast.Subscript) else None
                     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
@@ -135,8 +129,6 @@ class RewrittenEncoderLayer(Rule):
 
     def find(self, base: CodeBase) -> Iterator[Finding]:
         """Yields classes of that name or base with a forward pass of their own."""
-        for source in base.sources:
-            for cls in source.classes:
-                own = any(getattr(item, "name", "") == "forward" for item in cls.body)
-                if own and "TransformerEncoderLayer" in {cls.name, *source.bases(cls)}:
-                    yield self.finding(source, cls, f"class {cls.name}")
+        for source, cls, _ in base.methods("forward"):
+            if "TransformerEncoderLayer" in {cls.name, *source.bases(cls)}:
+                yield self.finding(source, cls, f"class {cls.name}")

@@ -10,7 +10,7 @@ from typing import Any
 from lightning_peft.arguments import LoRAFields
 from lightning_peft.migration.finding import Edit, Finding, MentionRule, Rule
 from lightning_peft.migration.position import place_of
-from lightning_peft.migration.source import CodeBase, Mention, Source, is_false
+from lightning_peft.migration.source import CodeBase, Mention, Source, is_false, nodes
 from lightning_peft.migration.trainer import WRAPPING
 
 # PEFT's own defaults, where those of this package differ.
@@ -19,19 +19,11 @@ _FIELDS = {field.name for field in fields(LoRAFields)}
 # For other tasks PEFT trains heads in full.
 _TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 # Without PEFT's wrapper these are not there.
-OF_THE_WRAPPER = frozenset(
-    {
-        *(
-            "merge_and_unload",
-            "merge_adapter",
-            "disable_adapter",
-            "get_base_model",
-            "save_pretrained",
-        ),
-        *("get_peft_model_state_dict", "set_peft_model_state_dict", "add_adapter", "set_adapter"),
-        *("load_adapter", "enable_adapter_layers", "disable_adapter_layers", "PeftModel"),
-    }
-)
+OF_THE_WRAPPER = frozenset({
+    "merge_and_unload", "merge_adapter", "disable_adapter", "get_base_model", "save_pretrained",
+    "get_peft_model_state_dict", "set_peft_model_state_dict", "add_adapter", "set_adapter",
+    "load_adapter", "enable_adapter_layers", "disable_adapter_layers", "PeftModel",
+})  # fmt: skip
 
 
 class PeftWrapping(Rule):
@@ -80,30 +72,25 @@ class PeftWrapping(Rule):
     ) -> tuple[Edit, ...]:
         wrapped = call.args[0]
         edits = [Edit.replace(source, call, source.expression(wrapped))]
-        for node in ast.walk(source.tree):
-            if isinstance(node, ast.Assign) and node.value is config:
-                edits.append(Edit.remove(source, node))
-            if (
-                isinstance(node, ast.Assign)
-                and node.value is call
-                and ast.unparse(node.targets[0]) == ast.unparse(wrapped)
-            ):
-                edits[0] = Edit.remove(source, node)
+        for line in nodes(source.tree, ast.Assign):
+            if line.value is config:
+                edits.append(Edit.remove(source, line))
+            if line.value is call and ast.unparse(line.targets[0]) == ast.unparse(wrapped):
+                edits[0] = Edit.remove(source, line)
         for other in base.sources:
-            edits += [
-                Edit.remove(other, node)
-                for node in ast.walk(other.tree)
-                if isinstance(node, ast.Expr) and _is_printing(node.value)
-            ]
+            edits += [Edit.remove(other, line) for line in _printing(other).values()]
         return tuple(edits)
 
 
-def _is_printing(node: ast.AST) -> bool:
-    return (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr == "print_trainable_parameters"
-    )
+def _printing(source: Source) -> dict[int, ast.Expr]:
+    """Returns the statements that print how many parameters train, by the id of their method."""
+    return {
+        id(line.value.func): line
+        for line in nodes(source.tree, ast.Expr)
+        if isinstance(line.value, ast.Call)
+        and isinstance(line.value.func, ast.Attribute)
+        and line.value.func.attr == "print_trainable_parameters"
+    }
 
 
 def wrapper_uses(base: CodeBase) -> Iterator[str]:
@@ -111,14 +98,10 @@ def wrapper_uses(base: CodeBase) -> Iterator[str]:
     for source, mention in base.mentions(*OF_THE_WRAPPER):
         yield str(source.place(mention.line))
     for source in base.sources:
-        removed = {
-            id(node.value.func)  # type: ignore[attr-defined]
-            for node in ast.walk(source.tree)
-            if isinstance(node, ast.Expr) and _is_printing(node.value)
-        }
-        for node in ast.walk(source.tree):
+        removed = _printing(source)
+        for node in nodes(source.tree, ast.Attribute):
             names = ("base_model", "peft_config", "print_trainable_parameters")
-            if isinstance(node, ast.Attribute) and node.attr in names and id(node) not in removed:
+            if node.attr in names and id(node) not in removed:
                 yield str(source.place(node.lineno))
 
 
@@ -133,8 +116,8 @@ def _config_of(source: Source, call: ast.Call) -> ast.Call | None:
         name = value.id
         assigned = [
             node.value
-            for node in ast.walk(source.tree)
-            if isinstance(node, ast.Assign) and [ast.unparse(t) for t in node.targets] == [name]
+            for node in nodes(source.tree, ast.Assign)
+            if [ast.unparse(target) for target in node.targets] == [name]
         ]
         used = sum(getattr(node, "id", "") == name for node in ast.walk(source.tree))
         if len(assigned) != 1 or used != 2 or not _runs_before(source, assigned[0], call):
@@ -220,13 +203,7 @@ class BaseModelPath(Rule):
     def find(self, base: CodeBase) -> Iterator[Finding]:
         """Yields paths with ``base_model.model`` in them."""
         for source in base.sources:
-            inner = {
-                id(node.value) for node in ast.walk(source.tree) if isinstance(node, ast.Attribute)
-            }
-            for node in ast.walk(source.tree):
-                if (
-                    isinstance(node, ast.Attribute)
-                    and ".base_model.model" in f"{ast.unparse(node)}"
-                    and id(node) not in inner
-                ):
+            inner = {id(node.value) for node in nodes(source.tree, ast.Attribute)}
+            for node in nodes(source.tree, ast.Attribute):
+                if ".base_model.model" in ast.unparse(node) and id(node) not in inner:
                     yield self.finding(source, node, source.code(node))
