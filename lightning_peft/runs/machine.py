@@ -54,13 +54,16 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def _of_proc(file: str, name: str) -> str:
+    """Returns what Linux says of a name in a file of ``/proc``; ``""`` where there is no such."""
+    place = Path("/proc", file)
+    lines = place.read_text(encoding="utf-8").splitlines() if place.is_file() else []
+    found = (line.partition(":")[2].strip() for line in lines if line.startswith(name))
+    return next(found, "")
+
+
 def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return _of_proc("cpuinfo", "model name") or platform.processor() or platform.machine()
 
 
 def peak_memory() -> dict[str, int]:
@@ -87,10 +90,7 @@ def reset_peak_memory() -> None:
 def _peak_resident() -> int:
     # Linux starts ``ru_maxrss`` at what the parent held when it started the process, such as the
     # page's server or a test runner.
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
+    if known := _of_proc("self/status", "VmHWM"):
+        return 1024 * int(known.split()[0])
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024

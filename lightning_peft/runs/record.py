@@ -85,24 +85,21 @@ class RunRecord:
 
     def _write_end(self, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt):
-            self.update_status(
-                state="stopped", phase="stopped at once", part=None, eta_seconds=None
-            )
+            self._ended("stopped", "stopped at once")
         elif self.status is not None:
-            content = {
-                "error": type(exception).__name__,
-                "message": str(exception),
-                "traceback": traceback.format_exception(exception),
-            }
-            self.folder.write(self.folder.error, content)
             name = type(exception).__name__
-            self.update_status(state="failed", phase=f"failed: {name}", part=None, eta_seconds=None)
+            trace = traceback.format_exception(exception)
+            content = {"error": name, "message": str(exception), "traceback": trace}
+            self.folder.write(self.folder.error, content)
+            self._ended("failed", f"failed: {name}")
+
+    def _ended(self, state: str, phase: str, **more: Any) -> None:
+        self.update_status(state=state, phase=phase, part=None, eta_seconds=None, **more)
 
     def stopped(self, checkpoint: Path) -> None:
         """Writes down that the run was stopped, and where it can go on."""
         place = checkpoint.resolve().relative_to(self.folder.path.resolve()).as_posix()
-        ended = {"state": "stopped", "phase": "stopped and saved", "part": None}
-        self.update_status(**ended, checkpoint=place, eta_seconds=None)
+        self._ended("stopped", "stopped and saved", checkpoint=place)
 
     def finish(self, trainer: Any, module: Any, after: dict[str, float]) -> dict[str, Any]:
         """Writes the result of the run, and returns it."""
@@ -121,10 +118,7 @@ class RunRecord:
         }
         record = result(trainer, module, known | {"peak_memory": self._peak()})
         self.folder.write(self.folder.result, record)
-        newest = self._newest()
-        self.update_status(
-            state="finished", phase="finished", checkpoint=newest, part=None, eta_seconds=None
-        )
+        self._ended("finished", "finished", checkpoint=self._newest())
         return record
 
     def _validation_time(self) -> dict[str, Any]:
@@ -174,13 +168,13 @@ class RunRecord:
             self._event(trainer, alert.kind, alert.text, alert=dict(alert.seen))
 
 
-def numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """Returns the metrics that are single numbers, as such."""
+def numbers(metrics: dict[str, Any], of: str = "") -> dict[str, float]:
+    """Returns the metrics that are single numbers and whose names begin with ``of``, as such."""
     return {
         name: float(value)
         for name, value in metrics.items()
-        if isinstance(value, (int, float))
-        or (isinstance(value, torch.Tensor) and value.numel() == 1)
+        if name.startswith(of)
+        and (isinstance(value, (int, float)) or (torch.is_tensor(value) and value.numel() == 1))
     }
 
 

@@ -175,9 +175,7 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
             self._report_progress(trainer)
 
     def _log_training(self, trainer: Any) -> None:
-        values = {
-            k: v for k, v in numbers(trainer.callback_metrics).items() if k.startswith("train")
-        }
+        values = numbers(trainer.callback_metrics, of="train")
         rates = {f"{name}_per_second": rate for name, rate in self.pace.rates().items()}
         memory = {f"peak_{name}": value for name, value in self._peak().items()}
         self._log_metrics(trainer, {**values, **self._of_step, **rates, **memory})
@@ -228,9 +226,7 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
         """Writes the numbers of the validation."""
         if trainer.sanity_checking:
             return
-        metrics = {
-            k: v for k, v in numbers(trainer.callback_metrics).items() if k.startswith("val")
-        }
+        metrics = numbers(trainer.callback_metrics, of="val")
         self._log_metrics(trainer, metrics)
         if trainer.state.fn != "fit":
             return
@@ -278,12 +274,9 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Ends the record, unless it was begun by another than the Trainer."""
         if self._of_trainer and self.status is not None:
-            saved = next(
-                (callback.saved for callback in self._interruptions(trainer) if callback.saved),
-                None,
-            )
-            if saved is not None:
-                self.stopped(saved)
+            saved = [one.saved for one in self._interruptions(trainer) if one.saved]
+            if saved:
+                self.stopped(saved[0])
             else:
                 self.finish(trainer, pl_module, numbers(trainer.callback_metrics))
             self.close()

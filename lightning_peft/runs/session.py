@@ -42,16 +42,8 @@ _OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 class RunSession:
     """Gives a run of LightningCLI its folder, and closes the record however the run ends.
 
-    Args:
-        kind: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
-        name: What the run is called, such as its recipe.
-        decided: What another run decided for arguments that are ``"auto"``.
-        verbose: Whether to say what took how long until the first step.
-
-    Attributes:
-        folder: The run's folder; ``None`` before it is made, and on other processes than the first.
-        result: The result of the run, once it is finished.
-        saved: The checkpoint that was saved where the run was interrupted.
+    ``name`` is what the run is called, such as its recipe; ``decided`` is what another run decided
+    for arguments that are ``"auto"``. ``verbose`` says what took how long until the first step.
     """
 
     def __init__(
@@ -63,8 +55,10 @@ class RunSession:
     ) -> None:
         self.kind, self.name, self.decided, self.verbose = kind, name, decided, verbose
         self._times = StartTimes()
+        # None before it is made, and on other processes than the first.
         self.folder: RunFolder | None = None
         self.result: dict[str, Any] | None = None
+        # The checkpoint that was saved where the run was interrupted.
         self.saved: Path | None = None
         self._recorder: Any = None
         self._open = ExitStack()
@@ -83,7 +77,10 @@ class RunSession:
         if config["trainer"].get("val_check_interval") is not None:
             # 1.0 as well, which for the Trainer is its default.
             _leave_out_budget(config["trainer"])
-        self._set_up_processes(config)
+        layout = torchrun_layout()
+        if layout is not None:
+            # The processes that torchrun started, however many there are now.
+            config["trainer"]["devices"], config["trainer"]["num_nodes"] = layout
         first = is_first_process() and _VARIABLE not in os.environ
         _choose_checkpoint(config, self.kind, warn=first)
         if first:
@@ -98,18 +95,11 @@ class RunSession:
             callbacks.append(bind_to_lightning(MemoryPlanCallback, root)())
         return [*callbacks, self._interruption]
 
-    def _set_up_processes(self, config: Namespace) -> None:
-        """Gives the Trainer the processes that torchrun started, however many there are now."""
-        layout = torchrun_layout()
-        if layout is not None:
-            config["trainer"]["devices"], config["trainer"]["num_nodes"] = layout
-
     def _begin_record(self, config: Namespace, recipe: str, root: str) -> None:
         run_dir = config.get("run_dir")
+        name = self.name if self.kind == "fit" else f"{self.kind}-{self.name}"
         self.folder = (
-            RunFolder.at(Path(run_dir))
-            if run_dir
-            else RunFolder.create(Path(DEFAULT_ROOT), f"{self._prefix}{self.name}")
+            RunFolder.at(Path(run_dir)) if run_dir else RunFolder.create(Path(DEFAULT_ROOT), name)
         )
         os.environ[_VARIABLE] = str(self.folder.path)
         self._open.callback(os.environ.pop, _VARIABLE, None)
@@ -128,10 +118,6 @@ class RunSession:
         trainer = config["trainer"]
         trainer["default_root_dir"] = str(self.folder.path)
         trainer["logger"] = _with_csv(trainer.get("logger"), self.folder.path, root)
-
-    @property
-    def _prefix(self) -> str:
-        return "" if self.kind == "fit" else f"{self.kind}-"
 
     def end(self, trainer: Any, module: Any, datamodule: Any) -> None:
         """Writes the result of a run that came to its end, or where it was interrupted."""
