@@ -33,16 +33,12 @@ _HUB_PATH = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>[^:]+\.gguf)", re.IG
 
 @dataclass(frozen=True)
 class ModelReference:
-    """A model by name.
-
-    Attributes:
-        name: As the user wrote it.
-        place: Folder, or name on the hub.
-        gguf_file: Path of a GGUF file in it; ``None`` for a model in transformers' own format.
-    """
+    """A model by name, as the user wrote it."""
 
     name: str
+    # Folder, or name on the hub.
     place: str
+    # Path of a GGUF file in it, if it is one.
     gguf_file: str | None = None
 
     @property

@@ -45,24 +45,19 @@ _OF_PASSAGES = ("document", "passage", "corpus")
 
 @dataclass(frozen=True)
 class SentenceFolder:
-    """What the files say; all defaults where the model is not one of sentence-transformers.
+    """What the files say; all defaults where the model is not one of sentence-transformers."""
 
-    Attributes:
-        known: Whether there is a ``modules.json``.
-        pooling: How the vectors of the tokens become one.
-        normalize: Whether embeddings have length 1.
-        similarity: What embeddings are compared by.
-        max_length: Longest text in tokens.
-        prompts: Texts put before others, by name.
-        default_prompt: Name of the prompt of texts that are neither queries nor passages.
-    """
-
+    # Whether there is a `modules.json`.
     known: bool = False
     pooling: Pooling | None = None
+    # To length 1.
     normalize: bool = False
     similarity: Similarity | None = None
+    # In tokens.
     max_length: int | None = None
+    # Texts put before others, by name.
     prompts: Mapping[str, str] = field(default_factory=dict)
+    # For texts that are neither queries nor passages.
     default_prompt: str | None = None
 
     def prompt_of(self, role: Literal["query", "passage", "text"]) -> str:

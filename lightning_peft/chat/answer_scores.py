@@ -18,18 +18,14 @@ _TOKENS = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]")
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """How near one answer is to the expected one.
+    """How near one answer is to the expected one."""
 
-    Attributes:
-        exact: Whether it is the same text, or equal JSON. Of white space, line breaks and
-            indentation count, spaces between words and at the ends do not.
-        valid_json: Whether it is JSON; ``None`` where no JSON object or array is expected.
-        token_overlap: F1 of the words and punctuation marks that both have, from 0 to 1; case
-            does not count.
-    """
-
+    # The same text, or equal JSON. Of white space, line breaks and indentation count, spaces
+    # between words and at the ends do not.
     exact: bool
+    # None where no JSON object or array is expected.
     valid_json: bool | None
+    # F1 of the words and punctuation marks that both have, from 0 to 1; case does not count.
     token_overlap: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -39,15 +35,7 @@ class AnswerScore:
 
 @dataclass(frozen=True)
 class ScoreSummary:
-    """The scores of several answers.
-
-    Attributes:
-        rows: Answers.
-        exact: Those that match exactly.
-        json_rows: Those of which JSON is expected.
-        valid_json: Those of these that are JSON.
-        token_overlap: Mean over all, from 0 to 1.
-    """
+    """The scores of several answers: how many match, should be JSON and are; their mean F1."""
 
     rows: int
     exact: int

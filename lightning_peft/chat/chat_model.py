@@ -39,20 +39,15 @@ _MARK = "question7240"
 
 @dataclass
 class Answer:
-    """What was generated.
-
-    Attributes:
-        text: The answer.
-        tokens: How many tokens were generated.
-        ended: Whether the model ended it itself.
-        dropped: Turns of the conversation that were left out, as the model takes no more tokens.
-        stopped: Whether it was stopped before its end.
-    """
+    """What was generated."""
 
     text: str
     tokens: int
+    # By the model itself.
     ended: bool
+    # Turns of the conversation that were left out, as the model takes no more tokens.
     dropped: int = 0
+    # Before its end, on request.
     stopped: bool = False
 
 
@@ -238,8 +233,7 @@ class ChatModel:
     def answers(
         self, conversations: Sequence[Messages], stop: Callable[[], bool] = lambda: False
     ) -> list[Answer]:
-        """Generates the next turn of each conversation, for several at a time; see :meth:`answer`.
-        """
+        """Generates the next turn of several conversations at once; see :meth:`answer`."""
         # Padding would be penalized as part of the prompt; each ends at texts of its own.
         alone = self.sampling.repetition_penalty != 1 or bool(self.sampling.stop)
         if alone or any(map(images_of, conversations)):

@@ -37,18 +37,13 @@ TOGETHER = 8
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question, and what a good answer would be where that is known.
-
-    Attributes:
-        text: The question.
-        reference: The expected answer.
-        earlier: Turns before the question, perhaps a system turn first.
-        images: Bytes of the image files that the question is about.
-    """
+    """A question, and what a good answer would be where that is known."""
 
     text: str
     reference: str | None = None
+    # Turns before the question, perhaps a system turn first.
     earlier: Sequence[dict[str, Any]] = ()
+    # Bytes of the image files that the question is about.
     images: Sequence[bytes] = ()
 
 
@@ -177,23 +172,16 @@ def _row(prompt: Prompt, answers: dict[str, Answer]) -> dict[str, Any]:
 
 @dataclass
 class Score:
-    """How well one of them predicts the answers in data.
-
-    Attributes:
-        name: The base or an adapter.
-        loss: Mean negative log-likelihood per answer token, in nats.
-        perplexity: Its exponential.
-        token_accuracy: Share of the answer tokens that are the likeliest ones, each given those
-            before it.
-        tokens: Answer tokens that were predicted.
-        rows: Loss, hits and tokens of each row.
-    """
+    """How well the base or an adapter predicts the answers in data."""
 
     name: str
+    # Mean negative log-likelihood per answer token, in nats.
     loss: float
     perplexity: float
+    # Share of the answer tokens that are the likeliest ones, each given those before it.
     token_accuracy: float
     tokens: int
+    # Loss, hits and tokens of each row.
     rows: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
     def as_dict(self) -> dict[str, Any]:

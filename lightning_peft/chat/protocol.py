@@ -55,8 +55,7 @@ class Server:
         self._first = ""
 
     def serve(self, make: Callable[[SendReply], ChatModel]) -> None:
-        """Loads the model by ``make``, which reports its progress, and answers until the lines end.
-        """
+        """Loads the model by ``make``, which reports progress, and answers until the lines end."""
         threading.Thread(target=self._read, daemon=True).start()
         try:
             with self._loading() as say:

@@ -16,16 +16,12 @@ from lightning_peft.doctor.results import Check, CheckResult, Status
 
 @dataclass(frozen=True)
 class DoctorOptions:
-    """What the user wants to know about.
-
-    Attributes:
-        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
-        folder: Where runs would be written.
-        hub: Whether the hub is needed; ``None`` asks it without needing it.
-    """
+    """What the user wants to know about."""
 
     device: str = "auto"
+    # Where runs would be written.
     folder: Path = Path()
+    # Whether the hub is needed; None asks it without needing it.
     hub: bool | None = None
 
 

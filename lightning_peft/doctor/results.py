@@ -13,16 +13,9 @@ Status = Literal["ok", "warning", "failed", "skipped"]
 
 @dataclass(frozen=True)
 class CheckResult:
-    """The outcome of one check.
+    """The outcome of one check, whose name is the same in every release and on every machine."""
 
-    Attributes:
-        status: ``"failed"`` where training needs it, ``"warning"`` where some training does.
-        detail: What was measured.
-        remedy: What to do about it; empty where nothing has to be done.
-        name: The check; the same in every release and on every machine.
-        seconds: How long the check took.
-    """
-
+    # "failed" where training needs it, "warning" where some training does.
     status: Status
     detail: str
     remedy: str = ""
@@ -32,14 +25,7 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class Check:
-    """A check that has not run yet.
-
-    Attributes:
-        name: What its finding is called.
-        run: Finds out; whatever it raises is a finding too.
-        remedy: What to do where ``run`` raises.
-        broken: The status where ``run`` raises.
-    """
+    """A check to run; whatever it raises is a finding too, with its remedy and status."""
 
     name: str
     run: Callable[[], CheckResult]

@@ -46,18 +46,14 @@ HARNESS_SEEDS = Seeds()
 
 @dataclass
 class TaskSet:
-    """Tasks with their rows, ready to be evaluated.
+    """Tasks with their rows, ready to be evaluated."""
 
-    Attributes:
-        loaded: What the harness' ``TaskManager.load`` returns.
-        requested: The names that were asked for.
-        data_files: By task, the local files with its rows and their sha256.
-        notes: What a user should know.
-    """
-
+    # What the harness' `TaskManager.load` returns.
     loaded: dict[str, Any]
     requested: list[str]
+    # By task, the local files with its rows and their sha256.
     data_files: dict[str, dict[str, str]] = field(default_factory=dict)
+    # What a user should know.
     notes: list[str] = field(default_factory=list)
 
 

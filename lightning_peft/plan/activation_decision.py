@@ -34,18 +34,13 @@ _STATE_BYTES = 12
 
 @dataclass(frozen=True)
 class ActivationDecision:
-    """The answer for one batch.
-
-    Attributes:
-        recompute: Whether blocks keep their inputs only.
-        reason: Why, with the numbers.
-        room: By how much activations may grow until the answer is no longer certain.
-        planned: Whether it is the planner's, which looks at weights and all else too.
-    """
+    """Whether blocks keep only their inputs for one batch, and why."""
 
     recompute: bool
     reason: str
+    # By how much activations may grow until the answer is no longer certain.
     room: float = 0.0
+    # By the planner, which looks at weights and all else too.
     planned: bool = False
 
 

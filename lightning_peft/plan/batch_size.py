@@ -19,20 +19,16 @@ _OF_OTHERS = ("mask", "label", "type_ids", "position")
 
 @dataclasses.dataclass(frozen=True)
 class BatchSize:
-    """What of a batch the memory of a step grows with.
+    """What of a batch the memory of a step grows with."""
 
-    Attributes:
-        integers: Elements of its tensors of integers, such as tokens.
-        floats: Elements of its other tensors, such as pixels.
-        characters: Of its strings, which a step may tokenize.
-        longest: The longest dimension of a tensor, or string.
-        unknown: What cannot be looked into, or why nothing is known; empty where all is.
-    """
-
+    # Elements of tensors of integers, such as tokens, and of others, such as pixels.
     integers: int = 0
     floats: int = 0
+    # Of strings, which a step may tokenize.
     characters: int = 0
+    # Of the dimensions of tensors, and of strings.
     longest: int = 0
+    # What cannot be looked into, or why nothing is known.
     unknown: str = ""
 
     @property

@@ -33,20 +33,12 @@ _MAKERS = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """Equal GPUs in equal nodes.
-
-    Attributes:
-        gpus: In a node.
-        nodes: How many.
-        tflops: TFLOP/s of a GPU.
-        memory_bandwidth: GB/s of its memory.
-        link_bandwidth: GB/s that it sends to the others of its node.
-        network_bandwidth: GB/s that a node sends to the others. Figures that are not known are
-            ``None``.
-    """
+    """Equal GPUs in equal nodes."""
 
     gpus: int
     nodes: int
+    # TFLOP/s of a GPU, and GB/s: of its memory, to the others of its node, and from node to node.
+    # None where it is not known.
     tflops: float | None = None
     memory_bandwidth: float | None = None
     link_bandwidth: float | None = None
@@ -84,16 +76,12 @@ FIGURES = tuple(field.name for field in fields(Cluster))[2:]
 
 @dataclass(frozen=True)
 class StepBounds:
-    """The least seconds of a step by each bound, at full speed; the largest one is what bounds it.
-
-    Attributes:
-        compute: Matrix products.
-        memory: Reading and writing, each operation for itself.
-        interconnect: Weights and gradients between GPUs; what hides behind computing is counted.
-    """
+    """The least seconds of a step by each bound, at full speed; the largest bounds it."""
 
     compute: float
+    # Reading and writing, each operation for itself.
     memory: float
+    # Weights and gradients between GPUs; what hides behind computing is counted.
     interconnect: float
 
     @property

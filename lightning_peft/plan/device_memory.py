@@ -39,18 +39,12 @@ _UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """A device, as far as a plan is concerned.
-
-    Attributes:
-        name: What to call it.
-        bytes: Memory that a run can have.
-        kind: ``"cuda"`` or ``"cpu"``.
-        held: What of these bytes the process already uses, where it runs.
-    """
+    """A device, as far as a plan is concerned."""
 
     name: str
     bytes: int
     kind: Literal["cuda", "cpu"]
+    # What of these bytes the process already uses, where it runs.
     held: int = 0
 
 

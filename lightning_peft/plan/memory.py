@@ -19,15 +19,7 @@ _ADAM_BYTES = 8
 
 @dataclass(frozen=True)
 class MethodMemory:
-    """Static memory of one method, in bytes.
-
-    Attributes:
-        method: ``"full"``, ``"lora"`` or ``"qlora"``.
-        trainable: Number of trained weights.
-        weights: All weights as stored, adapters included.
-        gradients: Gradients of the trained weights.
-        optimizer: Adam's moments.
-    """
+    """Static memory of one method, in bytes, and how many weights it trains."""
 
     method: str
     trainable: int

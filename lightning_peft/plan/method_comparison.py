@@ -19,34 +19,26 @@ from lightning_peft.plan.sources import ModelSource
 
 @dataclass(frozen=True)
 class MethodComparison:
-    """The answers.
-
-    Attributes:
-        model: The model's name.
-        plan: The run that was asked for.
-        device: Where it is to run, if that was said.
-        methods: The same run with each method that can be run so.
-        kept: Bytes of activations and logits that are kept for the backward pass, by whether
-            blocks are checkpointed; without an entry where that cannot be done.
-        batch_size: The most rows that fit at the run's length, if that was searched.
-        seq_len: The longest sequence that fits at the run's batch size, likewise.
-        recommendation: Which method to choose.
-        longest: Longest sequence that the model was made for, if its config says so.
-        limits_checkpointing: Whether these two are with blocks checkpointed.
-        logits: ``"chunked"`` if they are those of some tokens at a time, else ``"all"``.
-        cluster: The GPUs, if that was said.
-    """
+    """The answers about one run."""
 
     model: str
     plan: Prediction
     device: DeviceMemory | None
+    # The same run with each method that can be run so.
     methods: dict[Method, Prediction]
+    # Bytes of activations and logits that are kept for the backward pass, by whether blocks are
+    # checkpointed; without an entry where that cannot be done.
     kept: dict[bool, int]
+    # The most rows that fit at the run's length, and the longest sequence at its batch size, if
+    # they were searched.
     batch_size: int | None
     seq_len: int | None
     recommendation: Recommendation
+    # Sequence that the model was made for, if its config says so.
     longest: int | None = None
+    # "chunked" if they are those of some tokens at a time, else "all".
     logits: str = "all"
+    # Whether the most rows and the longest sequence are with blocks checkpointed.
     limits_checkpointing: bool = False
     cluster: Cluster | None = None
 

@@ -21,14 +21,11 @@ _BLOCKS_AT_ONCE = 2
 
 @dataclass(frozen=True)
 class Gathered:
-    """Weights that a process gathers from all of them, in bytes.
+    """Bytes of weights that a process gathers from all of them."""
 
-    Attributes:
-        outside: Those outside of blocks, which stay for the step.
-        batch: All that are gathered for a batch, those of blocks twice.
-    """
-
+    # Those outside of blocks, which stay for the step.
     outside: int = 0
+    # All that are gathered for a batch, those of blocks twice.
     batch: int = 0
 
     def at_start(self, live: Mapping[str, int]) -> dict[str, int]:

@@ -28,27 +28,21 @@ from lightning_peft.plan.trace import Step
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model to plan for.
-
-    Attributes:
-        name: What to call it.
-        build_meta_copy: Builds a new copy on the meta device, without adapters.
-        batch: Makes a batch of so many rows and tokens, with a mask where rows are padded.
-        vocabulary: Size of the vocabulary, if there is one.
-        longest: Longest sequence that the model was made for, if it says so.
-        causal: Whether it is a causal language model of transformers.
-        step: Returns the loss of a module on a batch, where it is not the module's own.
-        rows_change: Whether ``batch`` can make batches of other rows.
-        length_changes: Whether it can make rows of other lengths.
-    """
+    """A model to plan for."""
 
     name: str
+    # On the meta device, without adapters.
     build_meta_copy: Callable[[], nn.Module]
+    # Makes one of so many rows and tokens, with a mask where rows are padded.
     batch: Callable[[int, int, bool], Any]
     vocabulary: int | None = None
+    # Sequence that the model was made for, if it says so.
     longest: int | None = None
+    # A causal language model of transformers.
     causal: bool = False
+    # Returns the loss of a module on a batch, where it is not the module's own.
     step: Step | None = None
+    # Whether `batch` can make batches of other rows, and of other lengths.
     rows_change: bool = True
     length_changes: bool = True
 

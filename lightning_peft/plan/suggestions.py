@@ -16,18 +16,13 @@ _SHORTEST = 32
 
 @dataclass(frozen=True)
 class Change:
-    """One change to a run.
-
-    Attributes:
-        words: What to change, with the argument's name.
-        settings: The run after it.
-        saved: Predicted bytes that it saves.
-        needed: The upper end of what the run takes after it.
-    """
+    """One change to a run, in words, and the run after it."""
 
     words: str
     settings: PlanSettings
+    # Predicted bytes that it saves.
     saved: int
+    # The upper end of what the run takes after it.
     needed: int
 
     def line(self, device_bytes: int) -> str:

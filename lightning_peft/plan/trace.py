@@ -35,32 +35,25 @@ GRADIENTS, OPTIMIZER = "gradients", "optimizer"
 
 @dataclass(frozen=True)
 class Trace:
-    """What a training step holds.
-
-    Attributes:
-        peak: Bytes at the fullest moment.
-        at_peak: The same by purpose.
-        at_start: Bytes by purpose when the first weights of a shared base come; empty for others.
-        kept: Bytes that are kept from the forward for the backward pass, logits included.
-        gradients: Bytes of all gradients.
-        optimizer: Bytes of all optimizer states.
-        paged: Those of them that a paged optimizer may move to the CPU.
-        trainable: Trained weights.
-        total: All weights, adapters included.
-        products: Products of 16-bit matrices that differ in shape.
-        work: What a process computes, moves and sends in a step; counted where there are several.
-    """
+    """What a training step holds, in bytes."""
 
     peak: int
+    # By purpose.
     at_peak: dict[str, int]
+    # From the forward for the backward pass, logits included.
     kept: int
     gradients: int
     optimizer: int
+    # Those of the optimizer's states that it may move to the CPU.
     paged: int
+    # Trained weights, and all, adapters included.
     trainable: int
     total: int
+    # Of 16-bit matrices, that differ in shape.
     products: int = 0
+    # Counted where there are several processes.
     work: Work = Work()
+    # By purpose, when the first weights of a shared base come; empty for others.
     at_start: dict[str, int] = field(default_factory=dict)
 
 

@@ -17,18 +17,15 @@ _OPTIMIZER_TRAFFIC = 7 * 4
 
 @dataclass(frozen=True)
 class Work:
-    """What a process does in one step, over all batches whose gradients are added up.
+    """What a process does in one step, over all batches whose gradients are added up."""
 
-    Attributes:
-        flops: Multiplications and additions of its matrix products and of attention.
-        moved: Bytes that its operations read and write, each of them for itself.
-        gathered: Bytes of weights that it has of all processes together, gathered from them.
-        averaged: Bytes of gradients that are averaged.
-    """
-
+    # Multiplications and additions of its matrix products and of attention.
     flops: int = 0
+    # Bytes that its operations read and write, each of them for itself.
     moved: int = 0
+    # Bytes of weights that it has of all processes together, gathered from them.
     gathered: int = 0
+    # Bytes of gradients.
     averaged: int = 0
 
     def sent(self, processes: int) -> int:
@@ -41,12 +38,7 @@ class Work:
 
 
 class WorkCounter(TorchDispatchMode):
-    """Within the body, the operations that run are counted.
-
-    Attributes:
-        flops: See :class:`Work`.
-        moved: See :class:`Work`.
-    """
+    """Within the body, the operations that run are counted."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -17,17 +17,13 @@ RISING = 2
 
 @dataclass(frozen=True)
 class Alert:
-    """One thing that the user should look at.
+    """One thing that the user should look at."""
 
-    Attributes:
-        kind: ``"nan"``, ``"diverging"`` or ``"overfitting"``.
-        text: What was seen and what usually helps.
-        seen: The same for programs that say it in words of their own: ``of`` is the name of the
-            metric; ``first``, ``last`` and ``times`` are its values and how often it rose.
-    """
-
+    # "nan", "diverging" or "overfitting".
     kind: str
     text: str
+    # For programs that say it in words of their own: `of` is the name of the metric; `first`,
+    # `last` and `times` are its values and how often it rose.
     seen: Mapping[str, Any] = field(default_factory=dict)
 
 

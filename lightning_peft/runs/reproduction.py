@@ -20,22 +20,18 @@ TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Reproduction:
-    """How a second run of a recipe compares with the first.
+    """How a second run of a recipe compares with the first."""
 
-    Attributes:
-        steps: Logged training steps that both have.
-        loss_difference: Largest difference of the training loss at one step.
-        adapter_difference: Largest difference of one weight of the recommended adapter.
-        metrics: The metrics after training: name to ``(then, now)``.
-        identical: Whether losses, metrics and weights are bit-for-bit identical.
-        other: What was different about the machine and the versions: name to ``(then, now)``.
-    """
-
+    # Logged training steps that both have.
     steps: int
+    # The largest at one step, and of one weight of the recommended adapter.
     loss_difference: float
     adapter_difference: float
+    # After training: name to `(then, now)`.
     metrics: dict[str, tuple[float, float]]
+    # Losses, metrics and weights, bit for bit.
     identical: bool
+    # What was different about the machine and the versions: name to `(then, now)`.
     other: dict[str, tuple[Any, Any]]
 
     @property

@@ -9,21 +9,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Schedule:
-    """When validations come.
+    """When validations come."""
 
-    Attributes:
-        batches: Training batches of an epoch.
-        accumulated: Batches of an optimizer step.
-        every: Batches between two validations; ``None`` for one at the end of an epoch.
-        epochs: Validations come in every so many epochs; ``None`` where batches are counted over
-            the ends of epochs.
-        last: The optimizer step with which training ends, where that is always validated.
-    """
-
+    # Training batches of an epoch, and of an optimizer step.
     batches: int
     accumulated: int = 1
+    # Batches between two validations; None for one at the end of an epoch.
     every: int | None = None
+    # Validations come in every so many epochs; None where batches are counted over the ends of
+    # epochs.
     epochs: int | None = 1
+    # The optimizer step with which training ends, where that is always validated.
     last: int | None = None
 
     def until(self, step: int) -> int:

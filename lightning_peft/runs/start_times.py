@@ -8,11 +8,7 @@ import psutil
 
 
 class StartTimes:
-    """Seconds of the phases before the first step, from the start of the process.
-
-    Attributes:
-        phases: Name and seconds of each, in their order.
-    """
+    """Seconds of the phases before the first step, from the start of the process."""
 
     def __init__(self) -> None:
         self._last = psutil.Process().create_time()
