@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -28,10 +28,6 @@ class AnswerScore:
     # F1 of the words and punctuation marks that both have, from 0 to 1; case does not count.
     token_overlap: float
 
-    def as_dict(self) -> dict[str, Any]:
-        """Returns the score as JSON takes it."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class ScoreSummary:
@@ -42,10 +38,6 @@ class ScoreSummary:
     json_rows: int
     valid_json: int
     token_overlap: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """Returns the summary as JSON takes it."""
-        return asdict(self)
 
 
 def is_exact(answer: str, expected: str) -> bool:

@@ -53,34 +53,26 @@ class Answer:
 
 @dataclass
 class ChatModel:
-    """A loaded model, with a choice of who is speaking.
-
-    Attributes:
-        loaded: Model and tokenizer.
-        adapters: The adapters on the model.
-        chat_template_override: As ``chat_template`` of the data; ``None`` takes that of the
-            adapter's record, or else the tokenizer's.
-        sampling: How tokens are chosen.
-        active: Name of the adapter that speaks, or ``"base"``.
-        variables_override: Values for variables of the chat template; ``None`` takes those of the
-            adapter's record.
-        tools: What the model may call, as the chat template takes it.
-        images: What the processor does to images; ``None`` for a model of text. User's turns may
-            have ``images`` then, a list of the bytes of image files.
-        image_problem: Why a model that sees can be shown none here; empty for others.
-        memory_note: How much memory the weights take besides, laid out for generation; empty where
-            nothing is.
-    """
+    """A loaded model, with a choice of who is speaking."""
 
     loaded: LoadedModel
     adapters: Sequence[Adapter]
+    # As `chat_template` of the data; None takes that of the adapter's record, or else the
+    # tokenizer's.
     chat_template_override: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
+    # Name of the adapter that speaks, or of the base.
     active: str = BASE
+    # Values for variables of the chat template; None takes those of the adapter's record.
     variables_override: dict[str, Any] | None = None
+    # What the model may call, as the chat template takes it.
     tools: list[dict[str, Any]] = field(default_factory=list)
+    # What the processor does to images; None for a model of text. User's turns may have `images`
+    # then, a list of the bytes of image files.
     images: ImageTokens | None = None
+    # Why a model that sees can be shown none here.
     image_problem: str = ""
+    # How much memory the weights take besides, laid out for generation.
     memory_note: str = field(default="", init=False)
 
     def __post_init__(self) -> None:

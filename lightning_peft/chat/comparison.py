@@ -165,9 +165,10 @@ def _row(prompt: Prompt, answers: dict[str, Answer]) -> dict[str, Any]:
     }
     if not prompt.reference:
         return row
-    scores = {name: score_answer(text, prompt.reference) for name, text in row["answers"].items()}
-    by_name = {name: score.as_dict() for name, score in scores.items()}
-    return row | {"reference": prompt.reference, "scores": by_name}
+    scores = {
+        name: asdict(score_answer(text, prompt.reference)) for name, text in row["answers"].items()
+    }
+    return row | {"reference": prompt.reference, "scores": scores}
 
 
 @dataclass

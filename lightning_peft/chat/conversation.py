@@ -24,18 +24,12 @@ Any other line is a question. A line that begins with // is a question that begi
 
 @dataclass
 class Conversation:
-    """What was said so far.
-
-    Attributes:
-        speaker: Who answers.
-        system: System turn, if there is one.
-        turns: Questions and answers.
-        images: Bytes of the image files that go with the next question.
-    """
+    """What was said so far."""
 
     chat_model: ChatModel
     system: str | None = None
     turns: list[dict[str, Any]] = field(default_factory=list)
+    # Bytes of the image files that go with the next question.
     images: list[bytes] = field(default_factory=list)
 
     def ask(self, question: str, write: Callable[[str], None]) -> Answer:

@@ -32,15 +32,9 @@ _HEARTBEAT_SECONDS = 2.0
 
 
 class Server:
-    """Answers the requests that come in as lines.
+    """Answers the requests that come in as lines; ``system`` and ``seed`` are for those without.
 
     Lines are read in a thread of their own, so that an answer can be stopped while it is given.
-
-    Args:
-        lines: Requests.
-        out: Where answers go.
-        system: System turn of the conversations that bring none.
-        seed: Of requests that name none.
     """
 
     def __init__(
@@ -124,12 +118,12 @@ class Server:
         chat_model.sampling = replace(chat_model.sampling, **options)
         inputs = import_module("lightning_peft.chat.template_inputs")
         try:
-            for name in ("tools", "chat_template_kwargs"):
-                context = inputs.context_of(name, row[name], "The request") if name in row else None
-                if context is not None and name == "tools":
-                    chat_model.tools = context.get("tools", [])
-                elif context is not None:
-                    chat_model.variables_override = context
+            if "tools" in row:
+                given = inputs.context_of("tools", row["tools"], "The request")
+                chat_model.tools = given.get("tools", [])
+            name = "chat_template_kwargs"
+            if name in row:
+                chat_model.variables_override = inputs.context_of(name, row[name], "The request")
             yield
         finally:
             chat_model.sampling, chat_model.tools, chat_model.variables_override = before

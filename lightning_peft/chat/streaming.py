@@ -24,17 +24,13 @@ class StopRequested(StoppingCriteria):
 
 
 class StopTexts(StoppingCriteria):
-    """Ends the generation of one answer at a text, which may have special tokens in it.
-
-    Attributes:
-        found: Whether one was generated.
-        tail: Characters of the answer, without special tokens, from that text on.
-        longest: Characters of the longest of them.
-    """
+    """Ends the generation of one answer at a text, which may have special tokens in it."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_length: int) -> None:
         self.tokenizer, self.stop, self.prompt_length = tokenizer, stop, prompt_length
-        self.found, self.tail, self.longest = False, 0, max(map(len, stop), default=0)
+        self.found, self.longest = False, max(map(len, stop), default=0)
+        # Characters of the answer, without special tokens, from the text on that was found.
+        self.tail = 0
         self._tokens = _TOKENS_OF_CHARACTER * (self.longest + 1)
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
@@ -62,11 +58,7 @@ class StopTexts(StoppingCriteria):
 
 
 class AnswerStreamer(TextStreamer):
-    """Hands finished pieces of text to a function, up to a stop text.
-
-    Attributes:
-        text: The answer so far.
-    """
+    """Hands finished pieces of text to a function, up to a stop text."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None], stop: StopTexts) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
                 # At once: what is there survives an interrupt.
                 _append(args.output, [row])
             found = summarize_rows(rows)
-            summary = {name: one.as_dict() for name, one in found.items()}
+            summary = {name: asdict(one) for name, one in found.items()}
             return {"compared": chat_model.names, "answers": rows, "summary": summary}
         scores = comparison.scores(
             chat_model, _data(args, chat_model, columns), args.split, progress

@@ -1,5 +1,7 @@
 """How near an answer is to the expected one."""
 
+from dataclasses import asdict
+
 import pytest
 
 from lightning_peft.chat.answer_scores import (
@@ -72,6 +74,6 @@ def test_scores_are_summed_up_by_model():
     scores += [AnswerScore(False, None, 0.0)]
     assert summarize(scores) == ScoreSummary(3, 1, 2, 1, 0.5)
     assert summarize([]) == ScoreSummary(0, 0, 0, 0, 0.0)
-    rows = [{"scores": {"base": one.as_dict(), "mine": scores[0].as_dict()}} for one in scores]
+    rows = [{"scores": {"base": asdict(one), "mine": asdict(scores[0])}} for one in scores]
     found = summarize_rows([*rows, {"prompt": "of no reference"}])
     assert found == {"base": summarize(scores), "mine": ScoreSummary(3, 3, 3, 3, 1.0)}

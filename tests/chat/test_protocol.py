@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -161,7 +162,7 @@ def test_rows_are_answered_by_all_and_scored(client):
     assert texts["base"] != texts["mine"]
     for row in rows:
         assert row["answers"] == texts
-    expected = {name: score_answer(text, "It counts.").as_dict() for name, text in texts.items()}
+    expected = {name: asdict(score_answer(text, "It counts.")) for name, text in texts.items()}
     assert rows[0]["scores"] == expected
     assert "scores" not in rows[1]
     assert rows[0]["prompt"] == QUESTION[0]["content"]
