@@ -17,7 +17,7 @@ import pytest
 import torch
 from finished import lora_run, qlora_run  # noqa: F401
 from hypothesis import settings
-from program import program  # noqa: F401
+from program import program, refused  # noqa: F401
 
 from lightning_peft.plugin.namespace import use_namespace
 

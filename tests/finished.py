@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from trainer_fixtures import QUIET
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "lightning_peft" / "demo" / "base"
@@ -51,9 +52,7 @@ def train(folder: Path, method: str, steps: int = 6) -> Path:
             devices=1,
             max_steps=steps,
             callbacks=[checkpoint],
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **QUIET,
             default_root_dir=folder,
         )
         data = bind_to_lightning(SupervisedData, "pytorch_lightning")(

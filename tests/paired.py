@@ -4,6 +4,7 @@ import json
 from importlib import import_module
 
 import torch
+from trainer_fixtures import QUIET
 
 from lightning_peft import LoRAStrategy, QLoRAStrategy
 from lightning_peft.data.preference import PreferenceData
@@ -66,9 +67,8 @@ def prompts_in(folder, count=12, **options):
 
 def trainer_of(strategy="auto", root=ROOTS[1], **options):
     """Returns a Trainer for three quiet steps on the CPU."""
-    given = {"max_steps": 3, "logger": False, "enable_checkpointing": False, **options}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    return import_module(root).Trainer(strategy=strategy, devices=1, **quiet, **given)
+    given = {"max_steps": 3, "enable_checkpointing": False, **QUIET, **options}
+    return import_module(root).Trainer(strategy=strategy, devices=1, accelerator="cpu", **given)
 
 
 def strategy_of(kind, **more):

@@ -13,7 +13,8 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,14 @@ class Forked:
             raise subprocess.TimeoutExpired("lightning-peft", timeout)
         out, err = (stream.read_text(encoding="utf-8") for stream in self._streams)
         return out, err
+
+
+def wait(process: Any, there: Callable[[], Any]) -> None:
+    """Waits until something is there or the process has ended, at most 200 seconds."""
+    until = time.monotonic() + 200
+    while process.poll() is None and not there():
+        assert time.monotonic() < until, "it takes too long"
+        time.sleep(0.02)
 
 
 class Program:
@@ -110,6 +119,12 @@ class Program:
             process.kill()
         return process.returncode, out, err
 
+    def succeed(self, folder: Path, *words: str, **given: Any) -> str:
+        """Runs it to its end, which has to be a good one, and returns its output."""
+        code, out, err = self.run(folder, *words, **given)
+        assert code == 0, err[-3000:]
+        return out
+
     def _environment(self) -> dict[str, str]:
         own = {"PYTHONPATH": str(HERE.parent), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
         own |= {"XDG_CACHE_HOME": str(self._folder / "cache"), "COLUMNS": "200"}
@@ -139,6 +154,24 @@ class Program:
             self._parent.stdin.close()
             self._parent.wait(timeout=60)
             self._parent.stdout.close()
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command here, which ends with 2 or another code, and returns its errors."""
+    from lightning_peft.cli import main
+
+    def run(*words: Any, code: int = 2) -> str:
+        try:
+            found = main([*map(str, words)])
+        except SystemExit as stop:
+            found = stop.code
+        said = capsys.readouterr().err
+        assert found == code, (words, said)
+        assert "Traceback" not in said
+        return said
+
+    return run
 
 
 @pytest.fixture(scope="session")

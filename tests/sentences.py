@@ -6,6 +6,7 @@ from importlib import import_module
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from trainer_fixtures import QUIET
 from transformers import (
     AutoModel,
     BertConfig,
@@ -125,9 +126,8 @@ def passages_in(folder, model, kind, **options):
 def trainer_of(kind=None, **options):
     """Returns a quiet Trainer on the CPU."""
     strategy = STRATEGIES[kind](r=4, announce=False) if kind else "auto"
-    given = {"max_steps": 3, "logger": False, "enable_checkpointing": False, **options}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    return import_module(ROOTS[1]).Trainer(strategy=strategy, devices=1, **quiet, **given)
+    given = {"max_steps": 3, "enable_checkpointing": False, **QUIET, **options}
+    return import_module(ROOTS[1]).Trainer(strategy=strategy, devices=1, accelerator="cpu", **given)
 
 
 def random_adapter(folder, base, facts, cls=AutoModel, **options):

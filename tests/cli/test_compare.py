@@ -88,12 +88,11 @@ def test_answers_side_by_side(qlora_run, tmp_path, capsys):
     assert re.search(r"^1 rows +exact match +valid JSON +token overlap$", said, re.M)
 
 
-def test_the_rows_that_a_run_kept_are_scored(lora_run, tmp_path, capsys):
+def test_the_rows_that_a_run_kept_are_scored(lora_run, tmp_path, capsys, refused):
     adapter = tmp_path / "checkpoints" / "adapters" / "best"
     shutil.copytree(adapter_in(lora_run), adapter)
     words = ["compare", f"mine={adapter}", "--held-out", *PLAIN]
-    assert main(words) == 2
-    assert "has no held-out rows" in capsys.readouterr().err
+    assert "has no held-out rows" in refused(*words)
     row = [("system", "Be kind."), ("user", "What does `len` do?"), ("assistant", "It counts.")]
     turns = [{"role": role, "content": text} for role, text in row]
     (tmp_path / "provenance.json").write_text("{}")
@@ -101,8 +100,7 @@ def test_the_rows_that_a_run_kept_are_scored(lora_run, tmp_path, capsys):
     # Of an older run, a row that was answered by a call of a tool.
     empty = [turns[1], {"role": "assistant", "content": ""}]
     (tmp_path / "prompts.json").write_text(json.dumps({"held_out": [turns, empty, turns[1:]]}))
-    assert main([*words, "--max-new-tokens", "6", "--limit", "0"]) == 2
-    assert "--limit 0: at least 1" in capsys.readouterr().err
+    assert "--limit 0: at least 1" in refused(*words, "--max-new-tokens", "6", "--limit", "0")
     assert main([*words, "--max-new-tokens", "6", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     with_system, without = found["answers"]
@@ -115,7 +113,7 @@ def test_the_rows_that_a_run_kept_are_scored(lora_run, tmp_path, capsys):
         assert found["summary"][name]["rows"] == 2
 
 
-def test_bad_input(lora_run, examples, tmp_path, capsys):
+def test_bad_input(lora_run, examples, tmp_path, refused):
     run = str(lora_run)
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": "x"}\nnothing\n{"question": "y"}\n')
@@ -130,9 +128,7 @@ def test_bad_input(lora_run, examples, tmp_path, capsys):
         ([*data, "--output", str(taken)], "is there already"),
         ([*data, *COLUMNS, "--split", "test"], "no rows for 'test'; it has train (3), valid"),
     ]:
-        assert main(["compare", *words]) == 2, message
-        assert message in capsys.readouterr().err
+        assert message in refused("compare", *words)
     examples.write_text(examples.read_text() + '{"prompt": "x", "split": "validation"}\n')
-    assert main(["compare", *data, *COLUMNS]) == 2
-    assert "The data cannot be compared on" in capsys.readouterr().err
+    assert "The data cannot be compared on" in refused("compare", *data, *COLUMNS)
     assert taken.read_text() == "mine"

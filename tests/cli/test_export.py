@@ -91,7 +91,7 @@ def test_quantized_folders_load_without_this_package(qlora_run, tmp_path, export
     assert f"The linear layers are {bits}-bit" in (out / "README.md").read_text()
 
 
-def test_vllm(qlora_run, tmp_path, exported, capsys):
+def test_vllm(qlora_run, tmp_path, exported, refused):
     found = exported(qlora_run, tmp_path / "out", "vllm", "--base-name", "org/base")
     assert found["commands"] == [
         "vllm serve org/base --enable-lora --max-lora-rank 8 "
@@ -110,15 +110,13 @@ def test_vllm(qlora_run, tmp_path, exported, capsys):
     ]:
         (folder / "adapter_config.json").write_text(json.dumps(config | change))
         words = ["export", str(folder), str(tmp_path / "other"), "--format", "vllm"]
-        assert main(words) == 1
-        assert message in capsys.readouterr().err
+        assert message in refused(*words, code=1)
         assert not (tmp_path / "other").exists()
     facts = json.loads((folder / "provenance.json").read_text())
     for name in ("LlamaForSequenceClassification", "WhisperForConditionalGeneration"):
         base = facts["base"] | {"class": name}
         (folder / "provenance.json").write_text(json.dumps(facts | {"base": base}))
-        assert main(words) == 1
-        assert f"trained on a {name}, and vLLM serves" in capsys.readouterr().err
+        assert f"trained on a {name}, and vLLM serves" in refused(*words, code=1)
         assert not (tmp_path / "other").exists()
     assert writes_text("LlavaForConditionalGeneration")
     assert writes_text("OfMyOwn")
@@ -271,7 +269,7 @@ def test_pushing_to_a_stand_in_of_the_hub(lora_run, hub, tmp_path):
     assert "hf_right" not in done.stdout + done.stderr
 
 
-def test_a_token_that_is_refused_costs_no_merge(lora_run, hub, tmp_path, capsys):
+def test_a_token_that_is_refused_costs_no_merge(lora_run, hub, tmp_path, refused):
     out = tmp_path / "out"
     words = ("export", lora_run, out, "--format", "merged", "--push-to", "me/mine")
     done = command(*words, **online(hub, tmp_path, "hf_wrong"))
@@ -280,8 +278,7 @@ def test_a_token_that_is_refused_costs_no_merge(lora_run, hub, tmp_path, capsys)
     assert "hf_wrong" not in done.stdout + done.stderr
     assert not out.exists()
     assert Hub.made == []
-    assert main([str(word) for word in words]) == 1
-    assert "HF_HUB_OFFLINE must not be set" in capsys.readouterr().err
+    assert "HF_HUB_OFFLINE must not be set" in refused(*words, code=1)
 
 
 def test_a_dry_run_pushes_nothing(lora_run, tmp_path, capsys):
@@ -292,7 +289,7 @@ def test_a_dry_run_pushes_nothing(lora_run, tmp_path, capsys):
     assert "adapter_model.safetensors" in said
 
 
-def test_bad_input(lora_run, tmp_path, capsys):
+def test_bad_input(lora_run, tmp_path, refused):
     out = str(tmp_path / "out")
     for words, message in [
         ([out, "--dry-run"], "--dry-run is for --push-to"),
@@ -302,6 +299,5 @@ def test_bad_input(lora_run, tmp_path, capsys):
         ([str(BASE)], "is there already"),
         ([out, "--format", "ollama", "--with-adapter", "--system", '"""'], "ends a text in a Mod"),
     ]:
-        assert main(["export", str(lora_run), *words]) == 2, message
-        assert message in capsys.readouterr().err
+        assert message in refused("export", str(lora_run), *words)
     assert not Path(out).exists()

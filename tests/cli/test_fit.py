@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from program import wait
 from trials import QUIET, small
 
 from lightning_peft.runs.folder import RunFolder
@@ -18,14 +19,6 @@ trainer:
     - class_path: lightning_peft.tasks.BestCheckpoint
       init_args: {save_every: 2}
 """
-
-
-def wait(process, there):
-    """Waits until something is there or the process has ended, at most 200 seconds."""
-    until = time.monotonic() + 200
-    while process.poll() is None and not there():
-        assert time.monotonic() < until, "it takes too long"
-        time.sleep(0.02)
 
 
 def test_interrupted_and_resumed_is_uninterrupted(program, tmp_path):
@@ -41,10 +34,8 @@ def test_interrupted_and_resumed_is_uninterrupted(program, tmp_path):
     assert "lightning-peft fit --resume mine" in err
     assert 2 <= torch.load(checkpoint, weights_only=True)["global_step"] < 16
     assert RunFolder(tmp_path / "mine").status.state == "stopped"
-    code, _, err = program.run(tmp_path, "fit", "--resume", "mine", *QUIET, fresh=True)
-    assert code == 0, err[-3000:]
-    code, _, err = program.run(tmp_path, "fit", *config, "--run_dir=whole")
-    assert code == 0, err[-3000:]
+    program.succeed(tmp_path, "fit", "--resume", "mine", *QUIET, fresh=True)
+    program.succeed(tmp_path, "fit", *config, "--run_dir=whole")
     ends = [
         torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         for name in ("mine", "whole")
@@ -112,8 +103,7 @@ def test_two_processes_keep_one_record(program, tmp_path):
         "--trainer.val_check_interval=1.0",  # wins over the budget, also where it is the default
     ]
     config = ["--config=sft-lora", "--config=small/sft", *QUIET, *devices]
-    code, out, err = program.run(tmp_path, "fit", *config, "--json", fresh=True)
-    assert code == 0, err[-3000:]
+    out = program.succeed(tmp_path, "fit", *config, "--json", fresh=True)
     result = json.loads(out)
     assert (result["devices"], result["steps"]) == (2, 4)
     (path,) = (tmp_path / "runs").iterdir()

@@ -20,7 +20,7 @@ def trained(tmp_path_factory, program):
     rows = INSTRUCTIONS.read_text().splitlines()
     (folder / "rows.jsonl").write_text("\n".join(rows[:60] + rows[-10:]) + "\n")
     shutil.copytree(BASE, folder / "base")
-    code, _, err = program.run(
+    program.succeed(
         folder,
         "fit",
         "--config=sft-qlora",
@@ -31,7 +31,6 @@ def trained(tmp_path_factory, program):
         f"--trainer.limit_train_batches={STEPS}",
         "--trainer.enable_progress_bar=false",
     )
-    assert code == 0, err[-3000:]
     return folder
 
 
@@ -54,8 +53,7 @@ def failed(capsys, *words):
 
 
 def test_a_run_is_proven(trained, program):
-    code, out, err = program.run(trained, "verify", "runs/one")
-    assert code == 0, err[-3000:]
+    out = program.succeed(trained, "verify", "runs/one")
     lines = out.splitlines()
     assert len(lines) == 16
     for words in (
@@ -71,8 +69,7 @@ def test_a_run_is_proven(trained, program):
 
 
 def test_a_run_is_reproduced_to_the_bit(trained, program):
-    code, out, err = program.run(trained, "reproduce", "runs/one", "--json", fresh=True)
-    assert code == 0, err[-3000:]
+    out = program.succeed(trained, "reproduce", "runs/one", "--json", fresh=True)
     found = json.loads(out)
     assert found["identical"]
     assert found["steps"] == STEPS
@@ -139,7 +136,6 @@ def test_changed_data_and_another_base_are_found(trained, copy, tmp_path, capsys
 
 
 @pytest.mark.parametrize("name", ["verify", "reproduce"])
-def test_what_is_no_run_is_bad_input(name, tmp_path, capsys):
-    assert main([name, str(tmp_path)]) == 2
-    assert str(tmp_path) in capsys.readouterr().err
+def test_what_is_no_run_is_bad_input(name, tmp_path, refused):
+    assert str(tmp_path) in refused(name, str(tmp_path))
     assert main(["verify", str(tmp_path), "--config=sft-lora"]) == 2

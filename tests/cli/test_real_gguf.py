@@ -3,11 +3,11 @@
 import hashlib
 import json
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from program import wait
 
 from lightning_peft.demo.exercises import absence_of_smollm2, smollm2
 from lightning_peft.demo.orders import order_rows
@@ -51,25 +51,20 @@ def folder(tmp_path_factory, program):
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     short = SHORT.replace("MODEL", str(smollm2())).replace("STEPS", str(STEPS))
     (folder / "short.yaml").write_text(short)
-    code, _, err = program.run(folder, "fit", *CONFIG, "--run_dir=runs/whole")
-    assert code == 0, err[-3000:]
+    program.succeed(folder, "fit", *CONFIG, "--run_dir=runs/whole")
     return folder
 
 
 def test_an_interrupted_run_ends_as_the_whole_one(folder, program):
     process = program.start(folder, "fit", *CONFIG, "--run_dir=runs/mine")
-    mine, until = RunFolder(folder / "runs" / "mine"), time.monotonic() + 200
-    while process.poll() is None and time.monotonic() < until:
-        if (mine.checkpoints / "last.ckpt").exists():
-            break
-        time.sleep(0.02)
+    mine = RunFolder(folder / "runs" / "mine")
+    wait(process, (mine.checkpoints / "last.ckpt").exists)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=100)
     assert process.returncode == 130, err[-3000:]
     saved = torch.load(mine.checkpoints / "interrupted.ckpt", weights_only=True)
     assert 1 <= saved["global_step"] < STEPS
-    code, _, err = program.run(folder, "fit", "--resume", "runs/mine")
-    assert code == 0, err[-3000:]
+    program.succeed(folder, "fit", "--resume", "runs/mine")
     ends = [
         torch.load(folder / "runs" / name / "checkpoints" / "last.ckpt", weights_only=True)
         for name in ("mine", "whole")
@@ -81,13 +76,11 @@ def test_an_interrupted_run_ends_as_the_whole_one(folder, program):
 
 
 def test_it_is_proven_and_reproduced(folder, program):
-    code, out, err = program.run(folder, "verify", "runs/whole", "--json")
-    assert code == 0, err[-3000:]
+    out = program.succeed(folder, "verify", "runs/whole", "--json")
     checks = {check["name"]: check["passed"] for check in json.loads(out)["checks"]}
     assert checks["the base is the one that was trained on"] is True
     assert False not in checks.values()
-    code, out, err = program.run(folder, "reproduce", "runs/whole", "--json")
-    assert code == 0, err[-3000:]
+    out = program.succeed(folder, "reproduce", "runs/whole", "--json")
     again = json.loads(out)
     assert again["identical"]
     assert again["steps"] == STEPS
@@ -98,13 +91,11 @@ def test_it_is_proven_and_reproduced(folder, program):
 
 def test_it_is_compared_with_its_base(folder, program):
     words = ("--data", "rows.jsonl", "--batch-size", "4", "--json")
-    code, out, err = program.run(folder, "compare", "tuned=runs/whole", *words)
-    assert code == 0, err[-3000:]
+    out = program.succeed(folder, "compare", "tuned=runs/whole", *words)
     base, tuned = json.loads(out)["scores"]
     assert (base["name"], tuned["name"]) == ("base", "tuned")
     assert tuned["loss"] < 0.8 * base["loss"]
-    code, out, err = program.run(
+    out = program.succeed(
         folder, "chat", "runs/whole", "--prompt", "Hi, need two mugs", "--max-new-tokens", "8"
     )
-    assert code == 0, err[-3000:]
     assert out.strip()

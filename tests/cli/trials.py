@@ -67,10 +67,7 @@ def small(recipe: str) -> str:
 
 def check_trial(recipe: str, program: Program, folder: Path) -> None:
     """Runs a recipe and asserts that it learns and leaves a whole run folder."""
-    code, out, err = program.run(
-        folder, "fit", f"--config={recipe}", small(recipe), *QUIET, "--json"
-    )
-    assert code == 0, err[-3000:]
+    out = program.succeed(folder, "fit", f"--config={recipe}", small(recipe), *QUIET, "--json")
     result = json.loads(out)
     run = RunFolder(folder / result["folder"])
     assert run.path.parent == folder / "runs"

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from trainer_fixtures import QUIET, small_module
 
 from lightning_peft.errors import DivergenceError
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
@@ -16,44 +17,19 @@ from lightning_peft.runs.recorder import RunRecorder
 
 def run(root, folder, broken=None, callbacks=(), epochs=2, resumed=None, **options):
     lightning = importlib.import_module(root)
-
-    class Module(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.body = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
-            self.head = torch.nn.Linear(8, 1)
-
-        def loss(self, batch):
-            return (self.head(self.body(batch)) ** 2).mean()
-
-        def training_step(self, batch, index):
-            if index == broken:
-                raise RuntimeError("the disk is on fire")
-            loss = self.loss(batch)
-            self.log("train_loss", loss)
-            return loss
-
-        def validation_step(self, batch, index):
-            self.log("val_loss", self.loss(batch))
-
-        def configure_optimizers(self):
-            return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], 0.01)
-
-    torch.manual_seed(0)
     rows = torch.randn(12, 8)
     trainer = lightning.Trainer(
         strategy=bind_to_lightning(LoRAStrategy, root)(r=2, announce=False),
         max_epochs=epochs,
         num_sanity_val_steps=-1,
         callbacks=[bind_to_lightning(RunRecorder, root)(folder), *callbacks],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         default_root_dir=str(folder),
+        **QUIET,
         **options,
     )
-    module = Module()
-    trainer.fit(module, DataLoader(rows, 4), DataLoader(rows, 6), ckpt_path=resumed)
+    trainer.fit(
+        small_module(lightning, broken), DataLoader(rows, 4), DataLoader(rows, 6), ckpt_path=resumed
+    )
     return trainer
 
 

@@ -6,6 +6,7 @@ import pytest
 import pytorch_lightning as lightning
 import torch
 from torch.utils.data import DataLoader
+from trainer_fixtures import QUIET, small_module
 
 from lightning_peft.plugin.interruption import SaveOnInterrupt
 from lightning_peft.plugin.namespace import bind_to_lightning
@@ -15,28 +16,6 @@ from lightning_peft.runs.recorder import RunRecorder
 from lightning_peft.runs.schedule import schedule_of
 
 ROOT = "pytorch_lightning"
-
-
-class Module(lightning.LightningModule):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
-        self.head = torch.nn.Linear(8, 1)
-
-    def layer(self, batch):
-        return self.head(self.body(batch))
-
-    def training_step(self, batch, index):
-        loss = (self.layer(batch) ** 2).mean()
-        self.log("train_loss", loss)
-        return loss
-
-    def validation_step(self, batch, index):
-        self.log("val_loss", (self.layer(batch) ** 2).mean())
-
-    def configure_optimizers(self):
-        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], 0.01)
 
 
 class Asks(lightning.Callback):
@@ -66,14 +45,13 @@ def fit(folder, checkpoint=None, asks=None, **options):
         # Which goes on with the batches that are left.
         strategy=bind_to_lightning(LoRAStrategy, ROOT)(r=2, announce=False),
         callbacks=[*([Asks(recorder.folder, *asks)] if asks else []), recorder, interruption, best],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         accelerator="cpu",
+        **QUIET,
         **given,
     )
-    module = Module()
-    trainer.fit(module, DataLoader(rows, 2), DataLoader(rows, 4), ckpt_path=checkpoint)
+    trainer.fit(
+        small_module(lightning), DataLoader(rows, 2), DataLoader(rows, 4), ckpt_path=checkpoint
+    )
     return trainer, recorder, interruption
 
 
@@ -166,15 +144,13 @@ def test_validations_are_known_before_they_come(tmp_path, options):
     rows = torch.randn(16, 8)
     trainer = lightning.Trainer(
         callbacks=[counts],
-        logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         accelerator="cpu",
         num_sanity_val_steps=0,
+        **QUIET,
         **{"max_epochs": 4, **options},
     )
-    trainer.fit(Module(), DataLoader(rows, 2), DataLoader(rows, 8))
+    trainer.fit(small_module(lightning), DataLoader(rows, 2), DataLoader(rows, 8))
     for step in range(trainer.global_step + 1):
         assert counts.schedule.until(step) == sum(one <= step for one in counts.steps)
 
@@ -184,16 +160,10 @@ def test_validations_are_known_before_they_come(tmp_path, options):
 )
 def test_what_cannot_be_known_is_not_counted(options):
     trainer = lightning.Trainer(
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="cpu",
-        max_steps=2,
-        **options,
+        enable_checkpointing=False, accelerator="cpu", max_steps=2, **QUIET, **options
     )
     rows = torch.randn(16, 8)
-    trainer.fit(Module(), DataLoader(rows, 2), DataLoader(rows, 8))
+    trainer.fit(small_module(lightning), DataLoader(rows, 2), DataLoader(rows, 8))
     assert schedule_of(trainer) is None
 
 
@@ -211,14 +181,12 @@ def test_how_far_a_validation_is_can_be_read_while_it_runs(tmp_path):
     rows = torch.randn(17, 8)
     trainer = lightning.Trainer(
         callbacks=[Reads(), recorder],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         accelerator="cpu",
         max_epochs=1,
         num_sanity_val_steps=-1,
+        **QUIET,
     )
-    trainer.fit(Module(), DataLoader(rows, 4), DataLoader(rows, 8))
+    trainer.fit(small_module(lightning), DataLoader(rows, 4), DataLoader(rows, 8))
     rows_done = [{"unit": "rows", "done": done, "of": 17} for done in (0, 8, 16)]
     assert seen[1:3] == [(True, "evaluating before training", part) for part in rows_done[1:]]
     assert seen[4:] == [(False, "validating", part) for part in rows_done[1:]]
