@@ -104,7 +104,7 @@ def trainer_of(count: int, method: str, own: dict[str, Any] | None = None, **giv
 
 
 def of_all(count: int, mine: dict[str, int]) -> list[Any]:
-    """Returns what each process found."""
+    """Returns the findings of all processes."""
     import torch
 
     found: list[Any] = [mine] * count

@@ -55,7 +55,7 @@ def hardware() -> dict[str, Any]:
 
 
 def _of_proc(file: str, name: str) -> str:
-    """Returns what Linux says of a name in a file of ``/proc``; ``""`` where there is no such."""
+    """Returns the value of a name in a file of ``/proc``; ``""`` where there is none."""
     place = Path("/proc", file)
     lines = place.read_text(encoding="utf-8").splitlines() if place.is_file() else []
     found = (line.partition(":")[2].strip() for line in lines if line.startswith(name))

@@ -299,7 +299,7 @@ def test_it_still_answers_and_ends_with_its_input(client):
     client.send({"id": "last", "messages": QUESTION, "max_new_tokens": 2})
     client.process.stdin.close()
     assert client.answer("last")[1]["done"]
-    assert client.process.wait(20) == 0
+    assert client.process.wait(60) == 0
     assert client.process.stdout.read() == ""
 
 
