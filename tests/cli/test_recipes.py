@@ -118,7 +118,8 @@ def test_a_recipe_names_files_of_other_packages(tmp_path, monkeypatch):
         resolved(file)
 
 
-def test_the_page_is_made_of_the_records():
+def test_the_page_is_made_of_the_records(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     module = runpy.run_path(str(ROOT / "benchmarks" / "recipes.py"))
     content = json.loads((ROOT / "recipes" / "results.json").read_text())
     assert module["PAGE"].read_text() == module["table"](content)
