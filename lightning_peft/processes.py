@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO, Any, BinaryIO
@@ -180,3 +180,24 @@ def lead_own_group(worker: int) -> None:
     """
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
+
+
+@contextlib.contextmanager
+def beating(tell: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Calls ``tell`` every so many ``seconds`` within the body, from a thread of its own."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        # Where nobody reads any more, the body finds out.
+        with contextlib.suppress(OSError):
+            while not ended.wait(seconds):
+                tell()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        # What it says must not come after what the caller says next.
+        thread.join()

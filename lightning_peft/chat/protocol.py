@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from queue import SimpleQueue
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from lightning_peft.chat.sampling import NAMES, broken_rules, is_whole
 from lightning_peft.errors import ConfigError, LightningPeftError, similar_names
 from lightning_peft.json_equality import json_object
+from lightning_peft.processes import beating
 
 if TYPE_CHECKING:
     from lightning_peft.chat.chat_model import ChatModel
@@ -163,7 +164,7 @@ class Server:
             return key in self._stopped
 
         # Long prompts and answers must not look like a process that hangs.
-        with _beating(tell):
+        with beating(tell, _HEARTBEAT_SECONDS):
             found = comparison.answers(chat_model, prompts, self._system, progress, stop, names)
             for one in found:
                 self._write({"id": key, "row": one})
@@ -194,33 +195,12 @@ class Server:
             current[0] = what
             tell()
 
-        with _beating(tell):
+        with beating(tell, _HEARTBEAT_SECONDS):
             yield say
 
     def _write(self, row: Mapping[str, Any]) -> None:
         with self._lock:
             print(json.dumps(row), file=self._out, flush=True)
-
-
-@contextmanager
-def _beating(tell: Callable[[], None]) -> Iterator[None]:
-    """Calls ``tell`` every few seconds within the body."""
-    ended = threading.Event()
-
-    def beat() -> None:
-        # Where nobody reads any more, the body finds out.
-        with suppress(OSError):
-            while not ended.wait(_HEARTBEAT_SECONDS):
-                tell()
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        # What it says must not come after what the caller says next.
-        thread.join()
 
 
 def _turns(chat_model: ChatModel, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

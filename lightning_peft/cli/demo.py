@@ -32,7 +32,12 @@ def demo(
         learning_rate: Peak learning rate; by default one that suits the method.
         output: Folder for the checkpoint, the adapter and the result.
     """
-    from lightning_peft.demo.run import run_demo
+    from rich.console import Console
+
+    from lightning_peft.demo.phases import phase
+
+    with phase(Console(), "Loading the libraries"):
+        from lightning_peft.demo.run import run_demo
 
     run_demo(
         model=model,

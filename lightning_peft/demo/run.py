@@ -25,6 +25,7 @@ from lightning_peft.demo.exercises import BASE as BASE
 from lightning_peft.demo.exercises import INSTRUCTIONS as INSTRUCTIONS
 from lightning_peft.demo.exercises import TEMPLATE as TEMPLATE
 from lightning_peft.demo.exercises import Exercise, choose_exercise
+from lightning_peft.demo.phases import phase
 from lightning_peft.demo.progress import progress_callback
 from lightning_peft.plugin.interruption import SaveOnInterrupt
 from lightning_peft.plugin.namespace import bind_to_lightning, namespace_in_use
@@ -65,22 +66,24 @@ def run_demo(
     data = exercise.data(folder / "data")
     task = CausalLM(exercise.source, learning_rate=rate, dtype="float32")
     trainer, interruption = make_trainer(lightning, method, exercise.steps, folder)
-    console.print("Evaluating the base ...", style="dim")
-    before = measure(trainer, task, data, exercise)
+    with phase(console, "Loading and evaluating the base", has_bar=True):
+        before = measure(trainer, task, data, exercise)
     console.print("[bold]What is adapted and quantized[/bold]")
     adapted = engine.record_of(task) is not None
     console.print(engine.report(task) if adapted else "  nothing: all parameters are trained")
     console.print(memory_table(exercise.source, method, RANK))
-    base_answers = answers(task, data, exercise)
+    with phase(console, "Answers of the base"):
+        base_answers = answers(task, data, exercise)
     console.print(f"Training {exercise.steps} steps; Ctrl-C ends it and keeps what there is.")
     begun = time.perf_counter()
     trainer.fit(task, data.loader("train"))
     trained_seconds = time.perf_counter() - begun
     if interruption.saved is not None:
         console.print(f"Ended after {trainer.global_step} steps: {interruption.saved}")
-    console.print("Evaluating the tuned model ...", style="dim")
-    after = measure(trainer, task, data, exercise)
-    tuned_answers = answers(task, data, exercise)
+    with phase(console, "Evaluating the tuned model", has_bar=True):
+        after = measure(trainer, task, data, exercise)
+    with phase(console, "Answers of the tuned model"):
+        tuned_answers = answers(task, data, exercise)
     record = {
         "model": exercise.title if model is None or exercise.title == "shipped base" else model,
         "method": method,
