@@ -89,6 +89,10 @@ class LoRAArguments(LoRAFields):
         sharding: For the strategies: ``"fsdp2"`` leaves ``1/N`` of the frozen base in each of ``N``
             processes, and gathers a block when it computes; ``None`` leaves all of it in each. What
             trains is whole in each process either way.
+        exclude_from_checkpoint: Names of frozen submodules outside of the adapted parts, such as a
+            teacher, whose weights the module loads itself and checkpoints leave out, as the base.
+            By default that is what has the values of the file that ``from_pretrained`` read;
+            ``[]`` leaves out none.
 
     Raises:
         ConfigError: If the arguments cannot work; all problems at once.
@@ -104,6 +108,7 @@ class LoRAArguments(LoRAFields):
     verify: Literal["cheap", "full", "off"] = "cheap"
     ddp_kwargs: dict[str, Any] | None = None
     sharding: Literal["fsdp2"] | None = None
+    exclude_from_checkpoint: str | list[str] | None = None
 
     def __post_init__(self) -> None:
         """Calls that of the strategy or callback that derives from the arguments."""

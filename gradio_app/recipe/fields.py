@@ -168,7 +168,7 @@ YAML_ONLY = frozenset(
         *(f"{_DATA}{name}" for name in ("reasoning", "chat_template_kwargs", "ignored_keys")),
         *(f"{STRATEGY}{name}" for name in ("peft_config", "quantization_config")),
         *(f"{STRATEGY}{name}" for name in ("ddp_kwargs", "sharding", "lora_plus_lr_ratio")),
-        f"{STRATEGY}target_parameters",
+        *(f"{STRATEGY}{name}" for name in ("target_parameters", "exclude_from_checkpoint")),
         *("trainer.num_nodes", "trainer.logger"),
         "trainer.callbacks.BestCheckpoint.init_args.filename",
     }

@@ -30,6 +30,8 @@ from .files.adapter_loading import load_adapter as load_adapter
 from .files.description import check_description as check_description
 from .files.description import describe as describe
 from .files.description import inject_as_described as inject_as_described
+from .files.excluded_weights import excluded_weights as excluded_weights
+from .files.excluded_weights import note_excluded as note_excluded
 from .files.foreign_state import ForeignLoad as ForeignLoad
 from .files.foreign_state import load_foreign_state as load_foreign_state
 from .files.state_dicts import adapter_names_of as adapter_names_of

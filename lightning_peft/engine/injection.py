@@ -28,6 +28,7 @@ from lightning_peft.engine.configuration import (
     lora_config,
 )
 from lightning_peft.engine.files.base_tensors import include_in_files
+from lightning_peft.engine.files.excluded_weights import note_excluded
 from lightning_peft.engine.fingerprint import buffer_checksums, fingerprint
 from lightning_peft.engine.freezing import freeze_base
 from lightning_peft.engine.layers.attention import projections
@@ -87,6 +88,7 @@ def inject(
     adapt: str | Iterable[str] | None = None,
     adapter_name: str = "default",
     device: torch.device | str | None = None,
+    exclude_from_checkpoint: str | Iterable[str] | None = None,
     **lora_arguments: Any,
 ) -> Report:
     """Adds adapters to ``module`` in place and freezes the rest of the adapted parts.
@@ -108,6 +110,8 @@ def inject(
         adapter_name: Name of this adapter. A second call with another name adds a second adapter,
             which is created inactive; see :func:`lightning_peft.set_adapter`.
         device: Where quantization happens, and where the quantized weights stay.
+        exclude_from_checkpoint: As in :class:`lightning_peft.LoRAStrategy`, for checkpoints of
+            :func:`lightning_peft.save_fabric_checkpoint`.
         **lora_arguments: ``r``, ``lora_alpha``, ``target_modules``, ... as in
             :class:`lightning_peft.LoRAStrategy`.
 
@@ -131,13 +135,17 @@ def inject(
     else:
         config = as_peft_config(peft_config)
     _refuse_without_trainer(config)
-    return inject_config(
+    is_first = record_of(module) is None
+    inject_config(
         module,
         InjectionRequest(config, quantization_config, adapter_name),
         adapt,
         device,
         requested=peft_config is not None or bool(lora_arguments),
     )
+    if is_first or exclude_from_checkpoint is not None:
+        note_excluded(module, exclude_from_checkpoint)
+    return report(module)
 
 
 def inject_config(

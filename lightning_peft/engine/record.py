@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.engine.fingerprint import Fingerprint
@@ -104,6 +105,21 @@ class AdaptedModuleRecord:
         return f"{self.name}.{name}" if self.name else name
 
 
+@dataclass(frozen=True)
+class ExcludedWeight:
+    """A frozen weight outside of the adapted parts that checkpoints leave out.
+
+    Attributes:
+        total: :func:`~lightning_peft.engine.fingerprint.checksum` of it before training.
+        exact: ``exact_checksum`` of it.
+        dtype: Its dtype then.
+    """
+
+    total: int
+    exact: int
+    dtype: torch.dtype
+
+
 @dataclass
 class Record:
     """Everything injection did to one module.
@@ -117,6 +133,8 @@ class Record:
         eval_modules: Names of the submodules that stay in eval mode, as the user set them.
         unoptimized: Names of the adapted layers that are frozen since no optimizer holds them.
         shards: How many processes share the frozen parameters.
+        excluded: Frozen weights outside of the parts that checkpoints leave out, by name.
+        changed: Names of those that were found to have changed, and that checkpoints hold.
     """
 
     parts: dict[str, AdaptedModuleRecord] = field(default_factory=dict)
@@ -126,6 +144,8 @@ class Record:
     eval_modules: set[str] = field(default_factory=set)
     unoptimized: list[str] = field(default_factory=list)
     shards: int = 1
+    excluded: dict[str, ExcludedWeight] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
 
     @property
     def frozen(self) -> set[str]:

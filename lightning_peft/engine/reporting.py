@@ -99,6 +99,8 @@ class Report:
         outside: Trainable weights outside the adapted parts.
         left: Names of the submodules that were left as they are, mode included, with the reason:
             metrics, losses, and what the module froze while other layers of it train.
+        excluded: Bytes of the frozen weights outside of the parts that checkpoints leave out, by
+            the attribute of the module that they are in.
     """
 
     parts: list[PartReport] = field(default_factory=list)
@@ -110,6 +112,7 @@ class Report:
     trainable_bytes: int = 0
     outside: int = 0
     left: dict[str, str] = field(default_factory=dict)
+    excluded: dict[str, int] = field(default_factory=dict)
 
     def __rich__(self) -> RenderableType:
         """Returns the table that rich shows."""
@@ -143,6 +146,9 @@ class Report:
         ]
         if self.outside:
             lines.append(f"trainable outside the adapted parts: {self.outside:,} (left alone)")
+        if self.excluded:
+            size, names = sum(self.excluded.values()) / 1e6, ", ".join(self.excluded)
+            lines.append(f"checkpoints leave out {size:,.1f} MB more, which load again: {names}")
         return lines
 
     def __str__(self) -> str:
@@ -184,8 +190,8 @@ def report(module: nn.Module) -> Report:
         result.adapter_parameters += sum(p.numel() for p in adapter_parameters(part).values())
         inside |= {id(param) for param in part.parameters()}
         result.dense_base_bytes += entry.dense_bytes
-    packed = _packed_weights(module)
-    for param in module.parameters():
+    packed, sizes = _packed_weights(module), Counter[str]()
+    for name, param in module.named_parameters():
         stored = packed.get(id(param), param)
         result.total_parameters += parameter_count(stored)
         size = storage_bytes(stored)
@@ -195,6 +201,9 @@ def report(module: nn.Module) -> Report:
             result.outside += 0 if id(param) in inside else param.numel()
         else:
             result.base_bytes += size
+        if name in record.excluded:
+            sizes[name.partition(".")[0]] += size
+    result.excluded = dict(sizes)
     result.dense_base_bytes += result.base_bytes - _quantized_bytes(module, record.parts.values())
     return result
 

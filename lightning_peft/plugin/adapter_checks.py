@@ -138,25 +138,28 @@ def missing_layers(module: nn.Module, record: Any) -> list[str]:
 
 
 def check_same_base_on_all_ranks(module: nn.Module) -> None:
-    """Compares the frozen bases of all ranks: DDP broadcasts packed bytes, not constants."""
+    """Compares the frozen weights of all ranks that checkpoints leave out.
+
+    DDP broadcasts packed bytes, not constants.
+    """
     record = engine.require_record(module)
-    everyone = engine.gathered({name: part.base.sums for name, part in record.parts.items()})
+    mine = {
+        part.qualified(name): total
+        for part in record.parts.values()
+        for name, total in zip(part.base.names, part.base.sums, strict=True)
+    }
+    mine |= {name: weight.total for name, weight in record.excluded.items()}
+    everyone = engine.gathered(mine)
     others = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
     if not others:
         return
-    names = [
-        part.qualified(tensor)
-        for name, part in record.parts.items()
-        for tensor, a, b in zip(
-            part.base.names, everyone[0][name], everyone[others[0]][name], strict=True
-        )
-        if a != b
-    ]
+    first, other = everyone[0], everyone[others[0]]
+    names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
     raise BaseMismatchError(
         f"Ranks {others} have another base model than rank 0:"
         + itemize(names, 5)
         + "\nNeither quantized nor sharded weights are broadcast, so ranks would train against "
-        "different weights. "
+        "different weights, and no checkpoint has those of all. "
         "Load the same checkpoint on every rank, or call seed_everything(...) before a base "
         "with random weights is built."
     )

@@ -70,6 +70,7 @@ class AdapterStrategy(_Base):
     _checkpointing: Any = None
     _automatic: AutomaticCheckpointing | None = None
     _names_before_hooks: tuple[str, ...] = ()
+    _excluded: dict[str, int] = {}
     _budget: engine.RankBudget | None = None
 
     @property
@@ -219,12 +220,14 @@ class AdapterStrategy(_Base):
         set_checkpoint_io(self, io)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Returns everything but the frozen base."""
+        """Returns everything but the frozen base, and what else the module loads itself."""
         state: dict[str, Any]
         if engine.record_of(self._module) is None:
             state = super().lightning_module_state_dict()
         else:
-            state = engine.trainable_state_dict(self._module)
+            # Others write nothing, and need not read these weights.
+            self._excluded = engine.excluded_weights(self._module) if self.is_global_zero else {}
+            state = engine.trainable_state_dict(self._module, self._excluded)
         self._names_before_hooks = tuple(state)
         return state
 
@@ -248,7 +251,7 @@ class AdapterStrategy(_Base):
             super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     def _with_metadata(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        described = engine.describe(self._module)
+        described = engine.describe(self._module, self._excluded)
         # Files of weights only are not resumed from.
         whole = "optimizer_states" in checkpoint
         described["processes"] = self._gather_process_states() if whole else []

@@ -35,7 +35,8 @@ def pack_checkpoint(
     ``before`` has the names in ``state_dict`` before hooks changed it.
     """
     own = engine.checkpoint_tensors(module)
-    state = engine.drop_frozen_base(module, checkpoint.get("state_dict") or {})
+    excluded = _excluded(described)
+    state = engine.drop_frozen_base(module, checkpoint.get("state_dict") or {}, excluded)
     record = engine.require_record(module)
     # A base weight with an impossible shape is refused even by load_state_dict(strict=False).
     guard = next(part.qualified(n) for part in record.parts.values() for n in part.base.names)
@@ -79,7 +80,13 @@ def load_tensors(module: Any, checkpoint: Mapping[str, Any], strict: bool) -> No
     adapters = {n: written[n] for n in engine.adapter_names_of(module) if n in written}
     kept = {**described.get("kept", {}), **adapters}
     state = checkpoint.get("state_dict") or {}
-    engine.load_trainable_state_dict(module, state, kept, removed)
+    engine.load_trainable_state_dict(module, state, kept, removed, _excluded(described))
+
+
+def _excluded(described: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the weights that a file leaves out besides the frozen base."""
+    names: list[str] = described.get("excluded", {}).get("names", [])
+    return names
 
 
 def strip_objects(

@@ -39,8 +39,8 @@ def save_fabric_checkpoint(
 ) -> Path:
     """Saves a module with adapters, its optimizers and the random state; called in all processes.
 
-    The file holds everything but the frozen base, and an adapter folder in PEFT's format comes with
-    it, as for a Trainer.
+    The file holds everything but the frozen base, and what else :func:`lightning_peft.inject` was
+    told to leave out; an adapter folder in PEFT's format comes with it, as for a Trainer.
 
     Args:
         fabric: The ``Fabric``.
@@ -67,8 +67,9 @@ def save_fabric_checkpoint(
     _check_loadable(state, own)
     processes = engine.gathered(random_state())
     if fabric.is_global_zero:
-        tensors = engine.trainable_state_dict(plain)
-        described = engine.describe(plain)
+        excluded = engine.excluded_weights(plain)
+        tensors = engine.trainable_state_dict(plain, excluded)
+        described = engine.describe(plain, excluded)
         described |= {"processes": [], "left_out": [], "optimizers": engine.optimizer_names(own)}
         content = {
             "state_dict": tensors,

@@ -11,6 +11,7 @@ from .reranker import Reranker as Reranker
 from .reward import RewardModel as RewardModel
 from .reward_tuning import RewardTuning as RewardTuning
 from .speech_recognition import SpeechRecognizer as SpeechRecognizer
+from .tables import log_table as log_table
 from .text_classification import TextClassifier as TextClassifier
 from .time_series import Forecaster as Forecaster
 from .token_classification import TokenClassifier as TokenClassifier

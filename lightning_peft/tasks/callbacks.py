@@ -11,6 +11,7 @@ from lightning_peft.generation import BATCH_SIZE, ready
 from lightning_peft.plugin.namespace import LateBoundMeta
 from lightning_peft.plugin.optimization import log_info
 from lightning_peft.tasks.samples import GeneratedSample
+from lightning_peft.tasks.tables import log_table
 
 if TYPE_CHECKING:
     from pytorch_lightning.callbacks import Callback as _Callback
@@ -140,7 +141,8 @@ class LogSamples(_Callback, metaclass=LateBoundMeta):
     Where that would take too much of a run's time, before training and at its end only: see
     :class:`ValidationBudget <lightning_peft.tasks.validation_budget.ValidationBudget>`.
 
-    The samples go into the record of the run (``samples.jsonl``) and to loggers that take text.
+    The samples go into the record of the run (``samples.jsonl``) and, as a table, to loggers
+    that take one: see :func:`~lightning_peft.tasks.log_table`.
 
     Args:
         count: How many rows.
@@ -227,18 +229,7 @@ class LogSamples(_Callback, metaclass=LateBoundMeta):
             record = getattr(callback, "record_samples", None)
             if record is not None:
                 record(trainer, samples)
-        for logger in trainer.loggers:
-            log_text(logger, samples, trainer.global_step)
-
-
-def log_text(logger: Any, samples: list[GeneratedSample], step: int) -> None:
-    """Hands samples to loggers that take text: TensorBoard's, and Weights & Biases'."""
-    if hasattr(logger, "log_text"):
+        columns = ["prompt", "expected", "generated"]
         rows = [[sample.prompt, sample.expected, sample.generated] for sample in samples]
-        logger.log_text(
-            "samples", columns=["prompt", "expected", "generated"], data=rows, step=step
-        )
-    elif hasattr(logger.experiment, "add_text"):
-        for place, sample in enumerate(samples):
-            text = f"{sample.prompt}\n\n**{sample.generated}**"
-            logger.experiment.add_text(f"samples/{place}", text, step)
+        for logger in trainer.loggers:
+            log_table(logger, "samples", columns, rows, trainer.global_step)

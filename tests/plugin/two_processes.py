@@ -63,6 +63,27 @@ def fit_idle(folder, **given):
     return "", len(module.losses)
 
 
+def fit_guided(folder, rank, sharding=None):
+    """Trains with a frozen layer that the checkpoint leaves out, and resumes; then with others."""
+    found = []
+    path = folder / f"guided-{sharding}.ckpt"
+    for start, seed in ((None, 0), (path, 0), (None, rank)):
+        torch.manual_seed(7)
+        module = task(ROOT, kind="llama")
+        torch.manual_seed(seed)
+        module.guide = torch.nn.Linear(4, 4).requires_grad_(False)
+        ours = strategy("qlora", ROOT, exclude_from_checkpoint=["guide"], sharding=sharding)
+        run = trainer(folder / "root", ours, ROOT, devices=2, max_steps=4 if start else 2)
+        torch.manual_seed(8)
+        try:
+            run.fit(module, DataLoader(loader("llama").dataset, batch_size=2), ckpt_path=start)
+            run.save_checkpoint(path)
+            found.append((module.losses, module.guide.weight.clone()))
+        except BaseMismatchError as error:
+            found.append(str(error))
+    return found
+
+
 def fit_recorded(folder, rank):
     """Trains by a record that holds on the first process only; returns the decision."""
     ours = strategy("lora", ROOT, gradient_checkpointing="auto")
@@ -116,6 +137,8 @@ def main(folder: Path) -> None:
     seen["kept"], seen["checkpointed"] = (fit_residuals(folder, on) for on in (False, True))
 
     seen["recorded"] = fit_recorded(folder, rank)
+
+    seen["guided"] = [fit_guided(folder, rank, sharding) for sharding in (None, "fsdp2")]
 
     seen["idle"] = fit_idle(folder)
     seen["idle allowed"] = fit_idle(folder, ddp_kwargs={"find_unused_parameters": True})

@@ -13,6 +13,7 @@ from lightning_peft.engine.backends.registry import backend_for, backends, quant
 from lightning_peft.engine.configuration import config_differences, config_from_dict
 from lightning_peft.engine.files.adapter_checks import stored_as
 from lightning_peft.engine.files.base_tensors import include_in_files
+from lightning_peft.engine.files.excluded_weights import check_excluded
 from lightning_peft.engine.injection import EXPERTS, inject_config
 from lightning_peft.engine.layers.attention import projection_scale, scale_problem
 from lightning_peft.engine.layers.expert_weights import parameter_name
@@ -35,14 +36,18 @@ from lightning_peft.errors import (
     itemize,
 )
 
-FORMAT = 1
+# The second one leaves frozen weights outside of the adapted parts out.
+FORMATS = (1, 2)
 
 
-def describe(module: nn.Module) -> dict[str, Any]:
-    """Describes the injection in primitives and tensors that ``weights_only=True`` loads."""
+def describe(module: nn.Module, excluded: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """Describes the injection in primitives and tensors that ``weights_only=True`` loads.
+
+    ``excluded`` has the checksums of frozen weights that the file leaves out besides, by name.
+    """
     record = require_record(module)
-    return {
-        "format": FORMAT,
+    described = {
+        "format": FORMATS[bool(excluded)],
         "active": list(record.active),
         "left": dict(record.left or {}),
         "parts": {
@@ -50,6 +55,10 @@ def describe(module: nn.Module) -> dict[str, Any]:
             for name, part in record.parts.items()
         },
     }
+    if excluded:
+        sums = torch.tensor([*excluded.values()], dtype=torch.int64)
+        described["excluded"] = {"names": [*excluded], "sums": sums}
+    return described
 
 
 def _describe_part(part: AdaptedModuleRecord, module: nn.Module) -> dict[str, Any]:
@@ -80,14 +89,15 @@ def check_description(module: nn.Module, described: Mapping[str, Any]) -> None:
     """Checks that ``module`` was injected the way a checkpoint describes, on the same base.
 
     Raises:
-        BaseMismatchError: If the frozen weights are others; the tensors are named.
+        BaseMismatchError: If the frozen weights are others, also those outside of the adapted parts
+            that the checkpoint leaves out; the tensors are named.
         CheckpointError: If adapters, targets or settings are others; all differences are listed.
     """
     record = require_record(module)
-    if described.get("format") != FORMAT:
+    if described.get("format") not in FORMATS:
         raise CheckpointError(
-            f"The checkpoint has format {described.get('format')!r} and this version reads format "
-            f"{FORMAT}. Install the version of lightning-peft that wrote it."
+            f"The checkpoint has format {described.get('format')!r} and this version reads formats "
+            f"{FORMATS}. Install the version of lightning-peft that wrote it."
         )
     problems = _part_problems(record, described)
     problems += _scale_problems(module, record, described["parts"])
@@ -105,6 +115,8 @@ def check_description(module: nn.Module, described: Mapping[str, Any]) -> None:
         if replaced:
             include_in_files(module, part, replaced)
         _check_base(part, described["parts"][name])
+    if "excluded" in described:
+        check_excluded(module, described["excluded"])
 
 
 def _part_problems(record: Record, described: Mapping[str, Any]) -> list[str]:

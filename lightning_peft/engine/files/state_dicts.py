@@ -24,8 +24,10 @@ from lightning_peft.engine.record import AdaptedModuleRecord, require_record
 from lightning_peft.errors import CheckpointError, itemize
 
 
-def trainable_state_dict(module: nn.Module) -> dict[str, Any]:
+def trainable_state_dict(module: nn.Module, excluded: Collection[str] = ()) -> dict[str, Any]:
     """Returns ``module.state_dict()`` without the frozen base parameters, and all adapters.
+
+    Also without the weights ``excluded``, which the module loads itself.
 
     What stays: adapters, heads, modules trained in full, every parameter outside the adapted
     parts, and all persistent buffers. Decided by the names recorded at injection, not by
@@ -36,7 +38,7 @@ def trainable_state_dict(module: nn.Module) -> dict[str, Any]:
     places = {_place(tensor) for tensor in own.values()} - {None}
     state = {
         key: value
-        for key, value in drop_frozen_base(module, module.state_dict()).items()
+        for key, value in drop_frozen_base(module, module.state_dict(), excluded).items()
         # Once, under their names in the module, whatever an own state_dict() calls them.
         if key in known or not isinstance(value, Tensor) or _place(value) not in places
     }
@@ -87,9 +89,11 @@ def _own_of_part(part: nn.Module, entry: AdaptedModuleRecord) -> Iterator[str]:
             yield from (prefix + leaf for leaf in persistent_buffers(child))
 
 
-def drop_frozen_base(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns ``state`` without the frozen base, also where its keys were renamed."""
-    frozen = require_record(module).frozen
+def drop_frozen_base(
+    module: nn.Module, state: Mapping[str, Any], excluded: Collection[str] = ()
+) -> dict[str, Any]:
+    """Returns ``state`` without the frozen base and ``excluded``, also where keys were renamed."""
+    frozen = {*require_record(module).frozen, *excluded}
     keys: dict[Any, set[str]] = defaultdict(set)
     for key, value in state.items():
         if isinstance(value, Tensor):
@@ -154,6 +158,7 @@ def load_trainable_state_dict(
     state: Mapping[str, Any],
     kept: Mapping[str, Tensor] | None = None,
     removed: Iterable[str] = (),
+    excluded: Collection[str] = (),
 ) -> None:
     """Loads what :func:`trainable_state_dict` returned, strictly.
 
@@ -164,6 +169,7 @@ def load_trainable_state_dict(
             ``state``, before or after it was written.
         removed: Other names that hooks took out when the file was written, and that the module
             does without (``strict_loading=False``).
+        excluded: Names of the weights that the file leaves out, which ``module`` has.
 
     Raises:
         CheckpointError: If a key is missing, unexpected, or has another shape; every one of them
@@ -172,7 +178,7 @@ def load_trainable_state_dict(
     """
     record = require_record(module)
     refuse_merged(module, "Loading other values")
-    expected, own = trainable_state_dict(module), checkpoint_tensors(module)
+    expected, own = trainable_state_dict(module, excluded), checkpoint_tensors(module)
     full = set(record.frozen) & set(state)
     if full:
         raise CheckpointError(
