@@ -124,17 +124,7 @@ def inject(
         LifecycleError: If the adapter is there already.
         UnsupportedError: If the combination would be silently wrong.
     """
-    if peft_config is not None and lora_arguments:
-        raise ConfigError(
-            f"Both `peft_config` and {sorted(lora_arguments)} were given. A ready config is taken "
-            "as it is: put these values into it."
-        )
-    config: PeftConfig
-    if peft_config is None:
-        config = lora_config(LoRAFields(**lora_arguments))
-    else:
-        config = as_peft_config(peft_config)
-    _refuse_without_trainer(config)
+    config = _config_of(peft_config, lora_arguments)
     is_first = record_of(module) is None
     inject_config(
         module,
@@ -146,6 +136,23 @@ def inject(
     if is_first or exclude_from_checkpoint is not None:
         note_excluded(module, exclude_from_checkpoint)
     return report(module)
+
+
+def _config_of(
+    peft_config: PeftConfig | Mapping[str, Any] | None, lora_arguments: Mapping[str, Any]
+) -> PeftConfig:
+    if peft_config is not None and lora_arguments:
+        raise ConfigError(
+            f"Both `peft_config` and {sorted(lora_arguments)} were given. A ready config is taken "
+            "as it is: put these values into it."
+        )
+    config: PeftConfig
+    if peft_config is None:
+        config = lora_config(LoRAFields(**lora_arguments))
+    else:
+        config = as_peft_config(peft_config)
+    _refuse_without_trainer(config)
+    return config
 
 
 def inject_config(

@@ -39,8 +39,8 @@ def save_fabric_checkpoint(
 ) -> Path:
     """Saves a module with adapters, its optimizers and the random state; called in all processes.
 
-    The file holds everything but the frozen base, and what else :func:`lightning_peft.inject` was
-    told to leave out; an adapter folder in PEFT's format comes with it, as for a Trainer.
+    The file holds everything but the frozen base and what ``exclude_from_checkpoint`` of
+    :func:`lightning_peft.inject` means; an adapter folder in PEFT's format comes with it.
 
     Args:
         fabric: The ``Fabric``.

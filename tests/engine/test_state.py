@@ -227,8 +227,8 @@ def test_an_initialisation_with_other_random_numbers_is_noticed() -> None:
 
 def test_a_format_of_the_future_is_refused() -> None:
     model = built(stack)
-    with pytest.raises(CheckpointError, match="has format 2 and this version reads format 1"):
-        engine.check_description(model, {**engine.describe(model), "format": 2})
+    with pytest.raises(CheckpointError, match="has format 3 and this version reads formats"):
+        engine.check_description(model, {**engine.describe(model), "format": 3})
 
 
 # --- restoring from a description ---------------------------------------------------------------
