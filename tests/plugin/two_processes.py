@@ -73,7 +73,8 @@ def fit_guided(folder, rank, sharding=None):
         torch.manual_seed(seed)
         module.guide = torch.nn.Linear(4, 4).requires_grad_(False)
         ours = strategy("qlora", ROOT, exclude_from_checkpoint=["guide"], sharding=sharding)
-        run = trainer(folder / "root", ours, ROOT, devices=2, max_steps=4 if start else 2)
+        steps = {"max_steps": 4 if start else 2, "max_epochs": 2}
+        run = trainer(folder / "root", ours, ROOT, devices=2, **steps)
         torch.manual_seed(8)
         try:
             run.fit(module, DataLoader(loader("llama").dataset, batch_size=2), ckpt_path=start)

@@ -9,7 +9,7 @@ from lightning_peft.data.supervised import SupervisedData
 from lightning_peft.demo.run import BASE, INSTRUCTIONS
 from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
-from lightning_peft.tasks.callbacks import BestCheckpoint, LogSamples, StopEarly, log_text
+from lightning_peft.tasks.callbacks import BestCheckpoint, LogSamples, StopEarly
 from lightning_peft.tasks.causal_lm import CausalLM
 from lightning_peft.tasks.samples import GeneratedSample
 
@@ -104,20 +104,6 @@ def test_the_model_answers_before_and_after(root, tmp_path):
     assert [s.generated for s in first] != [s.generated for s in last]
     # A generation leaves the module as it was.
     assert task.model.training
-
-
-def test_samples_reach_a_logger_that_takes_text(tmp_path):
-    pytest.importorskip("tensorboard")
-    loggers = importlib.import_module(f"{ROOTS[0]}.loggers")
-    reading = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
-    logger = loggers.TensorBoardLogger(str(tmp_path), name="", version="")
-    log_text(logger, [GeneratedSample("Why?", "So.", "Because.")], 7)
-    logger.save()
-    found = reading.EventAccumulator(str(tmp_path))
-    found.Reload()
-    (event,) = found.Tensors("samples/0/text_summary")
-    assert event.step == 7
-    assert event.tensor_proto.string_val[0].decode() == "Why?\n\n**Because.**"
 
 
 def test_samples_that_cannot_be_had_are_refused(tmp_path):

@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lightning_peft.compat.transformers import origin_of
@@ -181,7 +182,8 @@ def _contents(files: Iterable[Path], wanted: Iterable[_Content]) -> set[_Content
         dtypes[shape].add(dtype)
     found: set[_Content] = set()
     for path in files:
-        with safe_open(path, "pt") as file:
+        # One that is being written, or damaged, proves nothing.
+        with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118
                 shape = tuple(file.get_slice(key).get_shape())
                 for dtype in dtypes.get(shape, ()):
