@@ -85,8 +85,8 @@ def check_sweep(
     Raises:
         ConfigError: If something of it does not go together, with all values that are wrong.
     """
-    _optuna()
     config = parsed_config(words)
+    _optuna()
     texts = parse_sets(sets, config)
     if not texts:
         raise ConfigError("Nothing is tried: name values with --set, such as --set r=8,16,64.")
