@@ -1,0 +1,157 @@
+"""``python -m tools.upstream lightning CHECKOUT``: runs, compares, prints counts in Markdown.
+
+Exit code 0 if all that passes stock passes with adapters or is in ``expected.yaml``, 1 if not, and
+3 if the time was up before all tests had run; the same command then continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tools.upstream.comparison import compare, read_expected, table
+from tools.upstream.plugin import append, read_record
+
+ROOT = Path(__file__).parents[2]
+# Where the tests lie in a checkout, and those that are run by default. Of Lightning's, not those of
+# accelerators, plugins and strategies, which name what they run under.
+TESTS = {
+    "lightning": [
+        f"tests/tests_pytorch/{name}"
+        for name in (
+            *("callbacks", "checkpointing", "core", "loggers", "loops", "models", "profilers"),
+            *("trainer", "tuner", "utilities", "test_cli.py"),
+        )
+    ],
+    "peft": ["tests"],
+}
+SIDES = {"lightning": ("lora", "qlora"), "peft": ("inject",)}
+# What pytest ends with after it ran all tests of a file: passed, failed, none collected.
+_RAN_ALL = {0, 1, 5}
+
+
+def run(given: argparse.Namespace, side: str, seconds: float) -> bool:
+    """Runs what has no outcome in the record of one side; returns whether all was run in time."""
+    deadline = time.monotonic() + seconds
+    record = given.results / f"{side}.jsonl"
+    log = record.with_suffix(".log")
+    while True:
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                pytest_command(given, side, record),
+                cwd=given.checkout,
+                env=environment(),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+            )
+            try:
+                code = process.wait(max(0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                return False
+        results = read_record(record).values()
+        begun = [one["test"] for one in results if not one.get("outcome")]
+        for test in begun:
+            error = f"the process ended in this test ({code}), or it took too long"
+            append(record, test=test, outcome="failed", error=error, injected=True)
+        if not begun:
+            if code not in _RAN_ALL:
+                raise SystemExit(f"pytest ended with {code} before or after the tests: see {log}")
+            return True
+
+
+def pytest_command(given: argparse.Namespace, side: str, record: Path) -> list[str]:
+    """Returns the command that runs the tests of one side."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tools.upstream.plugin", *given.tests]
+    # Not the options of the checkout, which are for coverage and doctests.
+    command += ["-o", "addopts=", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    # By a thread, which ends the process: a test that hangs in C++ takes no signal.
+    command += [f"--timeout={given.timeout}", "--timeout-method=thread", "--disable-warnings"]
+    command += [f"--side={side}", f"--record={record}", f"--every={given.every}"]
+    return command + (["-k", given.k] if given.k else [])
+
+
+def environment() -> dict[str, str]:
+    """Returns the variables that pytest runs under; nothing is downloaded by default."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {"HF_HUB_OFFLINE": "1", **os.environ, "PYTHONPATH": path}
+
+
+def clone(url: str, ref: str | None, folder: Path) -> Path:
+    """Clones one commit of a repository into ``folder``, unless it is there; returns the folder."""
+    if not folder.is_dir():
+        branch = ["--branch", ref] if ref else []
+        subprocess.run(["git", "clone", "--depth", "1", *branch, url, str(folder)], check=True)
+    return folder
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Returns the arguments."""
+    parser = argparse.ArgumentParser(prog="python -m tools.upstream", description=__doc__)
+    parser.add_argument("suite", choices=sorted(TESTS))
+    parser.add_argument("checkout", help="a folder, or a URL to clone")
+    parser.add_argument("--ref", help="tag or branch to clone")
+    parser.add_argument("--tests", nargs="+", help="files or folders in the checkout")
+    parser.add_argument("--side", help="lora (default) or qlora for Lightning's; inject for PEFT's")
+    parser.add_argument("--every", type=int, default=1, help="run each n-th test of a file")
+    parser.add_argument("-k", help="pytest's expression")
+    parser.add_argument("--minutes", type=float, default=60, help="stop after; both sides together")
+    parser.add_argument("--timeout", type=int, default=60, help="seconds for one test")
+    parser.add_argument("--results", type=Path, help="folder of the records")
+    parser.add_argument("--again", action="store_true", help="rerun what fails with adapters")
+    given = parser.parse_args(argv)
+    given.tests = given.tests or TESTS[given.suite]
+    given.side = given.side or SIDES[given.suite][0]
+    if given.side not in SIDES[given.suite]:
+        parser.error(f"--side of {given.suite}: {', '.join(SIDES[given.suite])}")
+    given.version = version(given.suite)
+    given.results = given.results or ROOT / ".upstream" / f"{given.suite}-{given.version}"
+    given.results = given.results.absolute()
+    given.results.mkdir(parents=True, exist_ok=True)
+    is_url = "://" in given.checkout or given.checkout.startswith("git@")
+    given.checkout = (
+        clone(given.checkout, given.ref, given.results / "checkout")
+        if is_url
+        else Path(given.checkout).absolute()
+    )
+    return given
+
+
+def forget_failures(record: Path) -> None:
+    """Takes what failed out of a record, so that it runs again."""
+    results = read_record(record).values()
+    record.unlink(missing_ok=True)
+    for one in results:
+        if one.get("outcome") in {"passed", "skipped"}:
+            append(record, **one)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs both sides and prints the comparison; returns the exit code."""
+    given = parse(argv)
+    stock, ours = (given.results / f"{side}.jsonl" for side in ("stock", given.side))
+    if given.again:
+        forget_failures(ours)
+    start, seconds = time.monotonic(), 60 * given.minutes
+    finished = run(given, "stock", seconds / 2)
+    finished &= run(given, given.side, seconds - (time.monotonic() - start))
+    found = compare(read_record(stock), read_record(ours), read_expected(given.suite))
+    print(f"{given.suite} {given.version}, {given.side}, {time.strftime('%Y-%m-%d')}\n")
+    print(table(found))
+    for test, error in found.unexpected.items():
+        print(f"\n{test}\n    {error}")
+    if found.unexpected:
+        return 1
+    return 0 if finished else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

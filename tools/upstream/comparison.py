@@ -1,0 +1,87 @@
+"""Counts by kind: what passes stock and with adapters, what is expected to differ, and the rest."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+EXPECTED = Path(__file__).with_name("expected.yaml")
+Results = dict[str, dict[str, Any]]
+
+
+@dataclass
+class Comparison:
+    """Two records of the same tests.
+
+    Attributes:
+        counts: Number of tests by kind.
+        expected: Number of tests by the reason for which they fail with adapters.
+        unexpected: The other tests that pass stock and fail with adapters, with their errors.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    expected: Counter[str] = field(default_factory=Counter)
+    unexpected: dict[str, str] = field(default_factory=dict)
+
+
+def read_expected(suite: str) -> list[dict[str, str]]:
+    """Returns the expected differences of a suite: each a reason and what it is recognised by.
+
+    ``error`` and ``tests`` are patterns that are found in the error and in the name of the test;
+    where both are given, both have to be. The first entry that fits counts.
+    """
+    entries: list[dict[str, str]] = yaml.safe_load(EXPECTED.read_text(encoding="utf-8"))[suite]
+    return entries
+
+
+def compare(stock: Results, ours: Results, expected: list[dict[str, str]]) -> Comparison:
+    """Compares the tests that ended on both sides."""
+    found = Comparison()
+    for test, one in ours.items():
+        before, after = stock.get(test, {}).get("outcome"), one.get("outcome")
+        if before is None or after is None:
+            continue
+        if "skipped" in (before, after):
+            found.counts["skipped"] += 1
+        elif before == "failed":
+            found.counts[f"fail stock, {after} with adapters"] += 1
+        elif after == "passed":
+            found.counts["pass both, " + ("with" if one["injected"] else "no") + " adapters"] += 1
+        else:
+            reason = reason_for(test, one["error"], expected)
+            if reason is None:
+                found.unexpected[test] = one["error"]
+            else:
+                found.expected[reason] += 1
+    return found
+
+
+def reason_for(test: str, error: str, expected: list[dict[str, str]]) -> str | None:
+    """Returns why ``test`` may fail with ``error``, or ``None``."""
+    for entry in expected:
+        named = re.search(entry.get("tests", ""), test)
+        if named and re.search(entry.get("error", ""), error, re.DOTALL):
+            return entry["reason"]
+    return None
+
+
+def table(found: Comparison) -> str:
+    """Returns the counts as tables in Markdown."""
+    rows = {
+        "pass both, adapters in the test": found.counts["pass both, with adapters"],
+        "pass both, no adapters in the test": found.counts["pass both, no adapters"],
+        "pass stock, fail with adapters as expected": found.expected.total(),
+        "pass stock, fail with adapters otherwise": len(found.unexpected),
+        "fail stock and with adapters": found.counts["fail stock, failed with adapters"],
+        "fail stock, pass with adapters": found.counts["fail stock, passed with adapters"],
+        "skipped on either side": found.counts["skipped"],
+    }
+    lines = ["| Tests | |", "| --- | --- |", *(f"| {kind} | {n} |" for kind, n in rows.items())]
+    lines += ["", "| Expected difference | Tests |", "| --- | --- |"]
+    lines += [f"| {reason} | {count} |" for reason, count in found.expected.most_common()]
+    return "\n".join(lines)
