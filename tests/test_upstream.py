@@ -12,7 +12,7 @@ import yaml
 from tools.upstream.comparison import EXPECTED, compare, read_expected, table
 
 ROOT = Path(__file__).parents[1]
-SUITE = '''
+SUITE = """
 import os
 
 import pytest
@@ -60,7 +60,7 @@ def test_ends_the_process(tmp_path):
 
 def test_comes_after_it():
     pass
-'''
+"""
 
 
 def result(outcome: str, error: str = "", injected: bool = True) -> dict[str, object]:
@@ -68,18 +68,14 @@ def result(outcome: str, error: str = "", injected: bool = True) -> dict[str, ob
 
 
 def test_counts_by_kind_and_reason():
-    stock = {name: result("passed") for name in "abcd"}
-    stock |= {"e": result("failed"), "f": result("skipped"), "g": {}, "h": result("failed")}
+    stock = {name: result("passed") for name in "abcdgh"}
+    stock |= {"e": result("failed"), "f": result("skipped")}
     ours = {
         "a": result("passed"),
         "b": result("passed", injected=False),
         "c": result("failed", "no attribute 'x'"),
         "d": result("failed", "another"),
-        "e": result("failed"),
-        "f": result("skipped"),
-        "g": result("passed"),
-        "h": result("passed"),
-        "i": result("passed"),
+        "g": result("skipped"),
     }
     expected = [
         {"reason": "of another test", "error": "no attribute", "tests": "other"},
@@ -91,9 +87,9 @@ def test_counts_by_kind_and_reason():
     assert found.counts == {
         "pass both, with adapters": 1,
         "pass both, no adapters": 1,
-        "fail stock, failed with adapters": 1,
-        "fail stock, passed with adapters": 1,
-        "skipped": 1,
+        "failed stock": 1,
+        "skipped stock": 1,
+        "not run with adapters": 2,
     }
     assert "| there is no x | 1 |" in table(found).splitlines()
 
@@ -120,9 +116,9 @@ def test_a_run_compares_survives_a_crash_and_continues(tmp_path):
     assert rows["pass both, adapters in the test"] == "1"
     assert rows["pass both, no adapters in the test"] == "2"
     assert rows["pass stock, fail with adapters otherwise"] == "2"
-    assert rows["fail stock and with adapters"] == "1"
-    assert rows["skipped on either side"] == "1"
-    assert "test_layer_has_its_two_parameters\n    AssertionError: assert 4 == 2" in run.stdout
+    assert rows["fail stock, and are not run with adapters"] == "1"
+    assert rows["skipped stock"] == "1"
+    assert "test_layer_has_its_two_parameters\n    assert len(" in run.stdout
     assert "the process ended in this test (7)" in run.stdout
     # All are in the record: nothing runs again, and the counts are the same.
     record = (tmp_path / "results" / "lora.jsonl").read_text(encoding="utf-8")

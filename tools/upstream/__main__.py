@@ -13,7 +13,6 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from tools.upstream.comparison import compare, read_expected, table
 from tools.upstream.plugin import append, read_record
@@ -31,6 +30,8 @@ TESTS = {
     ],
     "peft": ["tests"],
 }
+# What is left out by default: several processes, each of which would import all of it.
+EXPRESSION = {"lightning": "not ddp and not spawn and not fork and not spike", "peft": ""}
 SIDES = {"lightning": ("lora", "qlora"), "peft": ("inject",)}
 # What pytest ends with after it ran all tests of a file: passed, failed, none collected.
 _RAN_ALL = {0, 1, 5}
@@ -102,13 +103,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tests", nargs="+", help="files or folders in the checkout")
     parser.add_argument("--side", help="lora (default) or qlora for Lightning's; inject for PEFT's")
     parser.add_argument("--every", type=int, default=1, help="run each n-th test of a file")
-    parser.add_argument("-k", help="pytest's expression")
+    parser.add_argument("-k", help="pytest's expression; by default no tests of several processes")
     parser.add_argument("--minutes", type=float, default=60, help="stop after; both sides together")
     parser.add_argument("--timeout", type=int, default=60, help="seconds for one test")
     parser.add_argument("--results", type=Path, help="folder of the records")
     parser.add_argument("--again", action="store_true", help="rerun what fails with adapters")
     given = parser.parse_args(argv)
     given.tests = given.tests or TESTS[given.suite]
+    given.k = EXPRESSION[given.suite] if given.k is None else given.k
     given.side = given.side or SIDES[given.suite][0]
     if given.side not in SIDES[given.suite]:
         parser.error(f"--side of {given.suite}: {', '.join(SIDES[given.suite])}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -22,9 +24,7 @@ class AdaptedModel(nn.Module):
     AttributeError with the name.
     """
 
-    def __init__(
-        self, model: nn.Module, config: Any = None, adapter_name: str = "default"
-    ) -> None:
+    def __init__(self, model: nn.Module, config: Any = None, adapter_name: str = "default") -> None:
         super().__init__()
         self.base_model = nn.Module()
         self.base_model.model = model
@@ -86,7 +86,9 @@ class AdaptedModel(nn.Module):
         return self.model
 
     def add_adapter(self, adapter_name: str, peft_config: Any, **_: Any) -> None:
-        """Adds one adapter."""
+        """Adds one adapter; all else is frozen, heads too, as PEFT does it."""
+        if not self.peft_config:
+            self.model.requires_grad_(False)
         lightning_peft.inject(self.model, peft_config, adapter_name=adapter_name)
         self.peft_config[adapter_name] = peft_config
 
@@ -133,7 +135,7 @@ class AdaptedModel(nn.Module):
         adapter_name: str,
         is_trainable: bool = False,
         **_: Any,
-    ) -> None:
+    ) -> SimpleNamespace:
         """Loads a folder as a further adapter, which does not become the active one."""
         active, others = self.active_adapter, bool(self.peft_config)
         lightning_peft.load_adapter(
@@ -142,11 +144,13 @@ class AdaptedModel(nn.Module):
         self.peft_config[adapter_name] = peft.PeftConfig.from_pretrained(str(model_id))
         if others:
             self.set_adapter(active)
+        if not is_trainable:
+            self.eval()
+        # Anything else is an error.
+        return SimpleNamespace(missing_keys=[], unexpected_keys=[])
 
     def adapter_state_dict(self, adapter_name: str = "default", **_: Any) -> dict[str, Any]:
         """Returns the tensors of one adapter by the keys of PEFT's files."""
-        import tempfile
-
         with tempfile.TemporaryDirectory() as folder:
             lightning_peft.save_adapter(self.model, folder, adapter_name=adapter_name)
             return load_file(Path(folder, "adapter_model.safetensors"))

@@ -7,29 +7,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
+import peft
+from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from torch import nn
 
 from lightning_peft import LoRAStrategy, QLoRAStrategy, engine
 from lightning_peft.errors import TargetModulesError
-
-# The modules that got adapters in the test that runs.
-INJECTED: list[str] = []
-
-
-def seed_layers() -> None:
-    """Gives linear layers of one shape the same values in every test, stock and with adapters.
-
-    Tests resume with a fresh module, whose base would be another one than the checkpoint's.
-    """
-    original = nn.Linear.reset_parameters
-
-    def reset_parameters(self: nn.Linear) -> None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1000 * self.out_features + self.in_features)
-            original(self)
-
-    nn.Linear.reset_parameters = reset_parameters  # type: ignore[method-assign]
+from lightning_peft.plugin import lifecycle
+from tools.upstream.adapted_model import AdaptedModel
+from tools.upstream.plugin import INJECTED
 
 
 def _count_injections() -> None:
@@ -51,17 +37,32 @@ def _count_injections() -> None:
     engine.inject_config = inject_config
 
 
+def _ask_for_existing_adapters() -> None:
+    """Lets a further Trainer of one module ask for the layers that were named before."""
+    original = lifecycle.with_adapter_defaults
+
+    def with_adapter_defaults(settings: Any, arguments: Any, module: Any) -> Any:
+        settings = original(settings, arguments, module)
+        record = engine.record_of(module)
+        if record is not None and arguments.target_modules is None:
+            adapters = [one for part in record.parts.values() for one in part.adapters.values()]
+            settings.peft_config.target_modules = {n for one in adapters for n in one.targets}
+        return settings
+
+    lifecycle.with_adapter_defaults = with_adapter_defaults
+
+
 def use_strategy(make: Callable[..., Any]) -> None:
     """Gives each Trainer that names no strategy the one that ``make`` returns."""
-    from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
-
     _count_injections()
+    _ask_for_existing_adapters()
     original = _AcceleratorConnector.__init__
 
     @functools.wraps(original)
     def connect(self: Any, *args: Any, strategy: Any = "auto", **kwargs: Any) -> None:
         if isinstance(strategy, str) and strategy == "auto" and not args:
-            strategy = make(r=4, announce=False)
+            # The tests' learning rates just hold for full training of one layer.
+            strategy = make(r=4, lora_alpha=0.1, announce=False)
         original(self, *args, strategy=strategy, **kwargs)
 
     _AcceleratorConnector.__init__ = connect  # type: ignore[method-assign]
@@ -69,9 +70,6 @@ def use_strategy(make: Callable[..., Any]) -> None:
 
 def use_inject() -> None:
     """Puts ``inject`` and its companions in the place of PEFT's public functions."""
-    import peft
-
-    from tools.upstream.adapted_model import AdaptedModel
 
     def get_peft_model(
         model: nn.Module, peft_config: Any, adapter_name: str = "default", **_: Any
