@@ -59,7 +59,7 @@ class AdaptedModel(nn.Module):
     @property
     def model(self) -> nn.Module:
         """The module with adapters."""
-        inner: nn.Module = self.base_model.model
+        inner: Any = self.base_model.model
         return inner
 
     @property

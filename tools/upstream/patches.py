@@ -34,7 +34,8 @@ def _count_injections() -> None:
         request.config.target_modules = set(names)
         return original(module, replace(request), *args)
 
-    engine.inject_config = inject_config
+    patched: Any = engine
+    patched.inject_config = inject_config
 
 
 def _ask_for_existing_adapters() -> None:
@@ -56,16 +57,18 @@ def use_strategy(make: Callable[..., Any]) -> None:
     """Gives each Trainer that names no strategy the one that ``make`` returns."""
     _count_injections()
     _ask_for_existing_adapters()
-    original = _AcceleratorConnector.__init__
+    connector: Any = _AcceleratorConnector
+    original = connector.__init__
 
     @functools.wraps(original)
-    def connect(self: Any, *args: Any, strategy: Any = "auto", **kwargs: Any) -> None:
-        if isinstance(strategy, str) and strategy == "auto" and not args:
+    def connect(self: Any, **kwargs: Any) -> None:
+        strategy = kwargs.get("strategy", "auto")
+        if isinstance(strategy, str) and strategy == "auto":
             # The tests' learning rates just hold for full training of one layer.
-            strategy = make(r=4, lora_alpha=0.1, announce=False)
-        original(self, *args, strategy=strategy, **kwargs)
+            kwargs["strategy"] = make(r=4, lora_alpha=0.1, announce=False)
+        original(self, **kwargs)
 
-    _AcceleratorConnector.__init__ = connect  # type: ignore[method-assign]
+    connector.__init__ = connect
 
 
 def use_inject() -> None:
@@ -86,10 +89,11 @@ def use_inject() -> None:
             return model.adapter_state_dict(*args, **kwargs)
         return original_state_dict(model, *args, **kwargs)
 
+    patched: Any = peft
     original_state_dict = peft.get_peft_model_state_dict
-    peft.get_peft_model = peft.mapping_func.get_peft_model = get_peft_model
-    peft.get_peft_model_state_dict = get_peft_model_state_dict
-    peft.PeftModel.from_pretrained = staticmethod(from_pretrained)
+    patched.get_peft_model = patched.mapping_func.get_peft_model = get_peft_model
+    patched.get_peft_model_state_dict = get_peft_model_state_dict
+    patched.PeftModel.from_pretrained = staticmethod(from_pretrained)
 
 
 SIDES: dict[str, Callable[[], None]] = {
