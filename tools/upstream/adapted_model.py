@@ -138,6 +138,8 @@ class AdaptedModel(nn.Module):
     ) -> SimpleNamespace:
         """Loads a folder as a further adapter, which does not become the active one."""
         active, others = self.active_adapter, bool(self.peft_config)
+        if not others:
+            self.model.requires_grad_(False)
         lightning_peft.load_adapter(
             self.model, model_id, adapter_name=adapter_name, is_trainable=is_trainable
         )
