@@ -87,10 +87,11 @@ def _cards(studio: Studio, t: Texts) -> None:
             text = t("home.try_toy", fix=absent) if absent else t("home.try_text")
             markup(render("home.card", t, name="try", text=text))
             start = gr.Button(t("home.try_button"), variant="primary", elem_id="start-demo")
-        for name, query in (("own", {}), ("big", {"method": "qlora"})):
+        qlora = t("home.big_text" if this_machine().gpu else "home.big_why_not")
+        for name, text, query in (("own", "", {}), ("big", qlora, {"method": "qlora"})):
             with gr.Column(elem_classes="card", min_width=260):
-                link, gpu = t.url("new", **query), this_machine().gpu
-                markup(render("home.card", t, name=name, link=link, gpu=gpu))
+                link = t.url("new", **query)
+                markup(render("home.card", t, name=name, text=text, link=link))
     to = gr.Textbox(visible=False)
 
     def begin(request: gr.Request) -> str:

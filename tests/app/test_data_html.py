@@ -67,7 +67,7 @@ def test_numbers_on_all_rows_are_shown_and_escaped():
     made = str(report(DataReport(numbers), Texts("de")))
     for shown in (
         "2.050",
-        "Median 19, 95 % bis 38",
+        "Median 19, p95 38",
         "2 bis 6",
         "&lt;user&gt; 30",
         "Latin 9, Han 1",

@@ -32,8 +32,8 @@ def site(serve):
 
 def test_the_card_teaches_a_real_model_to_read_orders(site, visit, tmp_path):
     page = visit(site.url)
-    page.get_by_text("SmolLM2 learns to turn order e-mails into JSON").wait_for()
-    page.get_by_role("button", name="Start the demo").click()
+    page.get_by_text("SmolLM2 learns to turn e-mails into JSON").wait_for()
+    page.get_by_role("button", name="Start demo").click()
     page.wait_for_url(re.compile(r"/run\?run="))
     page.get_by_role("status").get_by_text("Finished").wait_for(timeout=LONG)
     page.get_by_text("step 24 of 24").wait_for()
@@ -99,7 +99,7 @@ def _copy(page, site, run) -> None:
     # A copy names the model by its package, from which another machine takes it too.
     page.goto(f"{site.url}/new?from={run.id}#model")
     page.locator("#model-facts").get_by_text(SMOLLM2).wait_for()
-    page.locator("#model-facts").get_by_text("It is on this machine.").wait_for()
+    page.locator("#model-facts").get_by_text("On this machine.").wait_for()
     shown = yaml.safe_load(page.locator("#form-yaml pre").text_content())
     assert shown["model"]["init_args"]["model"] == SMOLLM2_PLACE
     assert shown["data"]["init_args"]["data"] == "recipe:small/data/orders.jsonl"

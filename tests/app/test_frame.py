@@ -20,6 +20,7 @@ from tests.app.browsing import PHONE, not_german, overflow, violations
 from tests.app.servers import environment
 
 PAGES = ["", "new", "compare", "help"]
+LONGEST_SENTENCE = 20
 TEXTS = Path(__file__).parents[2] / "gradio_app" / "texts"
 
 
@@ -91,6 +92,18 @@ def test_all_languages_have_the_same_texts_with_the_same_values():
                 assert text.strip(), (area, key)
                 assert other[key].strip(), (area, key)
                 assert fields(text) == fields(other[key]), (area, key)
+
+
+def test_sentences_are_short():
+    long = [
+        (language, area.stem, key, sentence)
+        for language in LANGUAGES
+        for area in (TEXTS / language).glob("*.json")
+        for key, text in json.loads(area.read_text()).items()
+        for sentence in re.split(r"(?<=[.!?])\s+|\n", text)
+        if len(sentence.split()) > LONGEST_SENTENCE
+    ]
+    assert long == []
 
 
 def test_the_language_of_a_page_is_that_of_its_address():

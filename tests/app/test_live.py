@@ -96,7 +96,7 @@ def test_curves_are_smoothed_and_in_a_table(site, store, visit):
     page.get_by_text("Training loss: 2.795 at step 1, now 0.5611 at step 30").wait_for()
     page.locator("#loss-plot svg.marks").wait_for()
     page.get_by_label("Strong").check()
-    page.get_by_role("button", name="Numbers as a table").click()
+    page.get_by_role("button", name="Table").click()
     page.get_by_role("row", name="10 1.245 1.295").wait_for()
     page.get_by_role("tab", name="Recipe").click()
     page.locator("#recipe-text").get_by_text("validate_every").or_(
@@ -108,7 +108,7 @@ def test_curves_are_smoothed_and_in_a_table(site, store, visit):
         page.get_by_role("button", name="Download recipe.yaml").click()
     assert download.value.path().read_text() == run.folder.recipe.read_text()
     screenshot(page, "run-recipe")
-    link = page.get_by_role("link", name="Duplicate with changes").get_attribute("href")
+    link = page.get_by_role("link", name="Duplicate").get_attribute("href")
     assert link == f"./new?from={run.id}#method"
 
 

@@ -158,7 +158,7 @@ def test_own_data_with_bad_rows_is_put_right_and_started(visit, site):
     report = page.locator("#data-report")
     report.get_by_text("3 of 63 rows have problems").wait_for()
     assert "What is 3 and 3?" in report.inner_text()
-    page.get_by_role("button", name="Search the rows").click()
+    page.get_by_role("button", name="Search rows").click()
     page.locator("#search-text textarea, #search-text input").fill("is 58 AND")
     page.get_by_role("button", name="Search", exact=True).click()
     found = page.locator("#found-rows")
@@ -180,7 +180,7 @@ def test_own_data_with_bad_rows_is_put_right_and_started(visit, site):
     recipe = shown_recipe(page)
     assert recipe["data"]["init_args"]["columns"] == {"prompt": "question", "completion": "reply"}
     assert "limit_train_batches" not in recipe["trainer"]
-    page.get_by_label("Name of the run").fill("My own data")
+    page.get_by_label("Run name").fill("My own data")
     page.get_by_role("button", name="Start training").click()
     page.wait_for_url(re.compile(r"/run\?run="))
     page.get_by_role("heading", name="My own data").wait_for()
@@ -220,7 +220,7 @@ def test_a_large_file_is_counted_and_stopped_and_holds_up_no_other(visit, site):
     report.get_by_text(re.compile("of about 60,000")).wait_for()
     upload(page, "small.jsonl", lines(rows[:40]))
     # The larger one is given up, and not waited for.
-    report.get_by_text("All 40 rows can be trained on").wait_for(timeout=20_000)
+    report.get_by_text("All 40 rows are usable").wait_for(timeout=20_000)
 
 
 def test_what_is_refused_is_said_where_it_was_typed(visit, site):
@@ -242,7 +242,7 @@ def test_what_is_refused_is_said_where_it_was_typed(visit, site):
     page.locator("#data-report").get_by_text("All 60 rows").wait_for()
     assert page.evaluate(opacity, report) == 1
     assert not page.locator("#data-problem").is_visible()
-    page.get_by_role("button", name="Validation and test files").click()
+    page.get_by_role("button", name="Held-out files").click()
     page.locator("#validation-file input").click()
     page.get_by_role("option", name=re.compile("held.jsonl")).click()
     page.locator("#data-report").get_by_text("All 63 rows").wait_for()
@@ -259,7 +259,8 @@ def test_what_is_refused_is_said_where_it_was_typed(visit, site):
     page.go_back()
     # Model and data have changed settings too, which nobody has.
     changed = page.locator("#changed-settings")
-    changed.get_by_text("No settings changed").wait_for()
+    changed.locator(".failure").wait_for()
+    assert changed.locator(".changed").count() == 0
     rate.fill("1e-3")
     rate.press("Tab")
     changed.get_by_text("Learning rate: 5e-3 \u2192 1e-3").wait_for()
@@ -334,11 +335,11 @@ def test_a_first_run_with_a_model_and_data_of_ones_own_is_short(visit, serve):
     blocked.get_by_role("link", name="To the data").wait_for()
     page.locator("#data-place").get_by_role("combobox").click()
     page.get_by_role("option", name="orders.jsonl").click()
-    report.get_by_text("All 60 rows can be trained on").wait_for()
+    report.get_by_text("All 60 rows are usable").wait_for()
     page.locator("#overview .fine").wait_for()
     strip = page.locator("#start-strip")
     strip.get_by_text(re.compile(r"^[\d.]+ [GM]B of [\d.]+ GB$")).first.wait_for()
-    assert strip.get_by_text("not known yet", exact=True).count() == 1
+    assert strip.get_by_text("unknown", exact=True).count() == 1
     start = page.get_by_role("button", name="Start training")
     assert start.is_enabled()
     screenshot(page, "new-start")
@@ -417,7 +418,7 @@ def test_what_does_not_fit_is_made_to_fit_by_a_click(visit, site):
 def test_a_recipe_is_uploaded_edited_and_kept_through_a_restart(visit, serve):
     site = serve(trainer="fake")
     page = opened(visit, site, "#model")
-    page.get_by_role("button", name="Start from a recipe or a file").click()
+    page.get_by_role("button", name="Load a recipe").click()
     text = "model: {class_path: os.system, init_args: {command: id}}\ndata: {}\ntrainer: {}"
     hostile = {"name": "a.yaml", "mimeType": "text/yaml", "buffer": text.encode()}
     file = page.locator("#new-recipe-file input[type=file]")
@@ -425,7 +426,7 @@ def test_a_recipe_is_uploaded_edited_and_kept_through_a_restart(visit, serve):
     page.locator(".toast-body").get_by_text("os.system").first.wait_for()
     page.goto(f"{site.url}/new?recipe=small/text-classification#review")
     page.locator("#form-yaml pre").get_by_text("TextClassifier").wait_for()
-    page.get_by_role("button", name="Edit the YAML").click()
+    page.get_by_role("button", name="Edit YAML").click()
     area = page.locator("#yaml-text textarea")
     good = area.input_value()
     area.fill(good.replace("r: 16", "r: !!python/name:os.system"))

@@ -77,7 +77,7 @@ def shown_recipe(page) -> dict:
 
 def run_of(page, site):
     """Starts a dry run, waits for its end, and returns it."""
-    page.get_by_role("button", name="Dry run: 5 steps").click()
+    page.get_by_role("button", name="Try 5 steps").click()
     page.wait_for_url(re.compile(r"/run\?run="), timeout=MINUTES)
     page.get_by_role("status").get_by_text("Finished").wait_for(timeout=MINUTES)
     name = page.url.partition("run=")[2].partition("&")[0]
@@ -120,7 +120,7 @@ def test_a_model_in_a_folder_is_chosen_and_trained(visit, site):
 def test_a_folder_outside_of_the_root_is_refused_in_a_recipe_too(visit, site):
     page = opened(visit, site, "#review")
     page.locator("#overview .fine").wait_for(timeout=MINUTES)
-    page.get_by_role("button", name="Edit the YAML").click()
+    page.get_by_role("button", name="Edit YAML").click()
     area = page.locator("#yaml-text textarea")
     text = area.input_value()
     for place in (str(site.folder / "outside"), "../outside"):
@@ -183,7 +183,7 @@ def test_what_somebody_else_wrote_is_no_leave_to_run_code(visit, site):
     before = (site.folder / MARKER).exists()
     page = opened(visit, site, "#review")
     page.locator("#overview .fine").wait_for(timeout=MINUTES)
-    page.get_by_role("button", name="Edit the YAML").click()
+    page.get_by_role("button", name="Edit YAML").click()
     area = page.locator("#yaml-text textarea")
     given = f"model: {NAME}\n    revision: {own_code.COMMIT}\n    trust_remote_code: true"
     area.fill(area.input_value().replace("model: package:demo/base", given))

@@ -33,7 +33,7 @@ def started(page, name: str) -> None:
     """Goes to the review, and from there to the run, until that is finished."""
     page.goto(page.url.partition("#")[0] + "#review")
     page.locator("#overview .fine").wait_for()
-    page.get_by_label("Name of the run").fill(name)
+    page.get_by_label("Run name").fill(name)
     page.get_by_role("button", name="Start training").click()
     page.wait_for_url(re.compile(r"/run\?run="))
     page.get_by_role("heading", name=name).wait_for()
@@ -72,7 +72,7 @@ def _duplicated(site, store, visit, first) -> None:
     page = visit(f"{site.url}/new?from={first.id}#all")
     page.locator("#data-facts").get_by_text("mine.jsonl").wait_for()
     page.locator("#new-copied").get_by_text(f"Copy of {first.name}.").wait_for()
-    assert page.get_by_label("Name of the run").input_value() == f"{first.name}-2"
+    assert page.get_by_label("Run name").input_value() == f"{first.name}-2"
     page.locator("#model-facts").get_by_text("Tiny demo model").wait_for()
     page.locator("#data-report").get_by_text("are skipped").wait_for()
     page.locator("#memory .memory").wait_for()

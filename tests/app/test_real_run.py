@@ -190,7 +190,7 @@ def test_a_ruined_run_says_so_and_what_helps(site, visit):
     assert after > 1.5 * before
     assert "it was 1. Try 0.1" in alert.inner_text()
     assert "falling" not in page.locator("#run-numbers").inner_text()
-    alert.get_by_role("link", name="Duplicate with changes").click()
+    alert.get_by_role("link", name="Duplicate").click()
     page.locator("#new-copied").get_by_text("Copy of ruined.").wait_for()
     page.get_by_role("textbox", name="Learning rate").wait_for()
 

@@ -236,7 +236,7 @@ def test_a_visitor_trains_smollm2_on_a_space_of_the_folder_alone(tmp_path, free_
             assert process.stdout is not None
             assert f"127.0.0.1:{free_port}" in process.stdout.readline()
             page = visit(f"http://127.0.0.1:{free_port}", HERS)
-            page.get_by_role("button", name="Start the demo").click()
+            page.get_by_role("button", name="Start demo").click()
             page.wait_for_url(re.compile(r"/run\?run="))
             ended = page.get_by_role("status").get_by_text(re.compile("Finished|Stopped"))
             ended.first.wait_for(timeout=30 * 60_000)

@@ -26,12 +26,12 @@ def build(studio: Studio, t: Texts) -> None:
     of = html(elem_id="new-copied")
     editor.show([of], lambda session: [starting_point.copied_from(session, t)])
     makers = {"model": _model, "data": data.build, "method": method.build, "review": review.build}
-    for number, (step, make) in enumerate(makers.items(), start=1):
+    for (step, make), following in zip(makers.items(), (*STEPS[1:], ""), strict=True):
         with gr.Column(elem_id=f"step-{step}", elem_classes="step"):
-            html(render("new.step_heading", t, number=number, name=step))
+            html(render("new.step_heading", t, name=step))
             make(editor)
-            if step != STEPS[-1]:
-                html(render("new.next_step", t, name=STEPS[number]))
+            if following:
+                html(render("new.next_step", t, name=following))
     editor.finish()
     starting_point.bind_page_load(editor)
     gr.on(None, None, None, None, js=_STEPPING)

@@ -150,12 +150,10 @@ def _build_hub(editor: Editor) -> None:
 
 def _build_report(editor: Editor) -> None:
     t = editor.t
-    html(f"<h3>{t('new.what_is_trained')}</h3>", elem_id="trained-title")
     report = html(elem_id="data-report", js_on_load=CLICK_DELEGATE)
     stop = gr.Button(t("new.stop_checking"), size="sm", visible=False, elem_id="stop-checking")
     skip = field(gr.Checkbox, t, "new.skip", "data-skip")
-    with gr.Accordion(t("new.mapping"), open=True, visible=False, elem_id="mapping") as mapping:
-        html(f"<p class='note'>{t('new.mapping_hint')}</p>")
+    with gr.Accordion(t("new.mapping"), open=False, visible=False, elem_id="mapping") as mapping:
         shape = field(gr.Radio, t, "new.shape", "mapping-shape", choices=[])
         with gr.Row(elem_id="mapping-columns"):
             columns = [
@@ -233,7 +231,9 @@ def _check_updates(editor: Editor, session: Any, request: gr.Request) -> Iterato
         session,
         data_html.report(session.report, t),
         gr.update(visible=False),
-        gr.update(visible=bool(shapes and session.report.columns)),
+        gr.update(
+            visible=bool(shapes and session.report.columns), open=session.report.needs_column_names
+        ),
         gr.update(choices=names, value=chosen),
         *_dropdowns(editor, session, chosen),
         data_html.mapped_rows(session.report, session.report.numbers.get("columns", {}), t),

@@ -18,6 +18,7 @@ MAX_PROBLEMS = 20
 _MAX_LABELS = 12
 _MAX_LABEL_ROWS = 30
 _MAPPED_ROWS = 3
+_SPLITS = ("train", "validation", "test")
 
 
 def selected_data(place: str, t: Texts) -> str:
@@ -25,9 +26,10 @@ def selected_data(place: str, t: Texts) -> str:
     if not place:
         return message("not-now", t("new.data_none"), t)
     if place.startswith(("package:", "recipe:")):
-        return message("chosen", t("new.data_is_example", name=place.rpartition("/")[2]), t)
-    shown = "-".join(place.split("-")[2:]) if place.startswith(UPLOAD) else place
-    return message("chosen", t("new.data_chosen", name=shown), t)
+        place = place.rpartition("/")[2]
+    elif place.startswith(UPLOAD):
+        place = original_name(place.removeprefix(UPLOAD))
+    return message("chosen", place, t)
 
 
 def checking(
@@ -121,11 +123,13 @@ def _facts(numbers: dict[str, Any], t: Texts) -> list[tuple[str, str, str]]:
     )
     shape = numbers.get("shape", {}).get("name", "")
     facts = [(t("new.fact_shape"), t(f"new.shape_{shape}") if shape else "", columns)]
-    for name in ("train", "validation", "test"):
-        rows = splits.get(name, {}).get("rows", 0)
-        facts.append((t(f"new.fact_{name}"), t.number(rows), ""))
     about = numbers.get("statistics", {})
-    facts.append((t("new.fact_duplicates"), t.number(about.get("duplicates", 0)), ""))
+    counts = {name: splits.get(name, {}).get("rows", 0) for name in _SPLITS}
+    counts["duplicates"] = about.get("duplicates", 0)
+    for name, rows in counts.items():
+        # Of training and validation also that there are none.
+        if rows or name in _SPLITS[:2]:
+            facts.append((t(f"new.fact_{name}"), t.number(rows), ""))
     if "tokens" in about:
         lengths = numbers.get("lengths") or {"median": 0, "percentile_95": 0}
         known = {"median": t.number(lengths["median"]), "high": t.number(lengths["percentile_95"])}
@@ -133,7 +137,7 @@ def _facts(numbers: dict[str, Any], t: Texts) -> list[tuple[str, str, str]]:
     if "trained_share" in numbers:
         share = f"{numbers['trained_share']:.0%}"
         trained = t.number(splits["train"].get("trained_tokens", 0))
-        facts.append((t("new.fact_trained"), share, t("new.fact_tokens", tokens=trained)))
+        facts.append((t("new.fact_trained"), share, trained))
     facts += _content_facts(about, t)
     if unused := [str(one["key"]) for one in numbers.get("keys_unused") or ()]:
         facts.append((t("new.fact_unused"), f"{len(unused)}", ", ".join(unused)))

@@ -158,9 +158,6 @@ def plan_html(plan: Plan, t: Texts, found: list[Fix] | None = None, more: bool =
     needs, has, low, high = (format_gigabytes(size, t) for size in sizes)
     maybe = plan.fits is False and numbers["low_bytes"] <= available
     verdict = "fits" if plan.fits else "may_not_fit" if maybe else "fits_not"
-    name = (numbers.get("device") or {}).get("name", "")
-    if name == "this machine's memory":
-        name = t("new.main_memory")
     # Both ends come out the same where the range is narrow.
     key = "new.needs_about" if low == high else "new.needs"
     length, batch = t.number(plan.length), numbers["run"]["batch_size"]
@@ -170,7 +167,7 @@ def plan_html(plan: Plan, t: Texts, found: list[Fix] | None = None, more: bool =
         t,
         state={"fits": "fine", "may_not_fit": "careful", "fits_not": "bad"}[verdict],
         verdict=t(f"new.{verdict}"),
-        needs=t(key, needs=needs, low=low, high=high, has=has, name=name),
+        needs=t(key, needs=needs, low=low, high=high, has=has),
         parts={
             part: sum(numbers["breakdown"].get(one, 0) for one in names)
             for part, names in PARTS.items()

@@ -217,8 +217,7 @@ def changed_html(session: Session, t: Texts) -> str:
     preset = amount_of(session.baseline)
     title = t("new.changed", count=len(rows))
     if preset is not None:
-        name = t(f"new.amount_{preset}").partition(":")[0]
-        title = t("new.changed_from", preset=name, count=len(rows))
+        title = t("new.changed_from", preset=t(f"new.amount_{preset}"), count=len(rows))
     opened = len(rows) <= _MAX_OPEN
     return render("new.changes", t, problems=problems, rows=rows, title=title, opened=opened)
 

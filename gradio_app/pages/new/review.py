@@ -279,7 +279,7 @@ def facts_html(editor: Editor, session: Session) -> str:
             low, high = (format_duration(one, t) for one in (found.low, found.high))
             between = t("new.strip_between", low=low, high=high) if low != high else low
             time = between, t("new.strip_by", count=found.runs)
-    method = t(f"new.short_{method_of(session.content)}")
+    method = t(f"new.method_{method_of(session.content)}")
     cards = [
         (t("new.method"), method, ""),
         (t("new.strip_time"), *time),
@@ -289,21 +289,14 @@ def facts_html(editor: Editor, session: Session) -> str:
 
 
 def summary_text(session: Session, t: Texts) -> str:
-    """Returns in a paragraph what a run of the recipe does."""
+    """Returns in a sentence what a run of the recipe does."""
     content = session.content
     task = task_of_config(content)
     model = value_at(content, "model.init_args.model", None)
     name = t("new.demo_base") if model == DEMO_BASE else Path(str(model or "-")).name
     splits = session.report.numbers.get("splits", {}) if session.report else {}
     place = data_of(content).rpartition("/")[2]
-    words = [
-        t(
-            "new.words_what",
-            task=t(f"new.task_{task.name}") if task else "",
-            model=name,
-            method=t(f"new.short_{method_of(content)}"),
-        )
-    ]
+    words = [t("new.words_what", task=t(f"new.task_{task.name}") if task else "", model=name)]
     if splits:
         train, held = splits["train"]["rows"], splits["validation"]["rows"]
         words.append(t("new.words_rows", train=t.number(train), held=t.number(held), data=place))
@@ -319,15 +312,14 @@ def summary_text(session: Session, t: Texts) -> str:
         if isinstance(steps, int) and steps > 0
         else t("new.words_epoch" if epochs == 1 else "new.words_epochs", epochs=epochs or 1000)
     )
+    batches = value_at(content, "trainer.limit_train_batches", None)
+    if batches not in (None, 1.0):
+        limit = t.localized(format_value(batches))
+        amount = t("new.words_of_batches", amount=amount, batches=limit)
     rate = t.localized(format_value(value_at(content, "model.init_args.learning_rate", 2e-4)))
     rank = value_at(content, "trainer.strategy.init_args.r", 16)
     words.append(t("new.words_how", amount=amount, rows=each, rate=rate, rank=rank))
-    words = [", ".join(words) + "."]
-    batches = value_at(content, "trainer.limit_train_batches", None)
-    if batches not in (None, 1.0):
-        words.append(t("new.words_limited", batches=t.localized(format_value(batches))))
-    words.append(t("new.words_end"))
-    return " ".join(words)
+    return ", ".join(words) + "."
 
 
 def forms(content: dict[str, Any], t: Texts) -> str:

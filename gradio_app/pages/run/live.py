@@ -13,7 +13,6 @@ from gradio_app.pages.plot import Series, plot
 from gradio_app.pages.run import live_html
 from gradio_app.pages.run.evaluation_html import evaluation
 from gradio_app.pages.run.view import CurveOptions
-from gradio_app.pages.templating import message
 from gradio_app.runs.curves import Points, downsample, finite_points, smooth
 from gradio_app.runs.files import LOG_LINES, read_rows, remove_noise, tail
 from gradio_app.runs.health import HealthMonitor
@@ -71,18 +70,16 @@ class Live:
     def _build_log(self) -> Any:
         t = self.t
         with gr.Row(elem_id="log-choices", equal_height=True):
-            markup(f"<h2>{t('run.log')}</h2>")
+            markup(f"<h2>{t('run.log', lines=LOG_LINES)}</h2>")
             field(gr.Checkbox, t, "run.follow", "log-follow", value=True, scale=0)
-            copy = gr.Button(t("run.copy_log"), size="sm", elem_id="log-copy", scale=0)
+            copy = gr.Button(t("run.copy"), size="sm", elem_id="log-copy", scale=0)
             copy.click(None, None, None, js=_COPY)
-        log = markup(
+        return markup(
             t("run.log_empty"),
             html_template=_LOG.format(label=t("run.log_label")),
             js_on_load=_FOLLOW,
             elem_id="run-log",
         )
-        markup(message("note", t("run.log_note", lines=LOG_LINES), t, role=""))
-        return log
 
     def updates(self, run: Run | None, choices: CurveOptions) -> list[Update]:
         """Returns how a run is shown."""

@@ -128,7 +128,7 @@ def _trend(points: Points, t: Texts) -> str:
 def _validation(metrics: Metrics, t: Texts) -> tuple[str, str, str]:
     points = finite_points(metrics.curve("val_loss"))
     if not points:
-        return t("run.val_loss"), "\u2013", t("run.no_validation")
+        return t("run.val_loss"), "\u2013", ""
     if len(points) == 1:
         return t("run.val_loss"), format_number(points[0][1], t), ""
     step, least = min(points, key=lambda point: point[1])
@@ -143,7 +143,7 @@ def summary(metrics: Metrics, t: Texts) -> str:
     """Returns in sentences what the curves show."""
     training, validation = (finite_points(metrics.curve(name)) for name in METRICS)
     if not training and not validation:
-        return message("note", t("run.curves_empty"), t, role="")
+        return ""
     said = []
     if training:
         said.append(t("run.curves_text", **_endpoints(training, t)))
