@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from gradio_app.texts import DEFAULT, LANGUAGES, route
@@ -26,12 +27,11 @@ class Redirects:
         if target is None:
             await self.app(scope, receive, send)
             return
-        query = scope.get("query_string", b"")
+        query = scope.get("query_string", b"").decode("latin-1")
         place = str(scope.get("root_path", "")).rstrip("/") + target
-        location = place.encode() + (b"?" + query if query else b"")
-        headers = [(b"location", location), (b"content-length", b"0")]
-        await send({"type": "http.response.start", "status": 307, "headers": headers})
-        await send({"type": "http.response.body", "body": b""})
+        location = f"{place}?{query}" if query else place
+        redirect = import_module("starlette.responses").RedirectResponse(location)
+        await redirect(scope, receive, send)
 
 
 def language_of(path: str) -> str:

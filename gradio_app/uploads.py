@@ -94,10 +94,6 @@ class Uploads:
             raise UserError("checks.no_upload", name=shortened(name))
         return _upload(path)
 
-    def delete(self, name: object) -> None:
-        """Deletes a file. Raises UserError if the owner has none of that name."""
-        self.get(name).path.unlink()
-
 
 def check_content(path: Path, suffix: str) -> None:
     """Checks that the beginning of a file matches its suffix. Raises UserError if it is not."""

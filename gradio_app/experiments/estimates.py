@@ -13,6 +13,7 @@ from typing import Any
 from gradio_app.experiments.summaries import Summaries, kind_of
 from gradio_app.recipe.content import count_at, value_at
 from gradio_app.runs.files import number, read_json_object
+from gradio_app.runs.metrics import metrics_of
 from gradio_app.runs.types import Run
 
 # So many runs are looked at, the newest first.
@@ -88,7 +89,7 @@ def expected_duration(
         if run.active or summaries.of(run).kind != kind:
             continue
         unit, amount = ("tokens", work.tokens) if work.tokens else ("rows", work.rows)
-        curve = summaries.metrics(run).curve(f"{unit}_per_second")
+        curve = metrics_of(run.folder.metrics).curve(f"{unit}_per_second")
         rates = sorted(rate for _, rate in curve if rate > 0 and math.isfinite(rate))
         if rates:
             slow, middle, fast = (rates[int(share * (len(rates) - 1))] for share in (0.1, 0.5, 0.9))

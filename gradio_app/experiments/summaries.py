@@ -15,7 +15,7 @@ from gradio_app.recipe.fields import BY_PATH
 from gradio_app.recipe.form import display_value, method_of
 from gradio_app.recipe.presets import DEMO_BASE
 from gradio_app.recipe.yaml_text import parse_yaml
-from gradio_app.runs.metrics import Metrics, MetricsCache
+from gradio_app.runs.metrics import Metrics, metrics_of
 from gradio_app.runs.outcomes import outcome_of
 from gradio_app.runs.run_task import task_of_run
 from gradio_app.runs.types import Run
@@ -68,12 +68,7 @@ class Summaries:
     """Summaries of runs; files are read again only when they have changed."""
 
     def __init__(self) -> None:
-        self._metrics = MetricsCache()
         self._known: dict[str, tuple[Any, Summary]] = {}
-
-    def metrics(self, run: Run) -> Metrics:
-        """Returns the metrics of a run as they are now."""
-        return self._metrics.of(run.folder.metrics)
 
     def of(self, run: Run) -> Summary:
         """Returns the summary of a run as it is now."""
@@ -84,7 +79,7 @@ class Summaries:
         if known is None or known[0] != stamp:
             if len(self._known) >= _MOST_RUNS:
                 self._known.clear()
-            known = self._known[run.id] = (stamp, summarize(run, self.metrics(run)))
+            known = self._known[run.id] = (stamp, summarize(run, metrics_of(folder.metrics)))
         return known[1]
 
 

@@ -80,7 +80,7 @@ def base_size(checkpoint: Path, root: Path | None = None) -> BaseSize | None:
     except LightningPeftError:
         return None
     files = [folder / file] if file else list(folder.glob("*.safetensors"))
-    sizes = [gguf_header(one).sizes if file else tensor_sizes(one) for one in files]
+    sizes = [gguf_header(one).sizes if file else tensor_sizes(one) or () for one in files]
     if not sizes or not all(sizes):
         return None
     return BaseSize(sum(map(sum, sizes)), max(map(max, sizes)))

@@ -19,13 +19,14 @@ from gradio_app.compare.results import (
 from gradio_app.compare.selection import MAX_RUNS, RunSelection, parse_ids, select_runs
 from gradio_app.pages.components import field, html, on_event, on_load
 from gradio_app.pages.layout import heading
-from gradio_app.pages.plot import Series, plot
+from gradio_app.pages.plot import Series, curve_table, plot
 from gradio_app.pages.run.live_html import answer_cell, shortened_cell
 from gradio_app.pages.run_state import state_badge
 from gradio_app.pages.templating import render
 from gradio_app.recipe.fields import BY_PATH
+from gradio_app.runs.curves import spread
 from gradio_app.runs.formatting import format_bytes, format_duration, format_number, metric
-from gradio_app.runs.metrics import Metrics, MetricsCache
+from gradio_app.runs.metrics import Metrics, metrics_of
 from gradio_app.runs.outcomes import Outcome, outcome_of
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
@@ -62,7 +63,6 @@ class ComparePage:
 
     def __init__(self, studio: Studio, t: Texts) -> None:
         self.studio, self.t = studio, t
-        self._metrics = MetricsCache()
         hint = t("compare.runs_hint", most=MAX_RUNS)
         several: dict[str, Any] = {
             "choices": [],
@@ -126,11 +126,12 @@ class ComparePage:
         if len(found.runs) < 2:
             return [shown, gr.Column(visible=False), *[gr.skip()] * (len(self._outputs) - 2)]
         loss, axis = loss if loss in LOSSES else "val_loss", axis if axis in AXES else "step"
-        metrics = [self._metrics.of(run.folder.metrics) for run in found.runs]
+        metrics = [metrics_of(run.folder.metrics) for run in found.runs]
         curves = {
             label: loss_curve(one, loss, axis)
             for label, one in zip(found.labels, metrics, strict=True)
         }
+        some = {label: spread(points, TABLE_ROWS) for label, points in curves.items()}
         series = [
             Series(label, color, points)
             for (label, points), color in zip(curves.items(), COLORS, strict=False)
@@ -148,7 +149,7 @@ class ComparePage:
             gr.Column(visible=True),
             drawn,
             summary(curves, loss, axis, comparable(found.runs), t),
-            curve_table(curves, axis, t),
+            curve_table(some, t(f"compare.axis_{axis}"), t),
             outcomes(found, metrics, t),
             settings_diff(found, t),
             samples(found, t),
@@ -197,28 +198,6 @@ def summary(curves: Curves, loss: str, axis: str, ranked: bool, t: Texts) -> str
 def _position(x: float, axis: str, t: Texts) -> str:
     key = "compare.at_step" if axis == "step" else "compare.at_minute"
     return t(key, step=int(x), n=t.localized(f"{x:.3g}"))
-
-
-def curve_table(curves: Curves, axis: str, t: Texts) -> str:
-    """Returns the curves as a table: of each run some points, the last one among them."""
-    chosen = {label: _sample_points(points) for label, points in curves.items()}
-    places = sorted({x for points in chosen.values() for x in points})
-    head = [t(f"compare.axis_{axis}"), *curves]
-    rows = [
-        (
-            format_number(x, t),
-            [format_number(points[x], t) if x in points else "" for points in chosen.values()],
-        )
-        for x in places
-    ]
-    return render("parts.table", t, empty=_DASH, label=t("run.as_table"), head=head, rows=rows)
-
-
-def _sample_points(points: Sequence[tuple[float, float]]) -> dict[float, float]:
-    if len(points) <= TABLE_ROWS:
-        return dict(points)
-    last = len(points) - 1
-    return dict(points[round(last * place / (TABLE_ROWS - 1))] for place in range(TABLE_ROWS))
 
 
 def outcomes(found: RunSelection, metrics: Sequence[Metrics], t: Texts) -> str:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gradio_app.pages.templating import message, render
-from gradio_app.runs.formatting import format_number
+from gradio_app.runs.formatting import format_metric, format_number
 from gradio_app.texts import Texts
 
 Curve = Sequence[tuple[float, float]]
@@ -120,6 +120,20 @@ def plot(
         x_ticks=[(across.place(tick), _format_tick(tick, t)) for tick in across.ticks],
         y_ticks=[(up.place(tick), format_number(tick, t)) for tick in up.ticks],
     )
+
+
+def curve_table(curves: Mapping[str, Curve], x_title: str, t: Texts) -> str:
+    """Returns points of curves, by name, as a table with a row for each x."""
+    known = {name: dict(points) for name, points in curves.items()}
+    rows = [
+        (
+            _format_tick(round(x, 2), t),
+            [format_metric(points[x], t) if x in points else "" for points in known.values()],
+        )
+        for x in sorted({x for points in known.values() for x in points})
+    ]
+    head, label = [x_title, *known], t("run.as_table")
+    return render("parts.table", t, empty="\u2013", label=label, head=head, rows=rows)
 
 
 def _format_tick(value: float, t: Texts) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gradio_app.guards import redacted
-from gradio_app.runs.formatting import format_bytes, format_gigabytes
+from gradio_app.runs.formatting import format_bytes
 from gradio_app.texts import Texts
 
 
@@ -29,7 +29,6 @@ def _environment(language: str) -> Environment:
     )
     t = made.globals["t"] = Texts(language)
     made.filters["bytes"] = lambda count: format_bytes(count, t)
-    made.filters["gigabytes"] = lambda count: format_gigabytes(count, t)
     return made
 
 

@@ -17,20 +17,17 @@ _INSTALLED = re.compile(r"installed:(\w+)/(.+)")
 _WIDTH = 96
 
 
-def command_line(content: dict[str, Any], small: bool = False) -> str:
-    """Returns the command that runs the recipe that was downloaded as ``recipe.yaml``."""
-    more = " --trainer.max_steps=5" if small else ""
-    return f"lightning-peft fit --config {FILE}{more}"
+# Of the recipe that was downloaded.
+COMMAND = f"lightning-peft fit --config {FILE}"
 
 
-def python_code(content: dict[str, Any], root: str = "lightning.pytorch") -> str:
+def python_code(content: dict[str, Any]) -> str:
     """Returns a program that trains as the recipe does."""
-    return _Program(root).text(content)
+    return _Program().text(content)
 
 
 class _Program:
-    def __init__(self, root: str) -> None:
-        self.root = root
+    def __init__(self) -> None:
         self.imports: dict[str, set[str]] = defaultdict(set)
         self.folders: set[str] = set()
 
@@ -42,10 +39,10 @@ class _Program:
             f"trainer = {self._call('Trainer', trainer, 0)}",
             "trainer.fit(model, datamodule=data)",
         ]
-        self.imports[self.root].add("Trainer")
+        self.imports["lightning.pytorch"].add("Trainer")
         seed = content.get("seed_everything", True)
         if seed is not False:
-            self.imports[self.root].add("seed_everything")
+            self.imports["lightning.pytorch"].add("seed_everything")
             given = "" if seed is True or seed is None else str(seed)
             lines.insert(0, f"seed_everything({given})")
         return "\n".join([*self._head(), "", *lines]) + "\n"

@@ -13,10 +13,11 @@ from gradio_app.guards import shortened
 from gradio_app.recipe.content import MISSING, data_of, merge_recipes, value_at, with_value
 from gradio_app.recipe.fields import FIELDS
 from gradio_app.recipe.form import method_of
-from gradio_app.recipe.paths import AllowedPaths
 from gradio_app.recipe.precision import Precision, default_precision, detect_bfloat16
 from gradio_app.recipe.presets import AMOUNTS, DEMO_BASE, MODELS
 from gradio_app.recipe.yaml_text import dump_yaml, parse_yaml
+from gradio_app.redaction import Redactor
+from gradio_app.settings import Settings
 from lightning_peft.demo.real_base import absence_of_smollm2
 from lightning_peft.recipe_files import recipe_files
 from lightning_peft.task_registry import TASKS, TaskSpec, task_of_config
@@ -95,7 +96,7 @@ def _in_file(name: str) -> dict[str, Any]:
     return parse_yaml(_files()[name].read_text(encoding="utf-8"))
 
 
-def recipe_of_run(content: dict[str, Any], places: AllowedPaths) -> dict[str, Any]:
+def recipe_of_run(content: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """Returns the recipe of a run as one to start from: without what belonged to that run."""
     for key in ("default_root_dir", "logger", "enable_progress_bar"):
         content = with_value(content, f"trainer.{key}", MISSING)
@@ -106,7 +107,7 @@ def recipe_of_run(content: dict[str, Any], places: AllowedPaths) -> dict[str, An
             if isinstance(value, str):
                 # The file that the run wrote skipped rows to is not written over.
                 own = Path(value).name if key == "skip_bad_rows" else value
-                arguments[key] = places.portable(own)
+                arguments[key] = Redactor(settings).portable(own)
     return content
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +14,7 @@ from gradio_app.recipe.yaml_text import parse_yaml
 from lightning_peft.task_registry import task_of_config
 
 LONGEST_TEXT = 10_000
-_REWARDS, _REWARD_WEIGHTS = (f"model.init_args.{name}" for name in ("rewards", "reward_weights"))
+_REWARD_WEIGHTS = "model.init_args.reward_weights"
 
 
 def method_of(content: Mapping[str, Any]) -> str:
@@ -172,39 +171,27 @@ def _parse_pairs(text: str) -> dict[str, int]:
     return found
 
 
-def apply_form(
-    content: dict[str, Any], given: Mapping[str, object]
-) -> tuple[dict[str, Any], dict[str, UserError]]:
-    """Returns the recipe with the values of the form, by path, and the problems of invalid ones.
+def with_typed(content: dict[str, Any], field: Field, typed: object) -> dict[str, Any]:
+    """Returns a recipe with what was typed for a setting; the same object where that is its value.
 
-    A key is only written where its value has changed: a recipe that is opened and left as it is
-    stays as it is.
+    So a recipe that is opened and left as it is stays as it is. Raises UserError if it can be none.
     """
-    problems: dict[str, UserError] = {}
-    for field in FIELDS:
-        if field.path not in given or not applies(field, content):
-            continue
-        typed, shown = given[field.path], display_value(field, content)
-        same = typed == shown or typed is None and shown == ""
-        if field.kind == "several" and isinstance(typed, list):
-            same = len(typed) == len(shown) and all(one in shown for one in typed)
-        if same:
-            continue
-        try:
-            value = parse_value(field, typed)
-            if field.path == _REWARDS and value_at(content, _REWARD_WEIGHTS, None):
-                # They belong to the rewards by their places, and the form does not show them.
-                raise UserError("checks.reward_weights")
-        except UserError as refused:
-            problems[field.path] = refused
-            continue
-        if field.kind == "several":
-            # Those that the form does not know, such as a function of one's own.
-            before = value_at(content, field.path, None)
-            if isinstance(before, list):
-                value += [one for one in before if one not in field.choices]
-        content = with_value(content, field.path, value)
-    return content, problems
+    shown = display_value(field, content)
+    same = typed == shown or typed is None and shown == ""
+    if field.kind == "several" and isinstance(typed, list):
+        same = len(typed) == len(shown) and all(one in shown for one in typed)
+    if same or not applies(field, content):
+        return content
+    value = parse_value(field, typed)
+    if field.kind == "several":
+        if value_at(content, _REWARD_WEIGHTS, None):
+            # They belong to the rewards by their places, and the form does not show them.
+            raise UserError("checks.reward_weights")
+        # Those that the form does not know, such as a function of one's own, stay.
+        before = value_at(content, field.path, None)
+        if isinstance(before, list):
+            value += [one for one in before if one not in field.choices]
+    return with_value(content, field.path, value)
 
 
 def changed_paths(content: Mapping[str, Any], since: Mapping[str, Any]) -> list[str]:
@@ -236,8 +223,3 @@ def reset_field(content: dict[str, Any], since: Mapping[str, Any], path: str) ->
     if path not in BY_PATH:
         raise UserError("checks.unknown", where=shortened(path))
     return with_value(content, path, value_at(since, path, MISSING))
-
-
-def as_json(value: Any) -> str:
-    """Returns a value as it stands in a command."""
-    return json.dumps(value, ensure_ascii=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gradio_app.errors import UserError
 from gradio_app.guards import checked_hub_name, inside, real_path, shortened
-from gradio_app.redaction import UPLOAD, Redactor, bundled_folders
+from gradio_app.redaction import UPLOAD, bundled_folders
 from gradio_app.settings import Settings
 from gradio_app.uploads import Uploads
 
@@ -76,10 +76,6 @@ class AllowedPaths:
         if Path(text).is_absolute() or text.startswith((".", "~")) or "\\" in text:
             raise UserError("checks.no_model", path=shortened(text))
         return _hub_name(text)
-
-    def portable(self, value: str) -> str:
-        """Returns a place with the mark that stands for its folder, if there is one."""
-        return Redactor(self.settings).portable(value)
 
     def written(self, value: object) -> str:
         """Returns the name of the file for the rows that a run skips.

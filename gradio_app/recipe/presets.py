@@ -21,7 +21,6 @@ class Model:
     licence: str
     families: tuple[str, ...]
     gated: bool = False
-    has_chat_template: bool = True
     bytes_per_parameter: int = 2
 
     @property
@@ -42,13 +41,13 @@ class Model:
 
 def _other(name: str, parameters: int, family: str) -> Model:
     """Returns a base for other tasks than chat, whose files on the hub are in 32 bits."""
-    return Model(name, parameters, "Apache 2.0", (family,), False, False, 4)
+    return Model(name, parameters, "Apache 2.0", (family,), False, 4)
 
 
 _CHAT = ("causal-lm",)
 MODELS = (
     Model(SMOLLM2_PLACE, 134_515_008, "Apache 2.0", _CHAT),
-    Model(DEMO_BASE, 4_262_144, "Apache 2.0", ("causal-lm", "encoder"), has_chat_template=False),
+    Model(DEMO_BASE, 4_262_144, "Apache 2.0", ("causal-lm", "encoder")),
     Model("HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008, "Apache 2.0", _CHAT),
     Model("HuggingFaceTB/SmolLM2-360M-Instruct", 361_821_120, "Apache 2.0", _CHAT),
     Model("Qwen/Qwen2.5-0.5B-Instruct", 494_032_768, "Apache 2.0", _CHAT),

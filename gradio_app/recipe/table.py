@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -14,10 +14,9 @@ from gradio_app.recipe.content import value_at
 from lightning_peft.errors import LightningPeftError
 
 MAX_ROWS = 20
-_READ_OPTIONS = ("encoding", "delimiter", "sheet")
+_READ_OPTIONS = ("encoding", "delimiter", "sheet", "text_unit")
 MAX_CHARACTERS = 200
-# Longer lines are not examples.
-MAX_LINE = 1_000_000
+# A JSON document is read whole; of a larger one, the rows are shown once they are checked.
 _DOCUMENT_BYTES = 50_000_000
 
 
@@ -36,23 +35,26 @@ def first_rows(
 
     The recipe may set how files are read.
     """
-    given = {
-        name: value_at(content or {}, f"data.init_args.{name}", None) for name in _READ_OPTIONS
-    }
-    columns = value_at(content or {}, "data.init_args.columns", None)
-    given["columns"] = frozenset(columns.values() if isinstance(columns, Mapping) else ())
+    files: Any = import_module("lightning_peft.data.data_files")
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _READERS)
-        return first_rows(files[0], content, most) if files else None
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        return None
+        found = sorted(filter(files.is_data_file, path.rglob("*")))
+        return first_rows(found[0], content, most) if found else None
+    data = value_at(content or {}, "data.init_args", None)
+    data = data if isinstance(data, Mapping) else {}
+    given = {name: data[name] for name in _READ_OPTIONS if data.get(name) is not None}
+    columns = data.get("columns")
+    named = frozenset(columns.values() if isinstance(columns, Mapping) else ())
     try:
-        rows = list(itertools.islice(reader(path, given), most))
-    except (OSError, ValueError, ImportError, LightningPeftError):
+        if path.suffix.lower() == ".json" and path.stat().st_size > _DOCUMENT_BYTES:
+            return None
+        options = import_module("lightning_peft.data.file_format").ReadOptions
+        reading = files.read_file(path, path.name, options(**given, columns=named))
+        values = (entry.value for entry in reading.rows() if entry.value is not None)
+        rows = list(itertools.islice(values, most))
+    except (OSError, ValueError, ImportError, RecursionError, LightningPeftError):
         return None
-    columns = list(dict.fromkeys(str(name) for row in rows for name in row))
-    return Table(columns, [[_format(row.get(name)) for name in columns] for row in rows])
+    names = list(dict.fromkeys(str(name) for row in rows for name in row))
+    return Table(names, [[_format(row.get(name)) for name in names] for row in rows])
 
 
 def count_rows(path: Path) -> int | None:
@@ -79,59 +81,3 @@ def _json(value: Any) -> str:
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
         return _json(value["bytes"])
     return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        while line := file.readline(MAX_LINE):
-            yield line
-
-
-def _json_lines(path: Path, _: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for line in _lines(path):
-        if line.strip():
-            try:
-                found = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(found, dict):
-                yield found
-
-
-def _document(path: Path, _: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    if path.stat().st_size > _DOCUMENT_BYTES:
-        return
-    try:
-        found = json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
-    except RecursionError:
-        return
-    if isinstance(found, dict):
-        found = next((rows for rows in found.values() if isinstance(rows, list)), [])
-    yield from (row for row in found if isinstance(row, dict))
-
-
-def _with_library(path: Path, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields rows as the library reads them: encoding, delimiter and sheet given or detected."""
-    options = import_module("lightning_peft.data.file_format").ReadOptions(**given)
-    reading = import_module("lightning_peft.data.data_files").read_file(path, path.name, options)
-    yield from (entry.value for entry in reading.rows() if entry.value is not None)
-
-
-def _text(path: Path, _: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield from ({"text": line.rstrip("\r\n")} for line in _lines(path) if line.strip())
-
-
-def _parquet(path: Path, _: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    parquet: Any = import_module("pyarrow.parquet")
-    with parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=MAX_ROWS):
-            yield from batch.to_pylist()
-
-
-_READERS = {
-    **dict.fromkeys((".jsonl", ".ndjson"), _json_lines),
-    ".json": _document,
-    **dict.fromkeys((".csv", ".tsv", ".xlsx"), _with_library),
-    **dict.fromkeys((".txt", ".md"), _text),
-    ".parquet": _parquet,
-}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import fmean, variance
+from typing import TypeVar
 
 Points = list[tuple[int, float]]
+Item = TypeVar("Item")
 # More make a browser slow, and no screen shows them.
 MAX_POINTS = 500
 # With fewer points, a trend cannot be distinguished from noise.
@@ -31,6 +34,14 @@ def downsample(points: Points, most: int = MAX_POINTS) -> Points:
         extremes = {min(known, key=_value), max(known, key=_value)} if known else set()
         kept += sorted(extremes)
     return [*kept, points[-1]]
+
+
+def spread(items: Sequence[Item], most: int) -> list[Item]:
+    """Returns the first item, the last one, and those evenly between: at most ``most``."""
+    last = len(items) - 1
+    if last < most:
+        return list(items)
+    return [items[round(last * place / (most - 1))] for place in range(most)]
 
 
 def _value(point: tuple[int, float]) -> float:

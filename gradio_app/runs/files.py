@@ -13,8 +13,6 @@ from gradio_app.guards import redacted
 
 LOG_LINES = 200
 _TAIL_BYTES = 64 * 1024
-# A longer header is not one.
-_MAX_HEADER = 100_000_000
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # What no browser should be sent: control characters besides the end of a line and the tab.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
@@ -45,22 +43,6 @@ def number(value: object) -> float | None:
     """Returns a number of a JSON file as a float; ``None`` for everything else."""
     known = isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(value) if known else None  # type: ignore[arg-type]
-
-
-def read_tensor_entries(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """Returns the header of a safetensors file by tensor, and where its values begin.
-
-    Raises ValueError if it is not one, or is cut off within the header.
-    """
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length)) if length <= _MAX_HEADER else None
-    if not isinstance(header, dict):
-        raise ValueError(f"{file.name} has no header")
-    header.pop("__metadata__", None)
-    if not all(isinstance(entry, dict) for entry in header.values()):
-        raise ValueError(f"{file.name} has a header of another kind")
-    return header, 8 + length
 
 
 def read_rows(file: Path, most_bytes: int = 2_000_000) -> Iterator[dict[str, Any]]:

@@ -36,12 +36,7 @@ def format_bytes(count: float, t: Texts) -> str:
         if abs(count) < 999.5:
             return f"{count:.0f} {unit}"
         count /= 1_000
-    return t.localized(f"{count:.1f} GB")
-
-
-def format_gigabytes(count: float, t: Texts) -> str:
-    """Returns a number of bytes as makers of devices count."""
-    return t.localized(f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.0f} MB")
+    return t.localized(f"{count:,.1f} GB")
 
 
 def format_number(value: float, t: Texts) -> str:

@@ -53,12 +53,8 @@ def this_machine() -> Machine:
 
 @cache
 def _gpu() -> tuple[str | None, int]:
-    return _from_nvidia_smi() or _from_driver(_DRIVER) or (None, 0)
-
-
-def _from_nvidia_smi() -> tuple[str, int] | None:
-    text = query_nvidia_smi("name,memory.total")
-    return parse_nvidia_smi(text) if text else None
+    listed = parse_nvidia_smi(query_nvidia_smi("name,memory.total"))
+    return listed or _from_driver(_DRIVER) or (None, 0)
 
 
 def query_nvidia_smi(names: str) -> str:

@@ -12,22 +12,19 @@ from gradio_app.runs.files import number, parse_row
 
 # Of longer curves, half of the points go: those between the extremes.
 MAX_POINTS = 4_000
-# Runs that somebody looks at, or has just looked at.
-MAX_RUNS = 24
 _NOT_METRICS = frozenset({"step", "epoch", "time"})
 
 
 class Metrics:
     """The numbers of one run so far: points ``(step, value)`` of each metric, steps rising.
 
-    Values may not be finite. ``version`` rises with everything that is read.
+    Values may not be finite.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.curves: dict[str, Points] = {}
         self.latest: dict[str, float] = {}
-        self.version = 0
         self._offset = 0
         self._inode = 0
         self._step = -1
@@ -49,8 +46,6 @@ class Metrics:
         return self
 
     def _begin(self, inode: int) -> None:
-        if self.curves:
-            self.version += 1
         self.curves, self.latest = {}, {}
         self._offset, self._inode, self._step = 0, inode, -1
 
@@ -62,7 +57,6 @@ class Metrics:
             step = row.get("step") if row is not None else None
             if row is not None and isinstance(step, int):
                 self._add(step, row)
-        self.version += bool(whole)
 
     def _add(self, step: int, row: dict[str, Any]) -> None:
         if step < self._step:
@@ -93,12 +87,10 @@ class Metrics:
         return max((value for _, value in self.curve(name)), default=None)
 
 
-class MetricsCache:
-    """The numbers of the runs that are being looked at."""
+def metrics_of(file: Path) -> Metrics:
+    """Returns the numbers in a ``metrics.jsonl`` as they are now."""
+    return _metrics(file).refresh()
 
-    def __init__(self, most: int = MAX_RUNS) -> None:
-        self._metrics = lru_cache(maxsize=most)(Metrics)
 
-    def of(self, file: Path) -> Metrics:
-        """Returns the numbers in a ``metrics.jsonl`` as they are now."""
-        return self._metrics(file).refresh()
+# Runs that somebody looks at, or has just looked at.
+_metrics = lru_cache(maxsize=64)(Metrics)

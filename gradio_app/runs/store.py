@@ -27,7 +27,6 @@ from lightning_peft.runs.status import Status, write_json
 NAME_LENGTH = 80
 MAX_TAGS, TAG_LENGTH = 10, 30
 NOTES_LENGTH = 2_000
-COMMANDS = frozenset({"fit"})
 # Folder below the root with runs that were deleted, and how long they can be restored.
 DELETED, RESTORABLE_SECONDS = ".deleted", 3600.0
 # A run is said to be launched just before its process is there.
@@ -73,13 +72,12 @@ class RunStore:
             raise UserError("errors.no_such_run", run=name)
         return run
 
-    def create(self, owner: str, recipe: str, name: str, command: str = "fit") -> Run:
+    def create(self, owner: str, recipe: str, name: str) -> Run:
         """Makes the folder of a new run of a checked recipe; ``RunQueue.add`` starts it."""
-        if command not in COMMANDS:
-            raise ValueError(f"no run is started with {command!r}")
         folder = RunFolder.create(self.root, checked_name(name))
         folder.recipe.write_text(recipe, encoding="utf-8")
-        metadata = RunMetadata(owner, checked_name(name), time.time(), command, self._where())
+        where = next(iter(self.executors))
+        metadata = RunMetadata(owner, checked_name(name), time.time(), where=where)
         run_metadata.update(folder.path, metadata)
         return self.get(owner, folder.path.name)
 
@@ -191,9 +189,6 @@ class RunStore:
 
     def _executor(self, metadata: RunMetadata) -> Executor:
         return self.executors.get(metadata.where) or self.executors[LOCAL]
-
-    def _where(self) -> str:
-        return next(iter(self.executors))
 
     def _read(self, name: str, root: Path | None = None) -> Run | None:
         path = (root or self.root) / name

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page, Playwright
@@ -86,6 +89,25 @@ def assert_readable(page: Page) -> None:
     """Asserts that everyone can read the page, without scrolling sideways."""
     assert violations(page) == []
     assert overflow(page) <= 0
+
+
+def open_new_run(visit: Any, site: Any, place: str = "", **options: Any) -> Page:
+    """Opens the page of a new run as a new visitor, and waits until it is filled."""
+    page = visit(f"{site.url}/new{place}", **options)
+    page.locator("#model-facts .chosen").wait_for(state="attached")
+    return page
+
+
+def shown_recipe(page: Page) -> dict[str, Any]:
+    """Returns the recipe as the review shows it."""
+    return yaml.safe_load(page.locator("#form-yaml pre").inner_text())
+
+
+def upload_rows(page: Page, name: str, rows: list[Any], more: str = "") -> None:
+    """Uploads rows as the data of a new run, and ``more`` after them."""
+    content = "\n".join(map(json.dumps, rows)) + more
+    file = {"name": name, "mimeType": "application/json", "buffer": content.encode()}
+    page.locator("#data-upload input[type=file]").set_input_files(file)
 
 
 # None of them is a German word too.

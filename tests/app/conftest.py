@@ -37,8 +37,8 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
     """Starts servers, each in a new folder unless one is named; they end with the module."""
     started: list[Server] = []
 
-    def start(folder: Path | None = None, **options: Any) -> Server:
-        server = Server(folder or tmp_path_factory.mktemp("site"), options).start()
+    def start(folder: Path | None = None, env: Any = None, **options: Any) -> Server:
+        server = Server(folder or tmp_path_factory.mktemp("site"), options, env or {}).start()
         started.append(server)
         return server
 

@@ -14,6 +14,7 @@ import yaml
 from gradio_app.runs.store import RunStore
 from gradio_app.runs.types import Run
 from gradio_app.settings import Limits, Settings
+from lightning_peft.runs.folder import RunFolder
 
 FAKE = str(Path(__file__).with_name("fake_trainer.py"))
 Found = TypeVar("Found")
@@ -37,6 +38,16 @@ def queued(store: RunStore, name: str, owner: str = "local", **fake: Any) -> Run
     """Makes a run that waits for whichever server looks after the folder."""
     run = store.create(owner, recipe(**fake), name)
     return store.update_metadata(run, waiting=time.time())
+
+
+def save_adapter(folder: RunFolder, name: str, step: int | None, **config: object) -> Path:
+    """Writes an adapter without tensors as a checkpoint of a run, and returns its folder."""
+    made = folder.checkpoints / "adapters" / name
+    made.mkdir(parents=True, exist_ok=True)
+    (made / "adapter_model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
+    folder.write(made / "adapter_config.json", config)
+    folder.write(made / "provenance.json", {"global_step": step})
+    return made
 
 
 def until(found: Callable[[], Found], seconds: float = 20.0) -> Found:

@@ -30,11 +30,13 @@ class Server:
     """A server that can be stopped, killed and started again on the same folders and port.
 
     ``options`` are fields of ``Settings`` in JSON, besides ``trainer``: ``"real"`` for the command
-    line, ``"fake"`` for one that only writes the folder of a run.
+    line, ``"fake"`` for one that only writes the folder of a run. ``env`` is added to its
+    environment; ``None`` takes a variable away.
     """
 
     folder: Path
     options: dict[str, Any] = field(default_factory=dict)
+    env: dict[str, str | None] = field(default_factory=dict)
     port: int = 0
     process: subprocess.Popen[bytes] | None = None
 
@@ -58,11 +60,12 @@ class Server:
                 opened.bind(("127.0.0.1", 0))
                 self.port = opened.getsockname()[1]
         words = [str(self.folder), str(self.port), json.dumps(self.options)]
+        env = environment(self.folder) | self.env
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, str(SERVE), *words],
                 cwd=self.folder / "cwd",
-                env=environment(self.folder),
+                env={name: value for name, value in env.items() if value is not None},
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,

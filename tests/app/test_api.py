@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
-
 import own_code
 import pytest
 import yaml
 from gradio_client import Client
 from gradio_client.exceptions import AppError
+
+from tests.app.runs import until
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +45,11 @@ def test_a_run_from_start_to_stop(client, recipe):
 
 
 def wait_for(client: Client, run: str, state: str) -> dict:
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
+    def reached() -> dict | None:
         status = client.predict(run, api_name="/status")
-        if status["state"] == state:
-            return status
-        time.sleep(0.1)
-    raise AssertionError(f"{state} was not reached: {status}")
+        return status if status["state"] == state else None
+
+    return until(reached, 60)
 
 
 def test_a_checked_recipe_is_the_one_that_is_run(client, recipe):
@@ -96,7 +94,3 @@ def test_code_of_a_model_is_run_only_for_a_caller_who_names_the_model(client, re
     run = client.predict(trusting, "coded", "me/our", api_name="/start")
     assert client.predict(api_name="/runs")[0]["run"] == run
     wait_for(client, run, "finished")
-
-
-def test_yaml_that_comes_back_is_plain(client, recipe):
-    assert yaml.safe_load(recipe)["trainer"]["strategy"]["class_path"].startswith("lightning_peft")

@@ -46,7 +46,7 @@ from gradio_app.texts import LANGUAGES, Texts
 from lightning_peft.chat.answer_scores import summarize_rows
 from lightning_peft.runs.status import write_json
 from lightning_peft.task_registry import TASKS
-from tests.app.runs import settings, until
+from tests.app.runs import save_adapter, settings, until
 
 FAKE = str(Path(__file__).with_name("fake_chat_server.py"))
 USUAL = request.Sampling()
@@ -57,11 +57,7 @@ def with_adapters(
 ) -> Run:
     run = store.create(owner, "seed_everything: 0\n", "Mine")
     for name, step in (("best", 4), ("last", 8)):
-        adapter = run.folder.checkpoints / "adapters" / name
-        adapter.mkdir(parents=True)
-        (adapter / "adapter_model.safetensors").write_bytes(b"")
-        (adapter / "adapter_config.json").write_text(json.dumps(config))
-        (adapter / "provenance.json").write_text(json.dumps({"global_step": step}))
+        adapter = save_adapter(run.folder, name, step, **config)
         if loading:
             (adapter / "fake.json").write_text(json.dumps({"loading": loading}))
     return store.get(owner, run.id)

@@ -37,10 +37,9 @@ from gradio_app.settings import DEMO_LIMITS, Settings
 from gradio_app.texts import Texts
 from lightning_peft.runs.status import write_json
 from lightning_peft.task_registry import TASKS
-from tests.app import servers
 from tests.app.attacking import call
 from tests.app.browsing import PHONE, assert_readable, screenshot
-from tests.app.runs import recipe, settings, until
+from tests.app.runs import recipe, save_adapter, settings, until
 from tests.app.test_real_run import exported
 from tests.cli.test_export import Hub
 
@@ -86,10 +85,7 @@ def run_of(store, source, name="mine", owner="local"):
 
 def fake_run(store, name="mine", owner="local", text=""):
     run = store.create(owner, text or recipe(), name)
-    folder = run.folder.checkpoints / "adapters" / "best"
-    folder.mkdir(parents=True)
-    (folder / "adapter_model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
-    (folder / "adapter_config.json").write_text("{}")
+    save_adapter(run.folder, "best", None)
     run.folder.write(run.folder.status_file, {"state": "finished", "kind": "fit"})
     return store.get(owner, run.id)
 
@@ -358,19 +354,12 @@ def hub() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def site(serve, hub):
+def site(serve, hub, tmp_path_factory):
     """A page whose hub is the stand-in; nobody is signed in there."""
-    with pytest.MonkeyPatch.context() as patch:
-        before = servers.environment
-
-        def online(folder: Path) -> dict[str, str]:
-            given = before(folder) | {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0"}
-            given |= {"HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder / "hf")}
-            return given | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-
-        patch.setattr(servers, "environment", online)
-        patch.delenv("HF_TOKEN", raising=False)
-        yield serve()
+    folder = tmp_path_factory.mktemp("site")
+    env = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": None}
+    env |= {"HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return serve(folder, env)
 
 
 def open_tab(page, site, run, query=""):

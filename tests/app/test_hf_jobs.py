@@ -30,6 +30,7 @@ from gradio_app.settings import Settings
 from gradio_app.studio import Studio, create_executors
 from lightning_peft.demo.real_base import SMOLLM2_PLACE
 from lightning_peft.runs.folder import RunFolder
+from tests.app.runs import until
 from tests.app.servers import ROOT, environment
 
 TOKEN = "hf_aTokenOfTheVisitor"
@@ -233,11 +234,11 @@ def test_the_page_shows_a_job_and_ends_it_with_its_owners_token(hub, tmp_path):
         hf_jobs.LINE_PREFIX + json.dumps({"file": "status.json", "line": json.dumps(status)})
     ]
     executor.look(run.folder, TOKEN)
-    wait(lambda: store.get("hf-visitor", run.id).status.step == 5)
+    until(lambda: store.get("hf-visitor", run.id).status.step == 5)
     # Its process is on no machine of ours, which does not make it crashed.
     assert store.get("hf-visitor", run.id).status.state == "running"
     executor.stop(run)
-    wait(lambda: hub.posted[-1][0].endswith("/cancel"))
+    until(lambda: hub.posted[-1][0].endswith("/cancel"))
     with pytest.raises(UserError, match=r"errors\.no_such_run"):
         store.get("v-somebody", run.id)
 
@@ -256,13 +257,6 @@ def test_two_jobs_of_one_name_have_two_names(hub, tmp_path, monkeypatch):
     names = {run.name for run in studio.store.list("hf-visitor")}
     assert names == {name, f"{name[:75]}-2"}
     studio.close()
-
-
-def wait(condition):
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 @pytest.mark.long

@@ -7,8 +7,8 @@ import re
 import shutil
 from types import SimpleNamespace
 
+import gradio as gr
 import pytest
-import yaml
 from finished import BASE
 
 from gradio_app.errors import UserError
@@ -17,42 +17,32 @@ from gradio_app.pages.new import data, memory, model, review
 from gradio_app.pages.new.editor import Editor, Session, _replace_content
 from gradio_app.recipe.content import value_at, with_value
 from gradio_app.recipe.edits import base_recipe, with_data, with_model
-from gradio_app.recipe.paths import AllowedPaths
 from gradio_app.recipe.presets import DEMO_BASE
 from gradio_app.recipe.preview import DataReport
 from gradio_app.runs.store import RunStore
 from gradio_app.texts import Texts
 from lightning_peft.data.templates import NAMED
-from tests.app.browsing import PHONE, overflow, screenshot, violations
+from tests.app.browsing import (
+    PHONE,
+    open_new_run,
+    overflow,
+    screenshot,
+    shown_recipe,
+    upload_rows,
+    violations,
+)
 from tests.app.runs import settings
 
 STEPS = ("model", "data", "method", "review")
 GOOD = [{"question": f"What is {n} and {n}?", "reply": f"It is {2 * n}."} for n in range(60)]
 
 
-def opened(visit, site, place="", **options):
-    page = visit(f"{site.url}/new{place}", **options)
-    page.set_default_timeout(60_000)
-    page.locator("#model-facts .chosen").wait_for(state="attached")
-    return page
-
-
 def wait_for_report(page):
     page.locator("#data-report .fine, #data-report .bad, #data-report .failure").first.wait_for()
 
 
-def shown_recipe(page) -> dict:
-    return yaml.safe_load(page.locator("#form-yaml pre").inner_text())
-
-
 def lines(rows) -> bytes:
     return "\n".join(map(json.dumps, rows)).encode()
-
-
-def upload(page, name, content):
-    page.locator("#data-upload input[type=file]").set_input_files(
-        {"name": name, "mimeType": "application/json", "buffer": content}
-    )
 
 
 @pytest.mark.parametrize("change", ["content", "asked again"])
@@ -83,8 +73,8 @@ def test_of_a_page_that_the_server_has_forgotten_nothing_is_done(session):
 def editor(tmp_path):
     studio = SimpleNamespace(settings=settings(tmp_path), summaries=Summaries())
     studio.store = RunStore(studio.settings)
-    places = AllowedPaths(studio.settings, "local")
-    return SimpleNamespace(studio=studio, t=Texts(), places=lambda session: places)
+    with gr.Blocks():
+        return Editor(studio, Texts())
 
 
 def test_a_menu_that_loses_the_focus_changes_nothing(editor):
@@ -140,10 +130,10 @@ def test_the_disk_that_a_run_needs_has_the_download_of_its_model(monkeypatch, tm
 
 def test_own_data_with_bad_rows_is_put_right_and_started(visit, site):
     before = set(site.runs.glob("*/recipe.yaml"))
-    page = opened(visit, site, "#data")
+    page = open_new_run(visit, site, "#data")
     wait_for_report(page)
     bad = [*GOOD[:3], {"question": "empty?", "reply": ""}, *GOOD[3:], GOOD[5]]
-    upload(page, "mine <b>.jsonl", lines(bad) + b"\nno json at all")
+    upload_rows(page, "mine <b>.jsonl", bad, "\nno json at all")
     page.get_by_text("mine-b.jsonl").first.wait_for()
     # Neither column has a known name.
     page.locator("#data-report .failure").wait_for()
@@ -188,11 +178,11 @@ def test_own_data_with_bad_rows_is_put_right_and_started(visit, site):
 
 @pytest.mark.long
 def test_a_corrected_upload_takes_the_place_of_the_bad_one(visit, site):
-    page = opened(visit, site, "#data")
+    page = open_new_run(visit, site, "#data")
     rows = [{"prompt": row["question"], "completion": row["reply"]} for row in GOOD]
-    upload(page, "bad.jsonl", lines([*rows, {"prompt": "x", "completion": ""}]))
+    upload_rows(page, "bad.jsonl", [*rows, {"prompt": "x", "completion": ""}])
     page.locator("#data-report .problem").wait_for()
-    upload(page, "good.jsonl", lines(rows))
+    upload_rows(page, "good.jsonl", rows)
     page.locator("#data-report .fine").wait_for()
     page.locator("#data-facts").get_by_text("good.jsonl").wait_for()
     mark = page.locator("#data-report .tokens mark").first
@@ -205,9 +195,9 @@ def test_a_corrected_upload_takes_the_place_of_the_bad_one(visit, site):
 
 
 def test_a_large_file_is_counted_and_stopped_and_holds_up_no_other(visit, site):
-    page = opened(visit, site, "#data")
+    page = open_new_run(visit, site, "#data")
     rows = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(60_000)]
-    upload(page, "large.jsonl", lines(rows))
+    upload_rows(page, "large.jsonl", rows)
     report = page.locator("#data-report")
     report.get_by_text(re.compile(r"Checking every row: [\d,]+ of about 60,000")).wait_for()
     # Rows can be seen meanwhile, and what the first ones are like.
@@ -218,7 +208,7 @@ def test_a_large_file_is_counted_and_stopped_and_holds_up_no_other(visit, site):
     assert not page.locator("#stop-checking").is_visible()
     page.get_by_role("button", name="Check again").click()
     report.get_by_text(re.compile("of about 60,000")).wait_for()
-    upload(page, "small.jsonl", lines(rows[:40]))
+    upload_rows(page, "small.jsonl", rows[:40])
     # The larger one is given up, and not waited for.
     report.get_by_text("All 40 rows are usable").wait_for(timeout=20_000)
 
@@ -228,7 +218,7 @@ def test_what_is_refused_is_said_where_it_was_typed(visit, site):
     (site.data / "train.jsonl").write_bytes(lines(rows))
     held = [{"prompt": f"What is {n}?", "completion": "A number."} for n in range(3)]
     (site.data / "held.jsonl").write_bytes(lines(held))
-    page = opened(visit, site, "#data")
+    page = open_new_run(visit, site, "#data")
     wait_for_report(page)
     path = page.locator("#data-place input")
     path.fill("trian.jsonl")
@@ -270,7 +260,7 @@ def test_what_is_refused_is_said_where_it_was_typed(visit, site):
 
 
 def test_a_change_of_task_can_be_taken_back_and_a_reload_keeps_where_the_model_is_from(visit, site):
-    page = opened(visit, site)
+    page = open_new_run(visit, site)
     model = page.locator("#model-choice").get_by_role("combobox")
     model.fill("me/unknown")
     model.press("Enter")
@@ -357,7 +347,7 @@ def test_an_address_with_a_slash_finds_its_page(visit, site):
 
 
 def test_checkboxes_have_room_for_their_words(visit, site):
-    page = opened(visit, site, "#method", viewport={"width": 1440, "height": 900})
+    page = open_new_run(visit, site, "#method", viewport={"width": 1440, "height": 900})
     for group in ("adapter", "validation", "keeping", "rows"):
         page.locator(f"#group-{group} > button").click()
     for name in ("use-rslora", "use-dora", "stopearly", "bestcheckpoint-save-last", "streaming"):
@@ -390,7 +380,7 @@ def test_rewards_are_ticked_and_one_is_needed(visit, site):
 
 @pytest.mark.long
 def test_what_does_not_fit_is_made_to_fit_by_a_click(visit, site):
-    page = opened(visit, site, "#method")
+    page = open_new_run(visit, site, "#method")
     looked_at_memory = page.locator("#memory .memory")
     looked_at_memory.wait_for()
     page.get_by_role("textbox", name="Batch size").fill("512")
@@ -417,7 +407,7 @@ def test_what_does_not_fit_is_made_to_fit_by_a_click(visit, site):
 @pytest.mark.long
 def test_a_recipe_is_uploaded_edited_and_kept_through_a_restart(visit, serve):
     site = serve(trainer="fake")
-    page = opened(visit, site, "#model")
+    page = open_new_run(visit, site, "#model")
     page.get_by_role("button", name="Load a recipe").click()
     text = "model: {class_path: os.system, init_args: {command: id}}\ndata: {}\ntrainer: {}"
     hostile = {"name": "a.yaml", "mimeType": "text/yaml", "buffer": text.encode()}
@@ -459,7 +449,7 @@ def test_a_recipe_is_uploaded_edited_and_kept_through_a_restart(visit, serve):
 
 @pytest.mark.long
 def test_a_download_has_a_size_before_it_begins(visit, site):
-    page = opened(visit, site, "#model")
+    page = open_new_run(visit, site, "#model")
     metadata = page.locator("#model-facts")
     page.locator("#model-choice").get_by_role("combobox").click()
     page.get_by_role("option", name="Qwen2.5-0.5B-Instruct: 494 M parameters").click()
@@ -475,7 +465,7 @@ def test_a_download_has_a_size_before_it_begins(visit, site):
 
 @pytest.mark.long
 def test_settings_in_closed_parts_are_those_of_the_recipe(visit, site):
-    page = opened(visit, site, "?recipe=forkme#method")
+    page = open_new_run(visit, site, "?recipe=forkme#method")
     page.locator("#group-validation > button").click()
     field = page.locator("#f-val-check-interval textarea, #f-val-check-interval input")
     field.wait_for()
@@ -495,7 +485,7 @@ def test_settings_in_closed_parts_are_those_of_the_recipe(visit, site):
 
 
 def test_the_keyboard_is_enough(visit, site):
-    page = opened(visit, site, "#model")
+    page = open_new_run(visit, site, "#model")
     seen = []
     for step in STEPS[1:]:
         for _ in range(120):
@@ -515,7 +505,7 @@ def test_the_keyboard_is_enough(visit, site):
 @pytest.mark.long
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_axe_finds_nothing_serious_in_any_step(visit, site, theme):
-    page = opened(visit, site, f"?__theme={theme}#all")
+    page = open_new_run(visit, site, f"?__theme={theme}#all")
     wait_for_report(page)
     page.locator("#memory .memory").wait_for()
     assert violations(page) == []
@@ -527,7 +517,7 @@ def test_axe_finds_nothing_serious_in_any_step(visit, site, theme):
 @pytest.mark.long
 @pytest.mark.parametrize("step", STEPS)
 def test_a_phone_needs_no_scrolling_sideways(visit, site, step):
-    page = opened(visit, site, f"#{step}", viewport=PHONE)
+    page = open_new_run(visit, site, f"#{step}", viewport=PHONE)
     wait_for_report(page) if step == "data" else None
     assert overflow(page) <= 0
 

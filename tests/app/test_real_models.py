@@ -9,14 +9,12 @@ from pathlib import Path
 
 import own_code
 import pytest
-import yaml
 from finished import BASE
 
 from gradio_app.runs.store import RunStore
 from gradio_app.settings import Settings
 from lightning_peft.data.templates import NAMED
-from tests.app import servers
-from tests.app.browsing import screenshot, violations
+from tests.app.browsing import open_new_run, screenshot, shown_recipe, violations
 
 pytestmark = pytest.mark.long
 
@@ -43,20 +41,7 @@ def site(serve, tmp_path_factory):
     for place in (models / "mine", fetched):
         # Or the form would ask which template the answers are to be learnt in.
         (place / "chat_template.jinja").write_text(NAMED["plain"])
-    with pytest.MonkeyPatch.context() as patch:
-        before = servers.environment
-
-        def with_hub(place: Path) -> dict[str, str]:
-            return before(place) | {"HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
-
-        patch.setattr(servers, "environment", with_hub)
-        yield serve(folder)
-
-
-def opened(visit, site, place=""):
-    page = visit(f"{site.url}/new{place}")
-    page.locator("#model-facts .chosen").wait_for(state="attached")
-    return page
+    return serve(folder, {"HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"})
 
 
 def choose_folder(page, name):
@@ -71,10 +56,6 @@ def choose_example(page):
     page.locator("#data-report .fine").wait_for(timeout=MINUTES)
 
 
-def shown_recipe(page) -> dict:
-    return yaml.safe_load(page.locator("#form-yaml pre").inner_text())
-
-
 def run_of(page, site):
     """Starts a dry run, waits for its end, and returns it."""
     page.get_by_role("button", name="Try 5 steps").click()
@@ -86,7 +67,7 @@ def run_of(page, site):
 
 
 def test_a_model_in_a_folder_is_chosen_and_trained(visit, site):
-    page = opened(visit, site, "#model")
+    page = open_new_run(visit, site, "#model")
     refusals = {
         "cut": "model.safetensors is damaged",
         "bare": "holds no weights",
@@ -118,7 +99,7 @@ def test_a_model_in_a_folder_is_chosen_and_trained(visit, site):
 
 
 def test_a_folder_outside_of_the_root_is_refused_in_a_recipe_too(visit, site):
-    page = opened(visit, site, "#review")
+    page = open_new_run(visit, site, "#review")
     page.locator("#overview .fine").wait_for(timeout=MINUTES)
     page.get_by_role("button", name="Edit YAML").click()
     area = page.locator("#yaml-text textarea")
@@ -134,7 +115,7 @@ def test_a_folder_outside_of_the_root_is_refused_in_a_recipe_too(visit, site):
 
 def test_code_of_a_model_is_run_only_once_it_is_confirmed(visit, site):
     marker = site.folder / MARKER
-    page = opened(visit, site, "#model")
+    page = open_new_run(visit, site, "#model")
     page.get_by_role("button", name="By name on the Hub").click()
     page.locator("#model-hub-name :is(input, textarea)").fill(NAME)
     use = page.get_by_role("button", name="Use this model")
@@ -181,7 +162,7 @@ def test_code_of_a_model_is_run_only_once_it_is_confirmed(visit, site):
 
 def test_what_somebody_else_wrote_is_no_leave_to_run_code(visit, site):
     before = (site.folder / MARKER).exists()
-    page = opened(visit, site, "#review")
+    page = open_new_run(visit, site, "#review")
     page.locator("#overview .fine").wait_for(timeout=MINUTES)
     page.get_by_role("button", name="Edit YAML").click()
     area = page.locator("#yaml-text textarea")

@@ -11,6 +11,7 @@ import yaml
 
 from gradio_app.runs.store import RunStore
 from gradio_app.settings import Settings
+from tests.app.browsing import open_new_run, upload_rows
 from tests.app.test_real_run import MINUTES
 
 pytestmark = pytest.mark.long
@@ -48,11 +49,8 @@ def left_out_of(page) -> list[dict]:
 
 
 def test_bad_rows_are_left_out_and_reported_and_a_duplicate_does_the_same(site, store, visit):
-    page = visit(f"{site.url}/new#data")
-    page.locator("#model-facts .chosen").wait_for(state="attached")
-    content = "\n".join([*map(json.dumps, ROWS), "no json at all"]).encode()
-    file = {"name": "mine.jsonl", "mimeType": "application/json", "buffer": content}
-    page.locator("#data-upload input[type=file]").set_input_files(file)
+    page = open_new_run(visit, site, "#data")
+    upload_rows(page, "mine.jsonl", ROWS, "\nno json at all")
     report = page.locator("#data-report")
     report.get_by_text("2 of 42 rows have problems").wait_for()
     page.get_by_label("Skip rows").check()

@@ -26,7 +26,7 @@ from gradio_app.pages.new.method import (
 from gradio_app.pages.new.model import _model_label
 from gradio_app.pages.new.review import forms
 from gradio_app.recipe import edits
-from gradio_app.recipe.commands import command_line, python_code
+from gradio_app.recipe.commands import COMMAND, python_code
 from gradio_app.recipe.content import (
     MISSING,
     class_name,
@@ -49,7 +49,6 @@ from gradio_app.recipe.edits import (
 from gradio_app.recipe.fields import BASIC, BY_PATH, FIELDS, GROUPS, OTHER_STEPS, YAML_ONLY
 from gradio_app.recipe.form import (
     applies,
-    apply_form,
     changed_paths,
     default_of,
     display_value,
@@ -58,6 +57,7 @@ from gradio_app.recipe.form import (
     parse_value,
     rebase_defaults,
     reset_field,
+    with_typed,
 )
 from gradio_app.recipe.model_files import free_bytes
 from gradio_app.recipe.planner import applicable_fixes, plan_arguments, validate_device, with_fix
@@ -151,11 +151,9 @@ def test_every_field_is_explained_in_every_language():
 @pytest.mark.parametrize("name", recipe_files())
 def test_a_recipe_that_is_opened_and_left_as_it_is_stays_as_it_is(name):
     content = load_recipe(name)
-    typed = {field.path: display_value(field, content) for field in FIELDS}
-    made, problems = apply_form(content, typed)
-    assert made == content
-    assert problems == {}
-    assert changed_paths(made, content) == []
+    for field in FIELDS:
+        assert with_typed(content, field, display_value(field, content)) is content
+    assert changed_paths(content, content) == []
 
 
 ANOTHER = {
@@ -185,8 +183,7 @@ def test_every_field_goes_into_the_recipe_and_back(field):
         )
     else:
         typed = ANOTHER[field.kind]
-    made, problems = apply_form(content, {field.path: typed})
-    assert problems == {}
+    made = with_typed(content, field, typed)
     again = yaml.safe_load(yaml.safe_dump(made))
     assert display_value(field, again) == typed
     assert changed_paths(made, content)
@@ -375,7 +372,7 @@ def test_tasks_are_recognised():
 
 
 def test_the_command_is_that_of_the_downloaded_file():
-    assert command_line({}) == "lightning-peft fit --config recipe.yaml"
+    assert COMMAND == "lightning-peft fit --config recipe.yaml"
     assert limit_steps(base_recipe("sft"))["trainer"]["max_steps"] == 5
 
 
@@ -537,17 +534,18 @@ def test_settings_of_rewards_and_preferences_are_for_their_tasks():
     assert "Rewards: word_overlap \u2192 json_exactness, word_overlap" in shown
     # The order of the clicks is not one, and a function of one's own stays.
     both = ["word_overlap", "json_exactness"]
-    weighted = with_value(recipe, f"{MODEL}rewards", [*both, "mine.own"])
-    clicked = {f"{MODEL}rewards": both[::-1]}
-    assert apply_form(weighted, clicked) == (weighted, {})
-    made, _ = apply_form(weighted, {f"{MODEL}rewards": both[:1]})
-    assert value_at(made, f"{MODEL}rewards") == ["word_overlap", "mine.own"]
+    rewards = FIELD[f"{MODEL}rewards"]
+    own = with_value(recipe, rewards.path, [*both, "mine.own"])
+    assert with_typed(own, rewards, both[::-1]) is own
+    made = with_typed(own, rewards, both[:1])
+    assert value_at(made, rewards.path) == ["word_overlap", "mine.own"]
     # Weights belong to places.
-    weighted = with_value(weighted, f"{MODEL}reward_weights", [1.0, 0.1, 1.0])
-    assert apply_form(weighted, clicked) == (weighted, {})
-    made, problems = apply_form(weighted, {f"{MODEL}rewards": both[:1]})
-    assert made == weighted
-    assert [problem.key for problem in problems.values()] == ["checks.reward_weights"]
+    weighted = with_value(own, f"{MODEL}reward_weights", [1.0, 0.1, 1.0])
+    session = Session(weighted, weighted)
+    for typed, errors in ((both[::-1], []), (both[:1], ["checks.reward_weights"])):
+        apply_field(session, rewards.path, typed)
+        assert session.content == weighted
+        assert [one.key for one in session.field_errors.values()] == errors
     # An answer to a tiny base is short; a model of one's own has the length of the recipe.
     mine = with_model(recipe, "me/our", None)
     assert value_at(recipe, f"{MODEL}max_completion_length") == 24

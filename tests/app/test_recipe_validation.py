@@ -19,7 +19,8 @@ from gradio_app.pages.error_reporting import localized_message
 from gradio_app.recipe import paths
 from gradio_app.recipe.content import value_at, with_value
 from gradio_app.recipe.edits import base_recipe, load_recipe
-from gradio_app.recipe.form import apply_form
+from gradio_app.recipe.fields import BY_PATH
+from gradio_app.recipe.form import with_typed
 from gradio_app.recipe.gguf_header import gguf_header
 from gradio_app.recipe.model_files import model_places
 from gradio_app.recipe.paths import data_files
@@ -83,9 +84,8 @@ def test_rewards_are_those_of_the_package(here):
     assert problems(recipe, here) == []
     for rewards in (["os.system"], ["word_overlap", "mine.reward"], "os.system", [{"a": 1}]):
         # Neither does the form take one, whatever a browser sends.
-        made, refused = apply_form(recipe, {path: rewards})
-        assert made == recipe
-        assert refused[path].key == "checks.choice"
+        with pytest.raises(UserError, match=r"checks\.choice"):
+            with_typed(recipe, BY_PATH[path], rewards)
         assert problems(with_value(recipe, path, rewards), here) == ["checks.rewards"]
 
 

@@ -29,9 +29,8 @@ from gradio_app.redaction import Redactor, bundled_folders
 from gradio_app.runs.store import RunStore
 from gradio_app.runs.types import Run
 from gradio_app.settings import Settings
-from tests.app import servers
 from tests.app.attacking import Call, called, handlers_of
-from tests.app.runs import settings, until
+from tests.app.runs import save_adapter, settings, until
 from tests.app.servers import Server
 from tests.app.visitors import HERS, owner_with
 
@@ -138,10 +137,7 @@ def run_in(store: RunStore, owner: str, name: str, said: str) -> Run:
     folder.append(folder.events, {"step": 1, "kind": "odd", "text": f"{OURS} {said}", "alert": {}})
     folder.append(folder.metrics, {"step": 1, "train_loss": 1.0, "val_loss": 1.0, "note": said})
     (folder.path / "left-out.jsonl").write_text(json.dumps({"reasons": [said]}) + "\n")
-    adapter = folder.checkpoints / "adapters" / "best"
-    adapter.mkdir(parents=True)
-    (adapter / "adapter_model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
-    folder.write(adapter / "adapter_config.json", {"base_model_name_or_path": base["name_or_path"]})
+    adapter = save_adapter(folder, "best", None, base_model_name_or_path=base["name_or_path"])
     folder.write(adapter / "provenance.json", metadata | {"base": base})
     return store.get(owner, run.id)
 
@@ -204,14 +200,7 @@ def test_on_a_space_not_even_what_is_pushed_names_a_folder(tmp_path):
 def space(serve, tmp_path_factory) -> Server:
     """A Space whose owner has a home like no other folder."""
     folder = tmp_path_factory.mktemp("site")
-    with pytest.MonkeyPatch.context() as patch:
-        before = servers.environment
-
-        def at_home(place: Path) -> dict[str, str]:
-            return before(place) | {"HOME": str(folder / "home" / "owner")}
-
-        patch.setattr(servers, "environment", at_home)
-        yield serve(folder, space=True, trainer="fake")
+    return serve(folder, {"HOME": str(folder / "home" / "owner")}, space=True, trainer="fake")
 
 
 def downloads(client: httpx.Client, text: str) -> dict[str, str]:

@@ -8,7 +8,6 @@ from gradio_app.errors import UserError
 from gradio_app.recipe.commands import python_code
 from gradio_app.recipe.content import value_at, with_value
 from gradio_app.recipe.edits import base_recipe, recipe_of_run, with_data, with_model
-from gradio_app.recipe.paths import AllowedPaths
 from gradio_app.recipe.validation import validate_content
 from tests.app.runs import settings
 
@@ -76,12 +75,12 @@ def test_it_stays_in_what_is_made_of_the_recipe(tmp_path):
     made = with_data(made, "package:demo/instructions.jsonl")
     content = validate_content(made, here, "local")
     assert python_code(content).count(COMMIT) == 2
-    again = recipe_of_run(content, AllowedPaths(here, "local"))
+    again = recipe_of_run(content, here)
     assert value_at(again, DATA + OWN) == COMMIT
 
 
 def test_a_key_with_a_dot_stays_one_key(tmp_path):
     content = {"model": {"init_args": {"a.b": "/x", "cache_dir": "/c"}}}
-    again = recipe_of_run(content, AllowedPaths(settings(tmp_path), "local"))
+    again = recipe_of_run(content, settings(tmp_path))
     assert again == {"model": {"init_args": {"a.b": "/x"}}}
     assert content["model"]["init_args"]["cache_dir"] == "/c"

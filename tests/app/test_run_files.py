@@ -25,7 +25,7 @@ from gradio_app.runs.formatting import (
 )
 from gradio_app.runs.health import HealthMonitor, HealthWarning
 from gradio_app.runs.machine import Machine, parse_nvidia_smi
-from gradio_app.runs.metrics import MAX_POINTS, Metrics, MetricsCache
+from gradio_app.runs.metrics import MAX_POINTS, Metrics, metrics_of
 from gradio_app.runs.store import RunStore
 from gradio_app.texts import LANGUAGES, Texts
 from lightning_peft.runs.alerts import training_alert, validation_alert
@@ -49,12 +49,9 @@ def test_only_what_is_new_is_read_and_no_half_lines(tmp_path):
     assert metrics.refresh().curve("train_loss") == []
     append(file, line(1, train_loss=2.0) + line(1, val_loss=3.0) + '{"step": 2, "train')
     assert metrics.refresh().curve("train_loss") == [(1, 2.0)]
-    before = metrics.version
-    assert metrics.refresh().version == before
     append(file, '_loss": 1.5}\n' + "no json\n[1]\n" + line("x", train_loss=9.0))
     assert metrics.refresh().curve("train_loss") == [(1, 2.0), (2, 1.5)]
     assert metrics.curve("val_loss") == [(1, 3.0)]
-    assert metrics.version > before
 
 
 def test_the_last_line_of_a_step_counts_and_what_was_given_up_goes(tmp_path):
@@ -87,11 +84,7 @@ def test_long_runs_take_bounded_memory_and_keep_their_peaks(tmp_path):
     points = Metrics(file).refresh().curve("train_loss")
     assert len(points) <= MAX_POINTS
     assert (peak, 99.0) in points
-    cache = MetricsCache(most=1)
-    first = cache.of(file)
-    assert cache.of(file) is first
-    cache.of(tmp_path / "another")
-    assert cache.of(file) is not first
+    assert metrics_of(file) is metrics_of(file)
 
 
 @pytest.mark.parametrize("count", [3, 500, 501, 1_234])

@@ -14,7 +14,7 @@ from gradio_app.errors import UserError
 from gradio_app.runs.environment import training_environment
 from gradio_app.runs.store import RunStore, checked_name
 from lightning_peft.runs.status import Status, write_json
-from tests.app.runs import recipe, settings
+from tests.app.runs import recipe, save_adapter, settings
 
 
 @pytest.fixture
@@ -200,12 +200,9 @@ def test_names_of_new_runs_tags_and_notes(store):
 
 def test_checkpoints_are_those_with_adapters_the_best_first(store):
     run = store.create("local", recipe(), "a")
-    for name, step in {"last": 12, "best": 8, "interrupted": 10, "empty": None}.items():
-        folder = run.folder.checkpoints / "adapters" / name
-        folder.mkdir(parents=True)
-        if step is not None:
-            (folder / "adapter_model.safetensors").touch()
-            write_json(folder / "provenance.json", {"global_step": step})
+    for name, step in {"last": 12, "best": 8, "interrupted": 10}.items():
+        save_adapter(run.folder, name, step)
+    (run.folder.checkpoints / "adapters" / "empty").mkdir()
     found = [(one.name, one.step) for one in run.checkpoints()]
     assert found == [("best", 8), ("last", 12), ("interrupted", 10)]
 

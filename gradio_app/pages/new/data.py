@@ -25,7 +25,6 @@ from gradio_app.recipe.paths import nearest_file
 from gradio_app.recipe.preview import DataReport, local_path
 from gradio_app.recipe.table import count_rows, first_rows
 from gradio_app.redaction import UPLOAD
-from gradio_app.runs.formatting import format_bytes
 from gradio_app.uploads import KINDS, Uploads
 from lightning_peft.task_registry import task_of_config
 
@@ -71,7 +70,7 @@ def build(editor: Editor) -> None:
 
 def _choose(editor: Editor, session: Session, given: Any) -> dict[str, Any]:
     text = str(given or "").strip()
-    if text in ("", _shown_data(session, editor)):
+    if text in ("", editor.listed_name(session, data_of(session.content))):
         # A menu sends its value once more when it loses the focus; subset and revision stay.
         return session.content
     if text == _example(session):
@@ -95,28 +94,15 @@ def _example(session: Session) -> str:
 
 def _updates(session: Session, editor: Editor, hint: str) -> list[Any]:
     """Returns the data to choose from, with the one that is chosen, and what that is."""
-    t = editor.t
-    place, sizes = data_of(session.content), session.data_files.sizes
-    rows = [(f"{name} ({format_bytes(size, t)})", name) for name, size in sizes.items()]
-    rows += [
-        (f"{one.title} ({format_bytes(one.size, t)})", f"{UPLOAD}{one.name}")
-        for one in Uploads(editor.studio.settings, session.owner).list()
-    ]
-    rows.append((t("new.data_example"), _example(session)))
-    named = _shown_data(session, editor)
+    t, place = editor.t, data_of(session.content)
+    rows = [*editor.data_choices(session), (t("new.data_example"), _example(session))]
+    named = editor.listed_name(session, place)
     if named and named not in [value for _, value in rows]:
         rows.append((named, named))
     return [
         gr.update(choices=rows, value=named or None, **editor.files_hint(session, hint)),
         data_html.selected_data(place, t),
     ]
-
-
-def _shown_data(session: Session, editor: Editor) -> str:
-    """Returns the data of a recipe as the menu shows it; empty for none."""
-    root, place = editor.studio.settings.data_root, data_of(session.content)
-    sizes = session.data_files.sizes
-    return next((one for one in sizes if root and (root / one).as_posix() == place), place)
 
 
 def _build_hub(editor: Editor) -> None:

@@ -17,8 +17,11 @@ from gradio_app.recipe.form import rebase_defaults
 from gradio_app.recipe.paths import AllowedPaths, DataFiles, data_files
 from gradio_app.recipe.planner import PlanCache
 from gradio_app.recipe.yaml_text import dump_yaml
+from gradio_app.redaction import UPLOAD
+from gradio_app.runs.formatting import format_bytes
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
+from gradio_app.uploads import Uploads
 
 # Browsers keep the draft under it; a fixed one, or a server that was restarted could not read it.
 _DRAFT = "lightning-peft-studio-draft"
@@ -243,6 +246,18 @@ class Editor:
             return {"info": hint, "elem_classes": []}
         info = f"{hint}. {self.t('new.files_cut', count=self.t.number(more))}"
         return {"info": info, "elem_classes": ["warns"]}
+
+    def data_choices(self, session: Session) -> list[tuple[str, str]]:
+        """Returns the data files below the root and the uploads, labelled with their sizes."""
+        uploads = Uploads(self.studio.settings, session.owner).list()
+        found = [(name, name, size) for name, size in session.data_files.sizes.items()]
+        found += [(one.title, f"{UPLOAD}{one.name}", one.size) for one in uploads]
+        return [(f"{title} ({format_bytes(size, self.t)})", name) for title, name, size in found]
+
+    def listed_name(self, session: Session, place: str) -> str:
+        """Returns the name in :meth:`data_choices` of where data lies; other places as they are."""
+        root, sizes = self.studio.settings.data_root, session.data_files.sizes
+        return next((one for one in sizes if root and (root / one).as_posix() == place), place)
 
     def places(self, session: Session) -> AllowedPaths:
         """Returns the places that the owner of a session may read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -54,16 +55,13 @@ def build(editor: Editor) -> None:
             for name in OPTIONS
         ]
     for name, part in zip(OPTIONS, parts, strict=True):
-        editor.bind(part.input, _change_handler(name), [part], own=True)
+        editor.bind(part.input, partial(_change, name), [part], own=True)
     editor.show(parts, lambda s: [str(value_at(s.content, _DATA + n, None) or "") for n in OPTIONS])
 
 
-def _change_handler(name: str) -> Any:
-    def changed(session: Session, given: Any) -> dict[str, Any]:
-        value = parse_value(BY_PATH[_DATA + name], given)
-        return with_value(session.content, _DATA + name, MISSING if value is None else value)
-
-    return changed
+def _change(name: str, session: Session, given: Any) -> dict[str, Any]:
+    value = parse_value(BY_PATH[_DATA + name], given)
+    return with_value(session.content, _DATA + name, MISSING if value is None else value)
 
 
 def unusual_formats(found: DataReport, t: Texts) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -10,8 +11,6 @@ from gradio_app.pages.components import field
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.recipe.content import MISSING, value_at, with_value
 from gradio_app.redaction import UPLOAD
-from gradio_app.runs.formatting import format_bytes
-from gradio_app.uploads import Uploads
 
 SPLITS = ("validation", "test")
 _DATA = "data.init_args."
@@ -30,43 +29,33 @@ def build(editor: Editor) -> None:
         ]
     problem = editor.problem("held-out-problem")
     for split, part in zip(SPLITS, parts, strict=True):
-        editor.bind(part.input, _change_handler(editor, split), [part], own=True, problem=problem)
+        change = partial(_change, editor, split)
+        editor.bind(part.input, change, [part], own=True, problem=problem)
     editor.show(parts, lambda session: _updates(editor, session))
 
 
-def _change_handler(editor: Editor, split: str) -> Any:
-    def changed(session: Session, given: Any) -> dict[str, Any]:
-        if not given:
-            return with_value(session.content, f"{_DATA}{split}_data", MISSING)
-        place = editor.places(session).data(given)
-        # Uploads keep their names here: their folder is the server's.
-        named = str(given) if str(given).startswith(UPLOAD) else place
-        content = with_value(session.content, f"{_DATA}{split}_data", named)
-        # A share of the other file would be a second answer to the same question.
-        return with_value(content, f"{_DATA}{split}_share", MISSING)
-
-    return changed
+def _change(editor: Editor, split: str, session: Session, given: Any) -> dict[str, Any]:
+    if not given:
+        return with_value(session.content, f"{_DATA}{split}_data", MISSING)
+    place = editor.places(session).data(given)
+    # Uploads keep their names here: their folder is the server's.
+    named = str(given) if str(given).startswith(UPLOAD) else place
+    content = with_value(session.content, f"{_DATA}{split}_data", named)
+    # A share of the other file would be a second answer to the same question.
+    return with_value(content, f"{_DATA}{split}_share", MISSING)
 
 
 def _updates(editor: Editor, session: Session) -> list[Any]:
     """Returns the files to choose from: uploads, and those below the data root."""
-    t, settings = editor.t, editor.studio.settings
-    root = settings.data_root
-    uploads = Uploads(settings, session.owner).list()
-    sizes = session.data_files.sizes
-    files = [
-        (f"{one.title} ({format_bytes(one.size, t)})", f"{UPLOAD}{one.name}") for one in uploads
-    ]
-    files += [(f"{name} ({format_bytes(size, t)})", name) for name, size in sizes.items()]
+    t, files = editor.t, editor.data_choices(session)
     known = [value for _, value in files]
     updates = []
     for split in SPLITS:
-        place = value_at(session.content, f"{_DATA}{split}_data", None)
-        below = [name for name in sizes if root and (root / name).as_posix() == place]
-        place = below[0] if below else place
+        place = str(value_at(session.content, f"{_DATA}{split}_data", None) or "")
+        place = editor.listed_name(session, place)
         # One that a recipe names, such as a data set on the hub, stays.
-        more = [(str(place), str(place))] if place and place not in known else []
+        more = [(place, place)] if place and place not in known else []
         choices = [(t(f"data.{split}_none"), ""), *files, *more]
         help_text = editor.files_hint(session, t(f"data.{split}_file_hint"))
-        updates.append(gr.update(choices=choices, value=place or "", **help_text))
+        updates.append(gr.update(choices=choices, value=place, **help_text))
     return updates

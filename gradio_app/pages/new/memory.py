@@ -23,7 +23,7 @@ from gradio_app.recipe.model_files import cache_disk, free_bytes, is_cached
 from gradio_app.recipe.planner import Fix, Plan, find_fixes, plan_memory, validate_device, with_fix
 from gradio_app.recipe.presets import GPUS, MODELS, THIS_MACHINE
 from gradio_app.recipe.validation import validate_content
-from gradio_app.runs.formatting import format_gigabytes
+from gradio_app.runs.formatting import format_bytes
 from gradio_app.texts import Texts
 from lightning_peft.compat.gradio import event_data
 
@@ -122,7 +122,7 @@ def needs_html(editor: Editor, session: Session, waits: str = "", plan: Plan | N
 
 
 def _share(needs: int, has: int, t: Texts) -> str:
-    return t("new.strip_of", needs=format_gigabytes(needs, t), has=format_gigabytes(has, t))
+    return t("new.strip_of", needs=format_bytes(needs, t), has=format_bytes(has, t))
 
 
 def _disk(saved: int, fetched: int | None, runs: Path, t: Texts) -> str:
@@ -155,7 +155,7 @@ def plan_html(plan: Plan, t: Texts, found: list[Fix] | None = None, more: bool =
     numbers = plan.numbers
     available = plan.available_bytes or plan.required_bytes
     sizes = (plan.required_bytes, available, numbers["low_bytes"], numbers["high_bytes"])
-    needs, has, low, high = (format_gigabytes(size, t) for size in sizes)
+    needs, has, low, high = (format_bytes(size, t) for size in sizes)
     maybe = plan.fits is False and numbers["low_bytes"] <= available
     verdict = "fits" if plan.fits else "may_not_fit" if maybe else "fits_not"
     # Both ends come out the same where the range is narrow.

@@ -14,7 +14,6 @@ from gradio_app.pages.error_reporting import localized_message
 from gradio_app.pages.new import memory
 from gradio_app.pages.new.editor import Editor, Session, draft_of
 from gradio_app.pages.templating import render
-from gradio_app.recipe.content import with_value
 from gradio_app.recipe.edits import (
     amount_of,
     base_recipe,
@@ -29,8 +28,8 @@ from gradio_app.recipe.form import (
     display_value,
     format_value,
     method_of,
-    parse_value,
     reset_field,
+    with_typed,
 )
 from gradio_app.recipe.presets import AMOUNTS
 from gradio_app.texts import Texts
@@ -185,18 +184,16 @@ def _bind_field(
 
 def apply_field(session: Session, path: str, typed: Any) -> None:
     """Changes a setting of a session, or remembers why what is typed cannot be one."""
-    setting = BY_PATH[path]
     session.field_errors.pop(path, None)
-    if not applies(setting, session.content) or typed == display_value(setting, session.content):
-        return
     try:
-        value = parse_value(setting, typed)
+        content = with_typed(session.content, BY_PATH[path], typed)
     except UserError as refused:
         session.field_errors[path] = refused
         return
-    if path.startswith("data.") and path not in _BATCH_FIELDS:
+    changed = content is not session.content
+    if changed and path.startswith("data.") and path not in _BATCH_FIELDS:
         session.report = None
-    session.content = with_value(session.content, path, value)
+    session.content = content
 
 
 def _reset(session: Session, event: gr.EventData) -> dict[str, Any]:

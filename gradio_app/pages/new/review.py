@@ -20,7 +20,7 @@ from gradio_app.pages.new.data_check import require_report, unavailable_model
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.pages.new.starting_point import validate_pasted
 from gradio_app.pages.templating import message, render
-from gradio_app.recipe.commands import FILE, command_line, python_code
+from gradio_app.recipe.commands import COMMAND, FILE, python_code
 from gradio_app.recipe.content import count_at, data_of, short_name, value_at
 from gradio_app.recipe.edits import limit_steps
 from gradio_app.recipe.fields import BY_PATH
@@ -329,6 +329,6 @@ def forms(content: dict[str, Any], t: Texts) -> str:
         code = python_code(content)
     except (KeyError, AttributeError, TypeError):
         code = "# -"
-    shown = {"yaml": text, "command": command_line(content), "python": code}
+    shown = {"yaml": text, "command": COMMAND, "python": code}
     address = f"data:text/yaml;charset=utf-8,{quote(text)}"
     return render("new.forms", t, forms=shown, file=FILE, address=address)

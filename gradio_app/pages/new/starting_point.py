@@ -80,13 +80,12 @@ def _requested_recipe(
     editor: Editor, session: Session, draft: Any, request: gr.Request
 ) -> dict[str, Any]:
     asked = dict(request.query_params)
-    places = editor.places(session)
     if asked.get("from"):
         run = editor.studio.store.get(session.owner, asked["from"])
-        content = require_known_task(recipe_of_run(parse_yaml(run.recipe_text), places))
+        content = recipe_of_run(parse_yaml(run.recipe_text), editor.studio.settings)
         names = {other.name for other in editor.studio.store.list(session.owner)}
         session.copied_from, session.suggested_name = run.name, next_name(run.name, names)
-        return content
+        return require_known_task(content)
     if asked.get("recipe"):
         content = load_recipe(asked["recipe"])
     elif asked.get("method"):

@@ -11,7 +11,6 @@ from gradio_app.pages.run.head import Head
 from gradio_app.pages.run.live import Live
 from gradio_app.pages.run.recipe import RecipeTab
 from gradio_app.pages.run.view import RunView
-from gradio_app.runs.metrics import MetricsCache
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 
@@ -21,13 +20,12 @@ TABS = {"try": playground.build, "export": export_tab.build}
 def build(studio: Studio, t: Texts) -> None:
     """Makes the page."""
     view = RunView(studio, t)
-    metrics = MetricsCache()
-    view.add(Head(studio, t, metrics))
+    view.add(Head(studio, t))
     actions = Actions(studio, t)
     view.add(actions)
     with gr.Tabs(elem_id="run-tabs", visible=False, overflow_behavior="wrap") as tabs:
         with gr.Tab(t("run.tab_live"), id="live", elem_id="tab-live"):
-            view.add(Live(studio, t, metrics))
+            view.add(Live(t))
         for tab, build_tab in TABS.items():
             with gr.Tab(t(f"run.tab_{tab}"), id=tab, elem_id=f"tab-{tab}"):
                 build_tab(studio, t, view.run_id)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -12,14 +11,7 @@ import psutil
 from gradio_app.errors import UserError
 from gradio_app.export.base_size import base_size
 from gradio_app.export.record import Export, loading_code
-from gradio_app.export.request import (
-    BITS,
-    FORMATS,
-    FULL_MODEL_FORMATS,
-    GGUF_FORMATS,
-    OUTTYPES,
-    ExportRequest,
-)
+from gradio_app.export.request import GGUF_FORMATS, ExportRequest
 from gradio_app.pages.error_reporting import localized_message
 from gradio_app.pages.templating import render
 from gradio_app.runs.formatting import format_bytes
@@ -41,62 +33,42 @@ _RUN_STATES = {
 _BASE_NOTE = "the files name the base as a folder of this machine"
 
 
-@dataclass(frozen=True)
-class ExportForm:
-    """What is chosen; a browser can send anything.
-
-    Attributes:
-        kind: What is wanted.
-        checkpoint: Of which checkpoint.
-        bits: Bits of a quantized model.
-        outtype: What numbers of a GGUF file are stored in.
-        measure: Whether outputs are compared.
-    """
-
-    kind: Any
-    checkpoint: Checkpoint | None
-    bits: Any
-    outtype: Any
-    measure: bool
-
-    writes_model = property(lambda self: self.kind in FULL_MODEL_FORMATS)
-
-
 def empty(run: Run, t: Texts) -> str:
     """Returns the notice before the first checkpoint."""
     text = t("export.empty_going" if run.active or run.waiting else "export.empty")
     return render("export.empty", t, text=text)
 
 
-def about(studio: Studio, run: Run, form: ExportForm, t: Texts) -> str:
+def about(
+    studio: Studio, run: Run, request: ExportRequest, checkpoint: Checkpoint, t: Texts
+) -> str:
     """Returns the description of an export: size, needs, and the reason of a refusal."""
-    if form.kind not in FORMATS or form.checkpoint is None:
-        return ""
-    if form.writes_model:
-        size = _size_note(form, form.checkpoint, studio, t)
+    if request.writes_model:
+        size = _size_note(request, checkpoint, studio, t)
     else:
-        weights = form.checkpoint.folder / "adapter_model.safetensors"
+        weights = checkpoint.folder / "adapter_model.safetensors"
         size = t("export.takes_adapter", size=format_bytes(weights.stat().st_size, t))
     refusal = ""
     try:
-        studio.exports.check(run, ExportRequest(format=form.kind, checkpoint=form.checkpoint.name))
+        studio.exports.check(run, request)
     except UserError as refused:
         # The one that is being made stands below.
         if refused.key != "export.refused_one":
             refusal = localized_message(refused, t)
-    texts = [t(f"export.about_{form.kind}"), size]
+    texts = [t(f"export.about_{request.format}"), size]
     return render("export.about", t, texts=texts, refusal=refusal)
 
 
-def _size_note(form: ExportForm, checkpoint: Checkpoint, studio: Studio, t: Texts) -> str:
+def _size_note(request: ExportRequest, checkpoint: Checkpoint, studio: Studio, t: Texts) -> str:
     found = base_size(checkpoint.folder, studio.settings.data_root)
     if found is None:
         return t("export.takes_unknown")
-    bits = form.bits if form.bits in BITS else BITS[0]
-    disk = found.quantized_bytes(bits) if form.kind == "quantized" else found.merged_bytes
-    if form.kind in GGUF_FORMATS:
-        disk = found.gguf_bytes(form.outtype if form.outtype in OUTTYPES else OUTTYPES[0])
-    memory = found.memory_bytes(form.kind, form.measure)
+    disk = found.merged_bytes
+    if request.format == "quantized":
+        disk = found.quantized_bytes(request.bits)
+    elif request.format in GGUF_FORMATS:
+        disk = found.gguf_bytes(request.outtype)
+    memory = found.memory_bytes(request.format, request.measure)
     free = psutil.virtual_memory().available
     # Rounded, so that the sentence does not change at every look.
     words = t(

@@ -17,6 +17,7 @@ from gradio_app.export.request import (
     FORMATS,
     GGUF_FORMATS,
     OUTTYPES,
+    ExportRequest,
     formats_of,
     validate_request,
 )
@@ -200,8 +201,13 @@ class ExportTab:
         name = inputs.checkpoint if inputs.checkpoint in names else next(iter(names), None)
         labels = tuple((checkpoint_label(one, t), one.name) for one in checkpoints.values())
         checkpoint = checkpoints[name] if name else None
-        chosen = (inputs.bits, inputs.outtype, inputs.measure is True)
-        form = export_html.ExportForm(kind, checkpoint, *chosen)
+        request = ExportRequest(
+            kind,
+            name or "",
+            bits=inputs.bits if inputs.bits in BITS else BITS[0],
+            outtype=inputs.outtype if inputs.outtype in OUTTYPES else OUTTYPES[0],
+            measure=inputs.measure is True,
+        )
         asks = next((one for one in exports if one.state == "asks"), None)
         active = [one for one in exports if one.active]
         ended = [one for one in exports if not one.active]
@@ -214,10 +220,10 @@ class ExportTab:
             (gr.Column(visible=there), there),
             (gr.Radio(choices=offered, value=kind), formats),
             (gr.Dropdown(choices=list(labels), value=name), (labels, name)),
-            export_html.about(self.studio, run, form, t),
+            export_html.about(self.studio, run, request, checkpoint, t) if checkpoint else "",
             (gr.Radio(visible=quantized), quantized),
             (gr.Radio(visible=gguf), gguf),
-            (gr.Checkbox(visible=form.writes_model), form.writes_model),
+            (gr.Checkbox(visible=request.writes_model), request.writes_model),
             (gr.Column(visible=asks is not None), asks is not None),
             export_html.push_confirmation(run, asks, t) if asks else "",
             export_html.active_exports(run, active, t),

@@ -20,8 +20,8 @@ from gradio_app.runs.failures import find_failure, report
 from gradio_app.runs.files import read_json_object
 from gradio_app.runs.formatting import format_duration, format_metric, format_number
 from gradio_app.runs.local import GRACE_SECONDS
-from gradio_app.runs.loss_increase import find_loss_increase, finished_worse
-from gradio_app.runs.metrics import MetricsCache
+from gradio_app.runs.loss_increase import find_loss_increase, finished_worse, validation_losses
+from gradio_app.runs.metrics import metrics_of
 from gradio_app.runs.types import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
@@ -30,8 +30,8 @@ from gradio_app.texts import Texts
 class Head:
     """The head of a run's page."""
 
-    def __init__(self, studio: Studio, t: Texts, metrics: MetricsCache) -> None:
-        self.studio, self.t, self._metrics = studio, t, metrics
+    def __init__(self, studio: Studio, t: Texts) -> None:
+        self.studio, self.t = studio, t
         parts = ("name", "state", "progress", "note", "failure", "verdict")
         self.outputs: list[Any] = [markup(elem_id=f"run-{part}") for part in parts]
 
@@ -65,14 +65,10 @@ class Head:
         return render("run.state", t, badge=state_badge(run, t), words=words)
 
     def _outcome(self, run: Run) -> str:
-        t, result = self.t, read_json_object(run.folder.result)
-        before, after = (
-            result[moment].get("val_loss") if isinstance(result.get(moment), dict) else None
-            for moment in ("before", "after")
-        )
-        if not isinstance(after, (int, float)):
+        t, (before, after) = self.t, validation_losses(run)
+        if after is None:
             return t("run.outcome_none")
-        if not isinstance(before, (int, float)):
+        if before is None:
             return t("run.outcome_plain", after=format_metric(after, t))
         return t("run.outcome_loss", before=format_metric(before, t), after=format_metric(after, t))
 
@@ -128,7 +124,7 @@ class Head:
 
     def _verdict(self, run: Run) -> str:
         """Returns that the model is worse than before training, and what helps."""
-        t, found = self.t, find_loss_increase(run, self._metrics.of(run.folder.metrics))
+        t, found = self.t, find_loss_increase(run, metrics_of(run.folder.metrics))
         if found is None:
             return ""
         name = "worse_so_far" if run.active else "worse"

@@ -17,9 +17,8 @@ from gradio_app.runs.curves import Points, downsample, finite_points, smooth
 from gradio_app.runs.files import LOG_LINES, read_rows, remove_noise, tail
 from gradio_app.runs.health import HealthMonitor
 from gradio_app.runs.local import START_LOG
-from gradio_app.runs.metrics import Metrics, MetricsCache
+from gradio_app.runs.metrics import Metrics, metrics_of
 from gradio_app.runs.types import Run
-from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 
 # Readable on white and on the dark ground; the series also have names.
@@ -36,8 +35,8 @@ _COPY = (
 class Live:
     """The tab of what a run does now."""
 
-    def __init__(self, studio: Studio, t: Texts, metrics: MetricsCache) -> None:
-        self.t, self._metrics, self._health = t, metrics, HealthMonitor()
+    def __init__(self, t: Texts) -> None:
+        self.t, self._health = t, HealthMonitor()
         alerts, numbers = markup(elem_id="run-alerts"), markup(elem_id="run-numbers")
         curves = self._build_curves()
         markup(f"<h2>{t('run.samples')}</h2>")
@@ -85,7 +84,7 @@ class Live:
         """Returns how a run is shown."""
         if run is None:
             return [(gr.skip(), None)] * len(self.outputs)
-        metrics, t = self._metrics.of(run.folder.metrics), self.t
+        metrics, t = metrics_of(run.folder.metrics), self.t
         events = run.redactor.value(list(read_rows(run.folder.events, 200_000)))
         log = remove_noise(tail(run.folder.log) or tail(run.folder.path / START_LOG))
         return [

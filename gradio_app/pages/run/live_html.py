@@ -7,8 +7,16 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from gradio_app.chat.prompts import HeldOutPrompt
+from gradio_app.pages import plot
 from gradio_app.pages.templating import message, render
-from gradio_app.runs.curves import Points, downsample, finite_points, relative_increase, trend
+from gradio_app.runs.curves import (
+    Points,
+    downsample,
+    finite_points,
+    relative_increase,
+    spread,
+    trend,
+)
 from gradio_app.runs.formatting import (
     format_bytes,
     format_count,
@@ -167,16 +175,10 @@ def _endpoints(points: Points, t: Texts) -> dict[str, Any]:
 def curve_table(metrics: Metrics, t: Texts) -> str:
     """Returns the numbers of the curves as a table."""
     curves = {
-        name: {
-            step: format_metric(value, t)
-            for step, value in downsample(metrics.curve(name), TABLE_ROWS)
-        }
+        t(f"run.{name}"): downsample(metrics.curve(name), TABLE_ROWS)
         for name in (*METRICS, "learning_rate")
     }
-    steps = sorted({step for curve in curves.values() for step in curve})
-    rows = [(step, [curve.get(step, "") for curve in curves.values()]) for step in steps]
-    head = [t("run.axis_step"), *(t(f"run.{name}") for name in curves)]
-    return render("parts.table", t, label=t("run.as_table"), head=head, rows=rows)
+    return plot.curve_table(curves, t("run.axis_step"), t)
 
 
 def samples(rows: Sequence[Row], known: Sequence[HeldOutPrompt], t: Texts) -> str:
@@ -190,7 +192,7 @@ def samples(rows: Sequence[Row], known: Sequence[HeldOutPrompt], t: Texts) -> st
             said[row["step"], row["sample"]] = row
     if not said:
         return message("note", t("run.samples_empty"), t, role="")
-    steps = _select_steps(sorted({step for step, _ in said}))
+    steps = spread(sorted({step for step, _ in said}), MAX_STEPS)
     places = sorted({place for _, place in said})
     columns = [(t("run.prompt"), ""), (t("run.expected"), "")]
     for step in steps:
@@ -268,11 +270,3 @@ def shortened_cell(text: object, most: int = _MAX_CELL) -> str:
     """Returns text of a run for a cell of a table, its lines kept."""
     words = str(text).strip()
     return words if len(words) <= most else words[:most] + "\u2026"
-
-
-def _select_steps(steps: list[int]) -> list[int]:
-    """Returns the first step, the last one, and those evenly between."""
-    if len(steps) <= MAX_STEPS:
-        return steps
-    last = len(steps) - 1
-    return [steps[round(last * place / (MAX_STEPS - 1))] for place in range(MAX_STEPS)]
