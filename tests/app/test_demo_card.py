@@ -32,7 +32,7 @@ def site(serve):
 
 def test_the_card_teaches_a_real_model_to_read_orders(site, visit, tmp_path):
     page = visit(site.url)
-    page.get_by_text("SmolLM2 learns to turn e-mails into JSON").wait_for()
+    page.get_by_text("SmolLM2 turns e-mails into JSON").wait_for()
     page.get_by_role("button", name="Start demo").click()
     page.wait_for_url(re.compile(r"/run\?run="))
     page.get_by_role("status").get_by_text("Finished").wait_for(timeout=LONG)

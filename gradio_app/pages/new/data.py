@@ -218,7 +218,7 @@ def _check_updates(editor: Editor, session: Any, request: gr.Request) -> Iterato
         data_html.report(session.report, t),
         gr.update(visible=False),
         gr.update(
-            visible=bool(shapes and session.report.columns), open=session.report.needs_column_names
+            visible=bool(shapes and session.report.columns), open=bool(session.report.refusal)
         ),
         gr.update(choices=names, value=chosen),
         *_dropdowns(editor, session, chosen),
