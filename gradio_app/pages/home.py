@@ -87,7 +87,7 @@ def _cards(studio: Studio, t: Texts) -> None:
             text = t("home.try_toy", fix=absent) if absent else t("home.try_text")
             markup(render("home.card", t, name="try", text=text))
             start = gr.Button(t("home.try_button"), variant="primary", elem_id="start-demo")
-        qlora = t("home.big_text" if this_machine().gpu else "home.big_why_not")
+        qlora = t("home.big_text" if this_machine().gpu else "home.big_slow")
         for name, text, query in (("own", "", {}), ("big", qlora, {"method": "qlora"})):
             with gr.Column(elem_classes="card", min_width=260):
                 link = t.url("new", **query)
