@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from gradio_app.errors import UserError
@@ -14,7 +15,8 @@ from gradio_app.recipe.command_worker import CommandResult, CommandWorker
 from gradio_app.recipe.content import value_at, with_value
 from gradio_app.recipe.edits import with_method
 from gradio_app.recipe.form import method_of
-from gradio_app.recipe.presets import GPUS, THIS_MACHINE
+from gradio_app.recipe.model_files import is_cached
+from gradio_app.recipe.presets import GPUS, MODELS, THIS_MACHINE
 from gradio_app.recipe.preview import error_message, local_path
 from lightning_peft.task_registry import task_of_config
 
@@ -125,7 +127,7 @@ def plan_arguments(content: dict[str, Any], device: str, length: int) -> list[st
     revision = value_at(content, "model.init_args.revision", None)
     checkpointing = strategy["gradient_checkpointing"]
     words = {
-        "model": str(local_path(str(model))),
+        "model": str(planned_place(str(model))),
         "method": method_of(content),
         "seq-len": length,
         "batch-size": batch,
@@ -144,6 +146,14 @@ def plan_arguments(content: dict[str, Any], device: str, length: int) -> list[st
     if targets:
         made += ["--target-modules", *(targets if isinstance(targets, list) else [targets])]
     return made
+
+
+def planned_place(model: str) -> Path:
+    """Returns where the sizes of a model are read: of a listed one, even before its download."""
+    listed = next((one for one in MODELS if one.name == model), None)
+    if listed is not None and listed.shape is not None and not is_cached(model):
+        return listed.shape
+    return local_path(model)
 
 
 def plan_memory(

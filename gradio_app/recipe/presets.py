@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from lightning_peft.demo.real_base import SMOLLM2_PLACE
 
 DEMO_BASE = "package:demo/base"
+_SHAPES = Path(__file__).parent / "configs"
 
 
 @dataclass(frozen=True)
@@ -14,6 +16,7 @@ class Model:
     """A base that is offered for families of tasks, by its name on the hub or in the package.
 
     The licence is called as its authors do. Access to gated ones must first be requested.
+    ``stored`` is how many parameters the files on the hub have, where that differs.
     """
 
     name: str
@@ -22,6 +25,7 @@ class Model:
     families: tuple[str, ...]
     gated: bool = False
     bytes_per_parameter: int = 2
+    stored: int | None = None
 
     @property
     def title(self) -> str:
@@ -31,12 +35,18 @@ class Model:
     @property
     def download_bytes(self) -> int:
         """Bytes that are fetched from the hub; what is not weights is little."""
-        return self.bytes_per_parameter * self.parameters
+        return self.bytes_per_parameter * (self.stored or self.parameters)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the 16-bit weights."""
         return 2 * self.parameters
+
+    @property
+    def shape(self) -> Path | None:
+        """A folder whose ``config.json`` has its sizes: it is planned before a download."""
+        folder = _SHAPES / self.name.rpartition("/")[2]
+        return folder if folder.is_dir() else None
 
 
 def _other(name: str, parameters: int, family: str) -> Model:
@@ -49,12 +59,18 @@ MODELS = (
     Model(SMOLLM2_PLACE, 134_515_008, "Apache 2.0", _CHAT),
     Model(DEMO_BASE, 4_262_144, "Apache 2.0", ("causal-lm", "encoder")),
     Model("HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008, "Apache 2.0", _CHAT),
+    Model("google/gemma-3-270m-it", 268_098_176, "Gemma", _CHAT, gated=True),
     Model("HuggingFaceTB/SmolLM2-360M-Instruct", 361_821_120, "Apache 2.0", _CHAT),
-    Model("Qwen/Qwen2.5-0.5B-Instruct", 494_032_768, "Apache 2.0", _CHAT),
+    # Their files have the tied head of the two smallest a second time.
+    Model("Qwen/Qwen3-0.6B", 596_049_920, "Apache 2.0", _CHAT, stored=751_632_384),
+    Model("google/gemma-3-1b-it", 999_885_952, "Gemma", _CHAT, gated=True),
     Model("meta-llama/Llama-3.2-1B-Instruct", 1_235_814_400, "Llama 3.2", _CHAT, gated=True),
-    Model("Qwen/Qwen2.5-1.5B-Instruct", 1_543_714_304, "Apache 2.0", _CHAT),
-    Model("HuggingFaceTB/SmolLM2-1.7B-Instruct", 1_711_376_384, "Apache 2.0", _CHAT),
-    Model("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512, "Apache 2.0", _CHAT),
+    Model("Qwen/Qwen3-1.7B", 1_720_574_976, "Apache 2.0", _CHAT, stored=2_031_739_904),
+    Model("HuggingFaceTB/SmolLM3-3B", 3_075_098_624, "Apache 2.0", _CHAT),
+    Model("meta-llama/Llama-3.2-3B-Instruct", 3_212_749_824, "Llama 3.2", _CHAT, gated=True),
+    Model("microsoft/Phi-4-mini-instruct", 3_836_021_760, "MIT", _CHAT),
+    Model("Qwen/Qwen3-4B", 4_022_468_096, "Apache 2.0", _CHAT),
+    Model("mistralai/Mistral-7B-Instruct-v0.3", 7_248_023_552, "Apache 2.0", _CHAT, gated=True),
     Model("meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248, "Llama 3.1", _CHAT, gated=True),
     _other("answerdotai/ModernBERT-base", 149_014_272, "encoder"),
     _other("google-t5/t5-small", 60_506_624, "seq2seq"),

@@ -112,11 +112,11 @@ def test_tokens_that_are_trained_are_those_that_count_in_the_loss(editor):
 
 def test_the_disk_that_a_run_needs_has_the_download_of_its_model(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    content, name, t = base_recipe("sft"), "Qwen/Qwen2.5-0.5B-Instruct", Texts()
+    content, name, t = base_recipe("sft"), "Qwen/Qwen3-0.6B", Texts()
     for place, fetched in (
         (DEMO_BASE, 0),
         (str(tmp_path), 0),
-        (name, 2 * 494_032_768),
+        (name, 2 * 751_632_384),
         ("org/unlisted", None),
         ("unlisted", None),
         ("org/unlisted:file.gguf", None),
@@ -452,9 +452,9 @@ def test_a_download_has_a_size_before_it_begins(visit, site):
     page = open_new_run(visit, site, "#model")
     metadata = page.locator("#model-facts")
     page.locator("#model-choice").get_by_role("combobox").click()
-    page.get_by_role("option", name="Qwen2.5-0.5B-Instruct: 494 M parameters").click()
+    page.get_by_role("option", name="Qwen3-0.6B: 596 M parameters").click()
     metadata.get_by_text(
-        re.compile(r"download is about 988 MB; [\d.]+ [GM]B of that disk")
+        re.compile(r"download is about 1.5 GB; [\d.]+ [GM]B of that disk")
     ).wait_for()
     page.get_by_role("button", name="By name on the Hub").click()
     page.locator("#model-hub-name :is(input, textarea)").fill("me/unknown")

@@ -441,7 +441,7 @@ def test_limits_are_set_where_there_are_none_and_refused_above(here):
 @pytest.mark.parametrize(
     ("path", "value", "key"),
     [
-        (f"{MODEL}model", "Qwen/Qwen2.5-7B-Instruct", "checks.model_size"),
+        (f"{MODEL}model", "Qwen/Qwen3-4B", "checks.model_size"),
         (f"{MODEL}model", "somebody/unknown", "checks.model_size"),
         (f"{MODEL}config", {"model_type": "llama", "hidden_size": 10**6}, "checks.config_here"),
         (f"{DATA}chat_template", "{% for x in range(9) %}{% endfor %}", "checks.template_here"),

@@ -20,7 +20,15 @@ from gradio_app.pages.templating import message, render
 from gradio_app.recipe.content import value_at
 from gradio_app.recipe.edits import base_recipe
 from gradio_app.recipe.model_files import cache_disk, free_bytes, is_cached
-from gradio_app.recipe.planner import Fix, Plan, find_fixes, plan_memory, validate_device, with_fix
+from gradio_app.recipe.planner import (
+    Fix,
+    Plan,
+    find_fixes,
+    plan_memory,
+    planned_place,
+    validate_device,
+    with_fix,
+)
 from gradio_app.recipe.presets import GPUS, MODELS, THIS_MACHINE
 from gradio_app.recipe.validation import validate_content
 from gradio_app.runs.formatting import format_bytes
@@ -77,7 +85,7 @@ def _plan_updates(
     busy = t("new.calculating")
     yield [message("busy", busy, t), needs_html(editor, session, busy)]
     missing = unavailable_model(session.content)
-    if missing:
+    if missing and planned_place(missing) == Path(missing):
         yield [message("careful", t("new.model_away", name=missing), t), unknown]
         return
     try:

@@ -1,0 +1,69 @@
+"""The models that the form lists: facts, sizes, and plans before a download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from gradio_app.pages.new.model import _model_label
+from gradio_app.recipe import edits
+from gradio_app.recipe.edits import base_recipe, with_model
+from gradio_app.recipe.model_files import free_bytes
+from gradio_app.recipe.planner import plan_arguments, planned_place
+from gradio_app.recipe.presets import MODELS
+from gradio_app.texts import Texts
+from lightning_peft.task_registry import TASKS
+
+CHAT = [one for one in MODELS if "causal-lm" in one.families and ":" not in one.name]
+
+
+def test_models_are_reported_once_and_each_task_knows_its_own():
+    names = [model.name for model in MODELS]
+    assert len(set(names)) == len(names)
+    families = {task.family for task in TASKS.values()}
+    assert all(set(model.families) <= families for model in MODELS)
+    assert edits.METHODS.keys() == {"lora", "qlora"}
+
+
+def test_the_list_says_what_cannot_be_fetched_offline(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    (model,) = [one for one in MODELS if one.name == "Qwen/Qwen3-0.6B"]
+    row = "Qwen/Qwen3-0.6B: 596 M parameters, Apache 2.0, "
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert _model_label(model, Texts("en")) == f"{row}download 1.5 GB"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    said = "not on this machine, and the page is offline"
+    assert _model_label(model, Texts("en")) == row + said
+
+
+def test_downloads_are_as_large_as_the_files_on_the_hub():
+    sizes = {model.name: model.download_bytes for model in MODELS}
+    # With the head, which is the embedding, a second time.
+    assert sizes["Qwen/Qwen3-0.6B"] == 1_503_264_768
+    # Kept in 32 bits there.
+    assert sizes["google-t5/t5-small"] == 242_026_496
+    assert free_bytes() > 0
+
+
+@pytest.mark.parametrize("model", CHAT, ids=lambda model: model.title)
+def test_shapes_have_as_many_parameters_as_the_list_says(model):
+    config = AutoConfig.from_pretrained(model.shape)
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(config)
+    made.tie_weights()
+    assert sum(one.numel() for one in made.parameters()) == model.parameters
+
+
+def test_listed_models_are_planned_before_their_download(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    content = with_model(base_recipe("sft"), "Qwen/Qwen3-4B", None)
+    words = plan_arguments(content, "this", 64)
+    assert f"--model={planned_place('Qwen/Qwen3-4B')}" in words
+    assert planned_place("Qwen/Qwen3-4B").joinpath("config.json").is_file()
+    assert planned_place("me/mine") == Path("me/mine")
+    # What was fetched says itself how large it is.
+    (tmp_path / "models--Qwen--Qwen3-4B" / "snapshots").mkdir(parents=True)
+    assert planned_place("Qwen/Qwen3-4B") == Path("Qwen/Qwen3-4B")
