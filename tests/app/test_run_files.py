@@ -359,7 +359,7 @@ def test_samples_say_who_spoke_what_was_cut_and_what_is_as_expected():
     ]
     known = [
         HeldOutPrompt("Why?", "other"),
-        HeldOutPrompt("Why?", "It is so", (("system", "Be <b>"),)),
+        HeldOutPrompt("Why?", "It is so", (("system", "Be <b>", ()),)),
     ]
     shown = samples(rows, known, Texts())
     assert '<span class="role">System</span> Be &lt;b&gt;</div>' in shown
