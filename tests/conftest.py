@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,10 @@ from hypothesis import settings
 from program import program, refused  # noqa: F401
 
 from lightning_peft.plugin.namespace import use_namespace
+
+# A shell starts what it runs in the background with interrupts ignored, which is passed on to
+# processes of tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What is computed here is so small that threads would only wait for each other.
 torch.set_num_threads(1)

@@ -173,14 +173,15 @@ def _reduce_class(cls: Any) -> Any:
 copyreg.pickle(LateBoundMeta, _reduce_class)
 
 
-def bind_if_unambiguous(cls: Any) -> Any:
-    """Returns ``cls`` with its Lightning base where it is clear which, else ``cls``.
+def bind_if_unambiguous(value: Any) -> Any:
+    """Returns a class with its Lightning base where it is clear which, all else as it is.
 
     For LightningCLI, which checks the class before it makes an instance; where both packages are
     imported, the one whose LightningCLI is imported counts.
     """
     root = _explicit_namespace or _unambiguous(".trainer") or _unambiguous(".cli")
-    return cls if root is None else bind_to_lightning(cls, root)
+    late_bound = isinstance(value, LateBoundMeta)
+    return bind_to_lightning(value, root) if late_bound and root is not None else value
 
 
 class PostImportFinder(MetaPathFinder):
