@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from planner_grid import PAGE
-from record import conditions, markdown, read, write, write_between
+from record import conditions, markdown, read, read_to_add, write, write_between
 
 NAME = "process_memory"
 DEMO = Path(__file__).parent.parent / "lightning_peft" / "demo" / "base"
@@ -165,7 +165,7 @@ def kernel_bytes(products: int = 200) -> int:
 
 def measure(only: str, smollm2: Path | None, quick: bool) -> None:
     """Runs the rows, and puts each into the record as soon as it is measured."""
-    record = (None if quick else read(NAME)) or {"rows": []}
+    record = (None if quick else read_to_add(NAME)) or {"rows": []}
     found = {_key(row): row for row in record["rows"]}
     # Once: kernels of the same shapes are there already the next time.
     kernel = kernel_bytes()

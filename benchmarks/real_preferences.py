@@ -20,6 +20,7 @@ from record import (
     conditions,
     markdown,
     read,
+    read_to_add,
     run_command,
     smollm2_file,
     write,
@@ -100,7 +101,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
-    content = read(NAME) or {"rows": []}
+    content = (read if given.table else read_to_add)(NAME) or {"rows": []}
     for task in [] if given.table else given.tasks:
         row = trained(task, smollm2_file(), given.steps, given.batch)
         rows = [*[one for one in content["rows"] if one["task"] != task], row]

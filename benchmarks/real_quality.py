@@ -28,6 +28,7 @@ from record import (
     format_conditions,
     markdown,
     read,
+    read_to_add,
     spread,
     write,
     write_between,
@@ -161,7 +162,7 @@ class Runs:
 
     def __init__(self, steps: int, until: float, quick: bool) -> None:
         self.steps, self.until, self.quick = steps, until, quick
-        record = {} if quick else read(NAME) or {}
+        record = {} if quick else read_to_add(NAME) or {}
         self.runs: list[dict[str, Any]] = record.get("runs", [])
         self.conditions = conditions()
 

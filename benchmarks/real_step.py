@@ -34,6 +34,7 @@ from record import (
     markdown,
     ratio_table,
     read,
+    read_to_add,
     smollm2_file,
     spread,
     write,
@@ -272,7 +273,7 @@ def measure(given: argparse.Namespace) -> None:
 
 def profile() -> None:
     """Adds where the time of a padded step goes to the record, which keeps its other figures."""
-    content = read(NAME)
+    content = read_to_add(NAME)
     if content is None:
         raise SystemExit("There is no record to add the profile to: run `measure` first.")
     with tempfile.TemporaryDirectory() as name:

@@ -233,6 +233,26 @@ def read(name: str) -> dict[str, Any] | None:
     return content
 
 
+def read_to_add(name: str) -> dict[str, Any] | None:
+    """Returns a record that figures are added to, or ``None`` where there is none.
+
+    Raises:
+        SystemExit: If it is of another machine or torch: its conditions stand above all figures.
+    """
+    content = read(name)
+    if content is not None:
+        then, now = (
+            f"{where['cpu']}, {where['cores']} cores, torch {where['versions'].get('torch')}"
+            for where in (content["conditions"], conditions())
+        )
+        if then != now:
+            raise SystemExit(
+                f"The record is of {then}, and this is {now}: measure all of it here, after "
+                f"moving {name}.json of {RECORDS.name} away."
+            )
+    return content
+
+
 def write_between(name: str, text: str, page: Path = PAGE) -> None:
     """Puts ``text`` between the marks called ``name`` in a page."""
     begin, end = f"<!-- {name} begins -->", f"<!-- {name} ends -->"

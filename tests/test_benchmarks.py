@@ -57,6 +57,21 @@ def test_a_median_above_its_bound_is_named(load, monkeypatch, capsys):
     assert "FAILED" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "other", [{"cpu": "6502"}, {"cores": 1982}, {"versions": {"torch": "0.1"}}]
+)
+def test_nothing_is_added_to_the_record_of_another_machine(load, monkeypatch, tmp_path, other):
+    record, script = load("record"), load("real_step")
+    monkeypatch.setattr(record, "RECORDS", tmp_path)
+    content = {"conditions": record.conditions()}
+    (tmp_path / "real_step.json").write_text(json.dumps(content), encoding="utf-8")
+    assert record.read_to_add("real_step") == content
+    content["conditions"] |= other
+    (tmp_path / "real_step.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(SystemExit, match="The record is of .*(6502|1982|0.1).*, and this is"):
+        script.profile()
+
+
 def test_the_time_of_a_profile_is_shared_out(load):
     profiles = load("profiles")
     weight = torch.nn.Parameter(torch.randn(256, 256))
