@@ -172,6 +172,12 @@ def recorded_process(
         return None
 
 
+def usable_cores() -> int:
+    """Returns on how many CPU cores this process may run; on macOS, how many there are."""
+    affinity = getattr(psutil.Process(), "cpu_affinity", list)
+    return len(affinity()) or os.cpu_count() or 1
+
+
 def lead_own_group(worker: int) -> None:
     """Takes the worker of a ``DataLoader`` out of the group of the process that started it.
 

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 
+import psutil
 import pytest
 
 from lightning_peft.processes import (
@@ -14,6 +15,7 @@ from lightning_peft.processes import (
     process_record,
     recorded_process,
     start_detached,
+    usable_cores,
 )
 
 ECHO = """import json
@@ -74,3 +76,20 @@ def test_another_process_with_the_same_number_is_not_taken_for_it():
     assert recorded_process(record).pid == os.getpid()
     assert recorded_process({**record, "created": time.time() + 100}) is None
     assert recorded_process({}) is None
+
+
+def test_cores_are_those_that_this_process_may_use(monkeypatch):
+    # Windows has no such function; psutil knows there as well.
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    process = psutil.Process()
+    if hasattr(process, "cpu_affinity"):
+        before = process.cpu_affinity()
+        process.cpu_affinity(before[:1])
+        try:
+            assert usable_cores() == 1
+        finally:
+            process.cpu_affinity(before)
+        assert usable_cores() == len(before)
+        monkeypatch.delattr(psutil.Process, "cpu_affinity")
+    # As on macOS.
+    assert usable_cores() == os.cpu_count()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from functools import cache
 from pathlib import Path
 
 import psutil
+
+from lightning_peft.processes import usable_cores
 
 _DRIVER = Path("/proc/driver/nvidia/gpus")
 # GB per billion weights that a run takes at its fullest, and GB that the libraries take besides:
@@ -47,8 +48,7 @@ def this_machine() -> Machine:
     """Returns the hardware of this machine."""
     memory = psutil.virtual_memory()
     name, total = _gpu()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Machine(name, total, memory.total, memory.available, cores or 1)
+    return Machine(name, total, memory.total, memory.available, usable_cores())
 
 
 @cache

@@ -170,9 +170,3 @@ def _end_with_parent(worker: int) -> None:
         os._exit(1)
 
     threading.Thread(target=wait, name="parent", daemon=True).start()
-
-
-def usable_cores() -> int:
-    """Returns on how many cores this process may run."""
-    affinity: Any = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1

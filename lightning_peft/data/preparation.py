@@ -23,7 +23,6 @@ from lightning_peft.data.parallel_encoding import (
     Outcome,
     WorkersFailed,
     encode_rows,
-    usable_cores,
 )
 from lightning_peft.data.prepared import Prepared, open_prepared
 from lightning_peft.data.prepared_parts import (
@@ -52,11 +51,12 @@ from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout, detect_layout
 from lightning_peft.engine import cache_entries
 from lightning_peft.errors import ConfigError
+from lightning_peft.processes import usable_cores
 
 log = logging.getLogger(__name__)
 
 # Raised whenever the same input is prepared in another way.
-FORMAT = 7
+FORMAT = 8
 # Rows that are looked at to recognise their shape.
 SCHEMA_SAMPLE_ROWS = 100
 DEFAULT_SPLIT_FRACTIONS = {"validation": 0.05}

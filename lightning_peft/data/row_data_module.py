@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, Sampler
 
 from lightning_peft.data.encoding import TextSpan
 from lightning_peft.data.file_format import Row
-from lightning_peft.data.parallel_encoding import usable_cores
 from lightning_peft.data.preparation import (
     DEFAULT_SPLIT_FRACTIONS,
     PreparationSettings,
@@ -31,7 +30,7 @@ from lightning_peft.data.validation import describe
 from lightning_peft.data.validation_rows import automatic_count, spread
 from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.namespace import LateBoundMeta
-from lightning_peft.processes import lead_own_group
+from lightning_peft.processes import lead_own_group, usable_cores
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule as _Base

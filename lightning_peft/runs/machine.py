@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import resource
 import sys
 from contextlib import suppress
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+
+from lightning_peft.processes import usable_cores
 
 PACKAGES = (
     "lightning-peft",
@@ -45,9 +45,7 @@ def hardware() -> dict[str, Any]:
         "system": platform.system(),
         "processor": _processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": gpus,
@@ -92,5 +90,9 @@ def _peak_resident() -> int:
     # page's server or a test runner.
     if known := _of_proc("self/status", "VmHWM"):
         return 1024 * int(known.split()[0])
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows, which has no `resource`
+        return int(memory.peak_wset)
+    resource: Any = import_module("resource")
+    most = int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     return most if sys.platform == "darwin" else most * 1024
