@@ -79,9 +79,9 @@ def held_out_prompts(run: Run, most: int = MAX_PROMPTS) -> list[HeldOutPrompt]:
     """Returns up to ``most`` validation rows, of older runs those that it has shown samples of."""
     known = read_json_object(run.folder.prompts).get("held_out")
     rows = [_row(turns) for turns in known] if isinstance(known, list) else []
-    found = {(row.turns, row.prompt, row.reference): row for row in rows if row is not None}
+    found = dict.fromkeys(row for row in rows if row is not None)
     # In the samples of a model that sees, images are words.
-    return list(found.values())[:most] or ([] if sees_images(run) else _sampled(run))
+    return list(found)[:most] or ([] if sees_images(run) else _sampled(run))
 
 
 def scored_rows(run: Run, most: int = MAX_SCORED) -> list[dict[str, Any]]:
@@ -110,9 +110,10 @@ def _row(turns: Any) -> HeldOutPrompt | None:
     except (AttributeError, KeyError, TypeError):
         return None
     roles, texts = [role for role, _, _ in said], [text for _, text, _ in said]
-    if roles[-2:] != ["user", "assistant"] or not all(text.strip() for text in texts[-2:]):
+    if roles[-2:] != ["user", "assistant"] or any(len(text) > MAX_TEXT for text in texts):
         return None
-    if any(len(text) > MAX_TEXT for text in texts):
+    # An image may be the whole question.
+    if not (texts[-2].strip() or said[-2][2]) or not texts[-1].strip():
         return None
     return HeldOutPrompt(texts[-2], texts[-1], said[:-2], said[-2][2])
 
@@ -170,7 +171,7 @@ def extract_question(row: HeldOutPrompt, around: Sequence[str] | None) -> str:
 
 
 def labels(rows: Sequence[HeldOutPrompt]) -> list[str]:
-    """Returns the prompts as they are offered.
+    """Returns the prompts as they are offered; that of an image alone is empty.
 
     Of texts with the template in them, the lines that all of them begin and end with are left out.
     """

@@ -44,6 +44,8 @@ class PromptCollector:
             known = isinstance(text, str) and (
                 text in self._systems or len(self._systems) < MAX_SYSTEM_PROMPTS
             )
+            # A chat shows images in the user's turns alone.
+            known = known and not (sample.images and MARK in text)
             if known and text and len(text) <= MAX_CHARACTERS:
                 self._systems[text] += 1
         # Without its tools, a row would be asked for something else.
@@ -53,13 +55,15 @@ class PromptCollector:
             and sample.label != UNDESIRABLE
             and len(self._held_out) < MAX_HELD_OUT
         ):
-            turns = _plain(sample.messages)
+            image_size = sum(map(len, sample.images))
+            fits = self._image_bytes + image_size <= MAX_IMAGE_BYTES
+            turns = _plain(sample.messages) if fits else None
+            size = sum(len(turn["content"]) for turn in turns or ())
+            if self._characters + size > MAX_ALL_CHARACTERS:
+                return
             if turns is not None and sample.images:
                 turns = _with_images(turns, sample.images)
-            size = sum(len(turn["content"]) for turn in turns or ())
-            image_size = sum(map(len, sample.images))
-            fits = self._characters + size <= MAX_ALL_CHARACTERS
-            if turns is not None and fits and self._image_bytes + image_size <= MAX_IMAGE_BYTES:
+            if turns is not None:
                 self._held_out.append(turns)
                 self._characters += size
                 self._image_bytes += image_size
@@ -92,12 +96,13 @@ def _plain(messages: list[Message]) -> list[Message] | None:
 def _with_images(turns: list[Message], images: Sequence[bytes]) -> list[Message] | None:
     """Returns turns with their images in base64.
 
-    ``None`` where one stands after text: a chat shows the images of a turn before its text.
+    ``None`` where one stands after text or in a turn that is not the user's: a chat shows the
+    images of a user's turn before its text.
     """
     waiting = iter(images)
     found = []
     for turn in turns:
-        text = turn["content"].lstrip(MARK)
+        text = turn["content"].lstrip(MARK if turn["role"] == "user" else "")
         if MARK in text:
             return None
         own = [next(waiting) for _ in range(len(turn["content"]) - len(text))]

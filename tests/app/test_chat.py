@@ -13,6 +13,7 @@ from dataclasses import replace
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -526,6 +527,22 @@ def test_images_go_with_their_questions(speak, store, tmp_path):
         list(stream_answers(speakers, run, talk, parse_request(run, "And now?", inputs)))
     with refused("refused_images_many"):
         request.validate_images([str(file)] * 5)
+    alone = Question("", (str(file),))
+    assert parse_request(run, alone, inputs).question == alone
+
+
+def test_rows_differ_by_their_images_and_may_be_images_alone(store):
+    def row(text: str, image: str) -> list[dict[str, Any]]:
+        return [request.user_turn(text, [image]), {"role": "assistant", "content": "A lamp"}]
+
+    run = with_adapters(store)
+    asked = [("What?", "MQ=="), ("What?", "Mg=="), ("", "MQ==")]
+    write_json(run.folder.prompts, {"held_out": [row(*one) for one in (*asked, asked[0])]})
+    rows = held_out_prompts(run)
+    assert [(one.prompt, *one.images) for one in rows] == asked
+    assert labels(rows) == ["What?", "What?", ""]
+    assert extract_question(rows[2], None) == ""
+    assert [one["messages"] for one in scored_rows(run)] == [row(*one)[:1] for one in asked]
 
 
 # Votes

@@ -73,10 +73,26 @@ def test_images_are_kept_with_their_questions(tmp_path):
     inside = conversation(f"Before {MARK} after", "x")
     prompts.add(replace(inside, images=(b"1",)), "validation")
     large = conversation(f"{MARK}What?", "x")
-    prompts.add(replace(large, images=(b"x" * MAX_IMAGE_BYTES,)), "validation")
-    (row,) = kept(tmp_path, prompts)["held_out"]
+    # What is too large is not encoded, which a range could not be.
+    prompts.add(replace(large, images=(range(MAX_IMAGE_BYTES),)), "validation")
+    alone = conversation(MARK, "A lamp.", system="")
+    prompts.add(replace(alone, images=(b"4",)), "validation")
+    row, lamp = kept(tmp_path, prompts)["held_out"]
     assert [turn["content"] for turn in row] == ["Which?", "The red one.", "And this?", "Blue."]
     assert [turn.get("images") for turn in row] == [["MQ==", "Mg=="], None, ["Mw=="], None]
+    assert lamp[0] == {"role": "user", "content": "", "images": ["NA=="]}
+
+
+def test_images_of_a_system_turn_are_not_kept_as_a_chat_cannot_show_them(tmp_path):
+    prompts = PromptCollector()
+    row = replace(conversation("q", "a", system=f"{MARK}Our logo."), images=(b"1",))
+    prompts.add(row, "validation")
+    for _ in range(2):
+        prompts.add(row, "train")
+    prompts.add(conversation("q", "a"), "train")
+    found = kept(tmp_path, prompts)
+    assert found["held_out"] == []
+    assert found["system"] == {"text": SYSTEM, "rows": 1, "of": 3}
 
 
 def test_rows_are_not_kept_whose_answer_is_more_than_its_text(tmp_path):

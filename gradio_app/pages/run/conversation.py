@@ -112,7 +112,8 @@ class ChatRequest:
 def parse_request(run: Run, question: Any, inputs: ChatInputs) -> ChatRequest:
     """Returns the validated question of a visitor: a text, a held-out row or the place of one.
 
-    A text may come with images, as ``Question``. Raises UserError if it cannot be asked.
+    A text may come with images, as ``Question``, and is then allowed to be empty. Raises UserError
+    if it cannot be asked.
     """
     rows = held_out_prompts(run)
     asked: Question | HeldOutPrompt
@@ -126,7 +127,7 @@ def parse_request(run: Run, question: Any, inputs: ChatInputs) -> ChatRequest:
         text, images = question if isinstance(question, Question) else (question, ())
         if images and not sees_images(run):
             raise UserError("playground.refused_images", name=run.name)
-        asked = Question(validate_text(text), images)
+        asked = Question(validate_text(text, "image" if images else "question"), images)
     # A row of the data is asked as it is there.
     if isinstance(asked, HeldOutPrompt) and asked.turns is not None:
         system = asked.system

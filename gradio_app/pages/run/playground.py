@@ -288,7 +288,8 @@ class PlaygroundTab:
         rows = held_out_prompts(run, MAX_SCORED) if there else []
         shown = labels(rows[:MAX_PROMPTS])
         scored = sum(row.turns is not None for row in rows)
-        texts = [playground_view.button_label(text) for text in shown]
+        alone = t("playground.image_alone")
+        texts = [playground_view.button_label(text) or alone for text in shown]
         prompts: list[Update] = [
             (gr.Button(text, visible=True, interactive=resting), (text, resting)) for text in texts
         ]

@@ -262,16 +262,12 @@ class PlaygroundView:
 
 def _chat_messages(turns: Turns) -> list[Any]:
     """Returns turns as Gradio shows them; an empty answer is named, not left blank."""
-    return [
-        {
-            "role": turn["role"],
-            "content": [
-                *({"path": path} for path in turn.get("images", ())),
-                turn["content"] or "\u2026",
-            ],
-        }
-        for turn in turns
-    ]
+    shown = []
+    for turn in turns:
+        images = [{"path": path} for path in turn.get("images", ())]
+        text = turn["content"] or ("" if images else "\u2026")
+        shown.append({"role": turn["role"], "content": [*images, *([text] if text else [])]})
+    return shown
 
 
 def model_status(now: ModelStatus, reason: str, minutes: int, t: Texts) -> str:

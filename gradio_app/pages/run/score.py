@@ -138,7 +138,7 @@ def _table(now: ScoreProgress, names: tuple[str, str], t: Texts) -> str:
         note=t("playground.score_cut", n=cut) if cut else "",
         # The table of answers is long: it comes when all are there.
         columns=_columns(base, tuned, names, t) if now.done else [],
-        rows=[_row(row) for row in now.rows] if now.done else [],
+        rows=[_row(row, t) for row in now.rows] if now.done else [],
     )
 
 
@@ -150,14 +150,14 @@ def _columns(
     return [*heads, *zip(names, counts, strict=True)]
 
 
-def _row(row: Mapping[str, Any]) -> dict[str, Any]:
+def _row(row: Mapping[str, Any], t: Texts) -> dict[str, Any]:
     answers, expected = row["answers"], row["reference"]
     cells = [
         answer_cell({"generated": text, "expected": expected, "cut": name in row["cut"]}, MAX_CELL)
         for name, text in answers.items()
     ]
     return {
-        "turns": [(None, shortened_cell(row["prompt"]))],
+        "turns": [(None, shortened_cell(row["prompt"]) or t("playground.image_alone"))],
         "expected": shortened_cell(expected, MAX_CELL),
         "answers": cells,
     }
