@@ -44,10 +44,12 @@ def main(arguments: Sequence[str]) -> int:
     plain = [word for word in words if "." not in word.partition("=")[0]]
     refuse_unknown(plain, [*parser.known(), *(f"--{key}" for key in _OF_FIT)])
     with to_stderr():
-        from lightning_peft.sweeps.sweep import Sweep, check_sweep
+        from lightning_peft.sweeps.settings import check_sweep
+        from lightning_peft.sweeps.sweep import Sweep
 
         if args.resume is not None:
-            _refuse_others([recipe, *args.set, args.sampler, args.trials, *words])
+            others = (args.sampler, args.trials, args.pruner, args.seed, args.runs)
+            _refuse_others([recipe, *args.set, *others, *words])
             sweep = Sweep(args.resume)
         elif recipe is None:
             raise ConfigError("Name a recipe first: lightning-peft sweep sft-qlora --set r=8,16")
@@ -55,9 +57,9 @@ def main(arguments: Sequence[str]) -> int:
             with resolved_recipes([f"--config={recipe}", *words]) as resolved:
                 settings = check_sweep(
                     *(Path(recipe).stem, resolved, args.set),
-                    *(args.sampler, args.trials, args.pruner, args.seed),
+                    *(args.sampler, args.trials, args.pruner or "none", args.seed or 0),
                 )
-                sweep = Sweep.create(args.runs, settings)
+                sweep = Sweep.create(args.runs or Path("runs"), settings)
         print(f"sweep {sweep.folder}", file=sys.stderr)
         done = _run(sweep)
     _show(sweep, args.json)
@@ -76,11 +78,10 @@ def _parser() -> OptionParser:
     add(
         "--pruner",
         choices=("none", "median", "hyperband"),
-        default="none",
         help="ends trials that are worse than others at the same step; default: none",
     )
-    add("--seed", type=int, default=0, help="of the sampler; default: 0")
-    add("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="default: runs")
+    add("--seed", type=int, help="of the sampler; default: 0")
+    add("--runs", type=Path, metavar="FOLDER", help="default: runs")
     add("--resume", type=Path, metavar="FOLDER", help="go on with the sweep in this folder")
     return parser
 

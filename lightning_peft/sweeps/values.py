@@ -114,10 +114,17 @@ def parse_sets(words: Sequence[str], config: Mapping[str, Any]) -> dict[str, str
 
 
 def _full_key(name: str, config: Mapping[str, Any]) -> str:
-    if name in _REFUSED:
-        raise ConfigError(f"{name} is the same for all trials, or of each its own")
-    if "." in name or name == "seed_everything":
+    key = name if name in _REFUSED else _found_key(name, config)
+    if key in _REFUSED:
+        raise ConfigError(f"{key} is the same for all trials, or of each its own")
+    return key
+
+
+def _found_key(name: str, config: Mapping[str, Any]) -> str:
+    if name == "seed_everything":
         return name
+    if "." in name:
+        return _with_init_args(name, config)
     for short in (name, _SHORT.get(name, name)):
         known = [f"{place}{short}" for place in _PLACES if short in _part(config, place)]
         if len(known) > 1:
@@ -126,6 +133,17 @@ def _full_key(name: str, config: Mapping[str, Any]) -> str:
             return known[0]
     names = [*_SHORT, *(key for place in _PLACES for key in _part(config, place))]
     raise ConfigError(f"the recipe has no key {name!r}{similar_names(name, names)}")
+
+
+def _with_init_args(name: str, config: Mapping[str, Any]) -> str:
+    """Returns a key in full: ``trainer.strategy.r`` without ``init_args`` is read as well."""
+    words: list[str] = []
+    for word in name.split("."):
+        part = _part(config, ".".join([*words, ""]))
+        if "class_path" in part and word not in ("class_path", "init_args", "dict_kwargs"):
+            words.append("init_args")
+        words.append(word)
+    return ".".join(words)
 
 
 def _part(config: Mapping[str, Any], place: str) -> Mapping[str, Any]:
@@ -150,9 +168,8 @@ def check_values(words: Sequence[str], sets: Mapping[str, Values]) -> None:
         for text in values.texts:
             try:
                 config = parsed_config([*words, f"--{key}={text}"], made=key)
-                if values.is_whole and isinstance(
-                    _part(config, key)[key.rpartition(".")[2]], float
-                ):
+                given = _part(config, key).get(key.rpartition(".")[2])
+                if values.is_whole and isinstance(given, float):
                     low, high = map(float, values.texts)
                     raise ConfigError(f"where fractions are possible, write {low}..{high}")
             except LightningPeftError as error:
