@@ -154,7 +154,6 @@ def test_the_dockerfile_agrees_with_its_folder(written):
     assert "pip install --no-cache-dir --user -r requirements.txt" in found["RUN"][1]
     assert found["USER"] == ["user"]
     (place,) = found["WORKDIR"]
-    assert f"mkdir -p {place}/runs && chown -R user:user {place}" in found["RUN"][0]
     assert int(found["EXPOSE"][0]) == matter_of(folder)["app_port"]
     program, script = json.loads(found["CMD"][0])
     assert program == "python"
@@ -163,6 +162,11 @@ def test_the_dockerfile_agrees_with_its_folder(written):
     page = (ROOT / "docs/containers.md").read_text()
     for words in (f"runs:{place}/runs", f"cache:{home}/.cache", "7860:7860", f"python {script}"):
         assert words in page
+    # Docker would make the place of a volume for root.
+    volumes = re.findall(r"-v \w+:(\S+)", page)
+    made = re.findall(r"mkdir -p (.*?) &&", found["RUN"][0])[0].split()
+    assert set(volumes) == set(made)
+    assert f"chown -R user:user {home}" in found["RUN"][0]
 
 
 @pytest.mark.parametrize(
