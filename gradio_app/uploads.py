@@ -53,7 +53,7 @@ class Uploads:
         """Checks a file that Gradio has received and keeps it; ``day`` is as ``"20261126"``.
 
         Raises UserError if it is too large, of another type, or its content does not match its
-        name.
+        name; ``checks.upload_many`` if only :meth:`drop_oldest` makes room for it.
         """
         path = Path(str(file))
         suffix = path.suffix.lower()
@@ -76,6 +76,17 @@ class Uploads:
         shutil.copyfile(path, target)
         target.chmod(0o600)
         return _upload(target)
+
+    def drop_oldest(self, recipes: str) -> Upload:
+        """Deletes and returns the oldest file whose name does not occur in some recipes.
+
+        Raises UserError if all occur.
+        """
+        unused = [one for one in self.list() if one.name not in recipes]
+        if not unused:
+            raise UserError("checks.upload_many", most=MAX_FILES)
+        unused[-1].path.unlink()
+        return unused[-1]
 
     def list(self) -> list[Upload]:
         """Returns the files, the newest first."""

@@ -127,13 +127,17 @@ def curve_table(curves: Mapping[str, Curve], x_title: str, t: Texts) -> str:
     known = {name: dict(points) for name, points in curves.items()}
     rows = [
         (
-            _format_tick(round(x, 2), t),
+            _format_x(x, t),
             [format_metric(points[x], t) if x in points else "" for points in known.values()],
         )
         for x in sorted({x for points in known.values() for x in points})
     ]
     head, label = [x_title, *known], t("run.as_table")
     return render("parts.table", t, empty="\u2013", label=label, head=head, rows=rows)
+
+
+def _format_x(value: float, t: Texts) -> str:
+    return f"{value:.0f}" if float(value).is_integer() else format_number(value, t)
 
 
 def _format_tick(value: float, t: Texts) -> str:
@@ -160,7 +164,7 @@ def _pointer_labels(drawn: Sequence[Series], across: Axis, x_title: str, t: Text
     found = [
         [
             round(across.place(x), 4),
-            f"{x_title} {_format_tick(round(x, 2), t)}: {', '.join(rows[x])}",
+            f"{x_title} {_format_x(x, t)}: {', '.join(rows[x])}",
         ]
         for x in sorted(rows)
     ]

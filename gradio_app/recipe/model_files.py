@@ -48,13 +48,24 @@ def cached_folder(name: str, revision: str | None = None) -> Path | None:
     return folder if re.fullmatch(r"[\w.-]+", commit) and folder.is_dir() else None
 
 
-def is_cached(name: str) -> bool:
-    """Whether this machine has files of a model: in the hub's cache, or the demo's real one."""
+def is_cached(name: str, weights: bool = True) -> bool:
+    """Whether this machine has a model: in the hub's cache, or the demo's real one.
+
+    Checking data fetches the tokenizer alone: without ``weights``, that is enough.
+    """
     if name == SMOLLM2_PLACE:
         return absence_of_smollm2() is None
     repository, _, file = name.partition(":")
     snapshots = hub_cache() / f"models--{repository.replace('/', '--')}" / "snapshots"
-    return any(snapshots.glob(f"*/{file}")) if file else snapshots.is_dir()
+    if file or not weights:
+        return any(snapshots.glob(f"*/{file or '*'}"))
+    return any(map(_has_weights, snapshots.glob("*")))
+
+
+def _has_weights(folder: Path) -> bool:
+    if indexed := _indexed_files(folder):
+        return all((folder / file).is_file() for file in indexed)
+    return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", *_PICKLES))
 
 
 def cache_disk() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,8 +17,10 @@ from lightning_peft.errors import LightningPeftError
 MAX_ROWS = 20
 _READ_OPTIONS = ("encoding", "delimiter", "sheet", "text_unit")
 MAX_CHARACTERS = 200
-# A JSON document is read whole; of a larger one, the rows are shown once they are checked.
-_DOCUMENT_BYTES = 50_000_000
+# Documents and lines are read whole, which must not fill the page's memory: of a larger file, the
+# first lines are read. A JSON document has no rows then.
+_DOCUMENT_BYTES, _HEAD_BYTES = 50_000_000, 4_000_000
+_TABLES, _BINARY, _BOOKS = (".csv", ".tsv", ".tab"), (".parquet", ".arrow"), (".xlsx", ".xlsm")
 
 
 @dataclass(frozen=True)
@@ -45,16 +48,40 @@ def first_rows(
     columns = data.get("columns")
     named = frozenset(columns.values() if isinstance(columns, Mapping) else ())
     try:
-        if path.suffix.lower() == ".json" and path.stat().st_size > _DOCUMENT_BYTES:
-            return None
         options = import_module("lightning_peft.data.file_format").ReadOptions
-        reading = files.read_file(path, path.name, options(**given, columns=named))
-        values = (entry.value for entry in reading.rows() if entry.value is not None)
-        rows = list(itertools.islice(values, most))
+        with tempfile.TemporaryDirectory(prefix="studio-") as folder:
+            start = _bounded(path, files, Path(folder))
+            if start is None:
+                return None
+            reading = files.read_file(start, path.name, options(**given, columns=named))
+            values = (entry.value for entry in reading.rows() if entry.value is not None)
+            rows = list(itertools.islice(values, most))
     except (OSError, ValueError, ImportError, RecursionError, LightningPeftError):
         return None
     names = list(dict.fromkeys(str(name) for row in rows for name in row))
     return Table(names, [[_format(row.get(name)) for name in names] for row in rows])
+
+
+def _bounded(path: Path, files: Any, folder: Path) -> Path | None:
+    """Returns a file with the first rows that may be read whole: a part of it is in ``folder``."""
+    opened: Any = import_module("lightning_peft.data.open_files")
+    suffix, size = files.suffix_of(path), path.stat().st_size
+    if suffix in _BINARY:
+        return path
+    if suffix in _BOOKS:
+        return path if size <= _DOCUMENT_BYTES else None
+    if size <= _DOCUMENT_BYTES and opened.compression_of(path) is None:
+        return path
+    with opened.open_file(path, path.name) as file:
+        content = file.read(_DOCUMENT_BYTES + 1)
+    if len(content) > _DOCUMENT_BYTES:
+        content = content[: content.rfind(b"\n", 0, _HEAD_BYTES) + 1]
+        # A line may end within a quoted value.
+        while suffix in _TABLES and content.count(b'"') % 2:
+            content = content[: content.rfind(b"\n", 0, -1) + 1]
+    part = folder / f"part{suffix}"
+    part.write_bytes(content)
+    return part
 
 
 def count_rows(path: Path) -> int | None:

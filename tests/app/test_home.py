@@ -42,7 +42,7 @@ def test_from_the_card_to_the_end_of_the_run_and_back(site, store, visit):
     page.get_by_text("No runs yet.").wait_for()
     page.get_by_text("No NVIDIA GPU").or_(page.get_by_text("of GPU memory")).first.wait_for()
     absent = absence_of_smollm2()
-    said = "SmolLM2 learns" if absent is None else f"The real model is not installed: {absent}"
+    said = "SmolLM2 turns" if absent is None else f"The real model is not installed: {absent}"
     assert said in page.locator("#cards").inner_text()
     screenshot(page, "home-empty")
     page.get_by_role("button", name="Start demo").click()
@@ -308,6 +308,22 @@ def test_what_is_said_of_machines(language):
     unknown = Machine("NVIDIA", 0, 64 * 10**9, 32 * 10**9, 16)
     assert t("home.fits_unknown") in home.machine_summary(unknown, t)
     assert t("home.fits_little") in home.machine_summary(Machine(None, 0, 10**9, 10**8, 1), t)
+
+
+@pytest.mark.parametrize(("gpu", "key"), [("NVIDIA", "home.big_text"), (None, "home.big_slow")])
+def test_the_card_of_qlora_says_where_it_is_slow(gpu, key, monkeypatch, tmp_path):
+    found = Machine(gpu, 24 * 10**9, 64 * 10**9, 32 * 10**9, 16)
+    monkeypatch.setattr(home, "this_machine", lambda: found)
+    studio, t = Studio(settings(tmp_path)), Texts()
+    try:
+        with gr.Blocks() as page:
+            home._cards(studio, t)
+    finally:
+        studio.close()
+    cards = [block.value for block in page.blocks.values() if isinstance(block, gr.HTML)]
+    (shown,) = [card for card in cards if t("home.big_title") in card]
+    said = [one for one in ("home.big_text", "home.big_slow") if t(one) in shown]
+    assert said == [key]
 
 
 def test_the_list_comes_in_pages(tmp_path):

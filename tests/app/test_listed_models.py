@@ -8,13 +8,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from gradio_app.pages.new.data_check import unavailable_model
 from gradio_app.pages.new.model import _model_label
 from gradio_app.recipe import edits
+from gradio_app.recipe.content import with_value
 from gradio_app.recipe.edits import base_recipe, with_model
-from gradio_app.recipe.model_files import free_bytes
+from gradio_app.recipe.model_files import free_bytes, is_cached
 from gradio_app.recipe.planner import plan_arguments, planned_place
 from gradio_app.recipe.presets import MODELS
 from gradio_app.texts import Texts
+from lightning_peft.runs.status import write_json
 from lightning_peft.task_registry import TASKS
 
 CHAT = [one for one in MODELS if "causal-lm" in one.families and ":" not in one.name]
@@ -64,6 +67,30 @@ def test_listed_models_are_planned_before_their_download(monkeypatch, tmp_path):
     assert f"--model={planned_place('Qwen/Qwen3-4B')}" in words
     assert planned_place("Qwen/Qwen3-4B").joinpath("config.json").is_file()
     assert planned_place("me/mine") == Path("me/mine")
+    # A look at data fetches the tokenizer alone.
+    folder = tmp_path / "models--Qwen--Qwen3-4B" / "snapshots" / ("0" * 40)
+    folder.mkdir(parents=True)
+    write_json(folder / "tokenizer.json", {})
+    assert is_cached("Qwen/Qwen3-4B", weights=False)
+    index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
+    for name, made in {"model.safetensors.index.json": index, "1.safetensors": {}}.items():
+        assert not is_cached("Qwen/Qwen3-4B")
+        write_json(folder / name, made)
+    assert planned_place("Qwen/Qwen3-4B") != Path("Qwen/Qwen3-4B")
     # What was fetched says itself how large it is.
-    (tmp_path / "models--Qwen--Qwen3-4B" / "snapshots").mkdir(parents=True)
+    write_json(folder / "2.safetensors", {})
+    assert is_cached("Qwen/Qwen3-4B")
     assert planned_place("Qwen/Qwen3-4B") == Path("Qwen/Qwen3-4B")
+
+
+def test_a_tokenizer_of_its_own_needs_no_weights_offline(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, file in (("model", "model.safetensors"), ("words", "tokenizer.json")):
+        folder = tmp_path / f"models--a--{name}" / "snapshots" / "main"
+        folder.mkdir(parents=True)
+        write_json(folder / file, {})
+    content = with_model(base_recipe("sft"), "a/model", None)
+    content = with_value(content, "data.init_args.tokenizer", "a/words")
+    assert unavailable_model(content) == ""
+    assert unavailable_model(with_model(content, "a/words", None)) == "a/words"

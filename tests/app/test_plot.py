@@ -10,7 +10,7 @@ from html import unescape
 
 import pytest
 
-from gradio_app.pages.plot import Axis, Series, linear, logarithmic, plot
+from gradio_app.pages.plot import Axis, Series, curve_table, linear, logarithmic, plot
 from gradio_app.pages.run import live_html
 from gradio_app.pages.run_state import phase_progress, time_left
 from gradio_app.runs.loss_increase import find_loss_increase, finished_worse
@@ -47,6 +47,11 @@ def test_a_logarithmic_axis_is_one():
     assert logarithmic([1e-6, 1.0]).ticks == pytest.approx([10.0**n for n in range(-6, 1)])
     assert logarithmic([2.0, 2.0]).ticks == (2.0, 5.0)
     assert isinstance(logarithmic([3e-8, 4e-8]), Axis)
+
+
+def test_rows_of_a_short_run_have_different_times():
+    shown = curve_table({"a": [(0.0061, 2.0), (0.0142, 1.0), (12345.0, 0.5)]}, "h", Texts())
+    assert re.findall(r'scope="row">([^<]+)<', shown) == ["0.0061", "0.0142", "12345"]
 
 
 def test_a_plot_shows_numbers_its_only_point_and_no_html_of_a_run():

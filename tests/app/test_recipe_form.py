@@ -23,7 +23,7 @@ from gradio_app.pages.new.method import (
     normalize_decimal,
     unset_text,
 )
-from gradio_app.pages.new.review import forms
+from gradio_app.pages.new.review import forms, summary_text
 from gradio_app.recipe import edits
 from gradio_app.recipe.commands import COMMAND, python_code
 from gradio_app.recipe.content import (
@@ -568,3 +568,19 @@ def test_names_that_contain_the_beginning_of_a_token_are_not_hidden():
         assert redacted(text) == text
     for before in ("", " ", "=", "/", '"', "\\n", "\n"):
         assert redacted(f"{before}sk-0123456789abcdef") == f"{before}[hidden]"
+
+
+@pytest.mark.parametrize(
+    ("trainer", "said"),
+    [
+        ({"max_epochs": 2}, "2 epochs,"),
+        ({"max_epochs": 1, "limit_train_batches": 1}, "1 epoch of 1 batches,"),
+        ({"max_epochs": 2, "limit_train_batches": 12}, "2 epochs of 12 batches,"),
+        ({"max_epochs": 2, "limit_train_batches": 0.5}, "2 epochs of 50% of the batches,"),
+        ({"max_epochs": 2, "limit_train_batches": 1.0}, "2 epochs,"),
+        ({"max_steps": 24, "limit_train_batches": 12}, "24 steps,"),
+    ],
+)
+def test_a_limit_of_batches_is_one_of_epochs(trainer, said):
+    content = {**base_recipe("sft", small=False), "trainer": trainer}
+    assert f", {said} effective" in summary_text(Session(content, content), Texts())

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
+import os
 import pickle
 import zipfile
 from pathlib import Path
 
+import gradio as gr
 import pytest
 
 from gradio_app.errors import UserError
+from gradio_app.pages.new.data import _keep_upload
+from gradio_app.pages.new.editor import Editor, Session
+from gradio_app.recipe import table
+from gradio_app.recipe.content import data_of
+from gradio_app.recipe.edits import base_recipe, with_data
 from gradio_app.recipe.table import first_rows
 from gradio_app.settings import Limits, Settings
+from gradio_app.studio import Studio
+from gradio_app.texts import Texts
 from gradio_app.uploads import MAX_FILES, Uploads
+from tests.app.runs import settings as run_settings
 
 DAY = "20261126"
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": None}]
@@ -183,9 +194,58 @@ def test_an_owner_cannot_fill_the_disk_with_many_files(uploads, settings, tmp_pa
         uploads.save(path, DAY)
     with pytest.raises(UserError, match=r"checks\.upload_many"):
         uploads.save(path, DAY)
+    names = [one.name for one in uploads.list()]
+    with pytest.raises(UserError, match=r"checks\.upload_many"):
+        uploads.drop_oldest(" ".join(names))
     larger = dataclasses.replace(settings, limits=Limits(upload_bytes=1))
     with pytest.raises(UserError, match=r"checks\.upload_size"):
         Uploads(larger, "v-2").save(path, DAY)
+
+
+def test_the_oldest_upload_that_no_run_or_recipe_names_makes_room(tmp_path):
+    studio = Studio(run_settings(tmp_path))
+    try:
+        uploads, path = Uploads(studio.settings, "local"), written(tmp_path, "rows.jsonl", LINES)
+        old = [uploads.save(path, DAY) for _ in range(MAX_FILES)]
+        for age, one in enumerate(old):
+            os.utime(one.path, (age, age))
+        studio.store.create("local", f"data: {{init_args: {{data: {old[0].path}}}}}\n", "run")
+        content = with_data(base_recipe("sft"), f"upload:{old[1].name}")
+        session = Session(content, content)
+        with gr.Blocks():
+            content = _keep_upload(Editor(studio, Texts()), session, path)
+        left = [one.name for one in uploads.list()]
+        assert set(left) == {one.name for one in old} - {old[2].name} | {left[0]}
+        assert data_of(content) == f"upload:{left[0]}"
+        assert "rows.jsonl" in session.notice
+    finally:
+        studio.close()
+
+
+LONG = "x" * 50
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rows"),
+    [
+        ("a.jsonl", "\n".join([json.dumps({"a": LONG})] * 100), [[LONG]] * 6),
+        ("a.jsonl", json.dumps([{"a": LONG}] * 100, indent=1), []),
+        ("a.jsonl", json.dumps({"a": LONG * 100}), None),
+        ("a.json", json.dumps([{"a": LONG}] * 100), None),
+        ("a.json.gz", gzip.compress(json.dumps([{"a": LONG}] * 100).encode()), None),
+        ("b.json.gz", gzip.compress(json.dumps([{"a": "b"}] * 10).encode()), [["b"]] * 10),
+        ("a.txt", f"{LONG}\n" * 100, [["\n".join([LONG] * 3) + "\n" + LONG[:46] + "\u2026"]]),
+        ("a.csv", "a,b\n" + f'1,"{LONG}\n{LONG}"\n' * 100, [["1", f"{LONG}\n{LONG}"]] * 3),
+    ],
+)
+def test_of_large_files_the_start_alone_is_read_for_the_first_rows(
+    name, content, rows, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(table, "_DOCUMENT_BYTES", 1_000)
+    monkeypatch.setattr(table, "_HEAD_BYTES", 400)
+    given = {"data": {"init_args": {"text_unit": "document"}}}
+    found = first_rows(written(tmp_path, name, content), given)
+    assert rows == (found.rows if found else None)
 
 
 def test_rows_that_hold_much_are_shown_short(tmp_path):

@@ -58,14 +58,27 @@ def build(editor: Editor) -> None:
     with gr.Accordion(t("new.data_hub"), open=False, elem_id="data-hub"):
         _build_hub(editor)
 
-    def kept(session: Session, given: Any) -> dict[str, Any]:
-        upload = Uploads(settings, session.owner).save(given, time.strftime("%Y%m%d"))
-        return with_data(session.content, f"{UPLOAD}{upload.name}")
-
-    editor.bind(file.upload, kept, [file], problem=problem)
+    editor.bind(file.upload, partial(_keep_upload, editor), [file], problem=problem)
     editor.bind(place.input, partial(_choose, editor), [place], problem=problem)
     editor.show([place, facts], lambda session: _updates(session, editor, hint))
     _build_report(editor)
+
+
+def _keep_upload(editor: Editor, session: Session, given: Any) -> dict[str, Any]:
+    """Returns the recipe with an uploaded file, for which an old one may have to make room."""
+    uploads, day = Uploads(editor.studio.settings, session.owner), time.strftime("%Y%m%d")
+    try:
+        upload = uploads.save(given, day)
+    except UserError as refused:
+        if refused.key != "checks.upload_many":
+            raise
+        store = editor.studio.store
+        runs = [*store.list(session.owner), *store.deleted(session.owner)]
+        recipes = [str(session.content), str(session.undo), *(run.recipe_text for run in runs)]
+        dropped = uploads.drop_oldest("\n".join(recipes))
+        session.notice = editor.t("new.upload_dropped", name=shortened(dropped.title))
+        upload = uploads.save(given, day)
+    return with_data(session.content, f"{UPLOAD}{upload.name}")
 
 
 def _choose(editor: Editor, session: Session, given: Any) -> dict[str, Any]:

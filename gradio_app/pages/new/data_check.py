@@ -31,12 +31,12 @@ def is_offline() -> bool:
 def unavailable_model(content: dict[str, Any]) -> str:
     """Returns the model of a recipe if it would have to be fetched and cannot be; else nothing."""
     task = task_of_config(content)
-    names = [value_at(content, "model.init_args.model", None)]
+    names = {value_at(content, "model.init_args.model", None): True}
     if task is not None and task.processor_argument is not None:
-        names.append(value_at(content, f"data.init_args.{task.processor_argument}", None))
-    named = [name for name in names if isinstance(name, str)]
-    hub = [name for name in named if ":" not in name and not os.path.isabs(name)]
-    return next((name for name in hub if is_offline() and not is_cached(name)), "")
+        processor = value_at(content, f"data.init_args.{task.processor_argument}", None)
+        names.setdefault(processor, False)
+    hub = [n for n in names if isinstance(n, str) and ":" not in n and not os.path.isabs(n)]
+    return next((n for n in hub if is_offline() and not is_cached(n, weights=names[n])), "")
 
 
 def require_report(editor: Editor, session: Session) -> DataReport:

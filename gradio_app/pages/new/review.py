@@ -307,15 +307,16 @@ def summary_text(session: Session, t: Texts) -> str:
     batch = count_at(content, "data.init_args.batch_size", 8)
     accumulated = count_at(content, "trainer.accumulate_grad_batches", 1)
     each = batch * accumulated if batch and accumulated else "?"
-    amount = (
-        t("new.words_steps", steps=steps)
-        if isinstance(steps, int) and steps > 0
-        else t("new.words_epoch" if epochs == 1 else "new.words_epochs", epochs=epochs or 1000)
-    )
-    batches = value_at(content, "trainer.limit_train_batches", None)
-    if batches not in (None, 1.0):
-        limit = t.localized(format_value(batches))
-        amount = t("new.words_of_batches", amount=amount, batches=limit)
+    if isinstance(steps, int) and steps > 0:
+        amount = t("new.words_steps", steps=steps)
+    else:
+        amount = t("new.words_epoch" if epochs == 1 else "new.words_epochs", epochs=epochs or 1000)
+        batches = value_at(content, "trainer.limit_train_batches", 1.0)
+        if not isinstance(batches, float):
+            amount = t("new.words_of_batches", amount=amount, batches=format_value(batches))
+        elif batches != 1:
+            share = t.localized(f"{100 * batches:g}")
+            amount = t("new.words_of_share", amount=amount, share=share)
     rate = t.localized(format_value(value_at(content, "model.init_args.learning_rate", 2e-4)))
     rank = value_at(content, "trainer.strategy.init_args.r", 16)
     words.append(t("new.words_how", amount=amount, rows=each, rate=rate, rank=rank))
