@@ -84,11 +84,21 @@ class _OverTrained(_Base):
     restored: Any = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Waits for the adapters, which come with ``configure_model``."""
+        """Waits for the adapters, which come with ``configure_model``.
+
+        Raises:
+            UnsupportedError: If a subclass has a ``setup`` of its own.
+        """
         if stage == "fit":
             self.begin()
         if not _adds_adapters(trainer):
             super().setup(trainer, pl_module, stage)
+        elif (owner := super().setup.__qualname__.rpartition(".")[0]) not in _SERVED:
+            raise UnsupportedError(
+                f"callback {owner.rpartition('.')[2]} has a `setup` of its own, which is not "
+                "called, since Lightning's below it would copy the whole model, before it has "
+                "adapters. Move what it does to `on_fit_start`."
+            )
 
     def begin(self) -> None:
         """Forgets what was averaged before."""

@@ -269,3 +269,16 @@ def test_stochastic_weight_averaging_with_batch_norms_is_refused(tmp_path):
     average = lightning(ROOTS[0]).callbacks.StochasticWeightAveraging(0.01)
     with pytest.raises(UnsupportedError, match=r"statistics of batch norms(.|\n)*model\.norm"):
         trainer(tmp_path, callbacks=[average]).fit(task(), loader())
+
+
+@pytest.mark.parametrize("name", ["WeightAveraging", "StochasticWeightAveraging"])
+def test_a_setup_that_would_not_be_called_is_refused(name, tmp_path):
+    kind = getattr(lightning(ROOTS[0]).callbacks, name)
+
+    class Own(kind):
+        def setup(self, trainer, pl_module, stage):
+            super().setup(trainer, pl_module, stage)
+
+    given = {"swa_lrs": 0.01} if name.startswith("Stochastic") else {}
+    with pytest.raises(UnsupportedError, match=r"callback Own has a `setup`.*`on_fit_start`"):
+        trainer(tmp_path, callbacks=[Own(**given)]).fit(task(), loader())
