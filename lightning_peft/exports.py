@@ -13,6 +13,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from lightning_peft.compat.torchvision import loading_problem
+from lightning_peft.errors import ConfigError
+
 
 def attach_stub(
     package: str, bind: Callable[[Any], Any] | None = None, bound: tuple[str, ...] = ("",)
@@ -32,7 +35,13 @@ def attach_stub(
     def load(name: str) -> Any:
         if name not in home_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(import_module(f"{package}.{home_of[name]}"), name)
+        try:
+            value = getattr(import_module(f"{package}.{home_of[name]}"), name)
+        except Exception as error:
+            problem = loading_problem(error)
+            if problem is None:
+                raise
+            raise ConfigError(problem) from error
         if bind is not None and home_of[name].startswith(bound):
             return bind(value)
         setattr(module, name, value)

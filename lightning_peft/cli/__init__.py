@@ -14,6 +14,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import NamedTuple
 
+from lightning_peft.compat.torchvision import loading_problem
 from lightning_peft.errors import ConfigError, LightningPeftError, first_line, similar_names
 
 # The commands by group, which are modules of this room with ABOUT and main. Their heavy parts load
@@ -66,6 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever reads has seen enough, as `head` does. Python would complain once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception as error:
+        problem = loading_problem(error)
+        if problem is None:
+            raise
+        print(f"lightning-peft: {problem}", file=sys.stderr)
+        return 2
 
 
 def command_groups() -> dict[str, tuple[str, ...]]:

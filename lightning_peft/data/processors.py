@@ -11,6 +11,7 @@ from typing import Any
 import transformers
 from transformers import AutoProcessor, ProcessorMixin
 
+from lightning_peft.compat.torchvision import install_command, loading_problem
 from lightning_peft.data.images import load_image_processor
 from lightning_peft.data.tokenized import digest_of_tokenizer, load_pretrained, load_tokenizer
 from lightning_peft.errors import ConfigError, similar_names
@@ -39,11 +40,14 @@ def load_processor(
             return _built(name, dict(config), revision)
         found = load_pretrained(AutoProcessor, "processor", name, revision)
     except ImportError as error:
+        problem = loading_problem(error)
+        if problem is not None:
+            raise ConfigError(problem) from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ConfigError(
             f"processor={name!r} needs a package that is missing: {' '.join(lines)[:300]} "
-            "Processors that also take videos need them for images alone: pip install torchvision "
-            "(Qwen-VL), pip install num2words (SmolVLM)."
+            f"Processors that also take videos need them for images alone: {install_command()} "
+            "from the index of torch (Qwen-VL), pip install num2words (SmolVLM)."
         ) from error
     if not isinstance(found, ProcessorMixin) or not hasattr(found, "image_processor"):
         raise ConfigError(

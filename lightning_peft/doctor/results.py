@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from lightning_peft.compat.torchvision import loading_problem
+
 Status = Literal["ok", "warning", "failed", "skipped"]
 
 
@@ -41,7 +43,9 @@ class Check:
                 found = self.run()
             # The parts under trial raise whatever their loaders and kernels do.
             except Exception as error:
-                found = CheckResult(self.broken, error_line(error), self.remedy)
+                problem = loading_problem(error)
+                detail = error_line(error) if problem is None else "transformers does not load"
+                found = CheckResult(self.broken, detail, problem or self.remedy)
         return replace(found, name=self.name, seconds=round(time.perf_counter() - started, 2))
 
     def skipped(self, why: str) -> CheckResult:

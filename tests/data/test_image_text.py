@@ -6,6 +6,8 @@ import base64
 import json
 import logging
 import re
+from importlib.metadata import version
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -441,6 +443,18 @@ def test_a_processor_is_built_of_settings_or_refused(tmp_path):
         load_processor(str(tmp_path / "words"))
     with pytest.raises(ConfigError, match="has no processor_class and no image_processor"):
         ImageTextData("x.jsonl", "words", {"patch_size": 8})
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_a_package_for_videos_is_installed_next_to_the_torch_that_is_there(tmp_path):
+    FAMILIES["qwen2_vl"].processor().save_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    file.write_text(file.read_text().replace("ImagesOnly", "Qwen2VLProcessor"))
+    video = {"video_processor_type": "Qwen2VLVideoProcessor"}
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(video))
+    command = re.escape(f'pip install torchvision "torch=={version("torch")}"')
+    with pytest.raises(ConfigError, match=f"needs a package that is missing: .*{command}"):
+        load_processor(str(tmp_path))
 
 
 def test_a_processor_without_a_token_for_images_is_refused():
