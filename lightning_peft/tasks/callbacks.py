@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from pytorch_lightning.callbacks import ModelCheckpoint as _ModelCheckpoint
 else:
     _Callback = _EarlyStopping = _ModelCheckpoint = object
+
+
+log = logging.getLogger(__name__)
 
 
 class _MetricCheck(_Callback):
@@ -166,6 +170,7 @@ class LogSamples(_Callback, metaclass=LateBoundMeta):
         self.seconds = 0.0
         self.waits_for_end = False
         self._said = False
+        self._refused: set[str] = set()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Checks that module and data can give samples."""
@@ -232,4 +237,11 @@ class LogSamples(_Callback, metaclass=LateBoundMeta):
         columns = ["prompt", "expected", "generated"]
         rows = [[sample.prompt, sample.expected, sample.generated] for sample in samples]
         for logger in trainer.loggers:
-            log_table(logger, "samples", columns, rows, trainer.global_step)
+            kind = type(logger).__name__
+            try:
+                log_table(logger, "samples", columns, rows, trainer.global_step)
+            except Exception as error:
+                # A tracker that cannot be reached must not end the training.
+                if kind not in self._refused:
+                    log.warning("LogSamples: %s takes no samples: %r", kind, error)
+                self._refused.add(kind)

@@ -16,15 +16,16 @@ def log_table(
     Args:
         logger: One of ``trainer.loggers``: a ``WandbLogger``, which makes a table of it; an
             ``MLFlowLogger``, which adds rows with their step to the artifact ``NAME.json``; a
-            ``TensorBoardLogger``, which shows it as text.
+            ``TensorBoardLogger``, which shows it as text. Known by the methods that it has.
         name: What it is called there.
         columns: Names of the columns.
-        rows: A value for each column; texts, numbers or ``None``.
+        rows: A value for each column; texts, numbers or ``None``. Weights & Biases refuses texts
+            and numbers in one column.
         step: Optimizer steps so far.
     """
     if hasattr(logger, "log_table"):
         logger.log_table(name, columns=[*columns], data=[[*row] for row in rows], step=step)
-    elif hasattr(logger.experiment, "log_table"):
+    elif hasattr(logger, "run_id") and hasattr(logger.experiment, "log_table"):
         values = {column: [row[i] for row in rows] for i, column in enumerate(columns)}
         table = {"step": [step] * len(rows), **values}
         logger.experiment.log_table(logger.run_id, table, f"{name}.json")
