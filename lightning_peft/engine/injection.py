@@ -28,7 +28,7 @@ from lightning_peft.engine.configuration import (
     lora_config,
 )
 from lightning_peft.engine.files.base_tensors import include_in_files
-from lightning_peft.engine.files.excluded_weights import note_excluded
+from lightning_peft.engine.files.excluded_weights import agree_on_excluded, note_excluded
 from lightning_peft.engine.fingerprint import buffer_checksums, fingerprint
 from lightning_peft.engine.freezing import freeze_base
 from lightning_peft.engine.layers.attention import projections
@@ -111,7 +111,8 @@ def inject(
             which is created inactive; see :func:`lightning_peft.set_adapter`.
         device: Where quantization happens, and where the quantized weights stay.
         exclude_from_checkpoint: As in :class:`lightning_peft.LoRAStrategy`, for checkpoints of
-            :func:`lightning_peft.save_fabric_checkpoint`.
+            :func:`lightning_peft.save_fabric_checkpoint`. With names this is called in all
+            processes.
         **lora_arguments: ``r``, ``lora_alpha``, ``target_modules``, ... as in
             :class:`lightning_peft.LoRAStrategy`.
 
@@ -135,6 +136,8 @@ def inject(
     )
     if is_first or exclude_from_checkpoint is not None:
         note_excluded(module, exclude_from_checkpoint)
+    if exclude_from_checkpoint:
+        agree_on_excluded(module, exclude_from_checkpoint)
     return report(module)
 
 

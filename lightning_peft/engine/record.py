@@ -106,13 +106,13 @@ class AdaptedModuleRecord:
 
 
 @dataclass(frozen=True)
-class ExcludedWeight:
-    """A frozen weight outside of the adapted parts that checkpoints leave out.
+class BuiltWeight:
+    """A weight outside of the adapted parts, as the module was built with it.
 
     Attributes:
-        total: :func:`~lightning_peft.engine.fingerprint.checksum` of it before training.
+        total: :func:`~lightning_peft.engine.fingerprint.checksum` of it.
         exact: ``exact_checksum`` of it.
-        dtype: Its dtype then.
+        dtype: Its dtype.
     """
 
     total: int
@@ -133,7 +133,9 @@ class Record:
         eval_modules: Names of the submodules that stay in eval mode, as the user set them.
         unoptimized: Names of the adapted layers that are frozen since no optimizer holds them.
         shards: How many processes share the frozen parameters.
-        excluded: Frozen weights outside of the parts that checkpoints leave out, by name.
+        built: Weights outside of the parts before a fit or a checkpoint changed them, by name;
+            those that are frozen in a fit, and those that a checkpoint had others for.
+        excluded: Names of those that checkpoints leave out.
         changed: Names of those that were found to have changed, and that checkpoints hold.
     """
 
@@ -144,7 +146,8 @@ class Record:
     eval_modules: set[str] = field(default_factory=set)
     unoptimized: list[str] = field(default_factory=list)
     shards: int = 1
-    excluded: dict[str, ExcludedWeight] = field(default_factory=dict)
+    built: dict[str, BuiltWeight] = field(default_factory=dict)
+    excluded: set[str] = field(default_factory=set)
     changed: set[str] = field(default_factory=set)
 
     @property

@@ -138,17 +138,13 @@ def missing_layers(module: nn.Module, record: Any) -> list[str]:
 
 
 def check_same_base_on_all_ranks(module: nn.Module) -> None:
-    """Compares the frozen weights of all ranks that checkpoints leave out.
-
-    DDP broadcasts packed bytes, not constants.
-    """
+    """Compares the frozen bases of all ranks: DDP broadcasts packed bytes, not constants."""
     record = engine.require_record(module)
     mine = {
         part.qualified(name): total
         for part in record.parts.values()
         for name, total in zip(part.base.names, part.base.sums, strict=True)
     }
-    mine |= {name: weight.total for name, weight in record.excluded.items()}
     everyone = engine.gathered(mine)
     others = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
     if not others:

@@ -70,7 +70,6 @@ class AdapterStrategy(_Base):
     _checkpointing: Any = None
     _automatic: AutomaticCheckpointing | None = None
     _names_before_hooks: tuple[str, ...] = ()
-    _excluded: dict[str, int] = {}
     _budget: engine.RankBudget | None = None
 
     @property
@@ -220,14 +219,12 @@ class AdapterStrategy(_Base):
         set_checkpoint_io(self, io)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Returns everything but the frozen base, and what else the module loads itself."""
+        """Returns everything but the frozen base."""
         state: dict[str, Any]
         if engine.record_of(self._module) is None:
             state = super().lightning_module_state_dict()
         else:
-            # Others write nothing, and need not read these weights.
-            self._excluded = engine.excluded_weights(self._module) if self.is_global_zero else {}
-            state = engine.trainable_state_dict(self._module, self._excluded)
+            state = engine.trainable_state_dict(self._module)
         self._names_before_hooks = tuple(state)
         return state
 
@@ -251,7 +248,7 @@ class AdapterStrategy(_Base):
             super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     def _with_metadata(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        described = engine.describe(self._module, self._excluded)
+        described = engine.describe(self._module)
         # Files of weights only are not resumed from.
         whole = "optimizer_states" in checkpoint
         described["processes"] = self._gather_process_states() if whole else []
@@ -269,7 +266,10 @@ class AdapterStrategy(_Base):
                 ", ".join(names),
                 names,
             )
-        return pack_checkpoint(self._module, checkpoint, described, self._names_before_hooks)
+        # Others write nothing, and need not read these weights.
+        excluded = engine.excluded_weights(self._module) if self.is_global_zero else {}
+        before = self._names_before_hooks
+        return pack_checkpoint(self._module, checkpoint, described, before, excluded)
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Removes a checkpoint and its adapter folder."""
@@ -286,9 +286,8 @@ class AdapterStrategy(_Base):
         if self.world_size > 1:
             # Which one is newest, processes may see differently while the first begins its record.
             checkpoint_path = self.broadcast(checkpoint_path)
-        return unpack_checkpoint(
-            read_checkpoint(super().load_checkpoint, checkpoint_path, weights_only)
-        )
+        checkpoint = read_checkpoint(super().load_checkpoint, checkpoint_path, weights_only)
+        return unpack_checkpoint(self._module, checkpoint)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Loads adapters strictly, whatever ``strict`` says, on the base they were trained on.

@@ -29,14 +29,23 @@ def pack_checkpoint(
     checkpoint: Mapping[str, Any],
     described: Mapping[str, Any],
     before: Collection[str],
+    excluded: Mapping[str, engine.BuiltWeight] | None = None,
 ) -> dict[str, Any]:
     """Returns the content to write: the description and all adapters, without the base.
 
-    ``before`` has the names in ``state_dict`` before hooks changed it.
+    ``before`` has the names in ``state_dict`` before hooks changed it, ``excluded`` what the module
+    loads itself besides the base. Where hooks took that away or put others there, it is theirs.
     """
     own = engine.checkpoint_tensors(module)
-    excluded = _excluded(described)
-    state = engine.drop_frozen_base(module, checkpoint.get("state_dict") or {}, excluded)
+    state = engine.drop_frozen_base(module, checkpoint.get("state_dict") or {})
+    params = dict(module.named_parameters(remove_duplicate=False))
+    left_out = {
+        name: [weight.total, weight.exact, weight.dtype]
+        for name, weight in (excluded or {}).items()
+        if engine.same_memory(state.get(name), params[name])
+    }
+    if left_out:
+        described = {**described, "format": engine.FORMATS[1], "excluded": left_out}
     record = engine.require_record(module)
     # A base weight with an impossible shape is refused even by load_state_dict(strict=False).
     guard = next(part.qualified(n) for part in record.parts.values() for n in part.base.names)
@@ -46,15 +55,16 @@ def pack_checkpoint(
         "kept": {name: tensor for name, tensor in own.items() if name not in state},
         "removed": [name for name in before if name not in state and name not in own],
     }
+    state = {name: value for name, value in state.items() if name not in left_out}
     guards = {LOAD_GUARD_KEY: torch.empty(0), guard: torch.empty(0)}
     return {**checkpoint, "state_dict": {**state, **guards}, CHECKPOINT_KEY: described}
 
 
-def unpack_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def unpack_checkpoint(module: torch.nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Returns a checkpoint that was read, before hooks see it.
 
-    Without the entries that stop others from loading it, and with the adapters kept where no hook
-    looks.
+    Without the entries that stop others from loading it, with the weights that ``module`` loads
+    itself, and with the adapters kept where no hook looks.
     """
     if CHECKPOINT_KEY not in checkpoint:
         return checkpoint
@@ -63,7 +73,7 @@ def unpack_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
     state = {k: v for k, v in checkpoint["state_dict"].items() if k not in guards}
     return {
         **checkpoint,
-        "state_dict": state,
+        "state_dict": {**state, **engine.excluded_tensors(module, _excluded(described))},
         CHECKPOINT_KEY: {**described, "written": dict(state)},
     }
 
@@ -72,21 +82,24 @@ def load_tensors(module: Any, checkpoint: Mapping[str, Any], strict: bool) -> No
     """Loads the tensors of a checkpoint, after the hooks of the module changed it.
 
     Raises:
+        BaseMismatchError: If the file leaves out weights that the module has not.
         CheckpointError: If it does not fit; everything that differs is named.
     """
     described = checkpoint[CHECKPOINT_KEY]
-    removed = () if strict else described.get("removed", ())
+    excluded = _excluded(described)
+    removed = [*excluded, *(() if strict else described.get("removed", ()))]
     written = described["written"]
     adapters = {n: written[n] for n in engine.adapter_names_of(module) if n in written}
     kept = {**described.get("kept", {}), **adapters}
     state = checkpoint.get("state_dict") or {}
-    engine.load_trainable_state_dict(module, state, kept, removed, _excluded(described))
+    engine.check_excluded(module, excluded, state)
+    engine.note_replaced(module, state)
+    engine.load_trainable_state_dict(module, state, kept, removed)
 
 
-def _excluded(described: Mapping[str, Any]) -> list[str]:
-    """Returns the names of the weights that a file leaves out besides the frozen base."""
-    names: list[str] = described.get("excluded", {}).get("names", [])
-    return names
+def _excluded(described: Mapping[str, Any]) -> dict[str, engine.BuiltWeight]:
+    saved = described.get("excluded", {})
+    return {name: engine.BuiltWeight(*values) for name, values in saved.items()}
 
 
 def strip_objects(

@@ -63,13 +63,13 @@ def save_fabric_checkpoint(
     engine.require_record(plain)
     check_frozen(plain)
     check_same_base_on_all_ranks(plain)
+    engine.agree_on_excluded(plain)
     own = _listed(optimizers)
     _check_loadable(state, own)
     processes = engine.gathered(random_state())
     if fabric.is_global_zero:
-        excluded = engine.excluded_weights(plain)
-        tensors = engine.trainable_state_dict(plain, excluded)
-        described = engine.describe(plain, excluded)
+        tensors = engine.trainable_state_dict(plain)
+        described = engine.describe(plain)
         described |= {"processes": [], "left_out": [], "optimizers": engine.optimizer_names(own)}
         content = {
             "state_dict": tensors,
@@ -77,7 +77,9 @@ def save_fabric_checkpoint(
             _STATE: {"random": processes, "user": _numbers(state)},
         }
         write_adapter_folder(target, engine.packed_adapters(plain, {}))
-        write_whole_file(pack_checkpoint(plain, content, described, tuple(tensors)), target)
+        excluded = engine.excluded_weights(plain)
+        content = pack_checkpoint(plain, content, described, tuple(tensors), excluded)
+        write_whole_file(content, target)
     fabric.barrier()
     return target
 
@@ -104,7 +106,7 @@ def load_fabric_checkpoint(
         BaseMismatchError: If the base is another one than the adapters were trained on.
     """
     plain = _plain_module(module)
-    checkpoint = unpack_checkpoint(read_checkpoint(_read, path, None))
+    checkpoint = unpack_checkpoint(plain, read_checkpoint(_read, path, None))
     if _STATE not in checkpoint or CHECKPOINT_KEY not in checkpoint:
         raise CheckpointError(
             f"{str(path)!r} was not written by save_fabric_checkpoint. Checkpoints of a Trainer "

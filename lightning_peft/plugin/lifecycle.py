@@ -108,21 +108,19 @@ class Lifecycle:
         self._missing = [] if record is None else missing_layers(module, record)
         if self._missing:
             engine.set_record(module, None)
-        is_new = engine.record_of(module) is None
-        if is_new:
+        if engine.record_of(module) is None:
             outside = engine.unregistered_copies(module)
             settings = self.injection
             request = engine.InjectionRequest(settings.peft_config, settings.quantization_config)
             device, requested = strategy.root_device, settings.adapters_configured
             engine.inject_config(module, request, settings.adapt, device, requested)
+            check_same_base_on_all_ranks(module)
             warn_unregistered_copies(module, outside)
         else:
             check_existing_adapters(module, self.injection)
         if _is_fitting(module):
             engine.note_excluded(module, self._arguments.exclude_from_checkpoint)
-        if is_new:
-            check_same_base_on_all_ranks(module)
-        if _is_fitting(module):
+            engine.agree_on_excluded(module, self._arguments.exclude_from_checkpoint)
             check_pruning(module)
             engine.unfreeze_unoptimized(module)
             check_trainable(module)

@@ -59,7 +59,7 @@ def load_from_checkpoint(
     if root is None:
         raise ConfigError(f"{cls.__name__} is not a LightningModule.")
     io = bind_to_lightning(WholeFileCheckpointIO, root)()
-    checkpoint = unpack_checkpoint(read_checkpoint(io.load_checkpoint, path, weights_only))
+    checkpoint = read_checkpoint(io.load_checkpoint, path, weights_only)
     if CHECKPOINT_KEY not in checkpoint:
         raise CheckpointError(
             f"{str(path)!r} was not written with adapters. Load it with "
@@ -70,6 +70,7 @@ def load_from_checkpoint(
     _build_layers(module, described)
     device = None if map_location is None else torch.device(map_location)
     engine.inject_as_described(module, described, device)
+    checkpoint = unpack_checkpoint(module, checkpoint)
     module.on_load_checkpoint(checkpoint)
     load_tensors(module, checkpoint, module.strict_loading)
     return module.to(device or torch.device("cpu")).eval()

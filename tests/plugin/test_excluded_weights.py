@@ -15,14 +15,16 @@ from modules import ROOTS, differing, resumed, strategy, trainer, weights
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertForMaskedLM, BertModel
 
 import lightning_peft
+from lightning_peft import engine
 from lightning_peft.errors import BaseMismatchError, ConfigError
 from lightning_peft.plugin.checkpoint_content import CHECKPOINT_KEY
 from lightning_peft.plugin.namespace import bind_to_lightning
 
 WORDS = "encoder.embeddings.word_embeddings.weight"
+BIAS = "encoder.embeddings.LayerNorm.bias"
 
 
 def bert(width: int) -> BertModel:
@@ -91,8 +93,17 @@ def held(path: Path) -> set[str]:
     names = {name for name, value in content["state_dict"].items() if value.numel()}
     assert {"proj.weight", "proj.bias"} < names
     frozen = {name for name in names if name.startswith(("encoder.", "teacher."))}
-    assert frozen.isdisjoint(described.get("excluded", {}).get("names", []))
+    assert frozen.isdisjoint(described.get("excluded", {}))
     return frozen
+
+
+def noted(module: nn.Module) -> set[str]:
+    """Returns the names of the weights that are left out by default."""
+    if engine.record_of(module) is None:
+        lightning_peft.inject(module, r=2)
+    else:
+        engine.note_excluded(module)
+    return {*engine.excluded_weights(module)}
 
 
 def all_of(module: nn.Module, *owners: str) -> set[str]:
@@ -160,16 +171,37 @@ def test_what_changes_is_in_the_file(exclude, changed, files, tmp_path, caplog) 
     )
 
 
+@torch.no_grad()
 def test_what_the_files_do_not_hold_is_in_the_checkpoint(files, tmp_path) -> None:
     module = Guided(files)
     # As from a stage of training before; less than bfloat16 has digits for.
     tuned = "encoder.encoder.layer.0.output.dense.weight"
-    with torch.no_grad():
-        module.get_parameter(tuned).mul_(1 + 1e-6)
+    module.get_parameter(tuned).mul_(1 + 1e-6)
+    layer = module.encoder.encoder.layer[0].attention.self
+    layer.key.weight.copy_(layer.query.weight)
     module.encoder.embeddings.train()
-    _, found = fit(tmp_path, module)
-    trained = {n for n in all_of(module, "encoder") if ".embeddings." in n}
-    assert found == all_of(module, "teacher") | {tuned} | trained
+    other = {n for n in all_of(module, "encoder") if ".embeddings." in n or ".key.weight" in n}
+    assert noted(module) == all_of(module, "encoder") - {tuned} - other
+
+
+@torch.no_grad()
+def test_which_files_of_a_model_count(files, tmp_path) -> None:
+    module = Guided(files)
+    module.encoder.save_pretrained(tmp_path)
+    module = Guided(str(tmp_path))
+    module.get_parameter(WORDS).add_(1)
+    module.encoder.save_pretrained(tmp_path / "checkpoint-1")
+    # With a head, under names with a prefix.
+    model = BertForMaskedLM(module.encoder.config)
+    model.bert.load_state_dict(module.encoder.state_dict())
+    assert noted(module) == all_of(module, "encoder") - {WORDS}
+    # The folder of a pipeline of diffusers.
+    (tmp_path / "model_index.json").write_text("{}")
+    assert noted(module) == all_of(module, "encoder")
+    for path in tmp_path.rglob("*.safetensors"):
+        path.unlink()
+    model.save_pretrained(tmp_path)
+    assert noted(Guided(str(tmp_path))) == all_of(module, "encoder")
 
 
 @pytest.mark.parametrize(
@@ -184,12 +216,26 @@ def test_other_dtypes_of_the_same_file_are_left_out_too(dtype, precision, files,
     assert loaded.get_parameter(WORDS).dtype is getattr(torch, dtype)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("loaded", "cast"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_a_weight_that_is_cast_and_then_changed_is_in_the_file(loaded, cast, files) -> None:
+    module = Guided(files, loaded)
+    expected = noted(module)
+    assert expected == all_of(module, "encoder")
+    module.encoder.to(getattr(torch, cast))
+    assert {*engine.excluded_weights(module)} == expected
+    # A step of the dtype that it has now.
+    module.get_parameter(WORDS)[3, 2] *= 1 + 2 * torch.finfo(getattr(torch, cast)).eps
+    assert {*engine.excluded_weights(module)} == expected - {WORDS}
+
+
 def test_other_frozen_weights_are_refused(files, tmp_path) -> None:
     module = Guided(files)
     path, _ = fit(tmp_path, module, ["teacher", "encoder"], max_steps=1)
     message = r"leaves out frozen weights that the module loads itself.*\n  - {}\n"
     with pytest.raises(BaseMismatchError, match=message.format(r"teacher\.weight")):
-        lightning_peft.load_from_checkpoint(Guided, path, scale=2.0)
+        # Less than bfloat16 has digits for.
+        lightning_peft.load_from_checkpoint(Guided, path, scale=1 + 1e-6)
     bert(16).save_pretrained(tmp_path / "other")
     other = Guided(str(tmp_path / "other"))
     run = trainer(tmp_path, "lora", ROOTS[0])
@@ -198,8 +244,107 @@ def test_other_frozen_weights_are_refused(files, tmp_path) -> None:
     # Also where they changed in this process.
     with torch.no_grad():
         module.teacher.weight.add_(1)
-    with pytest.raises(BaseMismatchError, match=message.format(r"teacher\.weight")):
+    here = message.format(r"teacher\.weight") + "They changed in this process"
+    with pytest.raises(BaseMismatchError, match=here):
         run.validate(module, data(), ckpt_path=path)
+
+
+def test_what_trained_since_is_read_from_its_file_again(files, tmp_path) -> None:
+    module = Guided(files)
+    path, _ = fit(tmp_path, module, max_steps=1)
+    saved = weights(module)
+    module.encoder.requires_grad_(True)
+    for param in module.encoder.parameters():
+        param.data.add_(1)
+    trainer(tmp_path, "lora", ROOTS[0]).validate(module, data(), ckpt_path=path, verbose=False)
+    assert not differing(weights(module), saved)
+
+
+def test_what_a_checkpoint_had_others_for_is_in_the_next_one(files, tmp_path, caplog) -> None:
+    path, found = fit(tmp_path, Guided(files, scale=2.0), [], max_steps=1)
+    assert found >= all_of(Guided(files), "teacher")
+    loaded = lightning_peft.load_from_checkpoint(Guided, path, scale=1.0)
+    _, found = fit(tmp_path, loaded, "teacher", max_steps=1)
+    # The bias is the same.
+    assert found == all_of(loaded, "encoder") | {"teacher.weight"}
+    assert "any more" in caplog.text
+    again = lightning_peft.load_from_checkpoint(Guided, path, scale=1.0)
+    assert not differing(weights(again), weights(loaded))
+
+
+class Deleting(Guided):
+    """Takes a part out of its checkpoints, and puts it back."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for name in self.encoder.state_dict():
+            del checkpoint["state_dict"][f"encoder.{name}"]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own = {f"encoder.{name}": value for name, value in self.encoder.state_dict().items()}
+        checkpoint["state_dict"].update(own)
+
+
+class Renaming(Guided):
+    """Has other names in its checkpoints, and reads a part whose names are the same."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        moved = {n.replace("encoder.encoder", "layers"): v for n, v in state.items()}
+        checkpoint["state_dict"] = moved
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        assert state[WORDS].shape == self.get_parameter(WORDS).shape
+        for name in all_of(self, "encoder"):
+            if name.startswith("encoder.encoder"):
+                state[name] = state.pop(name.replace("encoder.encoder", "layers"))
+
+
+class Scaling(Guided):
+    """Has other values in its checkpoints, and puts others in when it is loaded."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"][WORDS] = 2 * checkpoint["state_dict"][WORDS]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"][BIAS] = checkpoint["state_dict"][BIAS] + 1
+
+
+@pytest.mark.parametrize("kind", [Deleting, Renaming, Scaling])
+def test_hooks_see_all_and_what_they_do_counts(kind, files, tmp_path) -> None:
+    module = kind(files)
+    path, found = fit(tmp_path, module, max_steps=1)
+    assert found == all_of(module, "teacher") | ({WORDS} if kind is Scaling else set())
+    expected = weights(module)
+    if kind is Scaling:
+        expected[WORDS] = 2 * expected[WORDS]
+        expected[BIAS] = torch.ones(16)
+    fresh = kind(files)
+    trainer(tmp_path, "lora", ROOTS[0]).validate(fresh, data(), ckpt_path=path, verbose=False)
+    for loaded in (fresh, lightning_peft.load_from_checkpoint(kind, path)):
+        assert not differing(weights(loaded), expected)
+
+
+class Late(Guided):
+    """Loads its encoder where a checkpoint is loaded."""
+
+    files = ""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        loaded = BertModel.from_pretrained(self.files, add_pooling_layer=False)
+        self.encoder.load_state_dict(loaded.state_dict())
+
+
+def test_a_module_may_load_its_weights_with_the_checkpoint(files, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Late, "files", files)
+    bert(16).save_pretrained(tmp_path)
+    module = Late(files)
+    path, found = fit(tmp_path, module, max_steps=1)
+    assert found == all_of(module, "teacher")
+    fresh = Late(str(tmp_path))
+    trainer(tmp_path, "lora", ROOTS[0]).validate(fresh, data(), ckpt_path=path, verbose=False)
+    for loaded in (fresh, lightning_peft.load_from_checkpoint(Late, path, folder=str(tmp_path))):
+        assert not differing(weights(loaded), weights(module))
 
 
 def test_a_file_that_holds_all_of_it_is_continued_with_its_values(files, tmp_path) -> None:

@@ -10,7 +10,7 @@ from modules import lightning, loader, saver, strategy, task, trainer, weights
 from torch import distributed
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_peft import QLoRACallback
+from lightning_peft import QLoRACallback, engine, inject
 from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.errors import BaseMismatchError, LifecycleError
 from lightning_peft.plugin import automatic_checkpointing
@@ -85,6 +85,19 @@ def fit_guided(folder, rank, sharding=None):
     return found
 
 
+def left_out(rank):
+    """Returns what is left out of a frozen layer whose bias differs, where no name was given."""
+    body, guide = torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.nn.Linear(4, 4)
+    for param in guide.requires_grad_(False).parameters():
+        torch.nn.init.zeros_(param)
+    guide.bias.add_(rank)
+    module = torch.nn.ModuleDict({"body": body, "guide": guide})
+    inject(module, r=2, adapt="body", target_modules=["0"])
+    engine.note_excluded(module, "guide")
+    engine.agree_on_excluded(module)
+    return sorted(engine.excluded_weights(module))
+
+
 def fit_recorded(folder, rank):
     """Trains by a record that holds on the first process only; returns the decision."""
     ours = strategy("lora", ROOT, gradient_checkpointing="auto")
@@ -140,6 +153,8 @@ def main(folder: Path) -> None:
     seen["recorded"] = fit_recorded(folder, rank)
 
     seen["guided"] = [fit_guided(folder, rank, sharding) for sharding in (None, "fsdp2")]
+
+    seen["left out"] = left_out(rank)
 
     seen["idle"] = fit_idle(folder)
     seen["idle allowed"] = fit_idle(folder, ddp_kwargs={"find_unused_parameters": True})

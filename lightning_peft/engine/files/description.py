@@ -13,7 +13,6 @@ from lightning_peft.engine.backends.registry import backend_for, backends, quant
 from lightning_peft.engine.configuration import config_differences, config_from_dict
 from lightning_peft.engine.files.adapter_checks import stored_as
 from lightning_peft.engine.files.base_tensors import include_in_files
-from lightning_peft.engine.files.excluded_weights import check_excluded
 from lightning_peft.engine.injection import EXPERTS, inject_config
 from lightning_peft.engine.layers.attention import projection_scale, scale_problem
 from lightning_peft.engine.layers.expert_weights import parameter_name
@@ -40,14 +39,11 @@ from lightning_peft.errors import (
 FORMATS = (1, 2)
 
 
-def describe(module: nn.Module, excluded: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """Describes the injection in primitives and tensors that ``weights_only=True`` loads.
-
-    ``excluded`` has the checksums of frozen weights that the file leaves out besides, by name.
-    """
+def describe(module: nn.Module) -> dict[str, Any]:
+    """Describes the injection in primitives and tensors that ``weights_only=True`` loads."""
     record = require_record(module)
-    described = {
-        "format": FORMATS[bool(excluded)],
+    return {
+        "format": FORMATS[0],
         "active": list(record.active),
         "left": dict(record.left or {}),
         "parts": {
@@ -55,10 +51,6 @@ def describe(module: nn.Module, excluded: Mapping[str, int] | None = None) -> di
             for name, part in record.parts.items()
         },
     }
-    if excluded:
-        sums = torch.tensor([*excluded.values()], dtype=torch.int64)
-        described["excluded"] = {"names": [*excluded], "sums": sums}
-    return described
 
 
 def _describe_part(part: AdaptedModuleRecord, module: nn.Module) -> dict[str, Any]:
@@ -89,8 +81,7 @@ def check_description(module: nn.Module, described: Mapping[str, Any]) -> None:
     """Checks that ``module`` was injected the way a checkpoint describes, on the same base.
 
     Raises:
-        BaseMismatchError: If the frozen weights are others, also those outside of the adapted parts
-            that the checkpoint leaves out; the tensors are named.
+        BaseMismatchError: If the frozen weights are others; the tensors are named.
         CheckpointError: If adapters, targets or settings are others; all differences are listed.
     """
     record = require_record(module)
@@ -115,8 +106,6 @@ def check_description(module: nn.Module, described: Mapping[str, Any]) -> None:
         if replaced:
             include_in_files(module, part, replaced)
         _check_base(part, described["parts"][name])
-    if "excluded" in described:
-        check_excluded(module, described["excluded"])
 
 
 def _part_problems(record: Record, described: Mapping[str, Any]) -> list[str]:

@@ -24,10 +24,8 @@ from lightning_peft.engine.record import AdaptedModuleRecord, require_record
 from lightning_peft.errors import CheckpointError, itemize
 
 
-def trainable_state_dict(module: nn.Module, excluded: Collection[str] = ()) -> dict[str, Any]:
+def trainable_state_dict(module: nn.Module) -> dict[str, Any]:
     """Returns ``module.state_dict()`` without the frozen base parameters, and all adapters.
-
-    Also without the weights ``excluded``, which the module loads itself.
 
     What stays: adapters, heads, modules trained in full, every parameter outside the adapted
     parts, and all persistent buffers. Decided by the names recorded at injection, not by
@@ -38,7 +36,7 @@ def trainable_state_dict(module: nn.Module, excluded: Collection[str] = ()) -> d
     places = {_place(tensor) for tensor in own.values()} - {None}
     state = {
         key: value
-        for key, value in drop_frozen_base(module, module.state_dict(), excluded).items()
+        for key, value in drop_frozen_base(module, module.state_dict()).items()
         # Once, under their names in the module, whatever an own state_dict() calls them.
         if key in known or not isinstance(value, Tensor) or _place(value) not in places
     }
@@ -89,11 +87,9 @@ def _own_of_part(part: nn.Module, entry: AdaptedModuleRecord) -> Iterator[str]:
             yield from (prefix + leaf for leaf in persistent_buffers(child))
 
 
-def drop_frozen_base(
-    module: nn.Module, state: Mapping[str, Any], excluded: Collection[str] = ()
-) -> dict[str, Any]:
-    """Returns ``state`` without the frozen base and ``excluded``, also where keys were renamed."""
-    frozen = {*require_record(module).frozen, *excluded}
+def drop_frozen_base(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns ``state`` without the frozen base, also where its keys were renamed."""
+    frozen = require_record(module).frozen
     keys: dict[Any, set[str]] = defaultdict(set)
     for key, value in state.items():
         if isinstance(value, Tensor):
@@ -111,6 +107,14 @@ def drop_frozen_base(
         # A name and all that it is below.
         if gone.isdisjoint(accumulate(key.split("."), "{}.{}".format))
     }
+
+
+def same_memory(one: Any, other: Any) -> bool:
+    """Whether both are tensors, and views of the same memory in the same way."""
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return False
+    place = _place(one)
+    return place is not None and place == _place(other)
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...] | None:
@@ -158,7 +162,6 @@ def load_trainable_state_dict(
     state: Mapping[str, Any],
     kept: Mapping[str, Tensor] | None = None,
     removed: Iterable[str] = (),
-    excluded: Collection[str] = (),
 ) -> None:
     """Loads what :func:`trainable_state_dict` returned, strictly.
 
@@ -167,9 +170,8 @@ def load_trainable_state_dict(
         state: The values, by name.
         kept: Values of :func:`checkpoint_tensors` for those that hooks of the module took out of
             ``state``, before or after it was written.
-        removed: Other names that hooks took out when the file was written, and that the module
-            does without (``strict_loading=False``).
-        excluded: Names of the weights that the file leaves out, which ``module`` has.
+        removed: Other names that may be missing: those that hooks took out when the file was
+            written (``strict_loading=False``), and the weights that the file leaves out.
 
     Raises:
         CheckpointError: If a key is missing, unexpected, or has another shape; every one of them
@@ -178,7 +180,7 @@ def load_trainable_state_dict(
     """
     record = require_record(module)
     refuse_merged(module, "Loading other values")
-    expected, own = trainable_state_dict(module, excluded), checkpoint_tensors(module)
+    expected, own = trainable_state_dict(module), checkpoint_tensors(module)
     full = set(record.frozen) & set(state)
     if full:
         raise CheckpointError(
