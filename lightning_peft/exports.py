@@ -13,8 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.compat.torchvision import loading_problem
 from lightning_peft.errors import ConfigError
+from lightning_peft.torchvision_errors import loading_problem
 
 
 def attach_stub(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_peft.compat.torchvision import loading_problem
 from lightning_peft.doctor.results import Check
+from lightning_peft.torchvision_errors import loading_problem
 
 RAISED = "operator torchvision::nms does not exist"
 

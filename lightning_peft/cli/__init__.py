@@ -14,8 +14,8 @@ from pathlib import Path
 from textwrap import fill
 from typing import NamedTuple
 
-from lightning_peft.compat.torchvision import loading_problem
 from lightning_peft.errors import ConfigError, LightningPeftError, first_line, similar_names
+from lightning_peft.torchvision_errors import loading_problem
 
 # The commands by group, which are modules of this room with ABOUT and main. Their heavy parts load
 # when they run: help must come at once.

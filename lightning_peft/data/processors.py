@@ -11,10 +11,10 @@ from typing import Any
 import transformers
 from transformers import AutoProcessor, ProcessorMixin
 
-from lightning_peft.compat.torchvision import install_command, loading_problem
 from lightning_peft.data.images import load_image_processor
 from lightning_peft.data.tokenized import digest_of_tokenizer, load_pretrained, load_tokenizer
 from lightning_peft.errors import ConfigError, similar_names
+from lightning_peft.torchvision_errors import install_command, loading_problem
 
 _OWN_SETTINGS = ("processor_class", "image_processor", "special_tokens")
 

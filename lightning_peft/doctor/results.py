@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lightning_peft.compat.torchvision import loading_problem
+from lightning_peft.torchvision_errors import loading_problem
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 
