@@ -86,7 +86,7 @@ def fit_guided(folder, rank, sharding=None):
 
 
 def left_out(rank):
-    """Returns what is left out of a frozen layer whose bias differs, where no name was given."""
+    """Returns the weights that are left out by default of a layer whose bias differs."""
     body, guide = torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.nn.Linear(4, 4)
     for param in guide.requires_grad_(False).parameters():
         torch.nn.init.zeros_(param)
