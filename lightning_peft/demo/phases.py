@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -14,18 +14,15 @@ _SECONDS = 2.0
 
 
 @contextmanager
-def phase(console: Console, what: str, has_bar: bool = False) -> Iterator[None]:
+def phase(console: Console, what: str) -> Iterator[Callable[[], None]]:
     """Shows what the body does: on a terminal in place, elsewhere a line every two seconds.
 
-    With ``has_bar`` the body shows its own progress on a terminal.
+    Yields what ends the spinner of a terminal, for a body that goes on with a progress bar.
     """
     console.print(f"{what} ...", style="dim")
     if console.is_terminal:
-        if has_bar:
-            yield
-            return
-        with console.status(what):
-            yield
+        with console.status(what) as status:
+            yield status.stop
         return
     begun = time.monotonic()
 
@@ -33,4 +30,4 @@ def phase(console: Console, what: str, has_bar: bool = False) -> Iterator[None]:
         console.print(f"  {time.monotonic() - begun:.0f} s", style="dim")
 
     with beating(tell, _SECONDS):
-        yield
+        yield lambda: None

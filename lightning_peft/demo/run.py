@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -59,31 +60,33 @@ def run_demo(
     lightning.seed_everything(seed, verbose=False)
     started = time.perf_counter()
     folder = Path(output)
-    exercise = choose_exercise(model, folder, steps)
+    with phase(console, "Reading the model's configuration"):
+        exercise = choose_exercise(model, folder, steps)
     rate = learning_rate or exercise.rates[method]
     about = f"{METHODS[method]}. {escape(exercise.about)}"
     console.print(Panel(about, title="lightning-peft demo", expand=False))
-    data = exercise.data(folder / "data")
+    with phase(console, "Preparing the data"):
+        data = exercise.data(folder / "data")
     task = CausalLM(exercise.source, learning_rate=rate, dtype="float32")
     trainer, interruption = make_trainer(lightning, method, exercise.steps, folder)
-    with phase(console, "Loading and evaluating the base", has_bar=True):
-        before = measure(trainer, task, data, exercise)
+    with phase(console, "Loading and evaluating the base") as end_spinner:
+        before = measure(trainer, task, data, exercise, end_spinner)
     console.print("[bold]What is adapted and quantized[/bold]")
     adapted = engine.record_of(task) is not None
     console.print(engine.report(task) if adapted else "  nothing: all parameters are trained")
     console.print(memory_table(exercise.source, method, RANK))
     with phase(console, "Answers of the base"):
-        base_answers = answers(task, data, exercise)
+        base_answers = answers(trainer, task, data, exercise)
     console.print(f"Training {exercise.steps} steps; Ctrl-C ends it and keeps what there is.")
     begun = time.perf_counter()
     trainer.fit(task, data.loader("train"))
     trained_seconds = time.perf_counter() - begun
     if interruption.saved is not None:
         console.print(f"Ended after {trainer.global_step} steps: {interruption.saved}")
-    with phase(console, "Evaluating the tuned model", has_bar=True):
-        after = measure(trainer, task, data, exercise)
+    with phase(console, "Evaluating the tuned model") as end_spinner:
+        after = measure(trainer, task, data, exercise, end_spinner)
     with phase(console, "Answers of the tuned model"):
-        tuned_answers = answers(task, data, exercise)
+        tuned_answers = answers(trainer, task, data, exercise)
     record = {
         "model": exercise.title if model is None or exercise.title == "shipped base" else model,
         "method": method,
@@ -162,8 +165,15 @@ def make_trainer(lightning: Any, method: str, steps: int, folder: Path) -> tuple
     return trainer, interruption
 
 
-def measure(trainer: Any, task: Any, data: Any, exercise: Exercise) -> Losses:
+def measure(
+    trainer: Any, task: Any, data: Any, exercise: Exercise, end_spinner: Callable[[], None]
+) -> Losses:
     """Returns the loss on all held-out rows and, for the toy, on 200 training rows."""
+    callbacks = import_module(namespace_in_use()).callbacks
+    # Before the progress bar, which takes its place.
+    trainer.callbacks.insert(
+        0, callbacks.LambdaCallback(on_validation_start=lambda *_: end_spinner())
+    )
     train = None
     if exercise.exact is None:
         rows = data.rows("train")
@@ -175,8 +185,10 @@ def measure(trainer: Any, task: Any, data: Any, exercise: Exercise) -> Losses:
     return Losses(train, trainer.validate(task, datamodule=data, verbose=False)[0]["val_loss"])
 
 
-def answers(task: Any, data: Any, exercise: Exercise) -> list[str]:
+def answers(trainer: Any, task: Any, data: Any, exercise: Exercise) -> list[str]:
     """Returns greedy answers to held-out rows, one line each."""
+    # Lightning leaves it on the CPU.
+    task.to(trainer.strategy.root_device)
     rows = data.rows("validation")
     chosen = [rows[place] for place in exercise.answered]
     samples = task.generate_samples(chosen, exercise.new_tokens)
