@@ -31,6 +31,7 @@ class SaveOnInterrupt(_Base, metaclass=LateBoundMeta):
         self.saved: Path | None = None
         self._stop = self._save = False
         self._first_signal: int | None = None
+        self._limit_val_batches: Any = None
         self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -79,7 +80,7 @@ class SaveOnInterrupt(_Base, metaclass=LateBoundMeta):
         # Lightning would finish the least number of epochs, and validate, first.
         trainer.fit_loop.epoch_loop.min_steps = None
         trainer.fit_loop.min_epochs = 0
-        trainer.limit_val_batches = 0
+        self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
 
     def _save_interrupted(self, trainer: Any) -> None:
         path = _checkpoint_folder(trainer) / "interrupted.ckpt"
@@ -123,6 +124,10 @@ class SaveOnInterrupt(_Base, metaclass=LateBoundMeta):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Listens no more."""
+        if self._limit_val_batches is not None:
+            # Or a validation after the fit would fail.
+            trainer.limit_val_batches = self._limit_val_batches
+            self._limit_val_batches = None
         self._restore_handlers()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

@@ -82,6 +82,8 @@ def run_two(folder, method, way, accumulate=1, generator=False):
     common = {"accumulate_grad_batches": accumulate, "default_root_dir": folder}
     first = make_trainer(folder, method(), callbacks=callbacks, **given, **common)
     first.fit(Noting(), data, loader())
+    # An interrupt leaves out the validation that ends the fit, and none after it.
+    assert first.limit_val_batches == 1.0
     module = Noting()
     second = make_trainer(folder, method(), max_epochs=4, enable_checkpointing=False, **common)
     second.fit(module, data, loader(), ckpt_path=folder / "last.ckpt")
