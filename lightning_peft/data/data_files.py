@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -129,7 +128,8 @@ def read_text(file: TextFile, unit: TextUnit) -> ReadableFile:
 
 def _entries(file: TextFile, unit: TextUnit) -> Iterator[Row]:
     with file.open() as text:
-        parts = {"line": _lines, "paragraph": _paragraphs}.get(unit, _document)(text)
+        lines = (line.rstrip("\r\n") for line in text)
+        parts = {"line": lines, "paragraph": _paragraphs(text)}.get(unit) or [text.read()]
         for number, part in enumerate(parts, start=1):
             damaged = _DAMAGED.search(part)
             if damaged is not None:
@@ -138,10 +138,6 @@ def _entries(file: TextFile, unit: TextUnit) -> Iterator[Row]:
                 yield Row(number, file.name, None, problem)
             elif part.strip():
                 yield Row(number, file.name, {"text": part})
-
-
-def _lines(text: Iterable[str]) -> Iterator[str]:
-    yield from (line.rstrip("\r\n") for line in text)
 
 
 def _paragraphs(text: Iterable[str]) -> Iterator[str]:
@@ -154,7 +150,3 @@ def _paragraphs(text: Iterable[str]) -> Iterator[str]:
             lines = []
     if lines:
         yield "".join(lines).rstrip("\n")
-
-
-def _document(text: io.TextIOWrapper) -> Iterator[str]:
-    yield text.read()

@@ -125,9 +125,11 @@ def explain_error(error: Exception, text: str) -> str:
     place, body = error.pos, text.rstrip()
     before, after = body[:place].rstrip(), body[place : place + 20]
     quoted = "single quotes, and JSON has double ones"
-    if not body[place:].strip() or (error.msg.startswith("Unterminated") and _is_last(body)):
+    is_open = error.msg.startswith("Unterminated")
+    # Nothing follows an unclosed text where a file is cut.
+    if not body[place:].strip() or (is_open and not body.endswith(("}", "]"))):
         return f"is cut off after {before[-30:]!r}"
-    if error.msg.startswith("Unterminated"):
+    if is_open:
         what = "a text begins there whose closing quote is missing"
     elif error.msg.startswith("Extra data"):
         what = "something follows after the end of the value"
@@ -148,8 +150,3 @@ def explain_error(error: Exception, text: str) -> str:
     else:
         what = "a value, or a name in double quotes, is expected there"
     return f"is not JSON at character {place + 1:,} ({after!r}): {what}"
-
-
-def _is_last(text: str) -> bool:
-    """Returns whether no quote follows an unclosed text, as where a file is cut."""
-    return not text.endswith(("}", "]"))

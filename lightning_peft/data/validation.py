@@ -166,7 +166,8 @@ def describe(problems: Sequence[Problem], rows: int, limit: int = 12) -> str:
         title, remedy = KINDS[kind]
         lines.append(f"  {title}: {len({(p.file, p.row) for p in found}):,}")
         for problem in found[:limit]:
-            lines.append(f"    - {_place(problem, several)} {problem.detail}")
+            of_file = f"{problem.file} " if several else ""
+            lines.append(f"    - {of_file}row {problem.row} {problem.detail}")
         if len(found) > limit:
             lines.append(f"    - ... and rows {row_numbers(found[limit:], several)}")
         lines.append(f"    What to do: {remedy}.")
@@ -177,10 +178,6 @@ def by_kind(problems: Sequence[Problem]) -> dict[str, list[Problem]]:
     """Returns the problems of each kind that occurs, in the order of :data:`KINDS`."""
     found = {kind: [one for one in problems if one.kind == kind] for kind in KINDS}
     return {kind: ones for kind, ones in found.items() if ones}
-
-
-def _place(problem: Problem, several: bool) -> str:
-    return f"{problem.file} row {problem.row}" if several else f"row {problem.row}"
 
 
 def _several_files(problems: Sequence[Problem]) -> bool:

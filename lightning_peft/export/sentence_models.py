@@ -72,7 +72,10 @@ def as_sentence_transformers(request: ExportRequest) -> dict[str, Any]:
                     (folder / name).unlink(missing_ok=True)
         for name, content in files.items():
             write_json(folder / name, content, ensure_ascii=False)
-        _write_card(folder, kind, request.output)
+        card = folder / "README.md"
+        text = card.read_text(encoding="utf-8")
+        text = sentence_card(text, kind, public_name(str(request.output)))
+        card.write_text(text, encoding="utf-8")
     python = f"from sentence_transformers import {kind}; model = {kind}({str(request.output)!r})"
     result = {"notes": notes, "commands": [f"python -ic {json.dumps(python)}"]}
     return result | ({"merge": report} if report else {})
@@ -141,9 +144,3 @@ def _name_base(folder: Path, request: ExportRequest) -> None:
     if not request.base_name and (named.is_dir() or not config.get("base_model_name_or_path")):
         config["base_model_name_or_path"] = str(request.base.folder.resolve())
     write_json(file, config, ensure_ascii=False)
-
-
-def _write_card(folder: Path, kind: str, output: Path) -> None:
-    card = folder / "README.md"
-    text = sentence_card(card.read_text(encoding="utf-8"), kind, public_name(str(output)))
-    card.write_text(text, encoding="utf-8")

@@ -165,12 +165,9 @@ class Forecaster(_Base, metaclass=LateBoundMeta):
         change = self.head(hidden[..., -1]) + scaled[..., -1]
         return change.reshape(rows, columns, -1).transpose(1, 2) * self.std + self.mean
 
-    def _scaled_error(self, batch: dict[str, Tensor]) -> Tensor:
-        return (self(batch["past"]) - batch["future"]).abs() / self.std
-
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the mean absolute error in standard deviations."""
-        loss = self._scaled_error(batch).mean()
+        loss = ((self(batch["past"]) - batch["future"]).abs() / self.std).mean()
         self.log("train_loss", loss, prog_bar=True)
         return loss
 

@@ -7,6 +7,7 @@ from the tokenizer's own description, and a tokenizer that does something else i
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -132,7 +133,7 @@ def _special(tokenizer: Any, turn_end: str | None) -> dict[str, int]:
 def _tokens(described: dict[str, Any], unk: int | None, rows: int) -> tuple[list[str], list[int]]:
     tokens, types = [f"[PAD{index}]" for index in range(rows)], [_UNUSED] * rows
     for token, index in described["model"]["vocab"].items():
-        byte = described["model"]["byte_fallback"] and _is_byte(token)
+        byte = described["model"]["byte_fallback"] and re.fullmatch("<0x..>", token)
         tokens[index], types[index] = token, _BYTE if byte else _NORMAL
     for added in described["added_tokens"]:
         kind = _CONTROL if added["special"] else _USER
@@ -140,10 +141,6 @@ def _tokens(described: dict[str, Any], unk: int | None, rows: int) -> tuple[list
     if unk is not None and types[unk] == _NORMAL:
         types[unk] = _UNKNOWN
     return tokens, types
-
-
-def _is_byte(token: str) -> bool:
-    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
 def _pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
