@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+from gradio_app.runs.machine import this_machine
+from gradio_app.settings import has_zero_gpu
 from lightning_peft.demo.real_base import SMOLLM2_PLACE
 
 DEMO_BASE = "package:demo/base"
@@ -47,6 +51,25 @@ class Model:
         """A folder whose ``config.json`` has its sizes: it is planned before a download."""
         folder = _SHAPES / self.name.rpartition("/")[2]
         return folder if folder.is_dir() else None
+
+    @property
+    def memory(self) -> tuple[float, float] | None:
+        """GB that LoRA and QLoRA need at least on this machine; ``None`` if not known."""
+        found = memory_needs().get(self.name)
+        if found is None:
+            return None
+        lora, qlora = found["gpu" if has_zero_gpu() or this_machine().gpu else "cpu"]
+        return lora, qlora
+
+
+@cache
+def memory_needs() -> dict[str, dict[str, list[float]]]:
+    """Returns the planner's GB, kept as it takes seconds for each model.
+
+    They are for a row of 512 tokens, rank 16 and checkpointed activations.
+    """
+    found: dict[str, dict[str, list[float]]] = json.loads((_SHAPES / "memory.json").read_text())
+    return found
 
 
 def _other(name: str, parameters: int, family: str) -> Model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gradio_app.pages.new.data_check import unavailable_model
 from gradio_app.pages.new.model import _model_label
-from gradio_app.recipe import edits
+from gradio_app.recipe import edits, presets
 from gradio_app.recipe.content import with_value
 from gradio_app.recipe.edits import base_recipe, with_model
 from gradio_app.recipe.model_files import free_bytes, is_cached
 from gradio_app.recipe.planner import plan_arguments, planned_place
 from gradio_app.recipe.presets import MODELS
+from gradio_app.runs.machine import Machine
 from gradio_app.texts import Texts
+from lightning_peft.plan.prediction import predict
+from lightning_peft.plan.settings import PlanSettings
+from lightning_peft.plan.sources import from_name
 from lightning_peft.runs.status import write_json
 from lightning_peft.task_registry import TASKS
+from lightning_peft.tasks.token_loss import chunked_loss
 
 CHAT = [one for one in MODELS if "causal-lm" in one.families and ":" not in one.name]
 
@@ -34,12 +40,32 @@ def test_models_are_reported_once_and_each_task_knows_its_own():
 def test_the_list_says_what_cannot_be_fetched_offline(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     (model,) = [one for one in MODELS if one.name == "Qwen/Qwen3-0.6B"]
-    row = "Qwen/Qwen3-0.6B: 596 M parameters, Apache 2.0, "
+    for gpu, kind in ((None, "cpu"), ("NVIDIA", "gpu")):
+        machine = Machine(gpu, 24 * 10**9, 64 * 10**9, 32 * 10**9, 16)
+        monkeypatch.setattr(presets, "this_machine", lambda found=machine: found)
+        lora, qlora = model.memory
+        assert [lora, qlora] == presets.memory_needs()[model.name][kind]
+    row = f"Qwen/Qwen3-0.6B: 596 M parameters, Apache 2.0, from {lora:.1f} GB memory with LoRA, "
+    row += f"{qlora:.1f} GB with QLoRA, "
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     assert _model_label(model, Texts("en")) == f"{row}download 1.5 GB"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     said = "not on this machine, and the page is offline"
     assert _model_label(model, Texts("en")) == row + said
+    (model,) = [one for one in MODELS if one.name == "google/gemma-3-270m-it"]
+    assert ", Gemma, gated, from " in _model_label(model, Texts("en"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", CHAT, ids=lambda model: model.title)
+def test_the_memory_in_the_list_is_the_planners(model):
+    source = replace(from_name(str(model.shape)), step=chunked_loss)
+    for kind, device in (("gpu", "cuda"), ("cpu", "cpu")):
+        given = {"precision": "bf16-mixed", "device": device}
+        given |= {"gradient_checkpointing": True, "lora": {"r": 16}}
+        plans = [predict(source, PlanSettings(method=one, **given)) for one in ("lora", "qlora")]
+        found = [plan.peak_bytes / 1e9 for plan in plans]
+        assert presets.memory_needs()[model.name][kind] == pytest.approx(found, rel=0.05)
 
 
 def test_downloads_are_as_large_as_the_files_on_the_hub():

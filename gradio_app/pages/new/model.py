@@ -155,11 +155,15 @@ def _model_label(model: Model, t: Texts) -> str:
         weights=format_parameters(model.parameters),
         licence=model.licence,
     )
+    more = [t("new.gated")] if model.gated else []
+    if model.memory is not None:
+        lora, qlora = (format_bytes(1e9 * need, t) for need in model.memory)
+        more.append(t("new.model_memory", lora=lora, qlora=qlora))
     if model.name != DEMO_BASE:
         fetched = t("new.not_here", size=format_bytes(model.download_bytes, t))
         absent = t("new.not_offline") if is_offline() else fetched
-        row += ", " + (t("new.here") if is_cached(model.name) else absent)
-    return row
+        more.append(t("new.here") if is_cached(model.name) else absent)
+    return ", ".join([row, *more])
 
 
 def format_parameters(number: int) -> str:
