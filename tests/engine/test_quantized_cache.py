@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import pytest
 import torch
 from models import Holder, llama_config, saved_in_shards
 from safetensors import SafetensorError
+from torch.multiprocessing.reductions import StorageWeakRef
 from toy_backend import ToyConfig
 from transformers import (
     AutoModelForCausalLM,
@@ -528,6 +530,38 @@ def test_codes_stay_in_memory_between_runs(folders: dict[str, Path], bases: Path
     # Outside nothing is kept.
     _, after, _ = load(folders["llama"])
     assert not after
+
+
+def test_one_base_stays_in_memory(
+    folders: dict[str, Path], bases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(folders["llama"])
+    read = quantized_cache._read
+
+    def kept() -> StorageWeakRef:
+        holder, early, _ = load(folders["llama"])
+        assert early
+        return StorageWeakRef(codes_of(holder).untyped_storage())
+
+    with engine.quantized_bases_kept():
+        first = kept()
+        gc.collect()
+        assert not first.expired()
+
+        def checked(*given: Any) -> Any:
+            # Before the next one comes, as there may not be memory for two.
+            assert first.expired()
+            return read(*given)
+
+        monkeypatch.setattr(quantized_cache, "_read", checked)
+        load(folders["gpt2"])
+        assert first.expired()
+        second = kept()
+        # A run without codes needs the memory too.
+        with engine.loading_for_injection(Holder(), engine.lora_config(), None, None, CPU):
+            gc.collect()
+            assert not second.expired()
+        assert second.expired()
 
 
 def codes_of(holder: Holder) -> torch.Tensor:

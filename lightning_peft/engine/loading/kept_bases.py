@@ -1,4 +1,4 @@
-"""Quantized bases that stay in memory, for runs one after the other in a process."""
+"""A quantized base that stays in memory, for runs one after the other in a process."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -31,16 +32,31 @@ _kept: ContextVar[dict[tuple[Path, torch.device], _KeptBase] | None] = ContextVa
 
 @contextmanager
 def quantized_bases_kept() -> Iterator[None]:
-    """Within the body, codes that come out of the cache stay in memory for the next load of them.
+    """Within the body, the codes of the last base that comes out of the cache stay in memory.
 
-    They stay on the device that they were loaded to. Codes that were changed in place since are
-    read from the cache again.
+    They stay on the device that they were loaded to, for the next load of the same base. Codes that
+    were changed in place since are read from the cache again.
     """
     token = _kept.set({})
     try:
         yield
     finally:
         _kept.reset(token)
+
+
+@contextmanager
+def unused_base_dropped() -> Iterator[None]:
+    """Within the body, a run loads its models; a base that none of them has is dropped then.
+
+    It would take memory of the device for the whole run.
+    """
+    kept = _kept.get() or {}
+    before = {key: ref(base) for key, base in kept.items()}
+    yield
+    for key, base in before.items():
+        # A load puts in another object.
+        if kept.get(key) is base():
+            kept.pop(key, None)
 
 
 def kept_weights(
@@ -64,6 +80,9 @@ def kept_weights(
             for name, one in known.facts.items()
         }
     else:
+        # First, as there may not be memory for two bases.
+        known = None
+        kept.clear()
         weights = read()
     if weights:
         # Not the parameters, which a run moves to another device or replaces.

@@ -27,6 +27,7 @@ from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.loading import quantized_cache
 from lightning_peft.engine.loading.gguf_model import GgufModel, read_gguf_folder
 from lightning_peft.engine.loading.gguf_tensors import gguf_tensors
+from lightning_peft.engine.loading.kept_bases import unused_base_dropped
 from lightning_peft.engine.loading.quantized_cache import CachedLoad, DenseInfo
 from lightning_peft.engine.loading.streamed_quantizer import Loading, StreamedConfig, dense_info
 from lightning_peft.engine.loading.tracked_loads import (
@@ -106,13 +107,14 @@ def loading_for_injection(
     backend = None if settings is None else backend_for(settings)
     streams = backend is not None and backend.quantizes_on_load
     if backend is None or not streams or adapt or needs_dense or record_of(module):
-        yield None
+        with unused_base_dropped():
+            yield None
         return
     dense = [
         *backend.skip_modules(settings),
         *(getattr(peft_config, "modules_to_save", None) or []),
     ]
-    with quantize_on_load(settings, device, dense, cached) as loading:
+    with unused_base_dropped(), quantize_on_load(settings, device, dense, cached) as loading:
         yield loading
     check_loaded(module, loading)
 
