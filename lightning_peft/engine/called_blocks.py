@@ -47,7 +47,7 @@ class CalledBlocks:
             return
         rows = [
             f"process {rank}: " + ", ".join(repr(self._names[number]) for number in numbers)
-            for rank, numbers in enumerate(gathered(self._called))
+            for rank, numbers in enumerate(gathered(self._called, len(everyone)))
         ]
         raise UnsupportedError(
             "The processes called different blocks in one forward pass:"

@@ -31,6 +31,7 @@ from lightning_peft.engine.files.base_tensors import include_in_files
 from lightning_peft.engine.files.excluded_weights import agree_on_excluded, note_excluded
 from lightning_peft.engine.fingerprint import buffer_checksums, fingerprint
 from lightning_peft.engine.freezing import freeze_base
+from lightning_peft.engine.gathering import group_size
 from lightning_peft.engine.layers.attention import projections
 from lightning_peft.engine.layers.expert_weights import exposed_experts, parameter_name
 from lightning_peft.engine.layers.mixin import stored_parameter
@@ -137,7 +138,7 @@ def inject(
     if is_first or exclude_from_checkpoint is not None:
         note_excluded(module, exclude_from_checkpoint)
     if exclude_from_checkpoint:
-        agree_on_excluded(module, exclude_from_checkpoint)
+        agree_on_excluded(module, group_size(), exclude_from_checkpoint)
     return report(module)
 
 

@@ -137,7 +137,7 @@ def missing_layers(module: nn.Module, record: Any) -> list[str]:
     return gone
 
 
-def check_same_base_on_all_ranks(module: nn.Module) -> None:
+def check_same_base_on_all_ranks(module: nn.Module, processes: int) -> None:
     """Compares the frozen bases of all ranks: DDP broadcasts packed bytes, not constants."""
     record = engine.require_record(module)
     mine = {
@@ -145,7 +145,7 @@ def check_same_base_on_all_ranks(module: nn.Module) -> None:
         for part in record.parts.values()
         for name, total in zip(part.base.names, part.base.sums, strict=True)
     }
-    everyone = engine.gathered(mine)
+    everyone = engine.gathered(mine, processes)
     others = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
     if not others:
         return

@@ -195,12 +195,7 @@ class AdapterStrategy(_Base):
         self.lifecycle.checks.end()
 
     def _gather_process_states(self) -> list[Any]:
-        mine = self._loops.state()
-        if self.world_size == 1:
-            return [mine]
-        everyone: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(everyone, mine)
-        return everyone
+        return engine.gathered(self._loops.state(), self.world_size)
 
     @property
     def checkpoint_io(self) -> Any:

@@ -114,13 +114,15 @@ class Lifecycle:
             request = engine.InjectionRequest(settings.peft_config, settings.quantization_config)
             device, requested = strategy.root_device, settings.adapters_configured
             engine.inject_config(module, request, settings.adapt, device, requested)
-            check_same_base_on_all_ranks(module)
+            check_same_base_on_all_ranks(module, strategy.world_size)
             warn_unregistered_copies(module, outside)
         else:
             check_existing_adapters(module, self.injection)
         if _is_fitting(module):
             engine.note_excluded(module, self._arguments.exclude_from_checkpoint)
-            engine.agree_on_excluded(module, self._arguments.exclude_from_checkpoint)
+            engine.agree_on_excluded(
+                module, strategy.world_size, self._arguments.exclude_from_checkpoint
+            )
             check_pruning(module)
             engine.unfreeze_unoptimized(module)
             check_trainable(module)

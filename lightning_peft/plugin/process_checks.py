@@ -27,7 +27,7 @@ class ProcessChecks:
         module = strategy.lightning_module
         mine = structural + engine.own_problems(module, strategy.optimizers, restored)
         facts = {"problems": mine, "trained": engine.checksums_of_trained(module)}
-        everyone = engine.gathered(facts)
+        everyone = engine.gathered(facts, strategy.world_size)
         problems = _problems_of_each(everyone)
         problems += engine.differing_problems("adapters", [one["trained"] for one in everyone])
         if problems:
@@ -43,7 +43,7 @@ class ProcessChecks:
         """Compares once all processes have taken a step; returns whether that is done."""
         module = self._strategy.lightning_module
         stepped, unreached = bool(gradients) or not due, "none" in gradients.values()
-        everyone = engine.gathered((stepped, unreached))
+        everyone = engine.gathered((stepped, unreached), self._strategy.world_size)
         if not all(stepped for stepped, _ in everyone):
             return False
         if any(unreached for _, unreached in everyone) and not (self._postponed or last):
@@ -61,7 +61,7 @@ class ProcessChecks:
             "trained": engine.checksums_of_trained(module),
         }
         self.stop()
-        everyone = engine.gathered(facts)
+        everyone = engine.gathered(facts, self._strategy.world_size)
         problems = _problems_of_each(everyone)
         compared = {"gathered": "bits of the base", "gradients": "layers with gradients"}
         if not averages_models(self._strategy):

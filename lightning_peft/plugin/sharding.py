@@ -45,7 +45,7 @@ class ShardedBaseStrategy(_Base):
         if self.shards_base:
             engine.check_shardable(module)
             # Put together from pieces of different bases, it would be none of them.
-            check_same_base_on_all_ranks(module)
+            check_same_base_on_all_ranks(module, self.world_size)
             loops = _loops(trainer)
             for loop, _ in loops[1:]:
                 # Gathered in inference mode, weights could not be saved for a backward pass later.
@@ -132,7 +132,7 @@ def _set_up_data(loop: Any, usual: Any, numbers: str) -> None:
     usual()
     if combined_loader(loop) is before:
         return
-    everyone = engine.gathered(getattr(loop.trainer, numbers))
+    everyone = engine.gathered(getattr(loop.trainer, numbers), loop.trainer.world_size)
     if all(one == everyone[0] for one in everyone):
         return
     limit = {"num_training_batches": "train"}.get(numbers, numbers.split("_")[1])

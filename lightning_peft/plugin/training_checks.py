@@ -114,7 +114,7 @@ def _verify_on_all_ranks(strategy: Any, batch: Any) -> None:
     verification = verify_in(strategy, batch)
     mine = [c for c in verification.checks if c.passed is False]
     # One rank that stops alone leaves the others waiting for it.
-    everyone = engine.gathered(mine)
+    everyone = engine.gathered(mine, strategy.world_size)
     verification.raise_if_failed()
     failing = [rank for rank, failed in enumerate(everyone) if failed]
     if failing:

@@ -149,6 +149,10 @@ def test_a_record_that_does_not_hold_everywhere_is_decided_again_by_all(ranks):
         assert reason.startswith("all activations take less than")
 
 
+def test_one_process_trains_alone_after_a_run_of_both(ranks):
+    assert len(ranks[0]["alone"]) == 12
+
+
 def test_another_base_on_one_rank_is_found_by_all(ranks):
     for rank in ranks:
         assert "Ranks [1] have another base model than rank 0" in rank["other base"]

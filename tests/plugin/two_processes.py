@@ -94,8 +94,20 @@ def left_out(rank):
     module = torch.nn.ModuleDict({"body": body, "guide": guide})
     inject(module, r=2, adapt="body", target_modules=["0"])
     engine.note_excluded(module, "guide")
-    engine.agree_on_excluded(module)
+    engine.agree_on_excluded(module, 2)
     return sorted(engine.excluded_weights(module))
+
+
+def fit_alone(folder):
+    """Trains in this process only, while the process group of earlier runs is there."""
+    module = task(ROOT)
+    path = folder / "alone.ckpt"
+    for epochs, start in ((1, None), (2, path)):
+        ours = strategy("lora", ROOT, verify="full")
+        run = trainer(folder / "root", ours, ROOT, max_epochs=epochs)
+        run.fit(module, loader(), ckpt_path=start)
+        run.save_checkpoint(path)
+    return module.losses
 
 
 def fit_recorded(folder, rank):
@@ -151,6 +163,8 @@ def main(folder: Path) -> None:
     seen["kept"], seen["checkpointed"] = (fit_residuals(folder, on) for on in (False, True))
 
     seen["recorded"] = fit_recorded(folder, rank)
+
+    seen["alone"] = fit_alone(folder) if rank == 0 else []
 
     seen["guided"] = [fit_guided(folder, rank, sharding) for sharding in (None, "fsdp2")]
 

@@ -55,14 +55,17 @@ def note_excluded(module: nn.Module, asked: str | Iterable[str] | None = None) -
             record.built[name] = _noted(weights[name])
 
 
-def agree_on_excluded(module: nn.Module, asked: str | Iterable[str] | None = None) -> None:
+def agree_on_excluded(
+    module: nn.Module, processes: int, asked: str | Iterable[str] | None = None
+) -> None:
     """Leaves out what is the same in all processes; called in all of them.
 
     Raises:
         BaseMismatchError: If a weight that was ``asked`` for by :func:`note_excluded` differs.
     """
     record = require_record(module)
-    everyone = gathered({n: built for n, built in record.built.items() if n in record.excluded})
+    mine = {n: built for n, built in record.built.items() if n in record.excluded}
+    everyone = gathered(mine, processes)
     names = dict.fromkeys(name for one in everyone for name in one)
     others = [name for name in names if len({one.get(name) for one in everyone}) > 1]
     if others and asked:

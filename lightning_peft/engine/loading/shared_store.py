@@ -50,13 +50,13 @@ class GatheredWeights(Mapping[str, CachedWeight]):
             self[self._rest[0]]
 
 
-def writers(names: list[tuple[str, list[str]]], sizes: list[int]) -> list[bool]:
+def writers(names: list[tuple[str, list[str]]], sizes: list[int], processes: int) -> list[bool]:
     """Whether any process writes an entry, so that all have to give their parts.
 
     Returns:
         One answer for each entry; nobody writes where the processes did not load the same, or
         only some of their machines had the entry.
     """
-    everyone = gathered((names, sizes))
+    everyone = gathered((names, sizes), processes)
     same = all(theirs == names for theirs, _ in everyone)
     return [same and any(each[i] for _, each in everyone) for i in range(len(names))]

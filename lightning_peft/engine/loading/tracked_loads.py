@@ -127,18 +127,20 @@ def store_quantized(module: nn.Module, loading: Loading | None) -> list[CacheEnt
     sums = _checksums(module)
     known = [(load, _known_weights(load, sums)) for load in loading.loads if not load.weights]
     sizes = [quantized_cache.size_to_keep(*one) if writes else 0 for one in known]
-    if current_share() is not None:
-        return _store_shared(known, sizes)
+    share = current_share()
+    if share is not None:
+        return _store_shared(known, sizes, share.count)
     made = [quantized_cache.store(*one, size) for one, size in zip(known, sizes, strict=True)]
     return [entry for entry in made if entry]
 
 
 def _store_shared(
-    known: list[tuple[CachedLoad, dict[str, CachedWeight]]], sizes: list[int]
+    known: list[tuple[CachedLoad, dict[str, CachedWeight]]], sizes: list[int], processes: int
 ) -> list[CacheEntry]:
     kept = []
     names = [(load.final.name, [*found]) for load, found in known]
-    for (load, found), size, anyone in zip(known, sizes, writers(names, sizes), strict=True):
+    written = writers(names, sizes, processes)
+    for (load, found), size, anyone in zip(known, sizes, written, strict=True):
         if anyone:
             gathered = GatheredWeights(
                 found, {name: load.model.get_submodule(name) for name in found}

@@ -93,7 +93,7 @@ def verify(module: nn.Module, batch: Any, step: Step | None = None) -> Verificat
         )
         try:
             if shards > 1:
-                _agree_on_loss(module, batch, own_step)
+                _agree_on_loss(module, batch, own_step, shards)
             checks = _checks_with_loss(probe)
             loss: Callable[[], Tensor | None] = probe.evaluate
         except NoLossError as error:
@@ -112,7 +112,7 @@ def verify(module: nn.Module, batch: Any, step: Step | None = None) -> Verificat
     return Verification(checks)
 
 
-def _agree_on_loss(module: nn.Module, batch: Any, step: Step) -> None:
+def _agree_on_loss(module: nn.Module, batch: Any, step: Step, processes: int) -> None:
     """Runs one pass, and lets all processes do without a loss where one of them has none.
 
     In other numbers of passes they would wait for each other.
@@ -128,7 +128,7 @@ def _agree_on_loss(module: nn.Module, batch: Any, step: Step) -> None:
             return torch.zeros(())
 
     ModuleProbe(module, batch, _inside(attempt)).evaluate()
-    for rank, why in enumerate(gathered(missing)):
+    for rank, why in enumerate(gathered(missing, processes)):
         if why:
             raise NoLossError(f"{why[0]} in process {rank}")
 
