@@ -165,7 +165,7 @@ def inject_config(
     adapt: str | Iterable[str] | None = None,
     device: torch.device | str | None = None,
     requested: bool = True,
-) -> Report:
+) -> None:
     """Does what :func:`inject` does, for a config that was validated."""
     _refuse_finished(request.config)
     record = record_of(module)
@@ -173,10 +173,11 @@ def inject_config(
     if not wrapped:
         if request.saved is None:
             request = replace(request, config=with_task_heads(request.config, module))
-        return add_adapters(module, request, adapt, device)
+        add_adapters(module, request, adapt, device)
+        return
     config_or_none = request.config if requested else None
     check_requested_config(wrapped, config_or_none, adapt, request.adapter_name)
-    return _take_over(module, wrapped, request.quantization, device)
+    _take_over(module, wrapped, request.quantization, device)
 
 
 def with_task_heads(config: PeftConfig, module: nn.Module) -> PeftConfig:
@@ -200,16 +201,15 @@ def _take_over(
     wrapped: list[PeftWrapped],
     quantization: Any | None,
     device: torch.device | str | None,
-) -> Report:
+) -> None:
     saved = {part.name: list(part.saved) for part in wrapped}
     request = InjectionRequest(wrapped[0].config, quantization, wrapped[0].adapter_name, saved)
     with unwrapped_peft_layers(module, wrapped):
-        made = add_adapters(module, request, [part.name for part in wrapped], device)
+        add_adapters(module, request, [part.name for part in wrapped], device)
     for part in wrapped:
         entry, before = require_record(module).parts[part.name], values_before_training(part)
         entry.from_peft_wrapper = True
         entry.initial_values |= {key: before[key] for key in entry.initial_values if key in before}
-    return made
 
 
 def _refuse_without_trainer(config: PeftConfig) -> None:
@@ -234,11 +234,11 @@ def add_adapters(
     request: InjectionRequest,
     adapt: str | Iterable[str] | None,
     device: torch.device | str | None = None,
-) -> Report:
+) -> None:
     """Does what :func:`inject` does, for a module that PEFT has not wrapped."""
     refuse_sharded(module, "Adding adapters")
     with exposed_experts(module):
-        return _add_adapters(module, request, adapt, device)
+        _add_adapters(module, request, adapt, device)
 
 
 def _add_adapters(
@@ -246,7 +246,7 @@ def _add_adapters(
     request: InjectionRequest,
     adapt: str | Iterable[str] | None,
     device: torch.device | str | None,
-) -> Report:
+) -> None:
     record = record_of(module) or Record()
     momentum_copies = record.momentum_copies if record.parts else find_momentum_copies(module)
     plans = make_plans(module, request, adapt, record, momentum_copies)
@@ -278,7 +278,6 @@ def _add_adapters(
     ]
     link_copies(module, record.momentum_copies, record.frozen, request.adapter_name)
     set_record(module, record)
-    return report(module)
 
 
 def _is_adapted(module: nn.Module, name: str) -> bool:
