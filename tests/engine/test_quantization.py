@@ -10,6 +10,7 @@ import torch
 from bitsandbytes.functional import quantize_4bit
 from models import stack
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -237,21 +238,30 @@ def test_8_bit_products_are_those_of_the_dequantized_weight_and_keep_no_input(dt
     net = nn.Sequential(nn.Linear(48, 32, bias=False), nn.Linear(32, 16)).to(dtype)
     for layer in net:
         quantize(layer, INT8)
-    x, kept = torch.randn(2, 5, 48, dtype=dtype).requires_grad_(), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        out = net(x)
+    x = torch.randn(2, 5, 48, dtype=dtype).requires_grad_()
+    hidden = net[0](x)
+    out, storage = net[1](hidden), StorageWeakRef(hidden.untyped_storage())
+    del hidden
     # Checkpointing, and layers that share an input, have nothing to free.
-    assert not kept
+    assert storage.expired()
     out.square().sum().backward()
     weights = [(layer.weight + 0).to(dtype) for layer in net]
-    y = x.detach().requires_grad_()
-    expected = nn.functional.linear(
-        nn.functional.linear(y, weights[0]), weights[1], net[1].bias.to(dtype)
-    )
+    y, bias = (tensor.detach().clone().requires_grad_() for tensor in (x, net[1].bias))
+    expected = nn.functional.linear(nn.functional.linear(y, weights[0]), weights[1], bias)
     expected.square().sum().backward()
     error = 1e-5 if dtype == torch.float32 else 2e-2
     assert relative_error(out, expected) < error
     assert relative_error(x.grad, y.grad) < error
+    assert relative_error(net[1].bias.grad, bias.grad) < error
+
+
+def test_8_bit_codes_changed_before_the_backward_pass_are_noticed() -> None:
+    layer = nn.Linear(64, 32)
+    quantize(layer, INT8)
+    out = layer(torch.randn(2, 64, requires_grad=True))
+    layer._parameters["weight"].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 def test_memory_of_8_bit_layers_is_planned() -> None:

@@ -271,12 +271,14 @@ class DequantizedMatmul(torch.autograd.Function):
     ) -> Tensor:
         """Returns the product, ``(..., out)``."""
         ctx.stored, ctx.backend, ctx.with_bias = stored, backend, bias is not None
+        # Only for autograd to notice that it was changed: hooks may give back a plain tensor.
+        ctx.save_for_backward(stored)
         return F.linear(input, backend.weight_to_multiply(stored, input.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         """Returns the gradients of the input and of a bias that is trained."""
-        (gradient,) = gradients
+        (gradient,), _ = gradients, ctx.saved_tensors
         of_input = of_bias = None
         if ctx.needs_input_grad[0]:
             of_input = gradient @ ctx.backend.weight_to_multiply(ctx.stored, gradient.dtype)
