@@ -16,6 +16,7 @@ from lightning_peft.errors import BaseMismatchError, CheckpointError, LifecycleE
 from .reference import injected, output_of, randomize, refused
 
 NF4 = engine.quantization_config()
+FP4 = engine.quantization_config(bnb_4bit_quant_type="fp4")
 
 
 class Normed(nn.Module):
@@ -146,12 +147,18 @@ def test_a_state_is_not_loaded_into_merged_weights() -> None:
         engine.load_trainable_state_dict(model, state)
 
 
+# Settings in the checkpoint, the message, and settings now.
 DIFFERENT = {
     "rank": ({"r": 8}, "r=8 in the checkpoint and 4 now"),
     "alpha": ({"lora_alpha": 5}, "lora_alpha=5 in the checkpoint and 8 now"),
     "scaling": ({"use_rslora": True}, "use_rslora=True in the checkpoint"),
     "targets": ({"target_modules": ["first"]}, "layer 'second' is adapted in the module only"),
     "quantization": ({"quantization_config": NF4}, "quantization is .*nf4.* and None now"),
+    "codes": (
+        {"quantization_config": NF4},
+        "quantization is .*'nf4'.* in the checkpoint and .*'fp4'.* now",
+        {"quantization_config": FP4},
+    ),
     "saved": ({"modules_to_save": ["head"]}, r"modules_to_save=\['head'\]"),
     "name": ({"adapter_name": "other"}, "adapter 'other' is in the checkpoint only"),
     "method": ({"use_dora": True}, "use_dora=True"),
@@ -160,10 +167,10 @@ DIFFERENT = {
 
 @pytest.mark.parametrize("kind", DIFFERENT)
 def test_other_settings_are_named(kind: str) -> None:
-    settings, message = DIFFERENT[kind]
+    settings, message, *now = DIFFERENT[kind]
     described = engine.describe(built(stack, **settings))
     with pytest.raises(CheckpointError, match=message):
-        engine.check_description(built(stack), described)
+        engine.check_description(built(stack, **dict(*now)), described)
 
 
 def test_all_differences_come_together() -> None:
