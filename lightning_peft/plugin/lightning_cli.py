@@ -153,9 +153,11 @@ def _instantiation_problem(error: ValueError, root: str) -> str:
         cause = re.sub(
             r"Does not validate against any of the Union.*?Errors:\n", "", cause, flags=re.S
         )
-        cause = re.sub(r"\n? *- Expected an? <class .*>", "", cause)
-        cause = dedent(cause).removeprefix("- ")
-        return f"Cannot instantiate the config: {cause}"
+        cause = re.sub(r"\n +Given value(?: type)?:.*", "", cause)
+        reasons = re.sub(r"\n? *- Expected an? <class .*>", "", cause).rstrip()
+        # Where types are all that is wrong, they are the reason.
+        cause = cause if not reasons or reasons.endswith(":") else reasons
+        return f"Cannot instantiate the config: {dedent(cause).strip().removeprefix('- ')}"
     known = import_module(f"{root}.strategies").StrategyRegistry.available_strategies()
     near = similar_names(named[1], known)
     return f"trainer.strategy={named[1]!r} is not a strategy of Lightning{near}"

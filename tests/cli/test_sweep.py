@@ -312,6 +312,10 @@ def test_everything_that_is_wrong_is_said_before_the_first_step(
     for part in ("init_args.r=x", "init_args.r=0", "learning_rate=fast", "batch_size=many"):
         assert part in message
     assert "init_args.r=8" not in message
+    assert (
+        "\n  - trainer.strategy.init_args.r=0: Cannot instantiate the config: These LoRA settings "
+        "cannot work:\n    - r=0: the rank is a positive integer\n"
+    ) in message
     # Keys without init_args, and of callbacks, which are a list.
     words = ("--set=trainer.strategy.r=0,4", "--set=model.learning_rate=1..2", "--trials=3")
     assert main(["sweep", *recipe, *words, "--set=trainer.callbacks.init_args.nothing=1..4"]) == 2

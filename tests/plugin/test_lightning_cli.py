@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import yaml
 from modules import ROOTS, lightning, loader, task_class
 
 from lightning_peft import LoRAStrategy, QLoRAStrategy, engine, load_from_checkpoint
-from lightning_peft.errors import CheckpointError
+from lightning_peft.errors import CheckpointError, ConfigError
 from lightning_peft.plugin.lightning_cli import lightning_command
 from lightning_peft.plugin.namespace import namespace, namespace_of
 
@@ -165,6 +166,22 @@ def test_a_wrong_value_is_named(values, messages, tmp_path, capsys):
         make_cli(ROOTS[0], ["--config", str(file)])
     text = capsys.readouterr().err + str(caught.value)
     assert all(message in text for message in messages), text
+
+
+def test_types_are_the_reason_where_nothing_else_is_wrong():
+    # As jsonargparse raises it.
+    union = (
+        "Does not validate against any of the Union subtypes\nSubtypes: [<class 'int'>]\nErrors:\n"
+        "  - Expected a <class 'int'>\nGiven value type: <class 'str'>\nGiven value: x"
+    )
+    nested = f"Problem with given class_path 'a.B':\n{textwrap.indent(union, '  ')}"
+    for text, cause in (
+        (union, "Expected a <class 'int'>"),
+        (nested, "Problem with given class_path 'a.B':\n      - Expected a <class 'int'>"),
+    ):
+        with pytest.raises(ConfigError) as caught, lightning_command([]):
+            raise ValueError(text)
+        assert str(caught.value) == f"Cannot instantiate the config: {cause}"
 
 
 @pytest.mark.parametrize("root", ROOTS)
