@@ -316,7 +316,7 @@ def start_script(write: Any, folder: Path, count: int, method: str) -> Any:
 
 @pytest.mark.long
 def test_a_script_needs_no_guard_for_its_processes(write, tmp_path) -> None:
-    out, err = start_script(write, tmp_path, 50, "spawn").communicate(timeout=120)
+    out, err = start_script(write, tmp_path, 50, "spawn").communicate(timeout=300)
     assert out.splitlines() == ["the user's script", "50"]
     assert "prepared again" not in err
 
