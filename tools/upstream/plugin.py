@@ -58,9 +58,12 @@ def seed_layers() -> None:
     nn.Linear.reset_parameters = reset_parameters  # type: ignore[method-assign]
 
 
-def read_record(path: Path) -> dict[str, dict[str, Any]]:
-    """Returns the results in a record by test; one that began and did not end has no outcome."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+def read_record(path: Path, start: int = 0) -> dict[str, dict[str, Any]]:
+    """Returns the results in a record by test; one that began and did not end has no outcome.
+
+    ``start`` is the byte from which it is read.
+    """
+    lines = path.read_bytes()[start:].splitlines() if path.is_file() else []
     results = {}
     for line in lines:
         result = json.loads(line)
