@@ -56,8 +56,13 @@ def main(arguments: Sequence[str]) -> int:
         else:
             with resolved_recipes([f"--config={recipe}", *words]) as resolved:
                 settings = check_sweep(
-                    *(Path(recipe).stem, resolved, args.set),
-                    *(args.sampler, args.trials, args.pruner or "none", args.seed or 0),
+                    Path(recipe).stem,
+                    resolved,
+                    args.set,
+                    args.sampler,
+                    args.trials,
+                    args.pruner or "none",
+                    args.seed or 0,
                 )
                 sweep = Sweep.create(args.runs or Path("runs"), settings)
         print(f"sweep {sweep.folder}", file=sys.stderr)
