@@ -39,6 +39,7 @@ LIGHT = {
     "lightning_peft.data.charsets",
     "lightning_peft.data.data_files",
     "lightning_peft.data.file_format",
+    "lightning_peft.data.open_files",
     "lightning_peft.data.progress",
     "lightning_peft.json_equality",
     "lightning_peft.demo.real_base",
