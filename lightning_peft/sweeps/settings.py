@@ -12,9 +12,6 @@ from lightning_peft.plugin.launch import torchrun_layout
 from lightning_peft.plugin.lightning_cli import parsed_config
 from lightning_peft.sweeps.values import Values, check_values, grid_of, parse_sets, parse_values
 
-SAMPLERS = ("grid", "random", "tpe")
-PRUNERS = ("none", "median", "hyperband")
-
 
 @dataclass(frozen=True)
 class SweepSettings:
@@ -25,8 +22,8 @@ class SweepSettings:
         words: The arguments of ``fit`` that all trials share; configs are copies in the folder,
             and in ``sweep.json`` their names alone.
         sets: The values as they were written, by full key.
-        sampler: One of ``SAMPLERS``.
-        pruner: One of ``PRUNERS``.
+        sampler: ``"grid"``, ``"random"`` or ``"tpe"``.
+        pruner: ``"none"``, ``"median"`` or ``"hyperband"``.
         trials: How many there are.
         seed: Of the sampler.
         metric: What trials are judged by.
@@ -64,9 +61,9 @@ def check_sweep(
         name: What the runs are called.
         words: The arguments of ``fit``, with configs as files.
         sets: What ``--set`` was given.
-        sampler: One of ``SAMPLERS``; by default a grid, with ranges or ``trials`` TPE.
+        sampler: As in :class:`SweepSettings`; by default a grid, with ranges or ``trials`` TPE.
         trials: How many runs; a grid has as many as combinations.
-        pruner: One of ``PRUNERS``.
+        pruner: As in :class:`SweepSettings`.
         seed: Of the sampler.
 
     Raises:
