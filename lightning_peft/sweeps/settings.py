@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from lightning_peft.errors import ConfigError
@@ -28,6 +29,7 @@ class SweepSettings:
         seed: Of the sampler.
         metric: What trials are judged by.
         mode: Whether the least (``"min"``) or the greatest (``"max"``) value is best.
+        directory: Where the sweep was begun, from which recipes may name their files.
     """
 
     name: str
@@ -39,6 +41,7 @@ class SweepSettings:
     seed: int
     metric: str
     mode: str
+    directory: str = field(default_factory=lambda: str(Path.cwd()))
 
     @property
     def values(self) -> dict[str, Values]:

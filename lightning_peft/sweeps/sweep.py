@@ -45,7 +45,8 @@ class Sweep:
         folder: The folder, below the root of its runs.
 
     Raises:
-        ConfigError: If it is the folder of no sweep, or Optuna is not installed.
+        ConfigError: If it is the folder of no sweep, or of one that was begun in another
+            directory, or Optuna is not installed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,6 +66,13 @@ class Sweep:
                 f"{str(folder)!r} is not the folder of a sweep: {_SETTINGS} cannot be read "
                 f"({first_line(error)}). Name the folder that the sweep printed when it began."
             ) from error
+        begun = Path(self.settings.directory)
+        # One that is gone was moved, with its files.
+        if begun.is_dir() and not begun.samefile(Path.cwd()):
+            raise ConfigError(
+                f"The sweep was begun in {str(begun)!r}, and its recipe may name files from there: "
+                f"from {str(Path.cwd())!r} they would not be found. Go there first: cd {begun}"
+            )
         self._distributions = {
             key: values.distribution() for key, values in self.settings.values.items()
         }

@@ -350,6 +350,15 @@ def test_refused(words: tuple[str, ...], message: str, capsys: Any) -> None:
     assert message in capsys.readouterr().err
 
 
+def test_resumed_where_it_was_begun(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    settings = SweepSettings("mine", [], {"r": "8"}, "grid", "none", 1, 0, "val_loss", "min")
+    folder = Sweep.create(tmp_path / "runs", settings).folder
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["sweep", f"--resume={folder}"]) == 2
+    assert f"cd {settings.directory}" in capsys.readouterr().err
+
+
 def test_values() -> None:
     assert parse_values("8, 16") == Values(("8", "16"))
     assert parse_values("[q, v],{a: 1, b: 2},'x,y'") == Values(("[q, v]", "{a: 1, b: 2}", "'x,y'"))
