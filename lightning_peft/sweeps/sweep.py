@@ -45,8 +45,7 @@ class Sweep:
         folder: The folder, below the root of its runs.
 
     Raises:
-        ConfigError: If it is the folder of no sweep, or of one that was begun in another
-            directory, or Optuna is not installed.
+        ConfigError: If it is the folder of no sweep, or Optuna is not installed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,13 +65,6 @@ class Sweep:
                 f"{str(folder)!r} is not the folder of a sweep: {_SETTINGS} cannot be read "
                 f"({first_line(error)}). Name the folder that the sweep printed when it began."
             ) from error
-        begun = Path(self.settings.directory)
-        # One that is gone was moved, with its files.
-        if begun.is_dir() and not begun.samefile(Path.cwd()):
-            raise ConfigError(
-                f"The sweep was begun in {str(begun)!r}, and its recipe may name files from there: "
-                f"from {str(Path.cwd())!r} they would not be found. Go there first: cd {begun}"
-            )
         self._distributions = {
             key: values.distribution() for key, values in self.settings.values.items()
         }
@@ -114,11 +106,18 @@ class Sweep:
             Whether all are done; ``False`` after an interrupt, of which a checkpoint was saved.
 
         Raises:
-            ConfigError: If another process is at work in the folder.
+            ConfigError: If another process is at work in the folder, or it was begun elsewhere.
             LightningPeftError: If the first trial of all fails, most likely because of the recipe;
                 or a disk is full.
             Exception: Whatever else values cannot be to blame for, such as a broken device.
         """
+        begun = Path(self.settings.directory)
+        # One that is gone was moved, with its files.
+        if begun.is_dir() and not begun.samefile(Path.cwd()):
+            raise ConfigError(
+                f"The sweep was begun in {str(begun)!r}, and its recipe may name files from there: "
+                f"from {str(Path.cwd())!r} they would not be found. Go there first: cd {begun}"
+            )
         with RunFolder(self.folder).claimed(), engine.quantized_bases_kept():
             while len(done := self._done()) < self.settings.trials:
                 if not self._trial(done, show):
