@@ -82,6 +82,15 @@ def others() -> list[str]:
         lines += [f"`{name}`: {format_conditions(content['conditions'])}", ""]
         named = {ratio.replace("_", " "): values for ratio, values in found.items()}
         lines += [*ratio_table(named), ""]
+        phases = content.get("seconds", {}).get("first_step")
+        if phases is not None:
+            whole, *parts = ((phase, values["median"]) for phase, values in phases.items())
+            shares = ", ".join(f"{phase} {median}" for phase, median in parts)
+            lines += [
+                f"From the command to the end of the first step of SmolLM2 with the recipe's defaults: "
+                f"{whole[1]} s, median of {content['repeats']}. Of these: {shares}.",
+                "",
+            ]
     return lines[:-1] or ["Not measured yet."]
 
 
