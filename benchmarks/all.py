@@ -87,8 +87,8 @@ def others() -> list[str]:
             whole, *parts = ((phase, values["median"]) for phase, values in phases.items())
             shares = ", ".join(f"{phase} {median}" for phase, median in parts)
             lines += [
-                f"From the command to the end of the first step of SmolLM2 with the recipe's defaults: "
-                f"{whole[1]} s, median of {content['repeats']}. Of these: {shares}.",
+                f"From the command to the end of the first step of SmolLM2, with the recipe's "
+                f"defaults: {whole[1]} s, median of {content['repeats']}. Of these: {shares}.",
                 "",
             ]
     return lines[:-1] or ["Not measured yet."]
