@@ -18,7 +18,7 @@ from gradio_app.recipe.presets import AMOUNTS, DEMO_BASE, MODELS
 from gradio_app.recipe.yaml_text import dump_yaml, parse_yaml
 from gradio_app.redaction import Redactor
 from gradio_app.settings import Settings
-from lightning_peft.demo.real_base import absence_of_smollm2
+from lightning_peft.demo.real_base import SMOLLM2_PLACE, absence_of_smollm2
 from lightning_peft.recipe_files import recipe_files
 from lightning_peft.task_registry import TASKS, TaskSpec, task_of_config
 
@@ -70,6 +70,12 @@ def base_recipe(task: object, method: str = "lora", small: bool = True) -> dict[
     if not small:
         return content
     return merge_recipes(content, load_recipe_file(f"small/{task}"))
+
+
+def first_recipe() -> dict[str, Any]:
+    """Returns the recipe of a new run: chats with SmolLM2 where it is installed, else the toy."""
+    content = base_recipe("sft")
+    return content if absence_of_smollm2() else with_model(content, SMOLLM2_PLACE, None)
 
 
 def demo_recipe() -> str:

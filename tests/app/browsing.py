@@ -92,8 +92,14 @@ def assert_readable(page: Page) -> None:
 
 
 def open_new_run(visit: Any, site: Any, place: str = "", **options: Any) -> Page:
-    """Opens the page of a new run as a new visitor, and waits until it is filled."""
-    page = visit(f"{site.url}/new{place}", **options)
+    """Opens the page of a new run as a new visitor, and waits until it is filled.
+
+    It begins with the toy, whatever is installed, unless ``place`` names another recipe.
+    """
+    query, hash_, step = place.partition("#")
+    if "recipe=" not in query:
+        query = f"{query or '?'}&recipe=small/sft"
+    page = visit(f"{site.url}/new{query}{hash_}{step}", **options)
     page.locator("#model-facts .chosen").wait_for(state="attached")
     return page
 

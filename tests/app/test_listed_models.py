@@ -45,13 +45,13 @@ def test_the_list_says_what_cannot_be_fetched_offline(monkeypatch, tmp_path):
         monkeypatch.setattr(presets, "this_machine", lambda found=machine: found)
         lora, qlora = model.memory
         assert [lora, qlora] == presets.memory_needs()[model.name][kind]
-    row = f"Qwen/Qwen3-0.6B: 596 M parameters, Apache 2.0, from {lora:.1f} GB memory with LoRA, "
-    row += f"{qlora:.1f} GB with QLoRA, "
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    assert _model_label(model, Texts("en")) == f"{row}download 1.5 GB"
+    row = "Qwen/Qwen3-0.6B: 596 M parameters, Apache 2.0, "
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     said = "not on this machine, and the page is offline"
-    assert _model_label(model, Texts("en")) == row + said
+    assert _model_label(model, Texts("en")) == f"\u2717 {row}{said}"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    row += f"from {lora:.1f} GB memory with LoRA, {qlora:.1f} GB with QLoRA, download 1.5 GB"
+    assert _model_label(model, Texts("en")) == row
     (model,) = [one for one in MODELS if one.name == "google/gemma-3-270m-it"]
     assert ", Gemma, gated, from " in _model_label(model, Texts("en"))
 

@@ -22,6 +22,7 @@ from gradio_app.recipe.preview import DataReport
 from gradio_app.runs.store import RunStore
 from gradio_app.texts import Texts
 from lightning_peft.data.templates import NAMED
+from lightning_peft.demo.real_base import absence_of_smollm2
 from tests.app.browsing import (
     PHONE,
     open_new_run,
@@ -77,7 +78,8 @@ def editor(tmp_path):
         return Editor(studio, Texts())
 
 
-def test_a_menu_that_loses_the_focus_changes_nothing(editor):
+def test_a_menu_that_loses_the_focus_changes_nothing(editor, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     content = with_model(base_recipe("sft"), "org/model", "f" * 40)
     content = with_data(content, "org/set", hub_config="de", hub_revision="abc")
     problem = UserError("checks.number")
@@ -260,27 +262,48 @@ def test_what_is_refused_is_said_where_it_was_typed(visit, site):
 
 
 def test_a_change_of_task_can_be_taken_back_and_a_reload_keeps_where_the_model_is_from(visit, site):
+    shutil.copytree(BASE, site.folder / "models" / "theirs", dirs_exist_ok=True)
     page = open_new_run(visit, site)
     model = page.locator("#model-choice").get_by_role("combobox")
-    model.fill("me/unknown")
-    model.press("Enter")
+    model.click()
+    page.get_by_role("option", name="theirs, on this machine").click()
     metadata = page.locator("#model-facts")
-    metadata.get_by_text("me/unknown").wait_for()
+    metadata.get_by_text("models/theirs").wait_for()
     page.locator("#new-task").get_by_role("combobox").click()
     page.get_by_role("option", name="Classify images").click()
     undo = page.get_by_role("button", name="Back to Chat and instructions")
     undo.wait_for()
-    assert not metadata.get_by_text("me/unknown").is_visible()
+    assert not metadata.get_by_text("models/theirs").is_visible()
     undo.click()
-    metadata.get_by_text("me/unknown").wait_for()
+    metadata.get_by_text("models/theirs").wait_for()
     assert not undo.is_visible()
     page.reload()
-    metadata.get_by_text("me/unknown").wait_for()
-    assert model.input_value() == "me/unknown"
-    # What cannot be fetched is said at once, and where it can be changed.
-    page.goto(page.url.partition("#")[0] + "#review")
+    metadata.get_by_text("models/theirs").wait_for()
+    assert model.input_value() == "theirs, on this machine"
+
+
+def test_a_new_run_begins_with_a_model_that_is_here_and_takes_none_that_cannot_be_fetched(
+    visit, serve, tmp_path
+):
+    site = serve(trainer="fake", env={"HF_HUB_CACHE": str(tmp_path)})
+    page = visit(f"{site.url}/new#model")
+    first = "Tiny demo model" if absence_of_smollm2() else "SmolLM2-135M-Instruct.Q4_1.gguf"
+    metadata, problem = page.locator("#model-facts"), page.locator("#model-problem")
+    metadata.get_by_text(first).first.wait_for()
+    choice = page.locator("#model-choice").get_by_role("combobox")
+    choice.click()
+    assert first in page.get_by_role("option").first.inner_text()
+    page.get_by_role("option", name="\u2717 Qwen/Qwen3-0.6B").click()
+    problem.get_by_text("Qwen/Qwen3-0.6B is not on this machine").wait_for()
+    screenshot(page, "new-model-offline")
+    choice.fill("me/unknown")
+    choice.press("Enter")
+    problem.get_by_text("me/unknown is not on this machine").wait_for()
+    assert first in metadata.inner_text()
+    # A recipe can name what is not here; it is said at once, and where it can be changed.
+    page.goto(f"{site.url}/new?recipe=sft-lora#review")
     blocked = page.locator("#overview [role=alert]")
-    blocked.get_by_text("me/unknown is not on this machine").wait_for()
+    blocked.get_by_text("is not on this machine").wait_for()
     blocked.get_by_role("link", name="To the model").wait_for()
     assert page.get_by_role("button", name="Start training").is_disabled()
 
@@ -448,7 +471,8 @@ def test_a_recipe_is_uploaded_edited_and_kept_through_a_restart(visit, serve):
 
 
 @pytest.mark.long
-def test_a_download_has_a_size_before_it_begins(visit, site):
+def test_a_download_has_a_size_before_it_begins(visit, serve):
+    site = serve(trainer="fake", env={"HF_HUB_OFFLINE": "0"})
     page = open_new_run(visit, site, "#model")
     metadata = page.locator("#model-facts")
     page.locator("#model-choice").get_by_role("combobox").click()

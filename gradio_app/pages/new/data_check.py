@@ -28,6 +28,12 @@ def is_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 
+def is_unavailable(name: str, weights: bool = True) -> bool:
+    """Whether a model would have to be fetched from the hub, and cannot be."""
+    fetched = not os.path.isabs(name) and (":" not in name or name.endswith(".gguf"))
+    return fetched and is_offline() and not is_cached(name, weights)
+
+
 def unavailable_model(content: dict[str, Any]) -> str:
     """Returns the model of a recipe if it would have to be fetched and cannot be; else nothing."""
     task = task_of_config(content)
@@ -35,8 +41,8 @@ def unavailable_model(content: dict[str, Any]) -> str:
     if task is not None and task.processor_argument is not None:
         processor = value_at(content, f"data.init_args.{task.processor_argument}", None)
         names.setdefault(processor, False)
-    hub = [n for n in names if isinstance(n, str) and ":" not in n and not os.path.isabs(n)]
-    return next((n for n in hub if is_offline() and not is_cached(n, weights=names[n])), "")
+    named = [name for name in names if isinstance(name, str)]
+    return next((name for name in named if is_unavailable(name, names[name])), "")
 
 
 def require_report(editor: Editor, session: Session) -> DataReport:

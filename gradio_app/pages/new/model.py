@@ -11,7 +11,7 @@ import gradio as gr
 from gradio_app.errors import UserError
 from gradio_app.guards import checked_hub_name, checked_revision, inside, shortened
 from gradio_app.pages.components import field, html, on_event
-from gradio_app.pages.new.data_check import is_offline
+from gradio_app.pages.new.data_check import is_offline, is_unavailable
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.pages.templating import render
 from gradio_app.recipe.content import value_at, with_value
@@ -88,6 +88,7 @@ def _from_hub(
     revision = checked_revision(at, commit=code)
     place = editor.places(session).model(hub_name)
     check_files(place, revision, trusted=code)
+    _require_available(place)
     return with_model(session.content, place, revision), hub_name
 
 
@@ -102,10 +103,17 @@ def _choose(editor: Editor, session: Session, given: Any) -> dict[str, Any]:
         check_files(place, None, trusted=False)
         return with_model(session.content, place, None)
     if any(model.name == name for model in MODELS):
+        _require_available(name)
         return with_model(session.content, name, None)
     if editor.studio.settings.limits.parameters is not None:
         raise UserError("checks.no_model", path=shortened(name))
     return _from_hub(editor, session, name)[0]
+
+
+def _require_available(name: str) -> None:
+    """Raises UserError for a model that would have to be fetched where nothing is."""
+    if is_unavailable(name):
+        raise UserError("new.model_away", name=shortened(name))
 
 
 def available_models(session: Session, editor: Editor) -> list[Model]:
@@ -129,6 +137,7 @@ def _choices(session: Session, editor: Editor) -> Any:
     folders = model_places(root) if root is not None else []
     rows = [(t("new.model_in_folder", name=name), name) for name in folders]
     listed = [model for model in available_models(session, editor) if model.name not in folders]
+    listed.sort(key=lambda model: is_unavailable(model.name))
     rows += [(_model_label(model, t), model.name) for model in listed]
     current = _shown_model(session, root)
     if current is not None and current not in [value for _, value in rows]:
@@ -155,14 +164,16 @@ def _model_label(model: Model, t: Texts) -> str:
         weights=format_parameters(model.parameters),
         licence=model.licence,
     )
+    if is_unavailable(model.name):
+        # The rows that begin so are greyed in `new.css`.
+        return f"\u2717 {row}, {t('new.not_offline')}"
     more = [t("new.gated")] if model.gated else []
     if model.memory is not None:
         lora, qlora = (format_bytes(1e9 * need, t) for need in model.memory)
         more.append(t("new.model_memory", lora=lora, qlora=qlora))
     if model.name != DEMO_BASE:
         fetched = t("new.not_here", size=format_bytes(model.download_bytes, t))
-        absent = t("new.not_offline") if is_offline() else fetched
-        more.append(t("new.here") if is_cached(model.name) else absent)
+        more.append(t("new.here") if is_cached(model.name) else fetched)
     return ", ".join([row, *more])
 
 

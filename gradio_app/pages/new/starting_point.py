@@ -15,7 +15,13 @@ from gradio_app.pages.error_reporting import localized_message
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.pages.templating import message, render
 from gradio_app.recipe.content import MISSING, value_at, with_value
-from gradio_app.recipe.edits import base_recipe, load_recipe, recipe_of_run, with_method, with_task
+from gradio_app.recipe.edits import (
+    first_recipe,
+    load_recipe,
+    recipe_of_run,
+    with_method,
+    with_task,
+)
 from gradio_app.recipe.validation import validate_content
 from gradio_app.recipe.yaml_text import MAX_CHARACTERS, parse_yaml
 from gradio_app.runs.store import next_name
@@ -58,7 +64,7 @@ def bind_page_load(editor: Editor) -> None:
     """Fills the page when it is opened: from its address, from the draft, or from the start."""
 
     def load(draft: Any, request: gr.Request) -> list[Any]:
-        first = base_recipe("sft")
+        first = first_recipe()
         session = editor.of(Session(first, first, opened=True), request)
         try:
             session.content = session.baseline = _requested_recipe(editor, session, draft, request)
@@ -89,7 +95,7 @@ def _requested_recipe(
     if asked.get("recipe"):
         content = load_recipe(asked["recipe"])
     elif asked.get("method"):
-        return with_method(base_recipe("sft"), asked["method"])
+        return with_method(first_recipe(), asked["method"])
     elif isinstance(draft, dict) and draft.get("recipe"):
         content, session.from_draft = parse_yaml(draft["recipe"]), True
     else:
