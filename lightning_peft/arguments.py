@@ -89,6 +89,9 @@ class LoRAArguments(LoRAFields):
         sharding: For the strategies: ``"fsdp2"`` leaves ``1/N`` of the frozen base in each of ``N``
             processes, and gathers a block when it computes; ``None`` leaves all of it in each. What
             trains is whole in each process either way.
+        halve_batch_on_oom: Where a training step runs out of memory, go on from the last optimizer
+            step with half the rows in each batch and twice ``accumulate_grad_batches``: the same
+            rows in each step. In one process, with a ``DataLoader`` that has a ``batch_size``.
         exclude_from_checkpoint: Names of frozen submodules outside of the adapted parts, such as a
             teacher, whose weights the module loads itself and checkpoints leave out, as the base.
             By default that is what has the values of the file that ``from_pretrained`` read;
@@ -108,6 +111,7 @@ class LoRAArguments(LoRAFields):
     verify: Literal["cheap", "full", "off"] = "cheap"
     ddp_kwargs: dict[str, Any] | None = None
     sharding: Literal["fsdp2"] | None = None
+    halve_batch_on_oom: bool = False
     exclude_from_checkpoint: str | list[str] | None = None
 
     def __post_init__(self) -> None:

@@ -130,6 +130,11 @@ def data_fetcher(fit: Any) -> Any:
     return fit._data_fetcher
 
 
+def fetches_batches(fetcher: Any) -> bool:
+    """Says whether a data fetcher hands out batches, and not an iterator to ``training_step``."""
+    return type(fetcher).__name__ != "_DataLoaderIterDataFetcher"
+
+
 def combined_loader(loop: Any) -> Any:
     """Returns the ``CombinedLoader`` of a fit or validation, or ``None``."""
     return loop._combined_loader

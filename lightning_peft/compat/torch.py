@@ -251,6 +251,16 @@ def stop_workers(loader: Any) -> None:
         stop()
 
 
+def set_batch_size(loader: Any, size: int) -> None:
+    """Lets a ``DataLoader`` that has torch's own ``BatchSampler`` make batches of ``size`` rows.
+
+    Its next iterator does. Public alternative: a new one, which all who hold the old one miss.
+    """
+    loader.batch_sampler.batch_size = size
+    # Assigning it is refused, since it would change nothing.
+    loader.__dict__["batch_size"] = size
+
+
 def leave_out_of_ddp(module: nn.Module, names: list[str]) -> None:
     """Makes DDP, and Lightning's own broadcast, leave parameters of ``module`` alone.
 

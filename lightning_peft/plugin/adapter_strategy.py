@@ -85,7 +85,8 @@ class AdapterStrategy(_Base):
     @property
     def _loops(self) -> TrainingLoops:
         if self._training_loops is None:
-            self._training_loops = TrainingLoops(self._module.trainer)
+            trainer, halves = self._module.trainer, self.lifecycle.halve_batch_on_oom
+            self._training_loops = TrainingLoops(trainer, halves)
         return self._training_loops
 
     def connect(self, model: Any) -> None:
@@ -159,6 +160,7 @@ class AdapterStrategy(_Base):
 
     def optimizer_step(self, optimizer: Any, closure: Any, *args: Any, **kwargs: Any) -> Any:
         """Steps, and lets AdaLoRA cut ranks."""
+        closure = self._loops.batches.watched(closure)
         result = super().optimizer_step(optimizer, closure, *args, **kwargs)
         if self._budget is not None:
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -41,6 +41,7 @@ class Lifecycle:
     Attributes:
         injection: What to do.
         announce: Whether to print what was adapted when training starts.
+        halve_batch_on_oom: Whether batches become smaller where memory is short.
         checks: What is checked when training starts.
         provenance: Further content for the ``provenance.json`` of every saved adapter.
         decided: What ``"auto"`` was decided to be, by the name of the argument. What is there
@@ -51,6 +52,7 @@ class Lifecycle:
         self.injection = self._requested = injection_settings(arguments)
         self._arguments = arguments
         self.announce = arguments.announce
+        self.halve_batch_on_oom = arguments.halve_batch_on_oom
         self.checks = TrainingChecks(arguments.verify)
         self.divergence = DivergenceCheck()
         self.provenance: dict[str, Any] = {}

@@ -25,6 +25,7 @@ from lightning_peft.compat.lightning import (
 )
 from lightning_peft.plugin.mid_epoch import merge_epoch_sums, mid_epoch_state, restore_mid_epoch
 from lightning_peft.plugin.random_state import random_state, same_state, set_random_state
+from lightning_peft.plugin.smaller_batches import SmallerBatches
 from lightning_peft.plugin.tracked_loader import (
     TrackedLoader,
     generator_states,
@@ -38,6 +39,7 @@ _METHODS = (
     ("fit", "setup_data"),
     ("fit", LOAD_LOADER_STATES),
     ("fit", "on_advance_end"),
+    ("epoch", "advance"),
     ("epoch", "reset"),
     ("validation", "run"),
     ("validation", "increment_progress_to_evaluation_end"),
@@ -56,9 +58,11 @@ class TrainingLoops:
         ending_epoch: Whether the hooks of an epoch's end are running.
         training_random: Training's random state while validation runs, else ``None``.
         sums: What was logged for the epoch before the checkpoint, and is not yet added.
+        tracked_loaders: The loaders that training iterates over.
+        batches: Their batches, which become smaller where memory is short and ``halves`` is set.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, halves: bool = False) -> None:
         self.fit = trainer.fit_loop
         self.epoch = self.fit.epoch_loop
         self.validation = self.epoch.val_loop
@@ -67,11 +71,12 @@ class TrainingLoops:
         self.ending_epoch = False
         self.training_random: dict[str, Any] | None = None
         self.sums: dict[str, Any] = {}
-        self._tracked_loaders: list[Any] = []
+        self.tracked_loaders: list[Any] = []
         self._user_loaders: list[Any] = []
         self._loader_random: dict[str, Any] | None = None
         self._validation_generators: Any = None
         self._final_prefetch: tuple[int, int] | None = None
+        self.batches = SmallerBatches(self, halves)
 
     def attach(self) -> None:
         """Extends the loops."""
@@ -88,8 +93,9 @@ class TrainingLoops:
         for loop, method in _METHODS:
             getattr(self, loop).__dict__.pop(method, None)
         combined = combined_loader(self.fit)
-        if combined is not None and self._tracked_loaders:
+        if combined is not None and self.tracked_loaders:
             combined._iterator = None
+        self.batches.stop()
 
     def resume(self, mine: dict[str, Any], mid_epoch: bool) -> None:
         """Says, before any data is asked for, where the fit goes on, from a :meth:`state`."""
@@ -99,6 +105,7 @@ class TrainingLoops:
     def start(self) -> None:
         """Puts the rest back, the latest moment before the first batch; the random state last."""
         resumed, self.resumed, fit = self.resumed, None, self.fit
+        self.batches.start()
         if (
             fit.restarted_mid_epoch
             and self.epoch.restarted_on_train_batch_end
@@ -137,10 +144,11 @@ class TrainingLoops:
                 loader.position(ahead, between_epochs)
                 if isinstance(loader, TrackedLoader)
                 else None
-                for loader in self._tracked_loaders
+                for loader in self.tracked_loaders
             ],
             "validation": generator_states([] if validation is None else validation.flattened),
             "unfinished": mid_epoch_state(self),
+            "smaller_batches": self.batches.state(),
         }
 
     def _prefetched(self) -> tuple[int, int]:
@@ -178,6 +186,7 @@ class TrainingLoops:
                     # The loop iterates over a copy with tracked loaders; all others see the user's.
                     data_fetcher(fit).setup(copy.copy(combined))
                 combined.flattened = self._user_loaders
+                self.batches.set_up()
         # Nothing to go back to where nothing was drawn.
         self._loader_random = None if same_state(before, random_state()) else before
         if resumed is not None and self._prefetched()[1]:
@@ -200,11 +209,11 @@ class TrainingLoops:
             positions = self.resumed["loaders"]
             if not self.mid_epoch:
                 positions = [place and next_epoch_position(place) for place in positions]
-        self._tracked_loaders = [
+        self.tracked_loaders = [
             loader if is_stateful(loader) else TrackedLoader(loader, place)
             for loader, place in zip(self._user_loaders, positions, strict=True)
         ]
-        combined.flattened = self._tracked_loaders
+        combined.flattened = self.tracked_loaders
         if self.resumed is not None:
             # A loader without a length is fetched ahead: of the next epoch, or as it was before.
             set_random_state(self.resumed["random"])
@@ -223,12 +232,15 @@ class TrainingLoops:
         finally:
             self.ending_epoch = False
 
+    def _epoch_advance(self, fetcher: Any) -> None:
+        self.batches.advance(fetcher)
+
     def _epoch_reset(self) -> None:
         """Resets the loop, without the advice to make loaders resumable: they are."""
         epoch = self.epoch
         was_last = epoch.restarted_on_train_batch_end and epoch.batch_progress.is_last_batch
         with warnings.catch_warnings():
-            if self._tracked_loaders:
+            if self.tracked_loaders:
                 warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended be")
             type(epoch).reset(epoch)
         if was_last and epoch.trainer.num_training_batches == float("inf"):

@@ -60,7 +60,7 @@ def mid_epoch_state(loops: _Loops) -> dict[str, Any]:
     return {
         "place": place,
         "metrics": metrics,
-        "sums": _epoch_sums(epoch),
+        "sums": {n: _on_cpu(sums) for n, sums in epoch_sums(epoch).items()},
         "gradients": {} if place["inside_step"] else _gradients(loops),
         "plateau": _plateau_steps(loops, place, metrics),
     }
@@ -112,14 +112,33 @@ def _metrics(trainer: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach().cpu() for name, value in metrics.items()}
 
 
-def _epoch_sums(epoch: Any) -> dict[str, dict[str, torch.Tensor]]:
+def _on_cpu(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value.cpu() for key, value in values.items()}
+
+
+def epoch_sums(epoch: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Returns the sums of what is logged for the epoch, which later batches leave as they are."""
     sums = {}
     for name, metric in logged_metrics(epoch).items():
         if metric.is_tensor and metric.meta.on_epoch and not metric.has_reset:
-            sums[name] = {"value": metric.value.detach().cpu()}
+            sums[name] = {"value": metric.value.detach()}
             if metric.meta.is_mean_reduction:
-                sums[name]["weight"] = metric.cumulated_batch_size.detach().cpu()
+                sums[name]["weight"] = metric.cumulated_batch_size.detach()
     return sums
+
+
+def put_back_sums(epoch: Any, sums: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Forgets what was logged for the epoch since :func:`epoch_sums`."""
+    for name, metric in logged_metrics(epoch).items():
+        if not metric.is_tensor or not metric.meta.on_epoch:
+            continue
+        if name not in sums:
+            metric.reset()
+            continue
+        metric.value = sums[name]["value"]
+        if "weight" in sums[name]:
+            metric.cumulated_batch_size = sums[name]["weight"]
+        forget_computed(metric)
 
 
 def _gradients(loops: _Loops) -> dict[str, torch.Tensor]:

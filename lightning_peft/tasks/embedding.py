@@ -73,6 +73,7 @@ class SentenceEmbedder(PretrainedTask):
     """
 
     auto_class = AutoModel
+    couples_rows = True
     # Submodules that compute nothing the embeddings are made of; they get no adapters.
     unused_modules: tuple[str, ...] = ()
     positive = (*PretrainedTask.positive, "scale")

@@ -63,6 +63,8 @@ class PretrainedTask(_Base, metaclass=LateBoundMeta):
     auto_class: ClassVar[Any]
     # Further arguments of its from_pretrained.
     loading: ClassVar[dict[str, Any]] = {}
+    # Whether the loss of a row depends on the other rows of its batch.
+    couples_rows: ClassVar[bool] = False
     # Arguments that are above 0, where they are given, and the least values of others.
     positive: ClassVar[tuple[str, ...]] = ("learning_rate",)
     least: ClassVar[dict[str, int]] = {}

@@ -1,0 +1,304 @@
+"""Out of memory in a training step: smaller batches, and more of them for each optimizer step.
+
+The fit goes on: the loop goes back to where the optimizer stepped last, in the order of the data
+and in the random numbers, and trains the same rows again in smaller batches.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+
+from lightning_peft import engine
+from lightning_peft.compat.lightning import (
+    combined_loader,
+    data_fetcher,
+    end_restart,
+    fetches_batches,
+    is_tuning,
+)
+from lightning_peft.compat.torch import set_batch_size
+from lightning_peft.errors import LifecycleError, UnsupportedError, itemize
+from lightning_peft.plugin.mid_epoch import epoch_sums, put_back_sums
+from lightning_peft.plugin.random_state import random_state, set_random_state
+
+log = logging.getLogger(__name__)
+
+
+class _Loops(Protocol):
+    """What is needed here of :class:`lightning_peft.plugin.loops.TrainingLoops`."""
+
+    fit: Any
+    epoch: Any
+    resumed: dict[str, Any] | None
+    tracked_loaders: list[Any]
+
+
+@dataclass
+class _Full:
+    """What the user asked for, in batches of the size that the user gave."""
+
+    loader: Any
+    batch_size: int
+    limit: float
+    val_check_batch: Any
+
+
+@dataclass
+class _StepStart:
+    """Where training was before the first batch of an optimizer step."""
+
+    random: dict[str, Any]
+    place: dict[str, Any]
+    buffers: list[tuple[Tensor, Tensor]]
+    sums: dict[str, dict[str, Tensor]]
+    batches: int
+    total: int
+
+
+class SmallerBatches:
+    """The batches of one fit: as the user wants them, or as they fit into memory.
+
+    Attributes:
+        division: By what the number of rows in a batch is divided, and the number of batches for
+            an optimizer step multiplied.
+    """
+
+    def __init__(self, loops: _Loops, halves: bool) -> None:
+        self.division = 1
+        self._loops, self._halves = loops, halves
+        self._trainer = loops.fit.trainer
+        self._accumulate: int = self._trainer.accumulate_grad_batches
+        self._full: _Full | None = None
+        self._frequencies: list[int] = []
+        self._start: _StepStart | None = None
+        self._may_have_stepped = False
+
+    def state(self) -> dict[str, int] | None:
+        """Returns what a checkpoint has to say; ``None`` where batches are as the user wants."""
+        if self.division == 1:
+            return None
+        return {"division": self.division, "accumulate": self._accumulate * self.division}
+
+    def set_up(self) -> None:
+        """Looks at new loaders; those of a run that is resumed get batches as it had them.
+
+        Raises:
+            UnsupportedError: If batches cannot be made smaller.
+        """
+        saved = (self._loops.resumed or {}).get("smaller_batches")
+        if saved and self._accumulate * saved["division"] == saved["accumulate"]:
+            # Else the run that is resumed was given the smaller batches.
+            self.division = saved["division"]
+        if not self._halves and self.division == 1:
+            return
+        problems = self._problems()
+        if problems:
+            raise UnsupportedError(
+                "halve_batch_on_oom=True cannot be used with:" + itemize(problems)
+            )
+        (loader,) = combined_loader(self._loops.fit).flattened
+        (limit,) = combined_loader(self._loops.fit).limits
+        self._full = _Full(loader, loader.batch_size, limit, self._trainer.val_check_batch)
+        if self.division > 1:
+            self._scale(self.division)
+            # Again, up to the new number of batches; nothing was fetched yet.
+            iter(data_fetcher(self._loops.fit))
+
+    def start(self) -> None:
+        """Called when training starts, after the LR schedulers were made."""
+        self._frequencies = [config.frequency for config in self._trainer.lr_scheduler_configs]
+        if self._full is not None and self.division > 1:
+            self._scale(self.division)
+
+    def stop(self) -> None:
+        """Gives Trainer and loader what the user gave them."""
+        self._start = None
+        if self._full is not None and self.division > 1:
+            self._scale(1)
+        self._full = None
+
+    def advance(self, fetcher: Any) -> None:
+        """Trains on one batch, a smaller one where it has to be.
+
+        Raises:
+            LifecycleError: If memory is short and a smaller batch is none, or would not help.
+        """
+        epoch = self._loops.epoch
+        if not self._halves or is_tuning(self._trainer):
+            type(epoch).advance(epoch, fetcher)
+            return
+        if epoch.batch_progress.current.ready % self._trainer.accumulate_grad_batches == 0:
+            self._start = self._step_start()
+        while True:
+            self._may_have_stepped = False
+            try:
+                type(epoch).advance(epoch, fetcher)
+                return
+            except torch.OutOfMemoryError as error:
+                factor = self._factor(error)
+                reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else ""
+            # Not before: the traceback holds what the step computed.
+            self._go_back(factor, reason)
+
+    def watched(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Returns ``closure``, after which the optimizer changes parameters."""
+
+        def run() -> Any:
+            result = closure()
+            self._may_have_stepped = True
+            return result
+
+        return run
+
+    def _problems(self) -> list[str]:
+        trainer, module = self._trainer, self._trainer.lightning_module
+        loaders = combined_loader(self._loops.fit).flattened
+        problems = []
+        if trainer.world_size > 1:
+            problems.append(
+                f"{trainer.world_size} processes: those with enough memory would wait for the one "
+                "without. Give a smaller batch_size and a larger accumulate_grad_batches"
+            )
+        if not module.automatic_optimization:
+            problems.append("manual optimization, whose steps only training_step knows")
+        if not fetches_batches(data_fetcher(self._loops.fit)):
+            problems.append("a training_step that fetches its batches itself (dataloader_iter)")
+        if getattr(module, "couples_rows", False):
+            problems.append(
+                f"{type(module).__name__}, whose loss compares the rows of a batch with each "
+                "other: a smaller batch is another loss"
+            )
+        record = engine.record_of(module)
+        if record is not None and record.momentum_copies:
+            problems.append("momentum copies, which may move with each batch")
+        names = {cls.__name__ for one in trainer.callbacks for cls in type(one).__mro__}
+        if "GradientAccumulationScheduler" in names:
+            problems.append("GradientAccumulationScheduler, which sets the same number")
+        if len(loaders) != 1:
+            problems.append(f"{len(loaders)} training loaders: combine them into one")
+        problems += [text for one in loaders[:1] if (text := _loader_problem(one)) is not None]
+        return problems
+
+    def _step_start(self) -> _StepStart:
+        progress = self._loops.epoch.batch_progress
+        (tracked,) = self._loops.tracked_loaders
+        module = self._trainer.lightning_module
+        return _StepStart(
+            random_state(),
+            tracked.position(0, between_epochs=progress.current.ready == 0),
+            [(buffer, buffer.clone()) for buffer in module.buffers() if not buffer.is_meta],
+            epoch_sums(self._loops.epoch),
+            progress.current.ready,
+            progress.total.ready,
+        )
+
+    def _factor(self, error: torch.OutOfMemoryError) -> int:
+        """Returns by what a batch is divided next."""
+        assert self._full is not None
+        size = self._full.batch_size // self.division
+        problem = None
+        if size == 1:
+            problem = "the batch is one row. Shorten rows (max_length), or plan for less memory"
+        elif self._may_have_stepped:
+            problem = (
+                "it was the optimizer's step, which may have changed some parameters and not "
+                "others. Continue from the newest checkpoint with another optimizer, such as "
+                "optimizer='paged_adamw_8bit', or a smaller r"
+            )
+        elif self._start is None:
+            problem = (
+                "the run was resumed between two batches of an optimizer step, whose first rows "
+                "are gone. Continue from a checkpoint of an optimizer step"
+            )
+        if problem is not None:
+            raise LifecycleError(
+                f"Out of memory, and a smaller batch is no help: {problem}."
+            ) from error
+        # Of 6 rows 3, of 9 rows 3, of 5 rows 1: an optimizer step keeps its rows.
+        return next(n for n in range(2, size + 1) if size % n == 0)
+
+    def _go_back(self, factor: int, reason: str) -> None:
+        """Goes to the start of the optimizer step, with batches that are smaller by ``factor``."""
+        start, full, trainer, epoch = self._start, self._full, self._trainer, self._loops.epoch
+        assert start is not None
+        assert full is not None
+        rows, batches = full.batch_size // self.division, trainer.accumulate_grad_batches
+        self.division *= factor
+        for param in trainer.lightning_module.parameters():
+            param.grad = None
+        gc.collect()
+        torch.cuda.empty_cache()
+        for buffer, value in start.buffers:
+            buffer.copy_(value)
+        put_back_sums(epoch, start.sums)
+        self._scale(self.division)
+        start.batches, start.total = start.batches * factor, start.total * factor
+        self._set_progress(start)
+        start.place = {**start.place, "yielded": start.place["yielded"] * factor}
+        (tracked,) = self._loops.tracked_loaders
+        tracked.resume_at = start.place
+        set_random_state(start.random)
+        fetcher = data_fetcher(self._loops.fit)
+        iter(fetcher)
+        fetcher.fetched += start.batches
+        log.warning(
+            "Out of memory after optimizer step %d (%s). From here on a batch has %d rows instead "
+            "of %d, and an optimizer step %d batches instead of %d: the same rows. Training goes "
+            "on after that step.",
+            trainer.global_step,
+            reason,
+            rows // factor,
+            rows,
+            batches * factor,
+            batches,
+        )
+
+    def _set_progress(self, start: _StepStart) -> None:
+        epoch = self._loops.epoch
+        end_restart(epoch)
+        progress = epoch.batch_progress
+        for tracker, count in ((progress.current, start.batches), (progress.total, start.total)):
+            tracker.ready = tracker.started = tracker.processed = tracker.completed = count
+        progress.is_last_batch = False
+        optimizer = epoch.automatic_optimization.optim_progress.optimizer
+        for tracked in (optimizer.step, optimizer.zero_grad):
+            tracked.total.reset_on_restart()
+            tracked.current.reset_on_restart()
+
+    def _scale(self, division: int) -> None:
+        """Counts in batches that are ``division`` times smaller than the user's."""
+        full, trainer, fit = self._full, self._trainer, self._loops.fit
+        assert full is not None
+        set_batch_size(full.loader, full.batch_size // division)
+        limit = min(full.limit * division, len(full.loader))
+        for combined in (combined_loader(fit), data_fetcher(fit).combined_loader):
+            combined.limits = [limit]
+        fit.max_batches = limit
+        trainer.accumulate_grad_batches = self._accumulate * division
+        if full.val_check_batch not in (None, float("inf")):
+            checks = full.val_check_batch * division
+            in_epoch = trainer.check_val_every_n_epoch is not None
+            trainer.val_check_batch = min(checks, limit) if in_epoch else checks
+        for config, frequency in zip(trainer.lr_scheduler_configs, self._frequencies, strict=False):
+            if config.interval == "step" and frequency > 1:
+                config.frequency = frequency * division
+
+
+def _loader_problem(loader: Any) -> str | None:
+    """Returns why batches of a loader cannot be made smaller, or ``None``."""
+    if not isinstance(loader, DataLoader):
+        return f"{type(loader).__name__} as a loader: only torch's DataLoader can be rebuilt"
+    if isinstance(loader.dataset, IterableDataset):
+        return "an IterableDataset, which cannot be asked for rows again"
+    if type(loader.batch_sampler) is not BatchSampler:
+        kind = type(loader.batch_sampler).__name__
+        return f"batch_sampler={kind}, whose batches only it can make smaller. Use batch_size"
+    return None
