@@ -92,6 +92,8 @@ class LoRAArguments(LoRAFields):
         halve_batch_on_oom: Where a training step runs out of memory, go on from the last optimizer
             step with half the rows in each batch and twice ``accumulate_grad_batches``: the same
             rows in each step. In one process, with a ``DataLoader`` that has a ``batch_size``.
+        async_save: Write checkpoints to local disks in the background. A save waits for the one
+            before, the end of a run for the last one.
         exclude_from_checkpoint: Names of frozen submodules outside of the adapted parts, such as a
             teacher, whose weights the module loads itself and checkpoints leave out, as the base.
             By default that is what has the values of the file that ``from_pretrained`` read;
@@ -112,6 +114,7 @@ class LoRAArguments(LoRAFields):
     ddp_kwargs: dict[str, Any] | None = None
     sharding: Literal["fsdp2"] | None = None
     halve_batch_on_oom: bool = False
+    async_save: bool = False
     exclude_from_checkpoint: str | list[str] | None = None
 
     def __post_init__(self) -> None:

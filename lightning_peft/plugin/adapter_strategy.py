@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from lightning_peft.plugin.adapter_checks import check_frozen, check_optimizers
 from lightning_peft.plugin.adapter_defaults import KEPT_IN_FLOAT32
 from lightning_peft.plugin.automatic_checkpointing import AutomaticCheckpointing
 from lightning_peft.plugin.averaging import averages_in, continued_tensors
+from lightning_peft.plugin.background_saving import BackgroundSaves, check_background_saves
 from lightning_peft.plugin.checkpoint_content import (
     CHECKPOINT_KEY,
     DATAMODULE_KEY,
@@ -89,6 +91,10 @@ class AdapterStrategy(_Base):
             self._training_loops = TrainingLoops(trainer, halves)
         return self._training_loops
 
+    @property
+    def _saves(self) -> BackgroundSaves:
+        return self.lifecycle.saves
+
     def connect(self, model: Any) -> None:
         """Arranges for the injection at the end of ``configure_model``."""
         super().connect(model)
@@ -103,6 +109,8 @@ class AdapterStrategy(_Base):
         """
         self.lifecycle.check_restored(self._restored)
         self.lifecycle.checks.new_run()
+        if self._saves.enabled:
+            check_background_saves(trainer, not hasattr(self.checkpoint_io, "background"))
         self._automatic = None
         if trainer.state.fn == "fit":
             self._loops.attach()
@@ -195,6 +203,15 @@ class AdapterStrategy(_Base):
         if unfinished and self.is_global_zero:
             log.warning(unfinished)
         self.lifecycle.checks.end()
+        if self._saves.enabled:
+            self._saves.wait()
+            # Others read what the first process writes.
+            self.barrier("async_save")
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Waits for checkpoints that are being written."""
+        super().on_exception(exception)
+        self._saves.wait_after(exception)
 
     def _gather_process_states(self) -> list[Any]:
         return engine.gathered(self._loops.state(), self.world_size)
@@ -209,7 +226,10 @@ class AdapterStrategy(_Base):
         elif hasattr(type(current), "checkpoint_io"):
             # A wrapper takes it only where it has none.
             current.checkpoint_io = ours()
-        return checkpoint_io_of(self)
+        io = checkpoint_io_of(self)
+        if self._saves.enabled and isinstance(io, WholeFileCheckpointIO):
+            io.background = self._saves
+        return io
 
     @checkpoint_io.setter
     def checkpoint_io(self, io: Any) -> None:
@@ -228,7 +248,13 @@ class AdapterStrategy(_Base):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
     ) -> None:
-        """Writes the checkpoint with its description, and its adapter folder."""
+        """Writes the checkpoint with its description, and its adapter folder.
+
+        Raises:
+            StorageError: If this one cannot be written, or the one before was not.
+        """
+        # No more than one is in memory.
+        self._saves.wait()
         if engine.record_of(self._module) is None:
             super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
             return
@@ -241,8 +267,14 @@ class AdapterStrategy(_Base):
                 place = {"epoch": checkpoint["epoch"], "global_step": checkpoint["global_step"]}
                 provenance = {**self.lifecycle.provenance, **place}
                 # First, so that an existing checkpoint is complete.
-                write_adapter_folder(filepath, engine.packed_adapters(self._module, provenance))
+                files = engine.packed_adapters(self._module, provenance)
+                self._saves.run(partial(write_adapter_folder, filepath, files))
             super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+        self._wait_outside_of_run()
+
+    def _wait_outside_of_run(self) -> None:
+        if self._module.trainer.state.status != "running":
+            self._saves.wait()
 
     def _with_metadata(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         described = engine.describe(self._module)
@@ -269,7 +301,11 @@ class AdapterStrategy(_Base):
         return pack_checkpoint(self._module, checkpoint, described, before, excluded)
 
     def remove_checkpoint(self, filepath: Any) -> None:
-        """Removes a checkpoint and its adapter folder."""
+        """Removes a checkpoint and its adapter folder, once what replaces it is whole."""
+        self._saves.run(partial(self._remove_checkpoint, filepath))
+        self._wait_outside_of_run()
+
+    def _remove_checkpoint(self, filepath: Any) -> None:
         super().remove_checkpoint(filepath)
         if self.is_global_zero and is_local(filepath):
             remove_adapter_folder(filepath)
@@ -280,6 +316,7 @@ class AdapterStrategy(_Base):
         Raises:
             CheckpointError: If the file is damaged or unsafe.
         """
+        self._saves.wait()
         if self.world_size > 1:
             # Which one is newest, processes may see differently while the first begins its record.
             checkpoint_path = self.broadcast(checkpoint_path)
@@ -346,6 +383,7 @@ class AdapterStrategy(_Base):
         self.lifecycle.uninstall()
         self.lifecycle.checks.stop()
         super().teardown()
+        self._saves.close()
 
 
 def resumes_mid_epoch(trainer: Any, checkpoint: Mapping[str, Any]) -> bool:

@@ -8,6 +8,8 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ import torch
 
 from lightning_peft.errors import CheckpointError, StorageError
 from lightning_peft.file_errors import write_problem
+from lightning_peft.plugin.background_saving import BackgroundSaves
 from lightning_peft.plugin.namespace import LateBoundMeta
 
 if TYPE_CHECKING:
@@ -31,12 +34,17 @@ FOLDER = "adapters"
 
 
 class WholeFileCheckpointIO(_Base, metaclass=LateBoundMeta):
-    """Writes to a temporary name, flushes to disk, then renames: a kill leaves no partial file."""
+    """Writes to a temporary name, flushes to disk, then renames: a kill leaves no partial file.
+
+    Attributes:
+        background: Where files are written while training goes on, or ``None``.
+    """
 
     lightning_base = "plugins.io.TorchCheckpointIO"
 
     def __init__(self) -> None:
         super().__init__()
+        self.background: BackgroundSaves | None = None
         self._warned_of: set[str] = set()
 
     def save_checkpoint(
@@ -46,7 +54,13 @@ class WholeFileCheckpointIO(_Base, metaclass=LateBoundMeta):
         if not is_local(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        write_whole_file(checkpoint, Path(path), self._warn_of_objects)
+        if self.background is None:
+            write_whole_file(checkpoint, Path(path), self._warn_of_objects)
+            return
+        content = BytesIO()
+        torch.save(checkpoint, content)
+        write = partial(write_whole_file, content.getbuffer(), Path(path), self._warn_of_objects)
+        self.background.run(write)
 
     def _warn_of_objects(self, file: Path) -> None:
         names = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - self._warned_of
@@ -62,15 +76,21 @@ class WholeFileCheckpointIO(_Base, metaclass=LateBoundMeta):
 
 
 def write_whole_file(
-    checkpoint: dict[str, Any], target: Path, look: Callable[[Path], None] | None = None
+    checkpoint: dict[str, Any] | memoryview,
+    target: Path,
+    look: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes a checkpoint under another name, flushes it to disk and renames it.
 
-    ``look`` is called with the complete file before it has its name.
+    A ``memoryview`` has what ``torch.save`` made of one. ``look`` is called with the complete file
+    before it has its name.
     """
     with _whole_or_absent(target) as unfinished:
         with open(unfinished, "wb") as file:
-            torch.save(checkpoint, file)
+            if isinstance(checkpoint, memoryview):
+                file.write(checkpoint)
+            else:
+                torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
         if look is not None:

@@ -25,6 +25,7 @@ from lightning_peft.plugin.adapter_checks import (
 )
 from lightning_peft.plugin.adapter_defaults import with_adapter_defaults
 from lightning_peft.plugin.averaging import serve_averages
+from lightning_peft.plugin.background_saving import BackgroundSaves
 from lightning_peft.plugin.compatibility import check_compatibility, check_pruning
 from lightning_peft.plugin.divergence import DivergenceCheck
 from lightning_peft.plugin.injection_settings import injection_settings
@@ -42,6 +43,7 @@ class Lifecycle:
         injection: What to do.
         announce: Whether to print what was adapted when training starts.
         halve_batch_on_oom: Whether batches become smaller where memory is short.
+        saves: Checkpoints that are being written.
         checks: What is checked when training starts.
         provenance: Further content for the ``provenance.json`` of every saved adapter.
         decided: What ``"auto"`` was decided to be, by the name of the argument. What is there
@@ -53,6 +55,7 @@ class Lifecycle:
         self._arguments = arguments
         self.announce = arguments.announce
         self.halve_batch_on_oom = arguments.halve_batch_on_oom
+        self.saves = BackgroundSaves(arguments.async_save)
         self.checks = TrainingChecks(arguments.verify)
         self.divergence = DivergenceCheck()
         self.provenance: dict[str, Any] = {}

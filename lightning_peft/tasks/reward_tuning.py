@@ -84,6 +84,7 @@ class RewardTuning(ReferencedTask):
         ConfigError: If arguments contradict each other.
     """
 
+    couples_rows = True
     positive = (*ReferencedTask.positive, "temperature", "epsilon", "epsilon_high")
     least = {"num_generations": 2, "num_iterations": 1, "max_completion_length": 1, "beta": 0}
 

@@ -57,6 +57,7 @@ class UnpairedPreferenceTuning(ReferencedTask):
         ConfigError: If arguments contradict each other.
     """
 
+    couples_rows = True
     positive = (*ReferencedTask.positive, "beta", "desirable_weight", "undesirable_weight")
 
     def __init__(

@@ -2,7 +2,8 @@
 
 ``make test-faults ARGS="--one 200 --two 50 --seed 0"`` does so many cycles on one and on two
 processes. Each moment is the n-th of the events below, so that a cycle can be repeated
-(``--only 17``). Most processes are killed; one in five gets SIGTERM, as before preemption.
+(``--only 17``). Most processes are killed; one in five gets SIGTERM, as before preemption. In every
+second cycle checkpoints are written in the background.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Events:
         return type("Watch", (lightning(ROOT).Callback,), dict.fromkeys(HOOKS, hook))()
 
 
-def train(folder: Path, processes: int, events: Events) -> None:
+def train(folder: Path, processes: int, events: Events, in_background: bool) -> None:
     """Trains two epochs of six steps, from the newest checkpoint of the folder if there is one."""
     checkpoint = RunFolder(folder).resumable_checkpoint()
     torch.manual_seed(5 if checkpoint is None else 1000)
@@ -95,7 +96,7 @@ def train(folder: Path, processes: int, events: Events) -> None:
     ]
     run = trainer(
         folder,
-        strategy("qlora", ROOT, lora_dropout=0.3),
+        strategy("qlora", ROOT, lora_dropout=0.3, async_save=in_background),
         ROOT,
         devices=processes,
         max_epochs=2,
@@ -107,7 +108,9 @@ def train(folder: Path, processes: int, events: Events) -> None:
     run.fit(module, data, loader("llama"), ckpt_path=checkpoint)
 
 
-def start(folder: Path, rank: int, processes: int, port: int, events: Events) -> int:
+def start(
+    folder: Path, rank: int, processes: int, port: int, events: Events, in_background: bool
+) -> int:
     """Forks a process that trains; what it prints goes to a file of the folder."""
     child = os.fork()
     if child:
@@ -121,7 +124,7 @@ def start(folder: Path, rank: int, processes: int, port: int, events: Events) ->
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}
         torch.set_num_threads(1)
-        train(folder, processes, events)
+        train(folder, processes, events, in_background)
         (folder / f"rank{rank}.events").write_text(str(events.count))
         code = 0
     except BaseException:
@@ -131,13 +134,24 @@ def start(folder: Path, rank: int, processes: int, port: int, events: Events) ->
         os._exit(code)
 
 
-def attempt(folder: Path, processes: int, victim: int = 0, at: int = 0, number: int = 0) -> bool:
+def attempt(
+    folder: Path,
+    processes: int,
+    in_background: bool,
+    victim: int = 0,
+    at: int = 0,
+    number: int = 0,
+) -> bool:
     """Trains until all processes have ended, by themselves or after one; whether all went well."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     running = {
-        start(folder, rank, processes, port, Events(at if rank == victim else 0, number))
+        start(
+            *(folder, rank, processes, port),
+            Events(at if rank == victim else 0, number),
+            in_background,
+        )
         for rank in range(processes)
     }
     well, end, forced = True, time.monotonic() + LONGEST, False
@@ -176,7 +190,7 @@ def run_cycles(processes: int, cycles: list[int], seed: int, root: Path) -> dict
     """Does the cycles, and returns how often a process was killed, and preempted."""
     whole = root / f"whole{processes}"
     whole.mkdir()
-    check(attempt(whole, processes), "the uninterrupted run", whole)
+    check(attempt(whole, processes, False), "the uninterrupted run", whole)
     expected = result(whole)
     lengths = [int((whole / f"rank{rank}.events").read_text()) for rank in range(processes)]
     sent = {"killed": 0, "preempted": 0}
@@ -184,13 +198,15 @@ def run_cycles(processes: int, cycles: list[int], seed: int, root: Path) -> dict
         draw = random.Random(f"{seed} {processes} {cycle}")
         folder = root / f"{processes}-{cycle}"
         folder.mkdir()
+        in_background = cycle % 2 == 1
         for _ in range(draw.choice((1, 1, 2, 3))):
             victim = draw.randrange(processes)
             number = draw.choice((signal.SIGKILL,) * 4 + (signal.SIGTERM,))
-            attempt(folder, processes, victim, draw.randint(1, lengths[victim]), number)
+            at = draw.randint(1, lengths[victim])
+            attempt(folder, processes, in_background, victim, at, number)
             sent["killed" if number == signal.SIGKILL else "preempted"] += 1
         name = f"cycle {cycle} with seed {seed} on {processes}"
-        check(attempt(folder, processes), name, folder)
+        check(attempt(folder, processes, in_background), name, folder)
         found = result(folder)
         check(found.keys() == expected.keys(), name, folder)
         check(not differing(found, expected), name, folder)

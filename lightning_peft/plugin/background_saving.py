@@ -1,0 +1,96 @@
+"""``async_save=True``: checkpoints are written by a thread while training goes on.
+
+What a checkpoint holds is taken at once; only the disk is left to the thread, which does one thing
+after the other. So a checkpoint that another one replaces is removed when that one is whole.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
+
+from lightning_peft.errors import ConfigError, itemize
+
+log = logging.getLogger(__name__)
+
+
+class BackgroundSaves:
+    """What is being written, in order; written at once where ``enabled`` is false."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self._thread: ThreadPoolExecutor | None = None
+        self._pending: list[Future[None]] = []
+        self._failed = False
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Does ``work`` after what came before it, unless that failed."""
+        if not self.enabled:
+            work()
+            return
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._pending.append(self._thread.submit(self._try, work))
+
+    def _try(self, work: Callable[[], None]) -> None:
+        if self._failed:
+            return
+        try:
+            work()
+        except BaseException:
+            self._failed = True
+            raise
+
+    def wait(self) -> None:
+        """Returns when all is written; raises what kept it from being written."""
+        pending, self._pending = self._pending, []
+        wait(pending)
+        self._failed = False
+        for one in pending:
+            one.result()
+
+    def wait_after(self, error: BaseException) -> None:
+        """Waits as well, where a run ends by ``error``: another one is logged."""
+        try:
+            self.wait()
+        except Exception as problem:
+            log.error("%s This was found after %s.", problem, type(error).__name__)
+
+    def close(self) -> None:
+        """Waits, and ends the thread."""
+        try:
+            self.wait()
+        finally:
+            thread, self._thread = self._thread, None
+            if thread is not None:
+                thread.shutdown()
+
+
+def check_background_saves(trainer: Any, has_own_io: bool) -> None:
+    """Looks for what does not go together with files that appear later.
+
+    Raises:
+        ConfigError: With all of it.
+    """
+    problems = []
+    if has_own_io:
+        problems.append(
+            "a CheckpointIO of your own, which decides itself when it writes. Wrap it in "
+            "Lightning's AsyncCheckpointIO in place of async_save"
+        )
+    for callback in trainer.checkpoint_callbacks:
+        name, kept = getattr(callback, "filename", None), getattr(callback, "save_top_k", 1)
+        if name is not None and kept not in (0, 1) and "{step" not in name:
+            problems.append(
+                f"{type(callback).__name__}(filename={name!r}, save_top_k={kept}): it looks at the "
+                "disk for a name that is free. Put {step} into the name"
+            )
+        if getattr(callback, "save_last", None) == "link":
+            problems.append(
+                f"{type(callback).__name__}(save_last='link'): there would be nothing to link to "
+                "yet. Use save_last=True"
+            )
+    if problems:
+        raise ConfigError("async_save=True cannot be used with:" + itemize(problems))
