@@ -27,6 +27,10 @@ class LoRAFields:
             meant and dropout and initialization allow it; ``[]`` leaves them frozen.
         exclude_modules: Names or a regular expression never to adapt.
         modules_to_save: Modules trained in full and stored with the adapter; never quantized.
+        trainable_token_indices: Tokens whose embeddings train, such as those that were added to
+            the tokenizer, as numbers: of the input embeddings and what is tied to them, or a list
+            for each name (``{"embed_tokens": [32000], "lm_head": [32000]}`` where the two are not
+            tied). Checkpoints and files hold these rows alone.
         use_rslora: Scale by ``lora_alpha / sqrt(r)`` (arXiv 2312.03732).
         use_dora: Weight-decomposed LoRA (arXiv 2402.09353), through PEFT's own layers.
         init_lora_weights: PEFT's initializations: ``True``, ``"gaussian"``, ``"pissa"``,
@@ -44,6 +48,7 @@ class LoRAFields:
     target_parameters: list[str] | None = None
     exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | str = True

@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraModel
 # Public alternative: none. `peft.tuners` exports the tuners alone.
 from peft.tuners.lora.layer import MultiheadAttention as MultiheadAttention
 from peft.tuners.lora.layer import ParamWrapper as ParamWrapper
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer as TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner as BaseTuner
 from peft.tuners.tuners_utils import BaseTunerLayer as BaseTunerLayer
 from peft.tuners.tuners_utils import check_target_module_exists as check_target_module_exists

@@ -146,7 +146,8 @@ def set_adapter(module: nn.Module, names: str | Iterable[str]) -> None:
         names: One name, or several whose outputs then add up.
 
     Raises:
-        ConfigError: If a name is unknown; the known ones are listed.
+        ConfigError: If a name is unknown; the known ones are listed. Or if several train the
+            same rows of an embedding.
         LifecycleError: If the module has no adapters, or others are merged into its weights.
     """
     record = require_record(module)
@@ -159,6 +160,13 @@ def set_adapter(module: nn.Module, names: str | Iterable[str]) -> None:
         )
     if set(chosen) != set(record.active):
         refuse_merged(module, "Choosing other adapters")
+    layers = {n: x for n, x in adapted_layers_of(module).items() if isinstance(x, AdapterLayer)}
+    problems = [f"{n}: {why}" for n, x in layers.items() if (why := x.conflict(chosen))]
+    if problems:
+        raise ConfigError(
+            f"set_adapter({list(chosen)!r}): these adapters cannot run together:"
+            + itemize(problems)
+        )
     record.active = chosen
     for _, part in adapted_parts(module):
         activate(part, chosen)

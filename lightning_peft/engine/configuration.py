@@ -175,5 +175,7 @@ def config_differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> li
 
 def _comparable(value: Any) -> Any:
     value = to_primitives(value)
-    # Sets of names have no order, and the first values do not matter.
-    return sorted(value, key=repr) if isinstance(value, list) else value
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        # Names have no order.
+        return sorted(value)
+    return value

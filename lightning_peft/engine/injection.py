@@ -35,6 +35,7 @@ from lightning_peft.engine.gathering import group_size
 from lightning_peft.engine.layers.attention import projections
 from lightning_peft.engine.layers.expert_weights import exposed_experts, parameter_name
 from lightning_peft.engine.layers.mixin import stored_parameter
+from lightning_peft.engine.layers.tokens import attach_tokens, trained_rows
 from lightning_peft.engine.loading.quantize_on_load import (
     GGUF_HASH,
     base_fingerprint,
@@ -68,7 +69,11 @@ from lightning_peft.engine.selection.scope import left_modules, left_parameters
 from lightning_peft.engine.selection.targets import PATTERN_FIELDS, patterns_for
 from lightning_peft.engine.training.causal_lm_loss import patch_causal_lm_loss
 from lightning_peft.engine.training_mode import user_eval_modules
-from lightning_peft.engine.vocabulary import resized_embeddings, vocabulary_size
+from lightning_peft.engine.vocabulary import (
+    resized_embeddings,
+    vocabulary_size,
+    without_new_rows,
+)
 from lightning_peft.errors import ConfigError, UnsupportedError
 
 # Of a base, that weights of experts are quantized too.
@@ -264,7 +269,8 @@ def _add_adapters(
         entry = _inject_part(plan, request, record, device, kept)
         freeze_base(module, entry, request.biases, plan.targets, requires_grad_before, kept)
         held = [*entry.heads, *entry.saved, *entry.replaced]
-        resized = [n for n in resized_embeddings(plan.part) if not inside(n, held)]
+        made = resized_embeddings(plan.part, trained_rows(plan.part))
+        resized = [name for name in made if not inside(name, held)]
         if resized:
             include_in_files(module, entry, resized)
         activate(plan.part, record.active)
@@ -301,6 +307,9 @@ def _inject_part(
     else:
         quantize_layers(plan.part, plan.quantize, request.quantization, where)
         inject_with_peft(plan, config, request.adapter_name)
+    for layer, tokens in plan.tokens.items():
+        tied = [plan.part.get_submodule(name) for name in tokens.tied]
+        attach_tokens(plan.part.get_submodule(layer), request.adapter_name, tokens.rows, tied)
     info = AdapterInfo(config_to_dict(request.config), plan.targets, plan.in_place is not None)
     info.heads, info.rows = plan.heads, plan.rows
     if plan.in_place is not None and plan.in_place.subtracts_from_base(request.config):
@@ -328,7 +337,7 @@ def _new_part_record(
         if name in planned or (is_quantized(child) and child not in plan.left)
     ]
     named = ((name, param) for name, param in part.named_parameters() if id(param) not in kept)
-    loaded = base_fingerprint(part, named)
+    loaded = without_new_rows(part, base_fingerprint(part, named))
     return AdaptedModuleRecord(
         name=plan.name,
         base=loaded.only(lambda name: not inside(name, [*plan.heads, *plan.saved])),
@@ -363,8 +372,9 @@ def _resolved(plan: InjectionPlan, config: PeftConfig) -> PeftConfig:
     named = [name for name in plan.targets if name not in behind]
     exact.target_modules = "|".join(re.escape(name) for name in named)
     exact.modules_to_save = None
-    if hasattr(exact, "target_parameters"):
-        exact.target_parameters = None
+    for apart in ("target_parameters", "trainable_token_indices"):
+        if hasattr(exact, apart):
+            setattr(exact, apart, None)
     if plan.in_place is not None and hasattr(exact, "fan_in_fan_out"):
         kinds = [isinstance(plan.part.get_submodule(name), Conv1D) for name in plan.targets]
         exact.fan_in_fan_out = all(kinds)

@@ -14,6 +14,7 @@ from lightning_peft.engine.backends.registry import requantizes_when_merged
 from lightning_peft.engine.layers.expert_weights import ExpertWeight, parameter_name
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE
 from lightning_peft.engine.layers.mixin import stored_parameter
+from lightning_peft.engine.layers.tokens import TiedRows
 from lightning_peft.engine.selection.parts import inside
 from lightning_peft.errors import LifecycleError, UnsupportedError, itemize
 
@@ -77,7 +78,8 @@ def _holders(module: nn.Module) -> dict[int, list[tuple[str, Tensor]]]:
     """Returns the stored parameters by the memory they lie in, with the names of their modules."""
     found: dict[int, list[tuple[str, Tensor]]] = {}
     for name, child in module.named_modules():
-        for param in child._parameters.values():
+        # What is merged for the one changes the other as it is meant.
+        for param in () if isinstance(child, TiedRows) else child._parameters.values():
             if param is not None:
                 found.setdefault(_memory(param), []).append((name, param))
     return found

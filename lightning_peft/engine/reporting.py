@@ -20,6 +20,7 @@ from lightning_peft.engine.backends.registry import (
     storage_bytes,
 )
 from lightning_peft.engine.layers.mixin import stored_parameter
+from lightning_peft.engine.layers.tokens import trained_rows
 from lightning_peft.engine.methods.registry import method_of
 from lightning_peft.engine.record import (
     AdaptedModuleRecord,
@@ -234,9 +235,10 @@ def _part_report(part: nn.Module, entry: AdaptedModuleRecord) -> PartReport:
     for head in entry.heads:
         params = list(part.get_submodule(head).parameters())
         states[head] = "trainable" if any(p.requires_grad for p in params) else "frozen"
+    tokens = {f"{n.rpartition('.')[2]}[{len(x)} tokens]": 1 for n, x in trained_rows(part).items()}
     return PartReport(
         name=entry.name or type(part).__name__,
-        adapted=dict(Counter(_with_rows(target, info) for target in info.targets)),
+        adapted=dict(Counter(_with_rows(target, info) for target in info.targets)) | tokens,
         quantized=len(entry.quantized),
         quantization=_quantization_label(entry),
         heads=states,

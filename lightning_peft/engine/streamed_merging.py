@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lightning_peft.compat.transformers import float32_modules
 from lightning_peft.engine.adapters import adapted_layers
@@ -27,6 +28,7 @@ from lightning_peft.engine.fingerprint import Fingerprint
 from lightning_peft.engine.injection import EXPERTS
 from lightning_peft.engine.layers.adapter import AdapterLayer
 from lightning_peft.engine.layers.expert_weights import expose_experts, layer_name, parameter_name
+from lightning_peft.engine.layers.tokens import TokenLayer
 from lightning_peft.engine.merging import check_mergeable, merged_weight, relative_norm
 from lightning_peft.engine.record import Record, require_record
 from lightning_peft.engine.selection.planning import (
@@ -184,6 +186,11 @@ class StreamedMerge:
             )
         return stored
 
+    def shape_of(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of the merged tensor ``name``, which has ``shape`` in the base."""
+        layer = self._layers.get(name.removesuffix(".weight"))
+        return tuple(layer.weight_info()[0]) if isinstance(layer, TokenLayer) else shape
+
     def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """Returns the dtype in which the tensor ``name``, which has ``dtype``, is written."""
         kept = any(part in self._wide for part in name.split("."))
@@ -193,6 +200,9 @@ class StreamedMerge:
 
     def _merged_weight(self, owner: str, dense: Tensor) -> Tensor:
         layer, dtype = self._layers.get(owner), self.dtype_of(f"{owner}.weight", dense.dtype)
+        # New rows of a vocabulary, which the adapter has all of.
+        added = self.shape_of(f"{owner}.weight", dense.shape)[0] - len(dense)
+        dense = functional.pad(dense, (0, 0, 0, added)) if added else dense
         if owner not in self.quantized:
             delta, target = merged_weight(layer, dense, [_ADAPTER])
             stored = target.to(dtype)

@@ -14,6 +14,7 @@ from lightning_peft.engine.backends.conversion import convert_to_dense, restore_
 from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.layers.adapter import AdapterLayer, detach
 from lightning_peft.engine.layers.expert_weights import withdraw_experts
+from lightning_peft.engine.layers.tokens import untie_rows
 from lightning_peft.engine.mergeable import outermost
 from lightning_peft.engine.momentum_copies import unlink_copies
 from lightning_peft.engine.record import adapted_parts, refuse_sharded, require_record, set_record
@@ -50,6 +51,7 @@ def unload(module: nn.Module) -> nn.Module:
     for layer in layers.values():
         if isinstance(layer, AdapterLayer):
             detach(layer)
+    untie_rows(module)
     withdraw_experts(module)
     for _, part in adapted_parts(module):
         _unwrap(part)

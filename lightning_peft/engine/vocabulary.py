@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lightning_peft.compat.transformers import origin_of
+from lightning_peft.engine.fingerprint import Fingerprint, fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -51,23 +52,27 @@ def pretrained_vocabulary_size(part: nn.Module) -> int | None:
     return None
 
 
-def resized_embeddings(part: nn.Module) -> list[str]:
-    """Returns the names of input and output embeddings where the vocabulary was changed."""
-    now = vocabulary_size(part)
-    if now is None or not isinstance(part, PreTrainedModel):
+def resized_embeddings(part: nn.Module, trained: Mapping[str, set[int]]) -> list[str]:
+    """Returns the weights of embeddings that no file of the base has, and adapters neither.
+
+    Args:
+        part: The part, whose vocabulary may have been changed.
+        trained: The rows that adapters train, by layer. Where these are all new ones, nothing else
+            of the weight is new.
+    """
+    sizes = _changed_size(part)
+    if sizes is None:
         return []
-    loaded = pretrained_vocabulary_size(part)
-    text = part.config.get_text_config()
-    if loaded is None or getattr(text, "vocab_size", loaded) == loaded:
-        return []
-    layers = {id(part.get_input_embeddings()), id(part.get_output_embeddings())}
+    loaded, now = sizes
     names = [
-        f"{name}.{leaf}"
-        for name, child in part.named_modules()
-        if id(child) in layers
-        for leaf in child._parameters
-        if child._parameters[leaf] is not None
+        name
+        for name in _embedding_tensors(part)
+        if not name.endswith(".weight")
+        or now < loaded
+        or not set(range(loaded, now)) <= trained.get(name.removesuffix(".weight"), set())
     ]
+    if not names:
+        return []
     log.info(
         "The vocabulary of %s was changed from %s to %s after it was loaded: its embeddings are "
         "saved with the adapter.",
@@ -76,6 +81,57 @@ def resized_embeddings(part: nn.Module) -> list[str]:
         f"{now:,}",
     )
     return names
+
+
+def trains_new_rows(config: Mapping[str, Any], recorded: Mapping[str, Any], part: Any) -> bool:
+    """Whether an adapter brings all rows that the vocabulary of a record has more than ``part``."""
+    tokens, then = config.get("trainable_token_indices"), recorded.get("vocabulary")
+    now = vocabulary_size(part)
+    if not tokens or then is None or now is None:
+        return False
+    lists = tokens.values() if isinstance(tokens, Mapping) else [tokens]
+    return all(set(range(now, then)) <= set(rows) for rows in lists)
+
+
+def without_new_rows(part: Any, loaded: Fingerprint) -> Fingerprint:
+    """Returns the fingerprint of a part with the rows of its embeddings that its files have.
+
+    The others are random: what they became is in checkpoints and folders.
+    """
+    sizes = _changed_size(part)
+    if sizes is None:
+        return loaded
+    held = dict(part.named_parameters())
+    names = [name for name in loaded.names if name in set(_embedding_tensors(part))]
+    short = fingerprint((name, held[name][: sizes[0]]) for name in names)
+    places = {name: place for place, name in enumerate(loaded.names)}
+    shapes, sums = list(loaded.shapes), list(loaded.sums)
+    for name, shape, total in zip(short.names, short.shapes, short.sums, strict=True):
+        shapes[places[name]], sums[places[name]] = shape, total
+    return Fingerprint(loaded.names, tuple(shapes), tuple(sums))
+
+
+def _changed_size(part: nn.Module) -> tuple[int, int] | None:
+    """Returns the vocabulary that was loaded and that of now, where they are not one."""
+    now = vocabulary_size(part)
+    if now is None or not isinstance(part, PreTrainedModel):
+        return None
+    loaded = pretrained_vocabulary_size(part)
+    text = part.config.get_text_config()
+    if loaded is None or getattr(text, "vocab_size", loaded) == loaded:
+        return None
+    return loaded, now
+
+
+def _embedding_tensors(part: Any) -> list[str]:
+    layers = {id(part.get_input_embeddings()), id(part.get_output_embeddings())}
+    return [
+        f"{name}.{leaf}"
+        for name, child in part.named_modules()
+        if id(child) in layers
+        for leaf in child._parameters
+        if child._parameters[leaf] is not None
+    ]
 
 
 def vocabulary_mismatch(recorded: Mapping[str, Any], part: nn.Module) -> str | None:

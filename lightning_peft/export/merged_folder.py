@@ -188,7 +188,9 @@ def planned(
     """Returns the tensors of each file of the merged model, by key."""
     plan = {
         file: {
-            key: StoredTensor(merge.dtype_of(names[key], stored.dtype), stored.shape)
+            key: StoredTensor(
+                merge.dtype_of(names[key], stored.dtype), merge.shape_of(names[key], stored.shape)
+            )
             for key, stored in shard.items()
         }
         for file, shard in base.shards.items()

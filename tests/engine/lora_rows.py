@@ -85,7 +85,7 @@ LINEAR_ONLY = {
     "tying": {"ensure_weight_tying": True, "refused": "ensure_weight_tying"},
     "parameters": {"target_modules": [], "target_parameters": ["one.weight", "two.weight"]},
     "replicated": {"layer_replication": [(0, 1)], "refused": "layer_replication"},
-    "tokens": {"trainable_token_indices": [1], "refused": "trainable_token_indices"},
+    "tokens": {"trainable_token_indices": [1], "refused": "no input embeddings"},
     "no such layer": {"target_modules": ["three"], "refused": "three"},
 }
 KERNELS = {

@@ -122,7 +122,6 @@ def test_a_wrong_mapping_is_a_config_error(fields: dict, message: str) -> None:
     [
         (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "virtual tokens"),
         (peft.OSFConfig(), "it rewrites the base weights"),
-        (LoraConfig(target_modules=["q"], trainable_token_indices=[1]), "trainable_token_indices"),
         (LoraConfig(target_modules=["q"], layer_replication=[(0, 1)]), "layer_replication"),
     ],
     ids=lambda value: type(value).__name__,

@@ -30,6 +30,7 @@ from lightning_peft.engine.fingerprint import Fingerprint, checksum
 from lightning_peft.engine.layers.attention import projection_scale, projections
 from lightning_peft.engine.layers.expert_weights import parameter_name
 from lightning_peft.engine.layers.mixin import class_key
+from lightning_peft.engine.layers.tokens import token_tensors
 from lightning_peft.engine.methods.base import InPlaceMethod
 from lightning_peft.engine.methods.registry import METHODS
 from lightning_peft.engine.model_types import retargeted_by_peft, taken_for_experts
@@ -87,6 +88,7 @@ def adapter_tensors(
         tensors = _in_place_tensors(part, info, name)
     else:
         tensors = get_peft_model_state_dict(part, adapter_name=name, save_embedding_layers=False)
+    tensors |= token_tensors(part, name)
     state = part.state_dict()
     tensors |= {key: state[live] for live, key in keys_in_file(entry, info.targets).items()}
     tensors |= changed_buffers(part, entry)

@@ -35,8 +35,8 @@ from lightning_peft.engine.files.fitting import (
     saved_in_file,
     without_repeated,
 )
-from lightning_peft.engine.files.token_rows import refuse_training, rows_as_modules
 from lightning_peft.engine.injection import inject_config
+from lightning_peft.engine.layers.tokens import token_tensors
 from lightning_peft.engine.methods.lora_config import changes_base
 from lightning_peft.engine.methods.registry import method_of
 from lightning_peft.engine.record import record_of, require_record
@@ -44,7 +44,11 @@ from lightning_peft.engine.rollback import restored_on_error
 from lightning_peft.engine.selection.adapter_names import check_adapter_name
 from lightning_peft.engine.selection.planning import InjectionRequest
 from lightning_peft.engine.selection.scope import find_parts
-from lightning_peft.engine.vocabulary import resized_as_recorded, vocabulary_mismatch
+from lightning_peft.engine.vocabulary import (
+    resized_as_recorded,
+    trains_new_rows,
+    vocabulary_mismatch,
+)
 from lightning_peft.errors import (
     CheckpointError,
     ConfigError,
@@ -98,8 +102,6 @@ def load_adapter(
         fields = checked_fields(written, paths[asked], allow_unknown=allow_unknown_fields)
         if quantization_config is not None:
             refuse_residual_base(facts, paths[asked])
-        if is_trainable:
-            refuse_training(fields, paths[asked])
         _refuse_random_base(fields, paths[asked])
         folders.append(_fitted(module, asked, paths[asked], fields, tensors, facts))
     sizes = [_vocabulary(module, folder) for folder in folders]
@@ -122,11 +124,13 @@ def _vocabulary(module: nn.Module, folder: AdapterFolder) -> tuple[str, dict[str
         value.ndim == 2 and value.shape[0] == rows and "lora_" not in key
         for key, value in folder.tensors.items()
     )
-    problem = vocabulary_mismatch(base, module.get_submodule(folder.part))
+    part = module.get_submodule(folder.part)
+    brought = brought or trains_new_rows(folder.fields, base, part)
+    problem = vocabulary_mismatch(base, part)
     if problem and not brought:
         raise CheckpointError(
             f"The adapter in {str(folder.path)!r} does not fit: {problem}, and train with "
-            "modules_to_save naming the embeddings where new rows are to be kept."
+            "trainable_token_indices naming the new rows where they are to be kept."
         )
     return folder.part, base, brought
 
@@ -187,9 +191,9 @@ def _fitted(
         raise _unfit(module, path, error) from error
     check_ranks(fields, tensors)
     tensors = without_repeated(tensors)
-    fields, tensors, embeddings = rows_as_modules(part, fields_for(part, fields), tensors)
+    fields = fields_for(part, fields)
     saved = saved_in_file(part, fields.get("modules_to_save") or [], facts, tensors)
-    fields["modules_to_save"] = sorted({*saved, *embeddings}) or None
+    fields["modules_to_save"] = sorted(saved) or None
     return AdapterFolder(path, name, fields, dict(tensors), dict(facts))
 
 
@@ -321,13 +325,13 @@ def refuse_residual_base(facts: Mapping[str, Any], folder: Path) -> None:
 def _fill(module: nn.Module, folder: AdapterFolder, name: str) -> None:
     part, tensors = module.get_submodule(folder.part), folder.tensors
     info = require_record(module).parts[folder.part].adapters[name]
-    adapter: dict[str, str] = {}
+    made = token_tensors(part, name)
     if info.in_place:
-        names = {id(param): live for live, param in part.named_parameters()}
-        made = adapter_file_tensors(part, info.targets, name)
-        adapter = {key: names[id(param)] for key, param in made.items()}
+        made |= adapter_file_tensors(part, info.targets, name)
     else:
         set_peft_model_state_dict(part, dict(tensors), adapter_name=name)
+    names = {id(param): live for live, param in part.named_parameters()}
+    adapter = {key: names[id(param)] for key, param in made.items()}
     state = part.state_dict()
     for key, value in tensors.items():
         live = adapter.get(key, key)

@@ -234,7 +234,7 @@ def inject_as_described(
     set_record(module, Record(left=left))
     # The checkpoint holds the embeddings of a vocabulary that was changed.
     recorded = [
-        (name, part["base_id"], bool(part.get("replaced") or part["saved"]))
+        (name, part["base_id"], bool(part.get("replaced") or part["saved"] or _has_rows(part)))
         for name, part in described["parts"].items()
     ]
     try:
@@ -245,6 +245,10 @@ def inject_as_described(
             set_record(module, None)
     set_adapter(module, described["active"])
     check_description(module, described)
+
+
+def _has_rows(part: Mapping[str, Any]) -> bool:
+    return any(x["config"].get("trainable_token_indices") for x in part["adapters"].values())
 
 
 def _inject_groups(

@@ -49,6 +49,9 @@ def fields_for(part: nn.Module, fields: Mapping[str, Any]) -> dict[str, Any]:
             return True
 
     kept = dict(fields)
+    if "trainable_token_indices" in kept:
+        # PEFT writes an empty list for none.
+        kept["trainable_token_indices"] = kept["trainable_token_indices"] or None
     if fields.get("peft_type") == "LORA":
         # To PEFT the word for all linear layers means no weights of experts.
         kept["target_parameters"] = kept.get("target_parameters") or []

@@ -69,6 +69,10 @@ class AdapterLayer(LayerMixin):
         """Whether it is known that every adapter on the layer changes nothing yet."""
         return False
 
+    def conflict(self, names: Sequence[str]) -> str | None:
+        """Why the adapters ``names`` cannot run together, or ``None``."""
+        return None
+
     @classmethod
     def settings_of(cls, peft_layer: Any, name: str) -> Any:
         """The numbers that one adapter needs besides its tensors, from PEFT's layer."""

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from lightning_peft.engine.layers.adapter import AdapterLayer, accumulation_dtype
 from lightning_peft.engine.layers.convolution import convolve, mix_channels
+from lightning_peft.engine.layers.embedding import EmbeddingLookup
 from lightning_peft.engine.layers.fused import fused_output
-from lightning_peft.engine.layers.kinds import TRANSPOSED, from_rows, has_standard_forward
-from lightning_peft.engine.layers.weight_view import WeightView
+from lightning_peft.engine.layers.kinds import TRANSPOSED, from_rows
 from lightning_peft.errors import UnsupportedError
 
 
@@ -173,11 +173,10 @@ class LoraConvolution(LoraLayer):
         return (b.flatten(1) @ a.flatten(1)).view(b.shape[0], *a.shape[1:])
 
 
-class LoraEmbedding(LoraLayer):
+class LoraEmbedding(EmbeddingLookup, LoraLayer):
     """``nn.Embedding``: ``A`` is ``(r, tokens)`` and starts at zero, ``B`` is ``(width, r)``.
 
-    The forward pass is the class's own. Where it looks rows up in ``weight``, it gets those of
-    ``W`` plus those of ``A^T`` times ``B^T``; scales and offsets of subclasses apply to both.
+    Rows that are looked up are those of ``W`` plus those of ``A^T`` times ``B^T``.
     """
 
     adapter_layer_names = ("lora_embedding_A", "lora_embedding_B")
@@ -186,28 +185,6 @@ class LoraEmbedding(LoraLayer):
         """Returns ``A`` and ``B`` of one adapter."""
         a, b = (getattr(self, kind)[name] for kind in self.adapter_layer_names)
         return a, b
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns the class's output, with :meth:`look_up` in place of the lookup."""
-        if has_standard_forward(self) and self.effective_adapters():  # type: ignore[arg-type]
-            layer: Any = self
-            return self.look_up(
-                args[0] if args else next(iter(kwargs.values())),
-                None,
-                layer.padding_idx,
-                scale_grad_by_freq=layer.scale_grad_by_freq,
-                sparse=layer.sparse,
-            )
-        rows: Tensor = super(AdapterLayer, self).forward(*args, **kwargs)  # type: ignore[misc]
-        return rows
-
-    @property
-    def weight(self) -> Any:
-        """The weight as code means it that reads it, looked up row by row where it can be."""
-        view = super().weight
-        if isinstance(view, WeightView):
-            view.overrides[F.embedding] = self.look_up
-        return view
 
     def look_up(self, input: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Returns ``F.embedding`` of the effective weight, without making that weight."""

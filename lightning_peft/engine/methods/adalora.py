@@ -141,5 +141,6 @@ ADALORA = AdaLora(
         "lora_alpha",
         "bias",
         "modules_to_save",
+        "trainable_token_indices",
     ),
 )

@@ -248,6 +248,7 @@ LORA = Lora(
         "alpha_pattern",
         "bias",
         "modules_to_save",
+        "trainable_token_indices",
         "init_lora_weights",
     ),
 )

@@ -24,7 +24,6 @@ REFUSED_INITS = ("eva", "mica", "corda", "lora_ga")
 
 # Extensions of LoRA that go through PEFT's model class or change the model around the layers.
 REFUSED_FIELDS = (
-    "trainable_token_indices",
     "layer_replication",
     "megatron_config",
     "alora_invocation_tokens",
@@ -66,6 +65,7 @@ def lora_problems(fields: Mapping[str, Any]) -> list[str]:
             "layers_to_transform with a regular expression in target_modules: put the indices "
             "into the expression"
         )
+    problems += _token_problems(fields["trainable_token_indices"])
     return problems + _init_problems(fields) + _pattern_problems(fields)
 
 
@@ -92,6 +92,25 @@ def _init_problems(fields: Mapping[str, Any]) -> list[str]:
             "LoftQ for a scaling of one, so set lora_alpha to r and leave the patterns out"
         ]
     return []
+
+
+def _token_problems(value: Any) -> list[str]:
+    if value is None:
+        return []
+    lists = list(value.values()) if isinstance(value, Mapping) else [value]
+    right = lists and all(
+        isinstance(rows, (list, tuple))
+        and rows
+        and all(isinstance(row, int) and not isinstance(row, bool) and row >= 0 for row in rows)
+        and len(set(rows)) == len(rows)
+        for rows in lists
+    )
+    if right:
+        return []
+    return [
+        f"trainable_token_indices={value!r}: a list of different token numbers, or one for each "
+        "name of an embedding, such as {'embed_tokens': [32000, 32001]}"
+    ]
 
 
 def _is_number(value: Any) -> bool:

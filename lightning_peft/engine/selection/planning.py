@@ -49,6 +49,7 @@ from lightning_peft.engine.selection.targets import (
     resolve_targets,
     rows_of,
 )
+from lightning_peft.engine.selection.tokens import Tokens, conflicts, requested_tokens
 from lightning_peft.engine.selection.wrapping import wrapping_problems
 from lightning_peft.errors import (
     ConfigError,
@@ -100,6 +101,7 @@ class InjectionPlan:
         in_place: The method by which layers are extended in place; ``None`` where PEFT wraps them.
         left: Submodules of the module that stay as they are; some may be inside of the part.
         rows: The rows of the output that get an adapter, by layer, where it is not all.
+        tokens: The rows of embeddings that train, by layer.
     """
 
     name: str
@@ -111,6 +113,7 @@ class InjectionPlan:
     in_place: InPlaceMethod | None = None
     left: frozenset[nn.Module] = frozenset()
     rows: dict[str, Rows] = field(default_factory=dict)
+    tokens: dict[str, Tokens] = field(default_factory=dict)
 
 
 def make_plans(
@@ -150,7 +153,9 @@ def make_plans(
     plans = [
         InjectionPlan(n, p, targets[n], saved[n], left=exclusions.left) for n, p in parts.items()
     ]
+    tokens = requested_tokens(module, parts, request.config)
     for plan in plans:
+        plan.tokens = tokens[plan.name]
         _check_ties(plan)
         plan.in_place = _in_place_method(plan, request.config)
         if plan.in_place is not None:
@@ -319,7 +324,8 @@ def _check_layers(plan: InjectionPlan, request: InjectionRequest) -> None:
     layers = {name: plan.part.get_submodule(name) for name in plan.targets}
     rows, problems = rows_of(plan.part, plan.targets, request.config)
     plan.rows = rows if request.rows is None else request.rows.get(plan.name, {})
-    problems += unread_weights(layers)
+    apart = [*plan.saved, *plan.heads, *plan.quantize]
+    problems += conflicts(plan.part, plan.tokens, plan.targets, apart) + unread_weights(layers)
     problems += initialization_problems(layers, request.config, parameter_holders(plan.part))
     problems += [
         f"{name}: {rewriter} changes its weight in place while it runs. Leave it out by "
