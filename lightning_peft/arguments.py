@@ -32,7 +32,7 @@ class LoRAFields:
             for each name (``{"embed_tokens": [32000], "lm_head": [32000]}`` where the two are not
             tied). Checkpoints and files hold these rows alone.
         use_rslora: Scale by ``lora_alpha / sqrt(r)`` (arXiv 2312.03732).
-        use_dora: Weight-decomposed LoRA (arXiv 2402.09353), through PEFT's own layers.
+        use_dora: Weight-decomposed LoRA (arXiv 2402.09353).
         init_lora_weights: PEFT's initializations: ``True``, ``"gaussian"``, ``"pissa"``,
             ``"olora"``, ``"loftq"``, ...
         rank_pattern: Rank by layer name or pattern, where it differs from ``r``.

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from lightning_peft.compat.torch import version_of
 from lightning_peft.engine.backends.layers import QuantizedLinear, output_dtype
+from lightning_peft.engine.layers.dora import DoraLayer
 from lightning_peft.engine.layers.fused import FrozenMatmul, frozen_matmul, is_transformed
 from lightning_peft.engine.layers.kinds import as_rows
 from lightning_peft.engine.layers.lora import LoraLinear
@@ -54,6 +55,7 @@ def ready_for_inference(module: nn.Module, copies: bool = True) -> Iterator[None
     copied = set(_copied(module))
     quantized = [layer for layer in copied if isinstance(layer, QuantizedLinear)]
     observer = _Observer()
+    scaled: list[Any] = [layer for layer in module.modules() if isinstance(layer, DoraLayer)]
     adapted: list[Any] = [layer for layer in module.modules() if _is_adapted(layer)]
     try:
         for layer in quantized:
@@ -62,8 +64,12 @@ def ready_for_inference(module: nn.Module, copies: bool = True) -> Iterator[None
         for layer in adapted:
             together = copies and layer in copied
             layer.__dict__["forward"] = _ReadyForward(layer, observer if together else None)
+        for layer in scaled:
+            layer.kept_factors = {}
         yield
     finally:
+        for layer in scaled:
+            layer.__dict__.pop("kept_factors", None)
         for layer in adapted:
             layer.__dict__.pop("forward", None)
         for layer in quantized:
@@ -72,7 +78,11 @@ def ready_for_inference(module: nn.Module, copies: bool = True) -> Iterator[None
 
 def _is_adapted(layer: nn.Module) -> bool:
     # A forward pass on the object is someone's who changed it, or of an outer body.
-    return isinstance(layer, LoraLinear) and "forward" not in layer.__dict__
+    return _is_plain(layer) and "forward" not in layer.__dict__
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    return isinstance(layer, LoraLinear) and not isinstance(layer, DoraLayer)
 
 
 def _copied(module: nn.Module) -> list[Any]:
@@ -81,7 +91,7 @@ def _copied(module: nn.Module) -> list[Any]:
     children: Any = module.modules()
     for layer in children:
         quantized = isinstance(layer, QuantizedLinear)
-        if not (quantized or isinstance(layer, LoraLinear)) or "forward" in layer.__dict__:
+        if not (quantized or _is_plain(layer)) or "forward" in layer.__dict__:
             continue
         device = stored_parameter(layer, "weight").device
         if not quantized and device.type == "cpu":

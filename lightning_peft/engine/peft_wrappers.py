@@ -24,9 +24,9 @@ from lightning_peft.compat.transformers import forget_peft_adapters
 from lightning_peft.engine.adapters import adapter_parameters
 from lightning_peft.engine.configuration import as_peft_config, config_differences
 from lightning_peft.engine.configuration import config_to_dict as fields_of
-from lightning_peft.engine.methods.base import InPlaceMethod
+from lightning_peft.engine.layers.dora import MAGNITUDE
 from lightning_peft.engine.methods.lora_config import changes_base
-from lightning_peft.engine.methods.registry import METHODS
+from lightning_peft.engine.methods.registry import METHODS, in_place_method
 from lightning_peft.engine.selection.parts import inside
 from lightning_peft.engine.selection.rows import written_rows
 from lightning_peft.errors import LifecycleError, UnsupportedError, itemize
@@ -113,8 +113,7 @@ def _problem(part: Any, layers: dict[str, Any]) -> str | None:
         named = sorted(getattr(config, "target_parameters", None) or [])
         return f"target_parameters={named} put them on parameters, such as weights of experts"
     kind: Any = getattr(PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], "tuner_layer_cls", ())
-    method = METHODS.get(config.peft_type)
-    in_place = isinstance(method, InPlaceMethod) and method.is_in_place(config)
+    in_place = config.peft_type in METHODS and in_place_method(config)
     if not in_place or not all(isinstance(layer, kind) for layer in layers.values()):
         return f"{type(config).__name__} with these settings works through PEFT's own layers only"
     if changes_base(config):
@@ -173,9 +172,8 @@ def unwrapped_peft_layers(module: nn.Module, wrapped: list[PeftWrapped]) -> Iter
     """Puts the layers back under their own names; if the body fails, PEFT's wrappers again."""
     undo: list[tuple[nn.Module, str, nn.Module]] = []
     for part in wrapped:
-        # An attention's output projection is not below a wrapper any more.
         found = adapter_parameters(part.part)
-        part.values = {name.replace(".base_layer.", "."): value for name, value in found.items()}
+        part.values = {_name_in_place(name): value for name, value in found.items()}
         for name, layer in part.layers.items():
             base = layer.get_base_layer()
             if isinstance(layer, MultiheadAttention):
@@ -193,6 +191,13 @@ def unwrapped_peft_layers(module: nn.Module, wrapped: list[PeftWrapped]) -> Iter
         raise
     for part in wrapped:
         _restore(part)
+
+
+def _name_in_place(name: str) -> str:
+    """What a tensor in PEFT's wrapper is called on the layer itself."""
+    # An attention's output projection is not below a wrapper any more.
+    plain = name.replace(".base_layer.", ".")
+    return plain.removesuffix(".weight") if f".{MAGNITUDE}." in plain else plain
 
 
 def values_before_training(wrapped: PeftWrapped) -> dict[str, Tensor]:

@@ -39,7 +39,8 @@ def early_share(peft_config: PeftConfig, rank: int, count: int) -> Share | None:
 
     ``None`` where adapters are made of the quantized weights, or may be: these are cut up later.
     """
-    if in_place_method(peft_config) is None or changes_base(peft_config):
+    method = in_place_method(peft_config)
+    if method is None or method.reads_base or changes_base(peft_config):
         return None
     return Share(rank, count)
 
@@ -210,7 +211,12 @@ def check_shardable(module: nn.Module) -> None:
             problems.append(
                 f"{name or type(module).__name__}: adapters in PEFT's own layers "
                 f"({', '.join(sorted(map(str, methods)))}), which were never tried with it: use "
-                "LoRA without use_dora"
+                "LoRA without lora_bias"
+            )
+        if any(info.config.get("use_dora") for info in part.adapters.values()):
+            problems.append(
+                f"{name or type(module).__name__}: use_dora=True, which takes norms of the frozen "
+                "weights and was never tried with it: use plain LoRA"
             )
     problems += [
         f"adapters on {name!r} (nn.MultiheadAttention, nn.LSTM, nn.GRU or nn.RNN), which were "

@@ -137,7 +137,7 @@ class StreamedMerge:
         ]
         if others:
             raise UnsupportedError(
-                f"{others[0]} has an adapter of another kind than plain LoRA, and only that is "
+                f"{others[0]} has an adapter in PEFT's own layers, and only those in place are "
                 "merged weight by weight. In Python, with the whole model in memory: "
                 "lightning_peft.load_adapter(model, folder), lightning_peft.merge(model), "
                 "lightning_peft.unload(model), model.save_pretrained(output)."

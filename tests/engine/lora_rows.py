@@ -124,7 +124,7 @@ def lora_rows() -> Iterator[Row]:
         if spatial == 3:
             # PEFT takes a kernel of this size for one with two dimensions.
             of_1["plain"] = {"theirs_merged": False}
-            of_1["dora"] = {"use_dora": True, "unmerged": "PEFT cannot merge"}
+            of_1["dora"] = {"use_dora": True, "theirs_merged": False}
         yield from rows_of(f"lora on Conv{spatial}d of 1:", base, lora, of_1)
         grouped = {"groups": {}, "groups rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
         base = partial(CONV, spatial, groups=2)
@@ -141,13 +141,6 @@ def lora_rows() -> Iterator[Row]:
         yield from rows_of(f"lora on grouped Conv{spatial}d:", base, lora, odd)
         base = partial(CONV, spatial, padding="same")
         yield from rows_of(f"lora on Conv{spatial}d same:", base, lora, _some("plain", "dora"))
-        for said, more in {
-            "circular": {"padding_mode": "circular"},
-            "dilated": {"dilation": 2, "padding": 2},
-        }.items():
-            base = partial(CONV, spatial, **more)
-            refused = {"refused": "computes another convolution", "use_dora": True}
-            yield from rows_of(f"lora on {said} Conv{spatial}d:", base, lora, {"dora": refused})
     words = partial(LoraConfig, target_modules=["words", "one", "two"])
     options = {key: given for key, given in LORA.items() if "module" not in str(given)}
     options = {key: given for key, given in options.items() if key not in NO_BIAS | {"ranks"}}

@@ -92,7 +92,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     for name, param in model.named_parameters():
         if param.requires_grad:
             plain = name.removeprefix(PREFIX).replace(".modules_to_save.default", "")
-            found[plain.replace(".base_layer.", ".")] = param
+            plain = plain.replace(".base_layer.", ".")
+            # PEFT keeps them in modules.
+            found[plain.replace("magnitude_vector.default.weight", "magnitude_vector.default")] = (
+                param
+            )
     return found
 
 
@@ -119,7 +123,14 @@ def _structure(theirs: nn.Module, ours: nn.Module) -> list[str]:
 
 def _same_values(theirs: nn.Module, ours: nn.Module) -> list[str]:
     left, right = trainable(theirs), trainable(ours)
-    return [f"{name}: first values" for name in left if not torch.equal(left[name], right[name])]
+    return [f"{n}: first values" for n in left if not _are_same(n, left[n], right[n])]
+
+
+def _are_same(name: str, theirs: Tensor, ours: Tensor) -> bool:
+    # Over 16-bit bases PEFT rounds norms.
+    dtypes = (torch.bfloat16, torch.float16) if "magnitude" in name else ()
+    rounded = (ours.to(dtype).to(ours.dtype) for dtype in dtypes)
+    return any(torch.equal(theirs, one) for one in (ours, *rounded))
 
 
 @torch.no_grad()

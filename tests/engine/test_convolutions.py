@@ -7,6 +7,7 @@ import copy
 import bitsandbytes as bnb
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -247,11 +248,11 @@ def test_eight_bits_are_for_linear_layers() -> None:
 
 
 def test_peft_wraps_dense_kernels_only() -> None:
-    dora = {"r": 4, "use_dora": True, "target_modules": ["down.0"]}
+    wrapped = {"peft_config": LoraConfig(r=4, lora_bias=True, target_modules=["down.0"])}
     with pytest.raises(UnsupportedError, match="Nothing to quantize"):
-        lightning_peft.inject(Net(), quantization_config=NF4, **dora)
+        lightning_peft.inject(Net(), quantization_config=NF4, **wrapped)
     model = Net()
-    assert not lightning_peft.inject(model, **dora).parts[0].in_place
+    assert not lightning_peft.inject(model, **wrapped).parts[0].in_place
     verification = lightning_peft.verify(model, torch.randn(2, 3, 8, 8))
     assert verification.passed, verification
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from models import stack, tiny_llama
+from peft import LoraConfig
 from torch import nn
 
 import lightning_peft
@@ -61,7 +62,9 @@ def test_a_frozen_head_stays_frozen_unless_it_is_saved() -> None:
 
 
 def test_biases_of_layers_that_peft_wraps() -> None:
-    model = injected(stack(), r=2, use_dora=True, bias="lora_only", target_modules=["first"])
+    model = injected(
+        stack(), LoraConfig(lora_bias=True, bias="lora_only", target_modules=["first"])
+    )
     assert "first.base_layer.bias" in trainable(model)
     assert "second.bias" not in trainable(model)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from models import stack, tiny_gpt2, tiny_llama, token_batch
+from peft import LoraConfig
 from torch import Tensor, nn
 
 import lightning_peft
@@ -178,7 +179,7 @@ def test_unload_without_merging_gives_the_base_back() -> None:
 
 
 def test_merges_by_peft_are_reported_as_such() -> None:
-    model = adapted(target_modules=["first", "second"], use_dora=True)
+    model = injected(stack(), LoraConfig(target_modules=["first", "second"], lora_bias=True))
     report = lightning_peft.merge(model)
     assert {layer.error for layer in report.layers} == {None}
     assert "2 by PEFT, whose rounding is not measured" in str(report)

@@ -103,7 +103,7 @@ def test_wrappers_that_the_fused_kernels_of_mamba_would_pass_by_are_refused():
     model = model_of(MambaConfig(**SIZES, state_size=4))
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(UnsupportedError, match="out_proj: the fused kernels of mamba read its"):
-        lightning_peft.inject(model, r=4, use_dora=True)
+        lightning_peft.inject(model, LoraConfig(r=4, lora_bias=True))
     assert model.state_dict().keys() == before.keys()
 
 

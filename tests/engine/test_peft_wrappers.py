@@ -122,7 +122,7 @@ def test_other_parts_or_names_are_not_passed_over() -> None:
 
 
 REFUSED = {
-    "dora": (lambda: get_peft_model(stack(), LoraConfig(use_dora=True, target_modules=["first"]))),
+    "bias": (lambda: get_peft_model(stack(), LoraConfig(lora_bias=True, target_modules=["first"]))),
     "ia3": lambda: get_peft_model(
         stack(), peft.IA3Config(target_modules=["first"], feedforward_modules=[])
     ),

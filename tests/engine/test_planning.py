@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from models import stack, tiny_gpt2, tiny_llama
@@ -51,7 +53,11 @@ class Own(nn.Linear):
     """A subclass, which is never quantized."""
 
 
-DORA = {"use_dora": True, "r": 2}
+def in_wrappers(**settings: Any) -> dict[str, Any]:
+    """Settings of LoRA that PEFT's own layers are for."""
+    return {"peft_config": LoraConfig(lora_bias=True, r=2, **settings)}
+
+
 REFUSED = {
     "the same adapter twice": (
         adapted,
@@ -97,15 +103,21 @@ REFUSED = {
     ),
     "a second one in PEFT's wrappers": (
         adapted,
-        {"adapter_name": "second", **DORA},
+        {"adapter_name": "second", **in_wrappers()},
         UnsupportedError,
-        "supported for plain LoRA in place only",
+        "supported for LoRA in place only",
     ),
     "a second one with PEFT's wrappers": (
+        lambda: injected(stack(), **in_wrappers(target_modules=["first"])),
+        {"adapter_name": "second"},
+        UnsupportedError,
+        "supported for LoRA in place only",
+    ),
+    "LoRA next to DoRA": (
         lambda: adapted(use_dora=True),
         {"adapter_name": "second"},
         UnsupportedError,
-        "supported for plain LoRA in place only",
+        "supported for LoRA in place only",
     ),
     "one side of tied weights": (
         lambda: tiny_llama(tied=True),
@@ -115,25 +127,25 @@ REFUSED = {
     ),
     "wrapping an alias": (
         aliased,
-        {**DORA, "target_modules": ["a"]},
+        in_wrappers(target_modules=["a"]),
         UnsupportedError,
         "a is also called b",
     ),
     "wrapping what attention reads": (
         wrapped_attention,
-        {**DORA, "target_modules": ["out_proj"]},
+        in_wrappers(target_modules=["out_proj"]),
         UnsupportedError,
         r"out_proj lies in a MultiheadAttention",
     ),
     "wrapping what an encoder layer reads": (
         encoder,
-        {**DORA, "target_modules": ["linear1"]},
+        in_wrappers(target_modules=["linear1"]),
         UnsupportedError,
         "linear1 lies in a TransformerEncoderLayer",
     ),
     "wrapping a quantized Conv1D": (
         tiny_gpt2,
-        {**DORA, "target_modules": ["c_attn"], "quantization_config": NF4},
+        {**in_wrappers(target_modules=["c_attn"]), "quantization_config": NF4},
         UnsupportedError,
         "is a quantized Conv1D",
     ),
@@ -193,7 +205,7 @@ def test_several_problems_come_together() -> None:
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "a": nn.Linear(8, 8)})
     model["b"] = model["a"]
     with pytest.raises(UnsupportedError) as caught:
-        lightning_peft.inject(model, **DORA, target_modules=["out_proj", "a"])
+        lightning_peft.inject(model, **in_wrappers(target_modules=["out_proj", "a"]))
     assert "MultiheadAttention" in str(caught.value)
     assert "also called b" in str(caught.value)
 

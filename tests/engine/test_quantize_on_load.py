@@ -30,6 +30,7 @@ from lightning_peft.engine.backends.registry import is_quantized
 from lightning_peft.errors import UnsupportedError
 
 CPU = torch.device("cpu")
+DORA = LoRAFields(r=4, use_dora=True)
 DENSE: dict[str, Any] = {"device_map": {"": "cpu"}}
 
 
@@ -81,6 +82,7 @@ def test_the_name_of_the_model_may_be_given_by_keyword(folders: dict[str, Path])
 
 CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "llama": ("llama", AutoModelForCausalLM, {}),
+    "dora": ("llama", AutoModelForCausalLM, {"config": engine.lora_config(DORA)}),
     "class": ("llama", LlamaForCausalLM, {"dtype": "bfloat16"}),
     "tied": ("tied", AutoModelForCausalLM, {}),
     "fresh head": ("backbone", AutoModelForSequenceClassification, {"num_labels": 3}),
@@ -227,17 +229,6 @@ def test_a_model_that_is_no_part_is_refused(folders: dict[str, Path]) -> None:
 
     with pytest.raises(UnsupportedError, match=r"layers\.0\.(.|\n)*device_map=\{'': 'cpu'\}"):
         build()
-
-
-def test_dora_in_pefts_wrappers_is_the_same(folders: dict[str, Path]) -> None:
-    config = engine.lora_config(LoRAFields(r=4, use_dora=True))
-    dense, _ = load(AutoModelForCausalLM, folders["llama"], config=config, **DENSE)
-    streamed, quantized = load(AutoModelForCausalLM, folders["llama"], config=config)
-    assert quantized
-    a, b = dense.state_dict(), streamed.state_dict()
-    assert any("magnitude" in key for key in a)
-    assert list(a) == list(b)
-    assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_copies_are_what_they_copy(folders: dict[str, Path]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import stack, tiny_llama
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
@@ -54,7 +55,7 @@ CHANGES: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
 }
 METHODS: dict[str, dict[str, Any]] = {
     "in place": {"r": 2},
-    "wrapped": {"r": 2, "use_dora": True},
+    "wrapped": {"peft_config": LoraConfig(r=2, lora_bias=True, target_modules=["q_proj"])},
     "saved": {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["norm"]},
     "rewritten base": {"r": 2, "init_lora_weights": "pissa"},
     "biases": {"r": 2, "bias": "all"},

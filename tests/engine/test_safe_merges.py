@@ -27,6 +27,8 @@ from lightning_peft.errors import CheckpointError, LifecycleError, UnsupportedEr
 from .reference import adapted, injected, randomize, refused, relative_error
 
 NF4 = engine.quantization_config(None)
+PLAIN = LoraConfig(r=2, target_modules=["first", "second"])
+WRAPPED = LoraConfig(r=2, target_modules=["first", "second"], lora_bias=True)
 
 
 class Attention(nn.Module):
@@ -111,17 +113,16 @@ def test_a_quantized_base_that_overflows_in_another_dtype_stays_quantized() -> N
 # --- errors in the middle ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["in-place", "wrapped"])
+@pytest.mark.parametrize("config", [PLAIN, WRAPPED], ids=["in-place", "wrapped"])
 @pytest.mark.parametrize("quantized", [{}, {"quantization_config": NF4}], ids=["dense", "nf4"])
 def test_an_interrupt_leaves_every_layer_unmerged(
-    settings: dict, quantized: dict, monkeypatch: pytest.MonkeyPatch
+    config: LoraConfig, quantized: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, x = (
-        adapted(r=2, target_modules=["first", "second"], **settings, **quantized),
-        torch.randn(3, 96),
-    )
+    model, x = injected(stack(), config, **quantized), torch.randn(3, 96)
+    randomize(model)
     expected = model(x)
-    where, name = (type(model.second), "merge") if settings else (merging, "merged_weight")
+    wrapped = config is WRAPPED
+    where, name = (type(model.second), "merge") if wrapped else (merging, "merged_weight")
     monkeypatch.setattr(where, name, _once(getattr(where, name)))
     with refused(model, KeyboardInterrupt, ""):
         lightning_peft.merge(model)
@@ -161,7 +162,7 @@ def test_unloading_that_runs_out_of_memory_changes_nothing(
 
 
 def test_one_merged_wrapper_of_two_is_not_unloaded() -> None:
-    model = injected(stack(), use_dora=True, target_modules=["first", "second"])
+    model = injected(stack(), WRAPPED)
     model.second.merge()
     with pytest.raises(LifecycleError, match=r"Not merged:\n  - first"):
         lightning_peft.unload(model)
@@ -302,9 +303,10 @@ def test_forward_passes_through_adapted_attention_leave_the_frozen_weights_alone
     assert all(now[name] is param for name, param in model.named_parameters())
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["in-place", "wrapped"])
-def test_autocast_does_not_round_a_merge(settings: dict) -> None:
-    model, x = adapted(r=2, target_modules=["first", "second"], **settings), torch.randn(3, 96)
+@pytest.mark.parametrize("config", [PLAIN, WRAPPED], ids=["in-place", "wrapped"])
+def test_autocast_does_not_round_a_merge(config: LoraConfig) -> None:
+    model, x = injected(stack(), config), torch.randn(3, 96)
+    randomize(model)
     expected = model(x)
     with torch.autocast("cpu", torch.bfloat16):
         lightning_peft.merge(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
 import lightning_peft
@@ -66,7 +67,7 @@ def test_a_convolution_of_another_shape_is_refused_by_name() -> None:
 
 def test_peft_wrappers_use_the_declared_sizes() -> None:
     with pytest.raises(UnsupportedError, match=r"first: its weight was replaced by one of shape"):
-        lightning_peft.inject(Pruned(), r=2, use_dora=True)
+        lightning_peft.inject(Pruned(), LoraConfig(r=2, lora_bias=True))
 
 
 def test_declared_sizes_of_transposed_and_grouped_convolutions() -> None:

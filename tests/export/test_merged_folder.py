@@ -286,10 +286,10 @@ def test_tied_weights_that_are_trained_in_full(tmp_path: Path) -> None:
 def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    lightning_peft.inject(model, r=2, use_dora=True, target_modules=["q_proj"])
-    lightning_peft.save_adapter(model, tmp_path / "dora")
-    with pytest.raises(UnsupportedError, match="of another kind than plain LoRA"):
-        merged(tmp_path / "dora", tmp_path / "out")
+    lightning_peft.inject(model, LoraConfig(r=2, lora_bias=True, target_modules=["q_proj"]))
+    lightning_peft.save_adapter(model, tmp_path / "wrapped")
+    with pytest.raises(UnsupportedError, match="an adapter in PEFT's own layers"):
+        merged(tmp_path / "wrapped", tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     lightning_peft.inject(model, r=2, init_lora_weights="pissa", quantization_config=NF4)
     lightning_peft.save_adapter(model, tmp_path / "pissa")

@@ -327,7 +327,7 @@ def test_a_callback_cannot_shard():
 @pytest.mark.parametrize(
     ("method", "given", "message"),
     [
-        ("lora", {"use_dora": True}, r"adapters in PEFT's own layers \(LORA\)"),
+        ("lora", {"use_dora": True}, "use_dora=True, which takes norms"),
         ("qlora", {"quantization_config": {"load_in_8bit": True}}, "8-bit weights of bitsandbytes"),
     ],
 )

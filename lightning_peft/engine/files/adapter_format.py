@@ -32,7 +32,7 @@ from lightning_peft.engine.layers.expert_weights import parameter_name
 from lightning_peft.engine.layers.mixin import class_key
 from lightning_peft.engine.layers.tokens import token_tensors
 from lightning_peft.engine.methods.base import InPlaceMethod
-from lightning_peft.engine.methods.registry import METHODS
+from lightning_peft.engine.methods.registry import method_of
 from lightning_peft.engine.model_types import retargeted_by_peft, taken_for_experts
 from lightning_peft.engine.primitives import to_primitives
 from lightning_peft.engine.record import AdaptedModuleRecord, AdapterInfo
@@ -60,7 +60,7 @@ def adapter_folder(
     tensors, config = adapter_tensors(part, entry, name), exported_config(part, entry, name)
     initial = entry.adapters[name].initial
     if initial:
-        method: Any = METHODS[config["peft_type"]]
+        method: Any = method_of(config)
         tensors, config = method.for_plain_base(tensors, config, initial)
     blob = save({f"{PREFIX}{k}": v for k, v in tensors.items()}, metadata={"format": "pt"})
     facts = provenance_of(part, entry, name) | to_primitives(dict(provenance))
@@ -175,7 +175,7 @@ def _as_peft_finds_them(
     layers = [name for name in info.targets if name not in apart]
     patterns = {**(config.get("rank_pattern") or {}), **(config.get("alpha_pattern") or {})}
     weights: list[str] = []
-    if info.in_place and METHODS[config["peft_type"]].takes_experts(config_from_dict(info.config)):
+    if info.in_place and method_of(config).takes_experts(config_from_dict(info.config)):
         weights = taken_for_experts(part, layers)
     if patterns_for(weights, patterns):
         # PEFT compares them with other names then.
@@ -199,7 +199,7 @@ def differences_in_peft(part: nn.Module, entry: AdaptedModuleRecord, name: str) 
 
 def _computed_differently(part: nn.Module, entry: AdaptedModuleRecord, name: str) -> Iterator[str]:
     info = entry.adapters[name]
-    method = METHODS[info.config["peft_type"]]
+    method = method_of(info.config)
     if not info.in_place or not isinstance(method, InPlaceMethod):
         return
     for target in info.targets:

@@ -78,6 +78,9 @@ class AdapterLayer(LayerMixin):
         """The numbers that one adapter needs besides its tensors, from PEFT's layer."""
         return None
 
+    def start_adapter(self, name: str) -> None:
+        """Sets values of a new adapter that depend on the weight as it is now, quantized or not."""
+
     # The same for all methods.
 
     def effective_adapters(self) -> list[str]:
@@ -185,6 +188,7 @@ def attach(layer: Any, kind: type[AdapterLayer], peft_layer: Any, name: str) -> 
     for attribute, value in made.items():
         getattr(layer, attribute)[name] = _moved(value, layer)
     layer.adapter_settings[name] = kind.settings_of(peft_layer, name)
+    layer.start_adapter(name)
 
 
 def _moved(made: Any, layer: Any) -> Any:

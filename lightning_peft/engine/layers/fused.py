@@ -79,15 +79,32 @@ def fused_output(layer: Any, names: list[str], args: Any, kwargs: Any) -> Tensor
     ``torch.compile``, ``torch.func`` and forward-mode differentiation.
     """
     x = args[0] if len(args) == 1 and not kwargs else None
-    frozen = frozen_matmul(layer, names, x) if len(names) == 1 else None
-    if x is None or frozen is None:
+    if x is None or len(names) != 1:
         return None
-    dropout, stored = layer.lora_dropout[names[0]], layer.stored_weight()
-    a, b = layer.factors(names[0])
+    dropout = layer.lora_dropout[names[0]]
     p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-    scaling = layer.adapter_settings[names[0]].scaling
+    return fused_product(layer, names[0], x, layer.bias, p)
+
+
+def fused_product(
+    layer: Any, name: str, x: Any, bias: Tensor | None = None, p: float = 0.0
+) -> Tensor | None:
+    """Returns the product with a weight and one adapter, or ``None`` where it is not covered.
+
+    Args:
+        layer: The layer.
+        name: The adapter.
+        x: ``(..., in)``.
+        bias: ``(out,)`` or ``None``.
+        p: Probability that dropout takes an input of the adapter away.
+    """
+    frozen = frozen_matmul(layer, [name], x)
+    if frozen is None:
+        return None
+    a, b = layer.factors(name)
+    scaling = layer.adapter_settings[name].scaling
     with without_autocast(x), paused_recording():
-        out: Tensor = FusedLora.apply(x, a, b, layer.bias, stored, frozen, scaling, p)
+        out: Tensor = FusedLora.apply(x, a, b, bias, layer.stored_weight(), frozen, scaling, p)
     return out
 
 

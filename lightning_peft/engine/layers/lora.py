@@ -8,6 +8,7 @@ shapes are PEFT's, so that its files fit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +78,7 @@ class LoraLayer(AdapterLayer):
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Returns ``A`` and ``B`` of one adapter."""
-        a, b = (getattr(self, kind)[name] for kind in self.adapter_layer_names)
+        a, b = (getattr(self, kind)[name] for kind in self.adapter_layer_names[:2])
         rows = self.adapter_settings[name].rows
         return a.weight, only_rows(b.weight, rows) if rows else b.weight
 
@@ -183,19 +184,29 @@ class LoraEmbedding(EmbeddingLookup, LoraLayer):
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Returns ``A`` and ``B`` of one adapter."""
-        a, b = (getattr(self, kind)[name] for kind in self.adapter_layer_names)
+        a, b = (getattr(self, kind)[name] for kind in self.adapter_layer_names[:2])
         return a, b
 
     def look_up(self, input: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Returns ``F.embedding`` of the effective weight, without making that weight."""
-        stored = self._parameters["weight"]
-        rows = F.embedding(input, stored, *args, **kwargs)
-        for name in self.effective_adapters():
-            a, b = self.factors(name)
-            # Padding rows get no gradient, as in the layer's own weight.
-            low = F.embedding(input, a.t(), kwargs.get("padding_idx", args[0] if args else None))
-            rows = rows + ((low @ b.t()) * self.adapter_settings[name].scaling).to(rows.dtype)
+        rows = F.embedding(input, self._parameters["weight"], *args, **kwargs)
+        # Padding rows get no gradient, as in the layer's own weight.
+        padding = kwargs.get("padding_idx", args[0] if args else None)
+        return self.rows_with_adapters(rows, self.effective_adapters(), input, padding)
+
+    def rows_with_adapters(
+        self, rows: Tensor, names: Sequence[str], ids: Tensor, padding: int | None
+    ) -> Tensor:
+        """Returns the rows of the table that were looked up, with the adapters in them."""
+        for name in names:
+            rows = rows + self.low_rank_rows(name, ids, padding).to(rows.dtype)
         return rows
+
+    def low_rank_rows(self, name: str, ids: Tensor, padding: int | None) -> Tensor:
+        """Returns those rows of ``s (B A)^T``."""
+        a, b = self.factors(name)
+        low = F.embedding(ids, a.t(), padding)
+        return (low @ b.t()) * self.adapter_settings[name].scaling
 
     def delta_weight(self, name: str, weight: Tensor | None = None) -> Tensor:
         """Returns ``s (B A)^T`` of shape ``(tokens, width)``."""

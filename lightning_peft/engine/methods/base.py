@@ -81,6 +81,8 @@ class InPlaceMethod(Method, ABC):
 
     # Whether a layer may have several adapters at once, whose outputs add up.
     adds_up = False
+    # Whether adapters start with numbers of the weight as it is stored.
+    reads_base = False
 
     def is_in_place(self, config: Any) -> bool:
         """Whether it has that form with these settings; else PEFT's wrappers are used."""

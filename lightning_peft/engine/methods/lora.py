@@ -45,7 +45,7 @@ from lightning_peft.errors import ConfigError, itemize
 
 
 class Lora(InPlaceMethod):
-    """LoRA and rsLoRA in place; DoRA, biases and attention modules in PEFT's wrappers."""
+    """LoRA and rsLoRA in place; `lora_bias` in PEFT's wrappers."""
 
     adds_up = True
 
@@ -173,7 +173,6 @@ class Lora(InPlaceMethod):
 
     def label(self, fields: Mapping[str, Any]) -> str:
         name = "rsLoRA" if fields.get("use_rslora") else "LoRA"
-        name = "DoRA" if fields.get("use_dora") else name
         return f"{name} r={fields['r']} alpha={fields['lora_alpha']:g}"
 
 
@@ -234,7 +233,7 @@ def _unsupported_reason(layer: Any, rank: int) -> str | None:
 LORA = Lora(
     "LORA",
     hides_model_type=True,
-    remark="DoRA and `lora_bias` are in PEFT's layers",
+    remark="also rsLoRA and DoRA (`use_dora`); `lora_bias` is in PEFT's layers",
     ignored_properties=("padding_mode", "dilation"),
     # Others (dropout, the way targets were written) may change between runs.
     decisive_fields=(

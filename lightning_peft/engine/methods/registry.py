@@ -9,6 +9,7 @@ from peft import PeftConfig
 
 from lightning_peft.engine.methods.adalora import ADALORA
 from lightning_peft.engine.methods.base import InPlaceMethod, Method
+from lightning_peft.engine.methods.dora import DORA
 from lightning_peft.engine.methods.lora import LORA
 from lightning_peft.engine.primitives import to_primitives
 from lightning_peft.errors import ConfigError, UnsupportedError
@@ -86,8 +87,9 @@ def register_method(method: Method) -> None:
 
 def method_of(config: PeftConfig | Mapping[str, Any]) -> Method:
     """The method of a config, or of its fields as primitives, that :func:`refuse_method` passed."""
-    kind = config["peft_type"] if isinstance(config, Mapping) else config.peft_type
-    return METHODS[str(to_primitives(kind))]
+    fields = config if isinstance(config, Mapping) else vars(config)
+    method = METHODS[str(to_primitives(fields["peft_type"]))]
+    return DORA if method is LORA and fields.get("use_dora") else method
 
 
 def in_place_method(config: PeftConfig) -> InPlaceMethod | None:

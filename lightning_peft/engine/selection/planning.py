@@ -222,7 +222,8 @@ def _check_additional_adapter(entry: AdaptedModuleRecord, request: InjectionRequ
         other.in_place and method_of(other.config) is method for other in others
     ):
         raise UnsupportedError(
-            "Several adapters on one base are supported for plain LoRA in place only; "
+            "Several adapters on one base are supported for LoRA in place only, all with "
+            "`use_dora` or none; "
             f"{type(config).__name__} with these settings rewrites the layers in its own way."
         )
     if entry.initial_values or getattr(config, "modules_to_save", None) or request.biases != "none":

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_peft import engine
+from lightning_peft.engine.layers.dora import DoraLayer
 from lightning_peft.engine.layers.lora import LoraEmbedding, LoraLinear
 from lightning_peft.engine.streamed_merging import StreamedMerge
 from lightning_peft.errors import UnsupportedError, itemize
@@ -31,7 +32,9 @@ def check_adapter(merge: StreamedMerge, architecture: Architecture) -> None:
     layers = engine.adapted_layers(merge.outline)
     architecture.tensor_names([f"{name}.weight" for name in layers])
     others = [
-        name for name, layer in layers.items() if not isinstance(layer, (LoraLinear, LoraEmbedding))
+        name
+        for name, layer in layers.items()
+        if isinstance(layer, DoraLayer) or not isinstance(layer, (LoraLinear, LoraEmbedding))
     ]
     if others:
         raise UnsupportedError(
