@@ -74,15 +74,15 @@ class SmallerBatches:
     def __init__(self, loops: _Loops, halves: bool) -> None:
         self.division = 1
         self._loops, self._halves = loops, halves
-        self._trainer = loops.fit.trainer
-        self._accumulate: int = self._trainer.accumulate_grad_batches
+        self.trainer = loops.fit.trainer
+        self._accumulate: int = self.trainer.accumulate_grad_batches
         self._full: _Full | None = None
         self._frequencies: list[int] = []
         self._start: _StepStart | None = None
         self._may_have_stepped = False
 
     def state(self) -> dict[str, int] | None:
-        """Returns what a checkpoint has to say; ``None`` where batches are as the user wants."""
+        """Returns the entry of a checkpoint; ``None`` where batches are as the user wants."""
         if self.division == 1:
             return None
         return {"division": self.division, "accumulate": self._accumulate * self.division}
@@ -106,7 +106,7 @@ class SmallerBatches:
             )
         (loader,) = combined_loader(self._loops.fit).flattened
         (limit,) = combined_loader(self._loops.fit).limits
-        self._full = _Full(loader, loader.batch_size, limit, self._trainer.val_check_batch)
+        self._full = _Full(loader, loader.batch_size, limit, self.trainer.val_check_batch)
         if self.division > 1:
             self._scale(self.division)
             # Again, up to the new number of batches; nothing was fetched yet.
@@ -114,7 +114,7 @@ class SmallerBatches:
 
     def start(self) -> None:
         """Called when training starts, after the LR schedulers were made."""
-        self._frequencies = [config.frequency for config in self._trainer.lr_scheduler_configs]
+        self._frequencies = [config.frequency for config in self.trainer.lr_scheduler_configs]
         if self._full is not None and self.division > 1:
             self._scale(self.division)
 
@@ -132,10 +132,10 @@ class SmallerBatches:
             LifecycleError: If memory is short and a smaller batch is none, or would not help.
         """
         epoch = self._loops.epoch
-        if not self._halves or is_tuning(self._trainer):
+        if not self._halves or is_tuning(self.trainer):
             type(epoch).advance(epoch, fetcher)
             return
-        if epoch.batch_progress.current.ready % self._trainer.accumulate_grad_batches == 0:
+        if epoch.batch_progress.current.ready % self.trainer.accumulate_grad_batches == 0:
             self._start = self._step_start()
         while True:
             self._may_have_stepped = False
@@ -159,7 +159,7 @@ class SmallerBatches:
         return run
 
     def _problems(self) -> list[str]:
-        trainer, module = self._trainer, self._trainer.lightning_module
+        trainer, module = self.trainer, self.trainer.lightning_module
         loaders = combined_loader(self._loops.fit).flattened
         problems = []
         if trainer.world_size > 1:
@@ -190,7 +190,7 @@ class SmallerBatches:
     def _step_start(self) -> _StepStart:
         progress = self._loops.epoch.batch_progress
         (tracked,) = self._loops.tracked_loaders
-        module = self._trainer.lightning_module
+        module = self.trainer.lightning_module
         return _StepStart(
             random_state(),
             tracked.position(0, between_epochs=progress.current.ready == 0),
@@ -220,14 +220,14 @@ class SmallerBatches:
             )
         if problem is not None:
             raise LifecycleError(
-                f"Out of memory, and a smaller batch is no help: {problem}."
+                f"Out of memory, and a smaller batch does not help: {problem}."
             ) from error
         # Of 6 rows 3, of 9 rows 3, of 5 rows 1: an optimizer step keeps its rows.
         return next(n for n in range(2, size + 1) if size % n == 0)
 
     def _go_back(self, factor: int, reason: str) -> None:
         """Goes to the start of the optimizer step, with batches that are smaller by ``factor``."""
-        start, full, trainer, epoch = self._start, self._full, self._trainer, self._loops.epoch
+        start, full, trainer, epoch = self._start, self._full, self.trainer, self._loops.epoch
         assert start is not None
         assert full is not None
         rows, batches = full.batch_size // self.division, trainer.accumulate_grad_batches
@@ -275,7 +275,7 @@ class SmallerBatches:
 
     def _scale(self, division: int) -> None:
         """Counts in batches that are ``division`` times smaller than the user's."""
-        full, trainer, fit = self._full, self._trainer, self._loops.fit
+        full, trainer, fit = self._full, self.trainer, self._loops.fit
         assert full is not None
         set_batch_size(full.loader, full.batch_size // division)
         limit = min(full.limit * division, len(full.loader))

@@ -1,4 +1,4 @@
-"""Rows of embeddings that train (``trainable_token_indices``), beside PEFT's own model."""
+"""Rows of embeddings that train (``trainable_token_indices``), compared with PEFT's own model."""
 
 from __future__ import annotations
 
@@ -97,13 +97,13 @@ def test_ten_steps_files_and_merges_are_those_of_peft(kind: str, tmp_path: Path)
     with lightning_peft.disable_adapters(read):
         assert torch.equal(output_of(read, X), output_of(base, X))
 
-    twin = copy.deepcopy(read)
-    lightning_peft.merge(twin)
-    torch.testing.assert_close(output_of(twin, X), expected, rtol=1e-4, atol=1e-5)
-    lightning_peft.unmerge(twin)
-    torch.testing.assert_close(output_of(twin, X), expected, rtol=1e-4, atol=1e-5)
-    lightning_peft.merge(twin)
-    plain = lightning_peft.unload(twin)
+    copied = copy.deepcopy(read)
+    lightning_peft.merge(copied)
+    torch.testing.assert_close(output_of(copied, X), expected, rtol=1e-4, atol=1e-5)
+    lightning_peft.unmerge(copied)
+    torch.testing.assert_close(output_of(copied, X), expected, rtol=1e-4, atol=1e-5)
+    lightning_peft.merge(copied)
+    plain = lightning_peft.unload(copied)
     assert [type(child) for child in plain.modules()] == [type(x) for x in base.modules()]
     torch.testing.assert_close(output_of(plain, X), expected, rtol=1e-4, atol=1e-5)
 

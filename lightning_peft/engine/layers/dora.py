@@ -236,7 +236,7 @@ class DoraConvolution(DoraLayer, LoraConvolution):
     def norms_of(self, rows: Tensor, a: Tensor, b: Tensor, own: Tensor | None) -> Tensor:
         """Returns the norms of ``rows`` plus the product of the factors.
 
-        In a grouped layer the product is no kernel. PEFT takes its numbers for one all the same.
+        In a grouped layer the product is not a kernel, and PEFT reads its numbers as one.
         """
         if self.groups == 1:
             return super().norms_of(rows, a, b, own)

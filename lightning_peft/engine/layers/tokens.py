@@ -89,7 +89,7 @@ class TokenLayer(AdapterLayer):
         return self.exchanged(LayerMixin.effective_weight(self), self.effective_adapters())
 
     def delta_weight(self, name: str, weight: Tensor) -> Tensor:
-        """Returns what exchanging the rows adds to ``weight``."""
+        """Returns the change that exchanging the rows makes in ``weight``."""
         return self.exchanged(weight, [name]) - weight
 
     def restored_weight(self, weight: Tensor, names: Sequence[str]) -> Tensor:
