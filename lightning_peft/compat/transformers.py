@@ -19,7 +19,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps as ConversionOps
 from transformers.core_model_loading import WeightConverter as WeightConverter
 from transformers.core_model_loading import WeightRenaming as WeightRenaming
+from transformers.core_model_loading import dot_natural_key as dot_natural_key
 from transformers.core_model_loading import rename_source_key as rename_source_key
+from transformers.core_model_loading import revert_weight_conversion
 
 # Public alternative: none; models name a loss by `loss_type`.
 from transformers.loss.loss_utils import LOSS_MAPPING as LOSS_MAPPING
@@ -38,6 +40,21 @@ NAME_KEY, COMMIT_KEY = "_name_or_path", "_commit_hash"
 CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
 
 weight_conversions: Any = get_model_conversion_mapping
+
+
+def tensors_as_saved(model: Any, conversions: list[Any], state: dict[str, Any]) -> dict[str, Any]:
+    """Returns tensors of a model as its files have them, by their keys there.
+
+    Args:
+        model: A model that ``from_pretrained`` did not make.
+        conversions: Those of :func:`weight_conversions`, after the names of all tensors in the
+            files went through :func:`rename_source_key`.
+        state: Some of the model's tensors, by name.
+    """
+    # What `from_pretrained` leaves for `save_pretrained`.
+    model._weight_conversions = [one for one in conversions if one.was_used()]
+    saved: dict[str, Any] = revert_weight_conversion(model, state)
+    return saved
 
 
 def origin_of(config: Any) -> tuple[str | None, str | None]:

@@ -20,13 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from lightning_peft import engine
-from lightning_peft.compat.transformers import (
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-    tied_weights,
-    weight_conversions,
-)
+from lightning_peft.compat.transformers import tied_weights
 from lightning_peft.errors import (
     CheckpointError,
     ConfigError,
@@ -34,6 +28,7 @@ from lightning_peft.errors import (
     first_line,
     itemize,
 )
+from lightning_peft.export.file_layout import FileLayout, StoredTensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Weights in a file, where this package chooses.
@@ -54,19 +49,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor in a file, without its values."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        """How many numbers it has."""
-        return torch.Size(self.shape).numel()
 
 
 @dataclass
@@ -91,6 +73,10 @@ class Base:
     def gguf_tensors(self) -> dict[str, Any]:
         """The tensors of the GGUF file by their names in the model; empty without one."""
         return {} if self.gguf is None else engine.gguf_tensors(self.gguf, make_outline(self, None))
+
+    def layout(self, outline: nn.Module) -> FileLayout:
+        """Returns how the tensors of the model are laid out in the files."""
+        return FileLayout(self.name, self.keys, outline)
 
     def tensors(self, keys: list[str]) -> Iterator[Tensor]:
         """Yields tensors, of mapped files; those of a GGUF file are dequantized one by one."""
@@ -240,9 +226,9 @@ def _untie(model: Any, base: Base) -> None:
     tied = tied_weights(model)
     if base.gguf is not None or not tied:
         return
-    in_files = {name: key for key, name in names_in_model(base, model).items()}
+    in_files = base.layout(model).by_name
     for target, source in list(tied.items()):
-        keys = [in_files[name] for name in (target, source) if name in in_files]
+        keys = [in_files[name].keys[0] for name in (target, source) if name in in_files]
         if len(keys) < 2:
             continue
         one, other = base.tensors(keys)
@@ -254,34 +240,6 @@ def _untie(model: Any, base: Base) -> None:
         del tied[target]
         if not tied:
             base.config.tie_word_embeddings = False
-
-
-def names_in_model(base: Base, outline: nn.Module) -> dict[str, str]:
-    """Returns the names in ``outline`` of the tensors in the files, by their keys.
-
-    Keys that the model does not have keep their names; one of several tensors is refused.
-    """
-    model: Any = outline
-    conversions = weight_conversions(model)
-    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
-    converters = [each for each in conversions if isinstance(each, WeightConverter)]
-    state = model.state_dict()
-    names, joined = {}, []
-    for key in base.keys:
-        name, converter = rename_source_key(
-            key, renamings, converters, model.base_model_prefix, state
-        )
-        if converter is not None:
-            joined.append(key)
-        names[key] = name
-    if joined:
-        raise UnsupportedError(
-            f"{type(outline).__name__} puts its weights together from several tensors in the files "
-            f"of {base.name!r}:" + itemize(joined, 3) + "\nSuch a model is not merged file by "
-            "file. In Python, with the whole model in memory: lightning_peft.load_adapter, "
-            "lightning_peft.merge, lightning_peft.unload and model.save_pretrained."
-        )
-    return names
 
 
 def license_of(folder: Path) -> str | None:

@@ -83,12 +83,22 @@ def sentence_card(card: str, kind: str, place: str) -> str:
     return "---\n" + "\n".join(first) + mark + before + use + title + after
 
 
+def dense_experts(size: int) -> str:
+    """Returns the note on weights of experts that stay dense in a quantized folder."""
+    return (
+        f"the weights of experts ({size / 1e9:.2f} GB) are as in the merged model, since "
+        "bitsandbytes in transformers quantizes linear layers only"
+    )
+
+
 def quantized_section(found: Mapping[str, Any]) -> str:
     """Returns the card's section on quantization of a merged model."""
     text = (
         f"\n## Quantized\n\nThe linear layers are {found['bits']}-bit ({found['kind']}, "
         "bitsandbytes).\n"
     )
+    if found["dense_expert_bytes"]:
+        text += f"Not quantized: {dense_experts(found['dense_expert_bytes'])}.\n"
     return text + _difference(found)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from lightning_peft import engine
 from lightning_peft.errors import UnsupportedError
 from lightning_peft.export.adapter_folder import copy_adapter, notes_on_base
-from lightning_peft.export.card import quantized_section
+from lightning_peft.export.card import dense_experts, quantized_section
 from lightning_peft.export.gguf.exporting import as_gguf
 from lightning_peft.export.gguf.llama_programs import converter_command
 from lightning_peft.export.loading import writes_text
@@ -49,12 +49,13 @@ def as_quantized(request: ExportRequest) -> dict[str, Any]:
     with atomic_folder(request.output) as folder:
         merged = folder / "merged"
         report = merge(request.adapter, merged, **request.options)
-        kind = quantize_folder(merged, folder, request.bits)
+        kind, experts = quantize_folder(merged, folder, request.bits)
         error, reason = measure_quantized(request.adapter, request.base, folder, request.options)
         shutil.rmtree(merged)
         record = {
             "bits": request.bits,
             "kind": kind,
+            "dense_expert_bytes": experts,
             "logit_error": asdict(error) if error else None,
             "not_measured": reason,
         }
@@ -64,7 +65,8 @@ def as_quantized(request: ExportRequest) -> dict[str, Any]:
     report["output"] = str(request.output)
     name = request.adapter.base.get("class")
     commands = [f"vllm serve {_quoted(request.output)}"] if not name or writes_text(name) else []
-    return {"notes": [], "commands": commands, "merge": report, "quantized": record}
+    notes = [dense_experts(experts)] if experts else []
+    return {"notes": notes, "commands": commands, "merge": report, "quantized": record}
 
 
 def as_vllm(request: ExportRequest) -> dict[str, Any]:

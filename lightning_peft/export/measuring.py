@@ -99,8 +99,9 @@ def measure_merge(
         _as_stored(trained, dtype)
         if into != "dequantized":
             errors["dequantized"] = compare(logits_of(trained, tokenizer, prompts), reference)
-        for name in quantized:
-            engine.quantize(trained.get_submodule(name), settings)
+        with engine.exposed_experts(trained):
+            for name in quantized:
+                engine.quantize(trained.get_submodule(name), settings)
         errors["requantized"] = compare(logits_of(trained, tokenizer, prompts), reference)
         progress("comparing outputs", 2, steps)
         del trained

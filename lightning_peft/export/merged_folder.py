@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,14 +20,8 @@ from lightning_peft.engine.streamed_merging import Into, StreamedMerge, WeightEr
 from lightning_peft.engine.vocabulary import vocabulary_size
 from lightning_peft.errors import BaseMismatchError, CheckpointError, ConfigError, itemize
 from lightning_peft.export.adapters import Adapter
-from lightning_peft.export.base import (
-    INDEX,
-    Base,
-    StoredTensor,
-    find_base,
-    make_outline,
-    names_in_model,
-)
+from lightning_peft.export.base import INDEX, Base, find_base, make_outline
+from lightning_peft.export.file_layout import FileLayout, StoredTensor
 from lightning_peft.export.loading_code import labels_of
 from lightning_peft.export.output import (
     atomic_folder,
@@ -82,14 +77,14 @@ def merge_into_folder(
     :func:`lightning_peft.export.merging.merge`.
     """
     check_output_free(output)
-    merge, names = prepare(adapter, base, into, dtype)
-    checked = check_base and base_checked(adapter, base, merge, names, progress)
-    plan = planned(base, merge, names)
+    merge, layout = prepare(adapter, base, into, dtype)
+    checked = check_base and base_checked(adapter, base, merge, layout, progress)
+    plan = planned(base, merge, layout)
     tensors = [stored for shard in plan.values() for stored in shard.values()]
     size = sum(stored.numel * stored.dtype.itemsize for stored in tensors)
     refuse_full_disk(output, size)
     with atomic_folder(output) as folder:
-        _write_weights(folder, base, merge, names, plan, progress, size)
+        _write_weights(folder, base, merge, layout, plan, progress, size)
         written = main_dtype(tensors)
         _write_companions(folder, base, adapter, written, vocabulary_size(merge.outline))
     return MergedFolder(output, merge.into, written, size, checked, merge.errors)
@@ -108,13 +103,13 @@ def base_of(adapter: Adapter, base: str | None = None, revision: str | None = No
 
 def prepare(
     adapter: Adapter, base: Base, into: Into | None, dtype: torch.dtype | None
-) -> tuple[StreamedMerge, dict[str, str]]:
-    """Returns the merge that is to be streamed, and the model's names by those in the files."""
+) -> tuple[StreamedMerge, FileLayout]:
+    """Returns the merge that is to be streamed, and how the files hold the model."""
     outline = make_outline(base, adapter.base.get("class"), labels_of(adapter.folder))
-    names = names_in_model(base, outline)
+    layout = base.layout(outline)
     merge = StreamedMerge(outline, adapter.folder, into=into, dtype=dtype)
     aliases = _aliases(outline)
-    here = {alias for name in names.values() for alias in aliases.get(name, [name])}
+    here = {alias for name in layout.by_name for alias in aliases.get(name, [name])}
     here |= set(merge.replaced())
     own = {id(param) for param in merge.adapter_parameters()}
     lacking = [
@@ -127,7 +122,7 @@ def prepare(
             f"The files of {base.name!r} lack weights of {type(outline).__name__}, and the adapter "
             "does not bring them:" + itemize(lacking, 5)
         )
-    return merge, names
+    return merge, layout
 
 
 def refuse_full_disk(output: Path, size: int) -> None:
@@ -142,25 +137,25 @@ def refuse_full_disk(output: Path, size: int) -> None:
 
 
 def base_checked(
-    adapter: Adapter, base: Base, merge: StreamedMerge, names: dict[str, str], progress: Progress
+    adapter: Adapter, base: Base, merge: StreamedMerge, layout: FileLayout, progress: Progress
 ) -> bool:
     """Compares the base with the recorded one; says whether there was a record."""
     recorded = adapter.base.get("fingerprint")
     if recorded is None:
         return False
     outline: Any = merge.outline
-    in_files = {name: key for key, name in names.items()}
     total, done, sums = sum(s.numel for s in base.keys.values()), 0, []
     aliases = _aliases(outline)
     for name, shape in zip(merge.base.names, merge.base.shapes, strict=True):
-        key = next((in_files[a] for a in aliases.get(name, [name]) if a in in_files), None)
-        if key is None or base.keys[key].shape != shape:
+        there = next((a for a in aliases.get(name, [name]) if a in layout.by_name), name)
+        if layout.shape(there) != shape:
             raise CheckpointError(
                 f"{name} has the shape {shape} in {type(outline).__name__}, and in the files of "
-                f"{base.name!r} {base.keys[key].shape if key else 'it is not there'}."
+                f"{base.name!r} {layout.shape(there) or 'it is not there'}."
             )
-        sums.append(checksum(next(base.tensors([key]))))
-        done += base.keys[key].numel
+        group = layout.by_name[there]
+        sums.append(checksum(group.joined(base.tensors(group.keys))[there]))
+        done += torch.Size(shape).numel()
         progress("checking the base", done, total)
     digest = Fingerprint(merge.base.names, merge.base.shapes, tuple(sums)).digest()
     if digest != recorded:
@@ -183,24 +178,25 @@ def _aliases(outline: Any) -> dict[str, list[str]]:
 
 
 def planned(
-    base: Base, merge: StreamedMerge, names: dict[str, str]
+    base: Base, merge: StreamedMerge, layout: FileLayout
 ) -> dict[str, dict[str, StoredTensor]]:
-    """Returns the tensors of each file of the merged model, by key."""
-    plan = {
-        file: {
-            key: StoredTensor(
-                merge.dtype_of(names[key], stored.dtype), merge.shape_of(names[key], stored.shape)
-            )
-            for key, stored in shard.items()
-        }
-        for file, shard in base.shards.items()
-    }
-    replaced, there = merge.replaced(), set(names.values())
-    for file, shard in plan.items():
-        for key, stored in shard.items():
-            value = replaced.get(names[key])
-            if value is not None:
-                plan[file][key] = StoredTensor(stored.dtype, tuple(value.shape))
+    """Returns the tensors of each file of the merged model, by key.
+
+    Those of which one of the model is made are next to each other, in the file of the first.
+    """
+    replaced, there, left = merge.replaced(), set(layout.by_name), set(base.keys)
+    plan: dict[str, dict[str, StoredTensor]] = {}
+    for file, shard in base.shards.items():
+        for group in layout.groups_of(sorted(left & shard.keys())):
+            left -= set(group.keys)
+            name, stored = group.names[0], [base.keys[key] for key in group.keys]
+            shapes = [one.shape for one in stored]
+            if not group.is_converted:
+                own = replaced.get(name)
+                shapes = [merge.shape_of(name, *shapes) if own is None else tuple(own.shape)]
+            dtype = merge.dtype_of(name, stored[0].dtype)
+            entries = [StoredTensor(dtype, shape) for shape in shapes]
+            plan.setdefault(file, {}).update(zip(group.keys, entries, strict=True))
     tied = _aliases(merge.outline)
     new = {
         name: StoredTensor(merge.dtype_of(name, value.dtype), tuple(value.shape))
@@ -225,7 +221,7 @@ def _write_weights(
     folder: Path,
     base: Base,
     merge: StreamedMerge,
-    names: dict[str, str],
+    layout: FileLayout,
     plan: dict[str, dict[str, StoredTensor]],
     progress: Progress,
     size: int,
@@ -234,7 +230,7 @@ def _write_weights(
 
     def values(entries: dict[str, StoredTensor]) -> Iterator[Tensor]:
         nonlocal done
-        for value in merged_values(base, merge, names, entries, in_file_order(entries)):
+        for value in merged_values(base, merge, layout, entries, in_file_order(entries)):
             done += value.numel() * value.element_size()
             progress("merging", done, size)
             yield value
@@ -250,21 +246,28 @@ def _write_weights(
 def merged_values(
     base: Base,
     merge: StreamedMerge,
-    names: dict[str, str],
+    layout: FileLayout,
     entries: dict[str, StoredTensor],
     order: list[str],
 ) -> Iterator[Tensor]:
-    """Yields tensors of the merged model, one at a time, in ``order``, keys among ``entries``."""
-    replaced = merge.replaced()
-    elsewhere = {None, *replaced}
-    read = base.tensors([key for key in order if names.get(key) not in elsewhere])
-    for key in order:
-        name = names.get(key, key)
-        if name in replaced:
-            # An adapted embedding has an adapter on top of what the file brings.
-            yield merge.merged(name, replaced[name]).to(entries[key].dtype)
-        else:
-            yield merge.merged(name, next(read))
+    """Yields tensors of the merged model, one at a time, in ``order``, keys among ``entries``.
+
+    Keys of which one tensor of the model is made have to be next to each other.
+    """
+    replaced, groups = merge.replaced(), layout.groups_of(order)
+    read = base.tensors(
+        [key for group in groups if not replaced.keys() >= {*group.names} for key in group.keys]
+    )
+    for group in groups:
+        # An adapted embedding has an adapter on top of what the file brings.
+        values = {name: replaced[name] for name in group.names if name in replaced}
+        if len(values) < len(group.names):
+            values = group.joined(islice(read, len(group.keys))) | values
+        dtype = entries[group.keys[0]].dtype
+        merged = {name: merge.merged(name, values.pop(name)).to(dtype) for name in group.names}
+        parts = group.split(merged)
+        del merged
+        yield from (parts.pop(key) for key in group.keys)
 
 
 def _write_companions(

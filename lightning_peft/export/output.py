@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from lightning_peft.errors import ConfigError
-from lightning_peft.export.base import COMPANIONS, DTYPES, StoredTensor
+from lightning_peft.export.base import COMPANIONS, DTYPES
+from lightning_peft.export.file_layout import StoredTensor
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -66,8 +67,11 @@ def copy_companions(source: Path, folder: Path, left_out: Container[str]) -> Non
 
 
 def in_file_order(entries: dict[str, StoredTensor]) -> list[str]:
-    """Returns the keys as written: wide dtypes first, so that each is at a multiple of its size."""
-    return sorted(entries, key=lambda key: (-entries[key].dtype.itemsize, key))
+    """Returns the keys as written: wide dtypes first, so that each is at a multiple of its size.
+
+    Those of one width stay in their order.
+    """
+    return sorted(entries, key=lambda key: -entries[key].dtype.itemsize)
 
 
 def write_safetensors(

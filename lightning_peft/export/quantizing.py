@@ -15,6 +15,8 @@ import torch
 import transformers
 
 from lightning_peft import engine
+from lightning_peft.engine.backends.registry import storage_bytes
+from lightning_peft.engine.layers.expert_weights import expert_parameters
 from lightning_peft.errors import ConfigError
 from lightning_peft.export.adapters import Adapter
 from lightning_peft.export.base import INDEX, Base
@@ -23,8 +25,13 @@ from lightning_peft.export.merged_folder import REPORT
 from lightning_peft.export.output import copy_companions
 
 
-def quantize_folder(merged: Path, output: Path, bits: int) -> str:
-    """Writes a merged model with its linear layers in 8 or 4 bits; returns their kind, in words."""
+def quantize_folder(merged: Path, output: Path, bits: int) -> tuple[str, int]:
+    """Writes a merged model with its linear layers in 8 or 4 bits.
+
+    Returns:
+        Their kind, in words, and the bytes of weights of experts. Those are not linear layers, and
+        transformers writes and reads them in 16 or 32 bits.
+    """
     if bits not in (4, 8):
         raise ConfigError(f"bits={bits}: 8 or 4.")
     settings = engine.quantization_config(load_in_8bit=bits == 8, bnb_4bit_compute_dtype="bfloat16")
@@ -37,7 +44,12 @@ def quantize_folder(merged: Path, output: Path, bits: int) -> str:
     copy_companions(merged, output, (INDEX, "config.json"))
     assert (output / REPORT).is_file()
     backend = engine.backend_for(settings)
-    return backend.label(backend.config_to_dict(settings))
+    experts = sum(
+        storage_bytes(child.get_parameter(name))
+        for child in model.modules()
+        for name in expert_parameters(child)
+    )
+    return backend.label(backend.config_to_dict(settings)), experts
 
 
 def _class_of(folder: Path) -> Any:

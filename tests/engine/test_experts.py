@@ -7,15 +7,8 @@ import pickle
 
 import pytest
 import torch
+from expert_models import CONFIGS, model_of
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    DeepseekV3Config,
-    Glm4MoeConfig,
-    GptOssConfig,
-    MixtralConfig,
-    Qwen3MoeConfig,
-)
 
 import lightning_peft
 from lightning_peft import engine
@@ -29,26 +22,6 @@ from lightning_peft.errors import TargetModulesError, UnsupportedError
 
 from .reference import injected, output_of, randomize, refused, relative_error
 
-SIZES = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
-}  # fmt: skip
-ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-GROUPS = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
-LATENT = {
-    "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 8,
-    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-}  # fmt: skip
-CONFIGS = {
-    "mixtral": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
-    "qwen3": Qwen3MoeConfig(**SIZES, **ROUTED, head_dim=8, num_experts=4),
-    "dense layer": Qwen3MoeConfig(
-        **SIZES, **ROUTED, head_dim=8, num_experts=4, mlp_only_layers=[0]
-    ),
-    "glm4": Glm4MoeConfig(**SIZES, **ROUTED, **GROUPS, head_dim=8),
-    "deepseek": DeepseekV3Config(**{**SIZES, **ROUTED, **GROUPS, **LATENT}),
-    "gpt-oss": GptOssConfig(**SIZES, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
-}
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 IDS = torch.arange(3, 27).view(2, 12)
 WAYS = ("eager", "grouped_mm", "batched_mm")
@@ -60,12 +33,6 @@ RUNS = [
     for kind in ("qwen3", "gpt-oss")
     for way in WAYS
 ]
-
-
-def model_of(kind="qwen3", way="grouped_mm"):
-    torch.manual_seed(0)
-    config = copy.deepcopy(CONFIGS[kind])
-    return AutoModelForCausalLM.from_config(config, experts_implementation=way).eval()
 
 
 def trained(kind="qwen3", way="grouped_mm", **settings):

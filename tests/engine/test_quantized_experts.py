@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_blockwise
+from expert_models import model_of
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
@@ -21,7 +22,7 @@ from lightning_peft.engine.layers.expert_weights import ExpertWeight, RoutedExpe
 from lightning_peft.errors import BaseMismatchError, CheckpointError
 
 from .reference import injected, output_of, randomize, relative_error
-from .test_experts import IDS, LONG, PARAMETERS, RUNS, model_of
+from .test_experts import IDS, LONG, PARAMETERS, RUNS
 
 NF4 = engine.quantization_config()
 # Products of bitsandbytes with linear layers round, and another expert is chosen then.

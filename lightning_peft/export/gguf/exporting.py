@@ -68,7 +68,7 @@ class GgufExport:
         check_output_free(request.output)
         self.model = self._prepared()
         self.checked = options.get("check_base", True) and base_checked(
-            request.adapter, request.base, self.model.merge, self.model.names, self._progress
+            request.adapter, request.base, self.model.merge, self.model.layout, self._progress
         )
 
     @property

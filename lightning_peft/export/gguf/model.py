@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lightning_peft.engine.streamed_merging import Into, StreamedMerge
 from lightning_peft.export.adapters import Adapter
-from lightning_peft.export.base import Base, StoredTensor
+from lightning_peft.export.base import Base
+from lightning_peft.export.file_layout import FileLayout, StoredTensor
 from lightning_peft.export.gguf.architectures import Architecture, architecture_of
 from lightning_peft.export.gguf.files import (
     Progress,
@@ -37,13 +38,13 @@ _DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 class GgufModel:
     """A model that can be written as GGUF: everything has been checked, and nothing written.
 
-    ``names`` are those in the model by keys in the files, ``plan`` the tensors of the merged
+    ``layout`` is that of the base's files, ``plan`` the tensors of the merged
     model by key, file by file, as in the base.
     """
 
     base: Base
     merge: StreamedMerge
-    names: dict[str, str]
+    layout: FileLayout
     plan: dict[str, dict[str, StoredTensor]]
     architecture: Architecture
     vocabulary: Vocabulary
@@ -57,7 +58,7 @@ class GgufModel:
     def write_merged(self, file: Path, kind: str, facts: dict[str, str], progress: Progress) -> int:
         """Writes the model with the adapter built in, and ``facts`` by GGUF's keys."""
         values = (
-            merged_values(self.base, self.merge, self.names, shard, self._order(shard))
+            merged_values(self.base, self.merge, self.layout, shard, self._order(shard))
             for shard in self.plan.values()
         )
         return self._write(file, self.plan, chain.from_iterable(values), kind, facts, progress)
@@ -81,7 +82,7 @@ class GgufModel:
     def _order(self, shard: dict[str, StoredTensor]) -> list[str]:
         """Returns the keys of a file whose tensors are written, in the order of the model."""
         place = {name: index for index, name in enumerate(self.merge.outline.state_dict())}
-        names = {key: self.names.get(key, key) for key in shard}
+        names = {key: self.layout.name(key) for key in shard}
         written = self.architecture.tensor_names([n for n in names.values() if n in place])
         return sorted(
             (key for key, name in names.items() if name in written),
@@ -110,7 +111,7 @@ class GgufModel:
         ]
         for shard in plan.values():
             for key in self._order(shard):
-                name, shape = self.names.get(key, key), shard[key].shape
+                name, shape = self.layout.name(key), shard[key].shape
                 there = self.architecture.tensor_name(name)
                 assert there is not None
                 number = kind_of(shape, kind)
@@ -127,13 +128,11 @@ def prepare_model(
     """Returns a model that can be written in a file of the kind ``kind``, one of ``KINDS``."""
     name = adapter.base.get("class") or (base.config.architectures or ["A model of no class"])[0]
     architecture_of(str(name), base.config)
-    merge, names = prepare(adapter, base, into, _DTYPES.get(kind, torch.float32))
-    plan = planned(base, merge, names)
+    merge, layout = prepare(adapter, base, into, _DTYPES.get(kind, torch.float32))
+    plan = planned(base, merge, layout)
     architecture = architecture_of(type(merge.outline).__name__, base.config)
     shapes = {
-        names.get(key, key): stored.shape
-        for shard in plan.values()
-        for key, stored in shard.items()
+        layout.name(key): stored.shape for shard in plan.values() for key, stored in shard.items()
     }
     tokenizer = load_tokenizer(base)
     template = chat_template or _own_template(tokenizer)
@@ -141,7 +140,7 @@ def prepare_model(
     end = None if turns is None else turns.end
     prompt = _rendered(tokenizer, template) if template else None
     vocabulary = vocabulary_of(tokenizer, shapes[_EMBEDDING][0], end, prompt)
-    model = GgufModel(base, merge, names, plan, architecture, vocabulary, template)
+    model = GgufModel(base, merge, layout, plan, architecture, vocabulary, template)
     model.check_names()
     return model
 
