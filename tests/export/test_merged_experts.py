@@ -68,6 +68,7 @@ def test_a_merged_folder_is_what_merging_in_memory_gives(kind: str, bits: int, t
     assert torch.equal(written(IDS).logits, model(IDS).logits)
 
 
+@LONG
 def test_memory_is_that_of_a_layer(tmp_path: Path) -> None:
     config = CONFIGS["qwen3"]
     config = type(config)(
