@@ -15,7 +15,12 @@ from typing import Any
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftConfig
 
 from lightning_peft.arguments import LoRAFields
-from lightning_peft.engine.methods.lora_config import is_pattern, lora_problems
+from lightning_peft.engine.methods.lora_config import (
+    LOFTQ,
+    is_pattern,
+    loftq_settings,
+    lora_problems,
+)
 from lightning_peft.engine.methods.registry import METHODS, method_of, not_injected, refuse_method
 from lightning_peft.engine.primitives import to_primitives
 from lightning_peft.errors import ConfigError, itemize
@@ -52,7 +57,7 @@ def lora_config(arguments: LoRAFields | None = None) -> LoraConfig:
     for name in ("rank_pattern", "alpha_pattern"):
         fields[name] = fields[name] or {}
     if arguments.init_lora_weights == "loftq":
-        fields["loftq_config"] = {"loftq_bits": 4, "loftq_iter": 1}  # PEFT's own defaults
+        fields["loftq_config"] = LOFTQ
     problems = lora_problems(fields)
     if problems:
         raise ConfigError("These LoRA settings cannot work:" + itemize(problems))
@@ -73,6 +78,10 @@ def _make_config(cls: Any, fields: Mapping[str, Any]) -> Any:
         named = ("layers_to_transform", "layers_pattern")
         later = {name: fields[name] for name in named if name in fields}
         fields = {**fields, **dict.fromkeys(later)}
+    if fields.get("init_lora_weights") == "loftq":
+        # PEFT wants scipy for it, and does not use it.
+        later |= {"init_lora_weights": "loftq", "loftq_config": loftq_settings(fields)}
+        fields = {**fields, "init_lora_weights": True, "loftq_config": {}}
     try:
         with warnings.catch_warnings():
             # They are drawn again from the key, which is recorded.

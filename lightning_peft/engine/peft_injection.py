@@ -16,8 +16,9 @@ from lightning_peft.engine.layers.adapter import attach
 from lightning_peft.engine.layers.attention import PROJECTION
 from lightning_peft.engine.layers.sizes import weight_sizes
 from lightning_peft.engine.loading.streamed_quantizer import deferred_dtype
+from lightning_peft.engine.loftq import loftq
 from lightning_peft.engine.methods.base import InPlaceMethod
-from lightning_peft.engine.methods.lora_config import changes_base
+from lightning_peft.engine.methods.lora_config import changes_base, loftq_settings
 from lightning_peft.engine.methods.registry import method_of
 from lightning_peft.engine.model_types import hidden_model_type
 from lightning_peft.engine.rollback import floating_tensors, restored_on_error
@@ -37,9 +38,17 @@ def inject_in_place(
     name = request.adapter_name
     rows = {id(plan.part.get_submodule(target)): rows for target, rows in plan.rows.items()}
 
+    by_loftq = loftq_settings(config)
+    if by_loftq is not None:
+        # As it is with PEFT: random numbers that are written over.
+        config.init_lora_weights = False  # type: ignore[attr-defined]
+
     def create(original: Any, layer: nn.Module, options: dict[str, Any]) -> Any:
         with weight_sizes(layer):
             made = method.create(original, layer, name, config, options)
+        if by_loftq is not None:
+            later = request.quantization if id(layer) in to_quantize else None
+            loftq(layer, made, name, by_loftq, later)
         dtype = deferred_dtype(layer)
         if dtype is not None:
             # As if the weight were quantized after this.

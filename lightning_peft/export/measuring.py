@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_peft import engine
-from lightning_peft.engine.methods.lora_config import changes_base
+from lightning_peft.engine.methods.lora_config import quantizes_another_base
 from lightning_peft.errors import LightningPeftError, first_line
 from lightning_peft.export.adapters import Adapter
 from lightning_peft.export.base import Base
@@ -64,7 +64,7 @@ def unmeasurable_reason(adapter: Adapter, base: Base) -> str | None:
             f"{free / 1e9:.1f} GB are free"
         )
     fields = adapter.facts.get("config") or {}
-    if adapter.quantization is not None and changes_base(fields):
+    if adapter.quantization is not None and quantizes_another_base(fields):
         init = fields["init_lora_weights"]
         return f"with init_lora_weights={init!r} the folder does not hold the base in training"
     return None

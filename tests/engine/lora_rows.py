@@ -75,7 +75,7 @@ LINEAR_ONLY = {
     "loftq": {
         "init_lora_weights": "loftq",
         "loftq_config": {"loftq_bits": 4},
-        "refused": "computed by PEFT on a GPU only",
+        "refused": "set lora_alpha to r",
     },
     "unknown init": {"init_lora_weights": "xavier", "refused": "init_lora_weights='xavier'"},
     "rank 0": {"rank_pattern": {"two": 0}, "refused": "the rank is a positive integer"},

@@ -9,7 +9,7 @@ from torch import nn
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.errors import ConfigError, UnsupportedError
+from lightning_peft.errors import UnsupportedError
 
 from .reference import injected, output_of, refused, relative_error
 
@@ -116,24 +116,3 @@ def test_unsupported_initialisations_are_refused_before_any_change(case: str) ->
     model = build()
     with refused(model, UnsupportedError, message):
         lightning_peft.inject(model, **settings)
-
-
-def test_loftq_is_refused_where_peft_cannot_compute_it() -> None:
-    """PEFT computes LoftQ on a GPU only, and with scipy; never with a scaling other than one."""
-    settings = {"r": 4, "init_lora_weights": "loftq"}
-    with pytest.raises(ConfigError, match="set lora_alpha to r"):
-        lightning_peft.inject(stack(), **settings, lora_alpha=8)
-    with pytest.raises((ConfigError, UnsupportedError), match="scipy|on a GPU only"):
-        lightning_peft.inject(stack(), **settings, lora_alpha=4)
-
-
-@pytest.mark.gpu
-def test_loftq_on_a_gpu_keeps_the_output_near() -> None:
-    pytest.importorskip("scipy")
-    model = stack().cuda()
-    x = torch.randn(16, 96, device="cuda")
-    before = output_of(model, x)
-    lightning_peft.inject(
-        model, r=16, lora_alpha=16, init_lora_weights="loftq", quantization_config=NF4
-    )
-    assert relative_error(output_of(model, x), before) < 0.1

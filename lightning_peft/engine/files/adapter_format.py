@@ -32,6 +32,7 @@ from lightning_peft.engine.layers.expert_weights import parameter_name
 from lightning_peft.engine.layers.mixin import class_key
 from lightning_peft.engine.layers.tokens import token_tensors
 from lightning_peft.engine.methods.base import InPlaceMethod
+from lightning_peft.engine.methods.lora_config import loftq_settings, quantizes_another_base
 from lightning_peft.engine.methods.registry import method_of
 from lightning_peft.engine.model_types import retargeted_by_peft, taken_for_experts
 from lightning_peft.engine.primitives import to_primitives
@@ -150,6 +151,9 @@ def exported_config(part: nn.Module, entry: AdaptedModuleRecord, name: str) -> d
     config["target_modules"], parameters = _as_peft_finds_them(part, info, config)
     if "target_parameters" in config:
         config["target_parameters"] = parameters or None
+    if entry.quantization and loftq_settings(config) and not quantizes_another_base(config):
+        # The codes are those of the loaded base, to which these factors are added.
+        config |= {"init_lora_weights": True, "loftq_config": {}}
     for applied in ("layers_to_transform", "layers_pattern", "exclude_modules"):
         config[applied] = None
     entries = saved_entries(part, saved_modules(part, entry, name), info.targets)

@@ -37,7 +37,7 @@ from lightning_peft.engine.files.fitting import (
 )
 from lightning_peft.engine.injection import inject_config
 from lightning_peft.engine.layers.tokens import token_tensors
-from lightning_peft.engine.methods.lora_config import changes_base
+from lightning_peft.engine.methods.lora_config import changes_base, quantizes_another_base
 from lightning_peft.engine.methods.registry import method_of
 from lightning_peft.engine.record import record_of, require_record
 from lightning_peft.engine.rollback import restored_on_error
@@ -310,7 +310,7 @@ def _unfit(module: nn.Module, path: Path, error: Exception) -> CheckpointError:
 def refuse_residual_base(facts: Mapping[str, Any], folder: Path) -> None:
     """Refuses to quantize the base of an adapter whose initialisation rewrote that base first."""
     config = facts.get("config") or {}
-    if facts.get("quantization") and changes_base(config):
+    if facts.get("quantization") and quantizes_another_base(config):
         raise UnsupportedError(
             f"The adapter in {str(folder)!r} was trained with "
             f"init_lora_weights={config['init_lora_weights']!r} on a "

@@ -18,6 +18,8 @@ from lightning_peft.errors import UnsupportedError
 _CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Those of them that only take the product of the first factors off the base.
 _SUBTRACTING_INITS = ("pissa", "olora")
+# PEFT's own defaults.
+LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}
 INITS = ("gaussian", "orthogonal", "pissa", "pissa_niter_<number>", "olora", "loftq")
 # These need data, or a preprocessed model, on every start: PEFT keeps that to its own model class.
 REFUSED_INITS = ("eva", "mica", "corda", "lora_ga")
@@ -85,13 +87,23 @@ def _init_problems(fields: Mapping[str, Any]) -> list[str]:
         ]
     if not re.fullmatch(known, str(init)):
         return [f"init_lora_weights={init!r}: True, False or one of {', '.join(INITS)}"]
+    return _loftq_problems(fields) if init == "loftq" else []
+
+
+def _loftq_problems(fields: Mapping[str, Any]) -> list[str]:
     scalings = {**_entries(fields, "alpha_pattern"), **_entries(fields, "rank_pattern")}
-    if init == "loftq" and (scalings or fields["lora_alpha"] != fields["r"]):
-        return [
-            f"init_lora_weights='loftq' with lora_alpha={fields['lora_alpha']!r}: PEFT computes "
-            "LoftQ for a scaling of one, so set lora_alpha to r and leave the patterns out"
-        ]
-    return []
+    problems = []
+    if scalings or fields["lora_alpha"] != fields["r"] or fields["use_rslora"]:
+        problems.append(
+            f"init_lora_weights='loftq' with lora_alpha={fields['lora_alpha']!r}: LoftQ is for a "
+            "scaling of one, so set lora_alpha to r, and leave the patterns and use_rslora out"
+        )
+    if fields["use_dora"]:
+        problems.append("init_lora_weights='loftq' with use_dora: its magnitudes are of the weight")
+    settings = loftq_settings(fields) or {}
+    if settings["loftq_bits"] not in (4, 8) or settings["loftq_iter"] < 1:
+        problems.append(f"loftq_config={settings}: 4 or 8 bits, and one iteration or more")
+    return problems
 
 
 def _token_problems(value: Any) -> list[str]:
@@ -175,6 +187,25 @@ def changes_base(config: PeftConfig | Mapping[str, Any]) -> bool:
 def subtracts_from_base(config: PeftConfig) -> bool:
     """Whether the initialisation takes ``s B A`` of the first factors off the base."""
     return _initialization(config).startswith(_SUBTRACTING_INITS)
+
+
+def loftq_settings(config: PeftConfig | Mapping[str, Any]) -> dict[str, int] | None:
+    """PEFT's ``loftq_config`` where a config asks for LoftQ, else ``None``."""
+    if _initialization(config) != "loftq":
+        return None
+    fields: Any = config if isinstance(config, Mapping) else vars(config)
+    given = fields.get("loftq_config") or {}
+    settings: dict[str, int] = dict(given if isinstance(given, Mapping) else vars(given))
+    return {**LOFTQ, **settings}
+
+
+def quantizes_another_base(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter on a quantized base is for codes of other weights than the loaded ones.
+
+    LoftQ of one iteration quantizes the loaded ones, and only its factors differ.
+    """
+    settings = loftq_settings(config)
+    return changes_base(config) and (settings is None or settings["loftq_iter"] > 1)
 
 
 def _initialization(config: PeftConfig | Mapping[str, Any]) -> str:

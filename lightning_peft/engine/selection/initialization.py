@@ -9,14 +9,18 @@ from peft import PeftConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.engine.backends.registry import is_quantized
+from lightning_peft.engine.backends.registry import backend_for, is_quantized
 from lightning_peft.engine.layers.kinds import LINEAR_LIKE
 from lightning_peft.engine.layers.mixin import stored_parameter
-from lightning_peft.engine.methods.lora_config import changes_base, rank_of
+from lightning_peft.engine.methods.lora_config import changes_base, loftq_settings, rank_of
 
 
 def initialization_problems(
-    layers: Mapping[str, nn.Module], config: PeftConfig, holders: Mapping[int, list[str]]
+    layers: Mapping[str, nn.Module],
+    config: PeftConfig,
+    holders: Mapping[int, list[str]],
+    in_place: bool,
+    quantization: Any | None,
 ) -> list[str]:
     """Why ``init_lora_weights`` cannot be carried out on some layers.
 
@@ -31,13 +35,18 @@ def initialization_problems(
         if init == "orthogonal" and rank_of(config, name) % 2:
             problems.append(f"{name}: 'orthogonal' needs an even rank, not {rank_of(config, name)}")
         if changes_base(config):
-            problem = _rewriting_problem(layer, init, rank_of(config, name), holders)
+            problem = _rewriting_problem(layer, init, rank_of(config, name), holders, in_place)
             problems += [f"{name}: {init!r} {problem}"] if problem else []
+    settings = loftq_settings(config)
+    if settings and quantization is not None:
+        bits = backend_for(quantization).bits
+        if bits != settings["loftq_bits"]:
+            problems.append(f"loftq_config={settings} is not for a base of {bits} bits")
     return problems
 
 
 def _rewriting_problem(
-    layer: Any, init: str, rank: int, holders: Mapping[int, list[str]]
+    layer: Any, init: str, rank: int, holders: Mapping[int, list[str]], in_place: bool
 ) -> str | None:
     weight = stored_parameter(layer, "weight")
     if is_quantized(layer):
@@ -46,10 +55,10 @@ def _rewriting_problem(
         return "decomposes the weight, which has no values on the meta device"
     if rank > min(weight.shape):
         return f"takes {rank} singular vectors of a weight that has {min(weight.shape)}"
-    if isinstance(layer, Conv1D) and not init.startswith("pissa"):
+    if isinstance(layer, Conv1D) and not init.startswith(("pissa", "loftq")):
         return "takes a Conv1D weight transposed. Use 'pissa'"
     if len(holders[id(weight)]) > 1:
         return "would rewrite a weight that other layers share"
-    if init == "loftq" and weight.device.type == "cpu":
-        return "is computed by PEFT on a GPU only. Move the module there first, or use 'pissa'"
+    if init == "loftq" and not in_place:
+        return "is for plain LoRA, on the layers themselves. Leave lora_bias out"
     return None

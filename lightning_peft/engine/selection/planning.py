@@ -323,11 +323,14 @@ def _in_place_method(plan: InjectionPlan, config: PeftConfig) -> InPlaceMethod |
 
 def _check_layers(plan: InjectionPlan, request: InjectionRequest) -> None:
     layers = {name: plan.part.get_submodule(name) for name in plan.targets}
+    in_place = plan.in_place is not None
     rows, problems = rows_of(plan.part, plan.targets, request.config)
     plan.rows = rows if request.rows is None else request.rows.get(plan.name, {})
     apart = [*plan.saved, *plan.heads, *plan.quantize]
     problems += conflicts(plan.part, plan.tokens, plan.targets, apart) + unread_weights(layers)
-    problems += initialization_problems(layers, request.config, parameter_holders(plan.part))
+    problems += initialization_problems(
+        layers, request.config, parameter_holders(plan.part), in_place, request.quantization
+    )
     problems += [
         f"{name}: {rewriter} changes its weight in place while it runs. Leave it out by "
         "`exclude_modules`"
@@ -339,7 +342,6 @@ def _check_layers(plan: InjectionPlan, request: InjectionRequest) -> None:
             plan.part, plan.targets, plan.quantize, request.config, request.quantization
         )
     for name, layer in layers.items():
-        in_place = plan.in_place is not None
         reason = method_of(request.config).unsupported_reason(layer, name, request.config, in_place)
         problems += [f"{name}: {reason}"] if reason else []
         own = () if isinstance(layer, AdapterLayer) else adapter_attributes(layer, plan.in_place)
