@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow
 from pyarrow import ipc, parquet
@@ -17,9 +17,6 @@ from pyarrow import ipc, parquet
 from lightning_peft.data.file_format import FileFormat, ReadableFile, Row
 from lightning_peft.data.open_files import compression_of, explain_errors, explained_rows, open_file
 from lightning_peft.errors import ConfigError
-
-if TYPE_CHECKING:
-    from datasets import ClassLabel
 
 _BATCH = 256
 
@@ -115,8 +112,8 @@ def _by_cell(row: Any) -> tuple[dict[str, Any], str | None]:
     return values, problem
 
 
-def _classes(schema: Any) -> dict[str, ClassLabel]:
-    """Returns the columns of classes, which the datasets library keeps as numbers."""
+def _classes(schema: Any) -> dict[str, Any]:
+    """Returns the features of columns with classes, which the datasets library keeps as numbers."""
     if b"huggingface" not in (schema.metadata or {}):
         return {}
     # On use: the web page reads the first rows of a file in a process that stays light.
@@ -127,14 +124,13 @@ def _classes(schema: Any) -> dict[str, ClassLabel]:
     # Written by a newer version, or by hand: the numbers are labels as well.
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
-    kinds = features.items()
-    return {name: kind for name, kind in kinds if isinstance(kind, datasets.ClassLabel)}
+    return {name: feature for name, feature in features.items() if has_classes(feature)}
 
 
-def _named(row: dict[str, Any], classes: dict[str, ClassLabel]) -> dict[str, Any]:
+def _named(row: dict[str, Any], classes: dict[str, Any]) -> dict[str, Any]:
     """Returns the classes of a row by their names, and gaps of pandas as no value."""
     gaps = {n: None for n, v in row.items() if isinstance(v, float) and math.isnan(v)}
-    return gaps | {n: class_name(kind, row.get(n)) for n, kind in classes.items()}
+    return gaps | {n: with_class_names(row.get(n), kind) for n, kind in classes.items()}
 
 
 def without_nulls(value: Any) -> Any:
@@ -149,7 +145,26 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
-def class_name(kind: ClassLabel, number: int | None) -> str | None:
-    """Returns the name of a class; ``None`` for -1, a label that is withheld, as in test splits."""
-    known = number is not None and 0 <= number < kind.num_classes
-    return kind.int2str(number) if known else None
+def has_classes(feature: Any) -> bool:
+    """Returns whether a feature of the datasets library is a class, or a list or object of them."""
+    if isinstance(feature, dict):
+        return any(map(has_classes, feature.values()))
+    inner = getattr(feature, "feature", None)
+    return hasattr(feature, "int2str") if inner is None else has_classes(inner)
+
+
+def with_class_names(value: Any, feature: Any) -> Any:
+    """Returns a value with the names of its classes, as in the tags of words.
+
+    ``None`` for -1, a label that is withheld, as in test splits.
+    """
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {n: with_class_names(v, feature.get(n)) for n, v in value.items()}
+    inner = getattr(feature, "feature", None)
+    if inner is not None and isinstance(value, list):
+        return [with_class_names(one, inner) for one in value]
+    if not hasattr(feature, "int2str"):
+        return value
+    return (
+        feature.int2str(value) if value is not None and value in range(len(feature.names)) else None
+    )

@@ -17,6 +17,7 @@ from lightning_peft.data.json_text import (
     parse_json,
 )
 from lightning_peft.data.open_files import open_file
+from lightning_peft.data.row_keys import is_turn
 from lightning_peft.errors import ConfigError
 
 SPLIT_KEYS = ("train", "training", "validation", "valid", "val", "dev", "eval", "test", "testing")
@@ -141,9 +142,11 @@ def _parse_line(text: str) -> tuple[Any, str | None]:
 
 
 def _as_row(value: Any) -> tuple[dict[str, Any] | None, str | None]:
-    if not isinstance(value, dict):
-        return None, f"is {json_type(value)}, not an object with named fields"
-    return value, None
+    if isinstance(value, dict):
+        return value, None
+    turns = isinstance(value, list) and value and all(map(is_turn, value))
+    remedy = ': a conversation is {"messages": [turns]}' if turns else ""
+    return None, f"is {json_type(value)}, not an object with named fields{remedy}"
 
 
 # What stands in one row, also where it is the only list of an object.

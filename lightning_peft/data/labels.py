@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import unicodedata
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -53,7 +54,7 @@ class LabelNames:
 def sort_labels(names: Iterable[str]) -> list[str]:
     """Returns names sorted; by their values where all are whole numbers."""
     found = list(names)
-    numbers = all(name.lstrip("-").isdecimal() for name in found)
+    numbers = all(name.removeprefix("-").isdecimal() for name in found)
     return sorted(found, key=lambda name: (int(name) if numbers else 0, name))
 
 
@@ -71,10 +72,12 @@ def label_problems(labels: Sequence[str] | None) -> list[str]:
 
 
 def similar_labels(names: Sequence[str]) -> list[list[str]]:
-    """Returns groups of names that differ in case, blanks and ``_`` only."""
+    """Returns groups of names that differ in case, blanks, ``_`` and ways to write a character."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault("".join(name.casefold().replace("_", " ").split()), []).append(name)
+        # An accent is a character of its own, or not, by the program that wrote it.
+        plain = unicodedata.normalize("NFKC", name).casefold().replace("_", " ")
+        groups.setdefault("".join(plain.split()), []).append(name)
     return [group for group in groups.values() if len(group) > 1]
 
 
@@ -211,7 +214,7 @@ class LabelledData(TokenizedData):
         if alike:
             groups = "; ".join(" and ".join(map(repr, group)) for group in alike)
             raise ConfigError(
-                f"Some labels in {hparams['data']!r} differ in case or blanks only, and would be "
-                f"classes of their own: {groups}. Write them alike in the rows, or name all labels "
-                "with labels= if they are meant."
+                f"Some labels in {hparams['data']!r} differ in case, blanks or the bytes of an "
+                f"accent only, and would be classes of their own: {groups}. Write them alike in "
+                "the rows, or name all labels with labels= if they are meant."
             )

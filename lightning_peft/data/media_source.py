@@ -183,9 +183,19 @@ class ImageSource(_WithNamedFiles):
         numbered = enumerate(self._pictures, start=1)
         for _, group in groupby(numbered, key=lambda one: one[1].parent):
             for number, path in islice(group, self.limit):
-                name = path.relative_to(self.data)
-                split, parts = self.split, name.parent.parts
-                if self._by_split and parts:
-                    split, parts = split or split_named(parts[0]), parts[1:]
-                value = {"image": str(path), "label": parts[0] if parts else ""}
+                split, label = self._place_of(path)
+                value = {"image": str(path), "label": label}
                 yield Row(number, self.name_of(path), value, split=split)
+
+    def _place_of(self, path: Path) -> tuple[str | None, str]:
+        """Returns the split and the class that the folders of an image say."""
+        split, parts = self.split, path.relative_to(self.data).parent.parts
+        if self._by_split and parts:
+            split, parts = split or split_named(parts[0]), parts[1:]
+        return split, parts[0] if parts else ""
+
+    def splits_by_name(self) -> list[str | None]:
+        """Returns the split of each file that its name says, or the one of all rows."""
+        if not self._pictures:
+            return super().splits_by_name()
+        return [self._place_of(path)[0] for path in self._pictures]

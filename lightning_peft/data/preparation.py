@@ -56,7 +56,7 @@ from lightning_peft.processes import usable_cores
 log = logging.getLogger(__name__)
 
 # Raised whenever the same input is prepared in another way.
-FORMAT = 8
+FORMAT = 9
 # Rows that are looked at to recognise their shape.
 SCHEMA_SAMPLE_ROWS = 100
 DEFAULT_SPLIT_FRACTIONS = {"validation": 0.05}
@@ -217,7 +217,8 @@ class _PreparationPass:
         self.layout = detect_layout(values, settings.columns, settings.shape, settings.accepts)
         column = self.layout.split_column
         self.by_column = any(split_named(value.get(column)) for value in values if column)
-        self.has_splits = self.by_column or any(row.split is not None for row in first)
+        splits = [*self.sources[0].splits_by_name(), *(row.split for row in first)]
+        self.has_splits = self.by_column or any(split is not None for split in splits)
         self._check_settings()
         self.encoder = self.encoder_for(self.layout)
         self.layout = replace(
@@ -346,12 +347,16 @@ class _PreparationPass:
         return DEFAULT_SPLIT_FRACTIONS if shares is None else shares
 
     def _split(self, row: Row) -> tuple[str | None, list[tuple[str, str]]]:
-        if row.split is not None or not self.by_column:
-            return row.split or ("train" if self.has_splits else None), []
         assert row.value is not None
-        name = row.value.get(self.layout.split_column or "")
-        found = split_named(name)
-        return found, [] if found else [("split", f"has {name!r} as split")]
+        name = row.value.get(self.layout.split_column or "split")
+        if row.split is None and self.by_column:
+            found = split_named(name)
+            return found, [] if found else [("split", f"has {name!r} as split")]
+        if row.split is None and split_named(name) and "split" not in self.settings.ignored_keys:
+            # It would be drawn, and a row to test on could be trained on.
+            what = f"has {name!r} as split, and the first {SCHEMA_SAMPLE_ROWS} rows have none"
+            return None, [("split", what)]
+        return row.split or ("train" if self.has_splits else None), []
 
     def _summary(self) -> dict[str, Any]:
         names = ("rows", "duplicates", *self.encoder.counts)

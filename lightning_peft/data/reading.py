@@ -14,10 +14,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, load_dataset
+from datasets import load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
-from lightning_peft.data.columnar import class_name, without_nulls
+from lightning_peft.data.columnar import has_classes, with_class_names, without_nulls
 from lightning_peft.data.data_files import SUFFIXES, is_data_file, read_file, suffix_of
 from lightning_peft.data.file_format import FileFormat, ReadOptions, Row, TextUnit
 from lightning_peft.data.open_files import explain_errors, explained_rows
@@ -116,9 +116,15 @@ class Source:
         files = self.files()
         if not files:
             yield from self._hub_rows()
-        for name, path in self._named(files):
-            split = self.split or (_split_in(path, Path(self.data)) if len(files) > 1 else None)
+        splits = self.splits_by_name()
+        for (name, path), split in zip(self._named(files), splits, strict=True):
             yield from islice(self._file_rows(path, name, split), self.limit)
+
+    def splits_by_name(self) -> list[str | None]:
+        """Returns the split of each file that its name says, or the one of all rows."""
+        files = self.files()
+        alone = len(files) == 1
+        return [self.split or (None if alone else _split_in(f, Path(self.data))) for f in files]
 
     def file_formats(self) -> dict[str, FileFormat]:
         """Returns how each file of rows is read, by its name."""
@@ -315,7 +321,7 @@ def stored_rows(dataset: Any, data: str) -> Iterator[dict[str, Any]]:
         stored = _undecoded(feature)
         if stored is not feature:
             dataset = dataset.cast_column(name, stored)
-    classes = {n: feature for n, feature in features.items() if isinstance(feature, ClassLabel)}
+    classes = {name: feature for name, feature in features.items() if has_classes(feature)}
 
     def explain(number: int, error: Exception) -> str:
         return (
@@ -328,7 +334,8 @@ def stored_rows(dataset: Any, data: str) -> Iterator[dict[str, Any]]:
         nested = {
             n: without_nulls(v) for n, v in row.items() if type(features.get(n)).__name__ != "Json"
         }
-        yield {**row, **nested, **{n: class_name(kind, row[n]) for n, kind in classes.items()}}
+        named = {n: with_class_names(row[n], kind) for n, kind in classes.items()}
+        yield {**row, **nested, **named}
 
 
 def _undecoded(feature: Any) -> Any:

@@ -23,18 +23,25 @@ _MEDIA = frozenset(
 )
 # What changes an answer if it is left out, by shapes with turns.
 _LEARNT = ("system", "tools", "functions", "documents", "chat_template_kwargs", "history")
+# What a question is about, in columns of their own.
+_OF_PROMPTS = ("context", "contexts", "passage", "passages", "input", "inputs", "instruction")
 # Common columns of data: `function` next to a prompt is code, and not a misspelled list of tools.
 _ORDINARY = ("function", "tool", "document")
 
 
 def check_column(
-    name: str, value: Any, trains_text: bool, with_turns: bool, with_template: bool
+    name: str,
+    value: Any,
+    trains_text: bool,
+    with_turns: bool,
+    with_template: bool,
+    asks_text: bool = False,
 ) -> list[tuple[str, str]] | None:
     """Returns the problems of a column that no field reads, as kind and text.
 
     An empty list where leaving it out changes nothing that is trained, so that it is only listed;
     ``None`` where it asks for the default. ``trains_text`` says whether rows are texts to train on,
-    which a weight could apply to.
+    which a weight could apply to, ``asks_text`` whether a prompt is answered that is a text.
     """
     key = name.strip().lower()
     if key in (_WEIGHTS if trains_text else _WEIGHTS_OF_ALL):
@@ -49,6 +56,15 @@ def check_column(
         return [("key", f"has {name}={value!r}: a bad answer would be learnt as a good one")]
     if key in _MEDIA:
         return [("key", f"has {name}, and the answer would be learnt without seeing or hearing it")]
+    if asks_text and key in _OF_PROMPTS:
+        fields = "{'instruction': ..., 'input': ..., 'output': ...}"
+        return [
+            (
+                "key",
+                f"has {name}, which the model would answer without: put it into the prompt, or "
+                f"name the columns of all three by columns={fields}",
+            )
+        ]
     if key in REASONING_KEYS:
         return [
             ("key", f"has {name} next to its turns: put the thoughts into the turn they are of")

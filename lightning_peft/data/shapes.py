@@ -299,7 +299,8 @@ class Layout:
         turns = self.shape.has_turns
         trains_text = turns or self.shape.name in ("text", "source_target", "translation")
         for name, value in rest.items():
-            found = check_column(name, value, trains_text, turns, self.variables is not None)
+            template, asks = self.variables is not None, "reasoning" in self.shape.optional
+            found = check_column(name, value, trains_text, turns, template, asks)
             if self.shape.has_negatives:
                 found = unread_beside_anchor(name, value, FIELDS["score"]) or found
             problems += found or []
@@ -331,6 +332,8 @@ def detect_layout(
     if shape == "auto":
         fits: Counter[str] = Counter(_shape_of(row, mapping, accepts) for row in rows)
         shape = max(("", *SHAPES), key=lambda name: (fits[name], name != ""))
+        # Where each row lacks a value, which each then says.
+        shape = shape or _shape_of(dict.fromkeys(counts, ""), mapping, accepts)
     found = SHAPES.get(shape)
     absent = [name for name in found.required if name not in mapping] if found else []
     if found is None or absent:
@@ -341,11 +344,24 @@ def detect_layout(
             f"{', '.join(sorted(counts)) or 'none'}. Shapes and what they need:\n{candidates}\n"
             'Say which column is which, such as columns={"prompt": "my_column"}. The first line '
             "of a table names its columns: where these are a row, add such a line above it."
+            + _likely_columns(rows, counts)
         )
     used = {name: mapping[name] for name in (*found.required, *found.optional) if name in mapping}
     if found.data_class == "EmbeddingData or RerankingData":
         refuse_two_texts(rows, {n: FIELDS[n] for n in found.required if n not in (columns or {})})
     return Layout(found, used, mapping.get("split"))
+
+
+def _likely_columns(rows: Sequence[Mapping[str, Any]], counts: Mapping[str, int]) -> str:
+    if all(any(names <= row.keys() for names in _ROLES) for row in rows):
+        return (
+            " Each row here is one turn: a row is a whole conversation, as {'messages': [turns]}."
+        )
+    lower = {name.strip().lower(): name for name in counts if name not in KNOWN_COLUMNS}
+    likely = {
+        ours: lower[name] for ours, names in FIELDS.items() for name in names if name in lower
+    }
+    return f" Some differ in case only; of these you may need columns={likely}." if likely else ""
 
 
 def _shape_of(row: Mapping[str, Any], mapping: Mapping[str, str], accepts: Sequence[str]) -> str:

@@ -121,7 +121,8 @@ KINDS: dict[str, tuple[str, str]] = {
     ),
     "split": (
         "rows with an unknown or missing split",
-        "the column split holds train, validation or test",
+        "name the split of every row (train, validation or test) in the column split, or leave "
+        'that column out with ignored_keys=["split"]',
     ),
     "unknown": (
         "rows whose target the tokenizer cannot write",

@@ -11,10 +11,10 @@ import openpyxl
 import pandas
 import pyarrow
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, List, Value
 from pyarrow import parquet
 
-from lightning_peft.data.reading import Source, check_unchanged, file_stamps
+from lightning_peft.data.reading import Source, check_unchanged, file_stamps, stored_rows
 from lightning_peft.errors import ConfigError
 
 TABLE = [{"prompt": "Wo liegt Köln?", "completion": "Am Rhein"}, {"prompt": "b", "completion": "2"}]
@@ -354,6 +354,18 @@ def test_a_dataset_saved_by_the_library_is_read_with_its_classes(tmp_path):
         source = Source(str(path))
         found = [row.value for row in source.rows()]
         assert found == [{"text": "a", "label": "yes"}, {"text": "b", "label": "no"}]
+
+
+def test_tags_are_read_with_the_names_of_their_classes(tmp_path):
+    """Named-entity data keeps tags as numbers in lists; models were trained without their names."""
+    tags = {"ner_tags": List(ClassLabel(names=["O", "B-PER"]))}
+    features = Features({"tokens": List(Value("string")), **tags, "meta": tags})
+    row = {"tokens": ["Ada", "sat"], "ner_tags": [1, 0], "meta": {"ner_tags": [-1]}}
+    Dataset.from_list([row], features=features).to_parquet(tmp_path / "a.parquet")
+    names = {"ner_tags": ["B-PER", "O"], "meta": {"ner_tags": [None]}}
+    assert [r.value for r in Source(str(tmp_path / "a.parquet")).rows()] == [{**row, **names}]
+    loaded = Dataset.from_parquet(str(tmp_path / "a.parquet"), cache_dir=str(tmp_path / "c"))
+    assert list(stored_rows(loaded, "some/data")) == [{**row, **names}]
 
 
 @pytest.fixture

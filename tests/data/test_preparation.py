@@ -130,6 +130,27 @@ def test_splits_by_column_by_folder_and_by_file(make, write, tmp_path, caplog):
     assert len(data.read().splits["validation"]) > 0
 
 
+@pytest.mark.parametrize("rows", [3, 101])
+def test_files_say_their_split_however_many_rows_come_first(rows, make, write, tmp_path):
+    """Of unnamed rows next to a file of held-out ones, some were held out beyond the first 100.
+
+    After reports of samples that trainers move between splits without a word.
+    """
+    write(pairs(rows), "rows/all.jsonl")
+    write([{"prompt": "held out", "completion": "x"}], "rows/validation.jsonl")
+    data = make(tmp_path / "rows")
+    data.setup("fit")
+    counts = {split: len(data.read().splits[split]) for split in ("train", "validation")}
+    assert counts == {"train": rows, "validation": 1}
+
+
+def test_a_split_that_later_rows_name_is_not_passed_over(make, write):
+    late = {"prompt": "held out", "completion": "x", "split": "test"}
+    file = write([*pairs(101), late])
+    assert "row 102 has 'test' as split, and the first 100 rows have none" in refusal(make(file))
+    make(file, ignored_keys=["split"]).setup("fit")
+
+
 def test_the_same_row_always_falls_in_the_same_split(make, write):
     def where(rows, **options):
         splits = make(write(rows), validation_share=0.2, test_share=0.1, **options).read().splits

@@ -80,6 +80,18 @@ def test_columns_that_change_what_is_learnt_are_refused(base, row, message):
     assert any(message in text for _, text in problems), problems
 
 
+def test_what_a_question_is_about_is_not_left_out():
+    """Rows of questions, contexts and answers were trained without their contexts."""
+    row = {"question": "Who?", "context": "Ada sat.", "answer": "Ada"}
+    ((kind, text),) = parsed(row)
+    assert kind == "key"
+    assert "has context, which the model would answer without" in text
+    columns = {"instruction": "question", "input": "context", "output": "answer"}
+    sample = detect_layout([row], columns, "auto").parse(row)
+    assert sample.messages[0]["content"] == "Who?\n\nAda sat."
+    assert parsed({**row, "messages": TALK}).unused == ("question", "context", "answer")
+
+
 @pytest.mark.parametrize(
     "row",
     [

@@ -178,6 +178,14 @@ def test_most_rows_decide_and_columns_can_be_mapped():
             "'promt' is not a field; near names: prompt",
         ),
         ([{"query": "x"}], {"prompt": "qeury"}, "auto", "no row has a column 'qeury'; near names"),
+        (
+            [{"Prompt": "x", "RESPONSE": "y"}],
+            None,
+            "auto",
+            "need columns={'prompt': 'Prompt', 'completion': 'RESPONSE'}",
+        ),
+        # "OpenAI format" in reports: the turns of one conversation in the place of rows.
+        (TALK, None, "auto", "a row is a whole conversation, as {'messages': [turns]}"),
     ],
 )
 def test_unrecognised_shapes_are_refused(rows, columns, shape, message):
