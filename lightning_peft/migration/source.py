@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import sys
 import tokenize
 import warnings
 from collections.abc import Iterator
@@ -21,8 +22,13 @@ _Node = TypeVar("_Node", bound=ast.AST)
 _KINDS = (".py", ".ipynb", ".yaml", ".yml")
 _SKIPPED = {"node_modules", "site-packages", "__pycache__"}
 _LARGEST = 5_000_000
-_COMMAND = re.compile(r"^([ \t]*)(?:[%!?]|[\w.]+\?+$)(?:.*\\\n)*.*$", re.MULTILINE)
-_CLASS_PATH = re.compile(r"""^\s*(?:-\s*)?class_path:\s*["']?([\w.]+)""")
+# Code for a later Python than the one that reads it may not parse.
+_PYTHON = ".".join(map(str, sys.version_info[:2]))
+_COMMAND = re.compile(
+    r"^([ \t]*)(?:[\w, ]+=\s*)?(?:[%!?]|(?:pip|conda) install |[\w.]+\?+$)(?:.*\\[ \t\r]*\n)*.*$",
+    re.MULTILINE,
+)
+_CLASS_PATH = re.compile(r"""^\s*(?:-\s*)?(?:class_path|_target_):\s*["']?([\w.]+)""")
 _STRATEGY = re.compile(r"""^\s*strategy:\s*["']?([\w.]+)["']?\s*(?:#.*)?$""")
 
 
@@ -155,7 +161,11 @@ class CodeBase:
     @cached_property
     def lightning_modules(self) -> set[str]:
         """Names of the classes that derive from Lightning's module, directly or by another one."""
-        found, before = {"LightningModule"}, -1
+        return self.derived("LightningModule")
+
+    def derived(self, *names: str) -> set[str]:
+        """Returns names of classes, with those that derive from them, directly or by another."""
+        found, before = set(names), -1
         while len(found) != before:
             before = len(found)
             found |= {name for name, above in self.bases.items() if above & found}
@@ -186,6 +196,14 @@ def keyword(call: ast.Call, name: str) -> ast.keyword | None:
     return next((word for word in call.keywords if word.arg == name), None)
 
 
+def saves_model(call: ast.Call) -> bool:
+    """Whether a call is ``save_pretrained`` of something that may be a model."""
+    if not isinstance(call.func, ast.Attribute) or call.func.attr != "save_pretrained":
+        return False
+    owner = ast.unparse(call.func.value).rpartition(".")[2].lower()
+    return re.search(r"^self$|token|processor|extractor|config|scheduler", owner) is None
+
+
 def is_false(node: ast.AST) -> bool:
     """Whether an expression is the constant ``False``."""
     return isinstance(node, ast.Constant) and node.value is False
@@ -203,7 +221,8 @@ def read_code_base(root: Path) -> CodeBase:
             found.unreadable += found.sources[-1].left_out
         except SyntaxError as error:
             line = f":{error.lineno}" if error.lineno else ""
-            found.unreadable.append(f"{path}{line}: {error.msg or first_line(error)}")
+            reason = error.msg or first_line(error)
+            found.unreadable.append(f"{path}{line}: {reason} (as Python {_PYTHON})")
         except (OSError, ValueError, RecursionError, MemoryError) as error:
             found.unreadable.append(f"{path}: {first_line(error)}")
     if not files:
@@ -264,7 +283,8 @@ def _notebook(path: Path, content: bytes) -> Source:
         try:
             _parse(text)
         except SyntaxError as error:
-            left_out.append(f"{Place(path, error.lineno or 1, number)}: {error.msg}")
+            place = Place(path, error.lineno or 1, number)
+            left_out.append(f"{place}: {error.msg} (as Python {_PYTHON})")
             continue
         within = text.splitlines()
         lines += within

@@ -11,7 +11,8 @@ from lightning_peft.migration.finding import Edit, Finding
 from lightning_peft.migration.source import CodeBase, Source, keyword
 
 WRAPPING = "peft-wrapping"
-SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy",
+           "DDPFullyShardedStrategy", "DDPFullyShardedNativeStrategy")  # fmt: skip
 _LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 # Strategies that LoRAStrategy stands in for: one device or several.
 _REPLACED = ("", "auto", "ddp")
@@ -85,7 +86,8 @@ def _unclear(trainers: list[tuple[Source, ast.Call]], asked: dict[str, str]) -> 
     if any(word.arg is None for word in call.keywords) or call.args:
         return f"the Trainer in {where} takes arguments that are not written there"
     name = strategy_text(call)
-    if name not in _REPLACED and not name.startswith(("fsdp", "deepspeed")):
+    sharded = name.startswith(("fsdp", "deepspeed"))
+    if name not in _REPLACED and not sharded and "ddp" not in asked:
         return f"the Trainer in {where} has a strategy of its own"
     if keyword(call, "plugins") and "plugins" not in asked:
         return f"the Trainer in {where} has plugins of its own"
@@ -126,7 +128,7 @@ def _in_annotations(tree: ast.Module) -> set[int]:
 
 def _trainer_edits(source: Source, call: ast.Call, asked: dict[str, str]) -> list[Edit]:
     asked = dict(asked)
-    quantized, plugins = asked.pop("quantized", ""), asked.pop("plugins", "")
+    quantized, plugins, _ = (asked.pop(name, "") for name in ("quantized", "plugins", "ddp"))
     cls = "QLoRAStrategy" if quantized else "LoRAStrategy"
     text = f"strategy={cls}({', '.join(f'{key}={value}' for key, value in asked.items())})"
     plugin, strategy = keyword(call, "plugins") if plugins else None, keyword(call, "strategy")

@@ -29,11 +29,11 @@ def replaced(old, new):
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
-        ("print_trainable_parameters", "get_base_model", "needs PEFT's wrapper"),
+        ("print_trainable_parameters", "get_base_model", "need PEFT's wrapper"),
         (
             "self.encoder.print_trainable_parameters()",
             "x = self.encoder.print_trainable_parameters()",
-            "needs PEFT's wrapper",
+            "need PEFT's wrapper",
         ),
         ("LoraConfig", "AdaLoraConfig", "peft_config=..."),
         ("r=8", "r=rank", "peft_config=..."),

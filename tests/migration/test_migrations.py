@@ -16,7 +16,7 @@ FOUND = {
     "encoder": {"peft-wrapping", "qkv-split", "rewritten-encoder-layer", "load-from-checkpoint"},
     "remote_sensing": {"peft-wrapping", "optimizer", "qkv-split", "load-from-checkpoint"},
     "retrieval": {"peft-wrapping", "peft-path", "load-from-checkpoint"},
-    "speech": {"peft-wrapping", "checkpoint-callback", "merge"},
+    "speech": {"peft-wrapping", "adapter-loading", "checkpoint-callback", "merge"},
 }
 # Adapters start from other random numbers, and a fused layer has another adapter than its slices.
 TOLERANCE = 0.02

@@ -15,6 +15,7 @@ from lightning_peft.migration.rules import (
 RULES: tuple[Rule, ...] = (
     wrapping.PeftWrapping(),
     wrapping.KbitPreparation(),
+    wrapping.AdapterLoading(),
     wrapping.WrapperUse(),
     wrapping.BaseModelPath(),
     optimizers.OptimizerGroups(),
@@ -25,6 +26,7 @@ RULES: tuple[Rule, ...] = (
     checkpoints.NotStrict(),
     checkpoints.LoadFromCheckpoint(),
     strategies.ShardedStrategy(),
+    strategies.PlainDdp(),
     strategies.OwnStrategy(),
     strategies.ShardingByHand(),
     quantization.BitsandbytesPlugin(),

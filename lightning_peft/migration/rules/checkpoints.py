@@ -7,10 +7,18 @@ import re
 from collections.abc import Iterator
 
 from lightning_peft.migration.finding import Edit, Finding, Rule
-from lightning_peft.migration.source import CodeBase, Source, is_false, keyword, methods
+from lightning_peft.migration.source import (
+    CodeBase,
+    Source,
+    is_false,
+    keyword,
+    methods,
+    nodes,
+    saves_model,
+)
 
 _HOOKS = ("on_save_checkpoint", "on_load_checkpoint", "state_dict", "load_state_dict")
-_DROPS = re.compile(r"\bdel \w|\.pop\(|\bif .*requires_grad|for .* in .* if ")
+_DROPS = re.compile(r"\bdel \w|\.pop\(|\.clear\(\)|\bif .*requires_grad|for .* in .* if ")
 # Functions and methods that a hook may call and still do nothing but leave parameters out.
 _READING = {
     *("named_parameters", "named_buffers", "get_parameter", "items", "keys", "values"),
@@ -30,7 +38,10 @@ class CheckpointHooks(Rule):
 
     def find(self, base: CodeBase) -> Iterator[Finding]:
         """Yields hooks that drop or rename, with their removal where they leave the base out."""
+        modules = base.derived("LightningModule", "Module")
         for source, cls, method in base.methods(*_HOOKS):
+            if not method.name.startswith("on_") and cls.name not in modules:
+                continue
             code = ast.unparse(method)
             drops, renames = _DROPS.search(code), _RENAMES.search(code)
             if drops or renames:
@@ -118,6 +129,8 @@ _RENAMED = (
 
 
 def _lost(code: str) -> str:
+    if re.search(r"\b\w+\.clear\(\)", code) and "optimizer" not in code:
+        return _NO_OPTIMIZER
     if "except AttributeError" in code and "get_parameter" in code:
         return (
             "what is not a parameter is dropped too: buffers, such as the running statistics of "
@@ -156,10 +169,11 @@ class SavingByHand(Rule):
     becomes = "ModelCheckpoint, with its monitor; lightning_peft.save_adapter for adapters alone"
 
     def find(self, base: CodeBase) -> Iterator[Finding]:
-        """Yields methods of LightningModules that save a state dict."""
+        """Yields methods of LightningModules that save a state dict or a model."""
         for source, cls, method in base.methods():
             code = ast.unparse(method)
             saves = "torch.save(" in code and "state_dict" in code
+            saves |= any(map(saves_model, nodes(method, ast.Call)))
             if saves and cls.name in base.lightning_modules:
                 problem = "" if "optimizer" in code else _NO_OPTIMIZER
                 yield self.finding(source, method, f"{cls.name}.{method.name}", problem=problem)
@@ -179,7 +193,8 @@ class NotStrict(Rule):
                 word = mention.call and keyword(mention.call, "strict")
                 if mention.call and word and is_false(word.value) and "load" in mention.last:
                     found = source.code(mention.call)
-                    yield self.finding(source, mention.line, found, problem=problem)
+                    change = {} if _of_lightning(mention.call) else {"becomes": _PRETRAINED}
+                    yield self.finding(source, mention.line, found, problem=problem, **change)
             for node in ast.walk(source.tree):
                 if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
                     targets = node.targets if isinstance(node, ast.Assign) else [node.target]
@@ -190,6 +205,20 @@ class NotStrict(Rule):
                 for number, line in enumerate(source.text.splitlines(), 1):
                     if re.match(r"\s*strict_loading:\s*[Ff]alse", line):
                         yield self.finding(source, number, line.strip(), problem=problem)
+
+
+def _of_lightning(call: ast.Call) -> bool:
+    """Whether what is loaded is a checkpoint of a Trainer, or goes into a LightningModule."""
+    code = ast.unparse(call)
+    return (
+        re.search(r"^self\.load_|load_from_checkpoint|lightning_module|state_dict['\"]", code)
+        is not None
+    )
+
+
+_PRETRAINED = (
+    "may stay for pretrained weights that the constructor loads; adapters: load_adapter, ckpt_path"
+)
 
 
 class LoadFromCheckpoint(Rule):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 
 from lightning_peft.migration.finding import Finding, MentionRule, Rule
-from lightning_peft.migration.source import CodeBase, keyword
+from lightning_peft.migration.source import CodeBase, is_false, keyword, nodes
 from lightning_peft.migration.trainer import trainer_calls
 
 _MODES = {
@@ -65,19 +66,28 @@ class BitsandbytesConfig(MentionRule):
     becomes = "may stay: the layers are recognised. Or remove it: QLoRAStrategy quantizes"
 
 
+_OLD_ARGUMENTS = ("load_in_4bit", "load_in_8bit")
+_TAKE_THEM = {"BitsAndBytesConfig", "QLoRAStrategy", "QLoRACallback"}
+
+
 class OldQuantizationArguments(Rule):
-    """``load_in_4bit`` and ``load_in_8bit`` as arguments of ``from_pretrained``."""
+    """``load_in_4bit`` and ``load_in_8bit`` as arguments on their way to ``from_pretrained``."""
 
     name = "quantization-argument"
     becomes = "remove it: QLoRAStrategy() quantizes; for 8-bit, QLoRAStrategy(load_in_8bit=True)"
 
     def find(self, base: CodeBase) -> Iterator[Finding]:
         """Yields such calls."""
-        for source, mention in base.mentions("from_pretrained"):
-            call = mention.call
-            if call and (keyword(call, "load_in_4bit") or keyword(call, "load_in_8bit")):
-                problem = "transformers 5 takes a BitsAndBytesConfig only"
-                yield self.finding(source, mention.line, source.code(call), problem=problem)
+        # These hand the argument on to a call that is found itself.
+        functions = {f.name for one in base.sources for f in nodes(one.tree, ast.FunctionDef)}
+        for source in base.sources:
+            for mention in source.mentions:
+                words = [] if mention.call is None else mention.call.keywords
+                asked = any(w.arg in _OLD_ARGUMENTS and not is_false(w.value) for w in words)
+                if mention.call and asked and mention.last not in functions | _TAKE_THEM:
+                    found = source.code(mention.call)
+                    problem = "transformers 5 takes a BitsAndBytesConfig only"
+                    yield self.finding(source, mention.line, found, problem=problem)
 
 
 class AutomaticDeviceMap(Rule):
@@ -90,7 +100,11 @@ class AutomaticDeviceMap(Rule):
         """Yields ``device_map="auto"`` and its like."""
         for source, mention in base.mentions("from_pretrained", "from_config"):
             word = mention.call and keyword(mention.call, "device_map")
-            if mention.call and word and isinstance(word.value, ast.Constant) and word.value.value:
+            if (
+                mention.call
+                and word
+                and re.search(r"'(auto|balanced|sequential)", ast.unparse(word))
+            ):
                 problem = "in each process it spreads the model over all devices"
                 yield self.finding(source, mention.line, source.code(mention.call), problem=problem)
 

@@ -111,6 +111,9 @@ class FusedQkv(Rule):
         """Yields slices and chunks of fused weights, one for each function."""
         for source in base.sources:
             for function in nodes(source.tree, ast.FunctionDef):
+                if re.search(r"\blinear\(", ast.unparse(function)):
+                    # Attention, which uses the slices.
+                    continue
                 for node in ast.walk(function):
                     part = node.value if isinstance(node, ast.Subscript) else None
                     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
@@ -125,7 +128,10 @@ class RewrittenEncoderLayer(Rule):
     """An encoder layer written again so that PEFT's adapter on its attention trains."""
 
     name = "rewritten-encoder-layer"
-    becomes = "nn.TransformerEncoderLayer: adapters on out_proj and linear1 train in place"
+    becomes = (
+        "nn.TransformerEncoderLayer, where PEFT was the reason: adapters on out_proj and linear1 "
+        "train in place"
+    )
 
     def find(self, base: CodeBase) -> Iterator[Finding]:
         """Yields classes of that name or base with a forward pass of their own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
@@ -10,7 +11,15 @@ from typing import Any
 from lightning_peft.arguments import LoRAFields
 from lightning_peft.migration.finding import Edit, Finding, MentionRule, Rule
 from lightning_peft.migration.position import place_of
-from lightning_peft.migration.source import CodeBase, Mention, Source, is_false, nodes
+from lightning_peft.migration.source import (
+    CodeBase,
+    Mention,
+    Source,
+    is_false,
+    keyword,
+    nodes,
+    saves_model,
+)
 from lightning_peft.migration.trainer import WRAPPING
 
 # PEFT's own defaults, where those of this package differ.
@@ -18,28 +27,29 @@ _DEFAULTS = {"r": "8", "lora_alpha": "8"}
 _FIELDS = {field.name for field in fields(LoRAFields)}
 # For other tasks PEFT trains heads in full.
 _TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
+_PEFT_CLASS = re.compile(r"(Auto)?Peft(Mixed)?Model")
 # Without PEFT's wrapper these are not there.
 OF_THE_WRAPPER = frozenset({
-    "merge_and_unload", "merge_adapter", "disable_adapter", "get_base_model", "save_pretrained",
+    "merge_and_unload", "merge_adapter", "disable_adapter", "get_base_model",
     "get_peft_model_state_dict", "set_peft_model_state_dict", "add_adapter", "set_adapter",
     "load_adapter", "enable_adapter_layers", "disable_adapter_layers", "PeftModel",
 })  # fmt: skip
 
 
 class PeftWrapping(Rule):
-    """``get_peft_model`` in the code base's own module."""
+    """Adapters put on by hand: ``get_peft_model``, ``inject_adapter_in_model`` and their like."""
 
     name = WRAPPING
     becomes = "the model without it; Trainer(strategy=LoRAStrategy({})) adds the adapters"
 
     def find(self, base: CodeBase) -> Iterator[Finding]:
         """Yields calls, with the change where there is one and nothing needs the wrapper."""
-        calls = list(base.mentions("get_peft_model"))
+        calls = list(_wrappings(base))
         dependent = next(iter(wrapper_uses(base)), None)
         for source, mention in calls:
             if mention.call is None:
                 continue
-            config = _config_of(source, mention.call)
+            config = _config_of(source, mention.call) if mention.last == "get_peft_model" else None
             arguments = None if config is None else lora_arguments(config)
             place = place_of(base, source, mention.call)
             if arguments is not None and place.attribute:
@@ -47,9 +57,11 @@ class PeftWrapping(Rule):
             shown = ", ".join(f"{k}={v}" for k, v in (arguments or {"peft_config": "..."}).items())
             why = ""
             if len(calls) > 1:
-                why = f" (by hand: {len(calls)} calls of get_peft_model)"
+                why = f" (by hand: adapters are put on in {len(calls)} places)"
+            elif mention.last != "get_peft_model":
+                why = " (by hand: only get_peft_model is changed mechanically)"
             elif dependent is not None:
-                why = f" (by hand: {dependent} needs PEFT's wrapper)"
+                why = f" (by hand: {dependent} may need PEFT's wrapper)"
             elif mention.name.partition(".")[0] != "peft":
                 why = " (by hand: it is not imported from peft by this name)"
             elif place.problem:
@@ -82,6 +94,32 @@ class PeftWrapping(Rule):
         return tuple(edits)
 
 
+def _wrappings(base: CodeBase) -> Iterator[tuple[Source, Mention]]:
+    """Yields the calls that put adapters on a model."""
+    yield from base.mentions("get_peft_model", "inject_adapter_in_model")
+    for source in base.sources:
+        names = {
+            ast.unparse(target)
+            for line in nodes(source.tree, ast.Assign)
+            if _is_config(source, line.value)
+            for target in line.targets
+        }
+        for mention in source.mentions:
+            call = mention.call
+            if mention.name.startswith("peft.") and _PEFT_CLASS.match(mention.last):
+                yield source, mention
+            elif call is not None and mention.last == "add_adapter":
+                given = [*call.args, *(word.value for word in call.keywords)]
+                if any(_is_config(source, one) or ast.unparse(one) in names for one in given):
+                    yield source, mention
+
+
+def _is_config(source: Source, node: ast.AST) -> bool:
+    """Whether an expression makes a config of PEFT."""
+    name = source.name_of(node.func) if isinstance(node, ast.Call) else ""
+    return name.startswith("peft.") and name.endswith("Config")
+
+
 def _printing(source: Source) -> dict[int, ast.Expr]:
     """Returns the statements that print how many parameters train, by the id of their method."""
     return {
@@ -98,6 +136,8 @@ def wrapper_uses(base: CodeBase) -> Iterator[str]:
     for source, mention in base.mentions(*OF_THE_WRAPPER):
         yield str(source.place(mention.line))
     for source in base.sources:
+        saved = (call for call in nodes(source.tree, ast.Call) if saves_model(call))
+        yield from (str(source.place(call.lineno)) for call in saved)
         removed = _printing(source)
         for node in nodes(source.tree, ast.Attribute):
             names = ("base_model", "peft_config", "print_trainable_parameters")
@@ -192,6 +232,31 @@ class WrapperUse(MentionRule):
     names = frozenset({"disable_adapter", "get_base_model", "enable_adapter_layers",
                        "disable_adapter_layers"})  # fmt: skip
     becomes = "lightning_peft.disable_adapters(module) and set_adapter(module, ...)"
+
+    def find(self, base: CodeBase) -> Iterator[Finding]:
+        """Yields methods; a function of such a name is the code base's own."""
+        return (one for one in super().find(base) if "." in one.found.partition("(")[0])
+
+
+class AdapterLoading(Rule):
+    """``PeftModel.from_pretrained``, which loads an adapter folder."""
+
+    name = "adapter-loading"
+    becomes = "may stay: adapter folders of this package are in PEFT's format"
+
+    def find(self, base: CodeBase) -> Iterator[Finding]:
+        """Yields calls, with what to write where the adapter is trained on."""
+        for source, mention in base.mentions("from_pretrained"):
+            owner = mention.name.rpartition(".")[0].rpartition(".")[2]
+            if mention.call is None or not _PEFT_CLASS.match(owner):
+                continue
+            word = keyword(mention.call, "is_trainable")
+            trains = word is not None and not is_false(word.value)
+            change = {"becomes": _TRAINED_ON} if trains else {}
+            yield self.finding(source, mention.line, source.code(mention.call), **change)
+
+
+_TRAINED_ON = "lightning_peft.load_adapter(module, folder, is_trainable=True), before the fit"
 
 
 class BaseModelPath(Rule):
