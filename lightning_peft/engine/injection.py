@@ -29,6 +29,7 @@ from lightning_peft.engine.configuration import (
 )
 from lightning_peft.engine.files.base_tensors import include_in_files
 from lightning_peft.engine.files.excluded_weights import agree_on_excluded, note_excluded
+from lightning_peft.engine.files.model_saving import refuse_save_pretrained
 from lightning_peft.engine.fingerprint import buffer_checksums, fingerprint
 from lightning_peft.engine.freezing import freeze_base
 from lightning_peft.engine.gathering import group_size
@@ -275,6 +276,7 @@ def _add_adapters(
             include_in_files(module, entry, resized)
         activate(plan.part, record.active)
     patch_causal_lm_loss(module, [plan.part for plan in plans])
+    refuse_save_pretrained(module, [plan.part for plan in plans])
     if request.quantization is not None:
         release_freed_memory()
     record.momentum_copies = [
