@@ -167,25 +167,26 @@ class DoraLayer(LoraLayer):
         """Returns the sum of ``m / ||V|| V d``, and ``W`` times what is left of the input."""
         if not names:
             return self.base_forward(*args, **kwargs)
-        x, *args = args or (kwargs.pop(next(iter(kwargs))),)
+        x, *others = args or (kwargs.pop(next(iter(kwargs))),)
         kept = [self.lora_dropout[name](x) for name in names]
         outputs = []
         for name, some in zip(names, kept, strict=True):
-            output = self.direction_output(name, some, *args, **kwargs)
+            output = self.direction_output(name, some, *others, **kwargs)
             factor = self.along_outputs(self.factor(name), output)
             outputs.append((output * factor).to(output.dtype))
         total = reduce(torch.add, outputs)
         bias = self._parameters.get("bias")
         if len(kept) > 1 or kept[0] is not x:
             # With the bias.
-            total = total + self.base_forward(x - reduce(torch.add, kept), *args, **kwargs)
+            total = total + self.base_forward(x - reduce(torch.add, kept), *others, **kwargs)
         elif bias is not None:
             total = total + self.along_outputs(bias, total).to(total.dtype)
         return total
 
-    def delta_weight(self, name: str, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def delta_weight(self, name: str, weight: Tensor | None = None) -> Tensor:
         """Returns ``m / ||V|| V - W`` for the ``W`` that is given."""
-        rows = self.outputs_as_rows(weight + super().delta_weight(name))
+        assert weight is not None
+        rows = self.outputs_as_rows(weight + super().delta_weight(name, weight))
         return self.rows_as_weight(rows * self._factor_of(name, rows)) - weight
 
     def _factor_of(self, name: str, rows: Tensor) -> Tensor:
@@ -196,7 +197,7 @@ class DoraLayer(LoraLayer):
     def summed_delta(self, weight: Tensor, names: Sequence[str]) -> Tensor:
         """The sum of what the adapters ``names`` add to ``weight``, on its device."""
         for name in names:
-            rows = self.outputs_as_rows(weight + super().delta_weight(name))
+            rows = self.outputs_as_rows(weight + super().delta_weight(name, weight))
             # Merged, the weight does not tell it any more.
             self.adapter_settings[name].merged_factor = self._factor_of(name, rows).detach()
         return super().summed_delta(weight, names)
@@ -207,7 +208,7 @@ class DoraLayer(LoraLayer):
         share: Any = 1
         for name in names:
             factor: Any = self.adapter_settings[name].merged_factor
-            rows = rows - factor * self.outputs_as_rows(super().delta_weight(name))
+            rows = rows - factor * self.outputs_as_rows(super().delta_weight(name, weight))
             share = share + factor - 1
         return self.rows_as_weight(rows / share)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class LoraLayer(AdapterLayer):
     """
 
     label = "Lora"
-    adapter_layer_names = ("lora_A", "lora_B")
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
     adapter_module_names = ("lora_dropout",)
 
     adapter_settings: dict[str, LoraSettings]
@@ -180,7 +180,7 @@ class LoraEmbedding(EmbeddingLookup, LoraLayer):
     Rows that are looked up are those of ``W`` plus those of ``A^T`` times ``B^T``.
     """
 
-    adapter_layer_names = ("lora_embedding_A", "lora_embedding_B")
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("lora_embedding_A", "lora_embedding_B")
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Returns ``A`` and ``B`` of one adapter."""
