@@ -18,6 +18,7 @@ from .engine.files.adapter_loading import load_adapter as load_adapter
 from .engine.injection import inject as inject
 from .engine.merging import merge as merge
 from .engine.merging import unmerge as unmerge
+from .engine.mixed_batches import mixed_adapters as mixed_adapters
 from .engine.reporting import report as report
 from .engine.unloading import unload as unload
 from .engine.verification.verify import verify as verify
