@@ -136,7 +136,7 @@ class FileLayout:
                 self._check(name, group)
 
     def _saved_by(self, name: str, plain: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-        """Returns what takes the tensors apart under the names that files have.
+        """Returns the operations that split the tensors under the names that files have.
 
         Files of ``MixtralModel`` lack the prefix that ``MixtralForCausalLM`` has, or the other way.
         """

@@ -134,7 +134,7 @@ def test_splits_by_column_by_folder_and_by_file(make, write, tmp_path, caplog):
 def test_files_say_their_split_however_many_rows_come_first(rows, make, write, tmp_path):
     """Of unnamed rows next to a file of held-out ones, some were held out beyond the first 100.
 
-    After reports of samples that trainers move between splits without a word.
+    After reports of samples that trainers move between splits without a warning.
     """
     write(pairs(rows), "rows/all.jsonl")
     write([{"prompt": "held out", "completion": "x"}], "rows/validation.jsonl")

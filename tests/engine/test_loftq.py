@@ -1,4 +1,4 @@
-"""LoftQ on a CPU, beside PEFT's own code, of which one word is another: the device."""
+"""LoftQ on a CPU, compared with PEFT's own code, in which only the device is exchanged."""
 
 from __future__ import annotations
 
