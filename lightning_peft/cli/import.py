@@ -51,7 +51,7 @@ def _parser() -> OptionParser:
     parser.add_argument(
         "--allow-unmapped", action="store_true", help="leave out keys that have no place"
     )
-    parser.add_argument("--adapt", help="the submodule that a PEFT folder is for")
+    parser.add_argument("--adapt", help="the submodule that a folder or a file's keys are of")
     return parser
 
 

@@ -68,7 +68,8 @@ def import_checkpoint(
             module says it.
         use_rslora: Whether that scale was by the root of the rank, where the file lacks it.
         allow_unmapped: Leave out keys that the module has no place for.
-        adapt: The submodule that a PEFT folder is for; by default the only pretrained part.
+        adapt: The submodule that a PEFT folder is for, by default the only pretrained part, or to
+            which the keys of a file are relative.
 
     Raises:
         CheckpointError: If the file is sharded, damaged, unsafe, or does not fit, or the module
@@ -89,9 +90,10 @@ def import_checkpoint(
         engine.load_adapter(module, source, adapt=adapt, is_trainable=True)
         loaded = _of_folder(module)
     else:
+        start = f"{adapt}." if adapt else ""
         loaded = engine.load_foreign_state(
             module,
-            checkpoint["state_dict"],
+            {f"{start}{key}": value for key, value in checkpoint["state_dict"].items()},
             lora_alpha=lora_alpha,
             use_rslora=use_rslora,
             hyperparameters=checkpoint.get(MODULE_KEY) or {},

@@ -141,6 +141,19 @@ def test_adapters_saved_by_hand_need_their_scale(old, tmp_path):
     torch.testing.assert_close(module(loader().dataset.tensors[0]), outputs)
 
 
+def test_keys_that_are_relative_to_a_submodule(old, tmp_path):
+    torch.save(old[2], tmp_path / "adapters.ckpt")
+    where = (tmp_path / "adapters.ckpt", f"{__name__}:Net", tmp_path / "new.ckpt")
+    with pytest.raises(CheckpointError, match=r"base_model.model.first.lora_A.weight"):
+        import_checkpoint(*where, lora_alpha=ALPHA)
+    assert import_checkpoint(*where, lora_alpha=ALPHA, adapt="trunk").loaded.adapters == 2
+    module = lightning_peft.load_from_checkpoint(Net, tmp_path / "new.ckpt")
+    adapters = [p for name, p in module.named_parameters() if "lora_" in name]
+    old_ones = [value for name, value in old[2].items() if "lora_" in name]
+    assert all(map(torch.equal, adapters, old_ones))
+    assert len(adapters) == 4
+
+
 def test_a_base_other_than_the_constructors_is_kept_in_the_new_file(old, tmp_path):
     folder, outputs, _, _ = old
     new = tmp_path / "new.ckpt"
