@@ -29,6 +29,7 @@ from .plugin.fabric_checkpoints import load_fabric_checkpoint as load_fabric_che
 from .plugin.fabric_checkpoints import save_fabric_checkpoint as save_fabric_checkpoint
 from .plugin.loading import load_from_checkpoint as load_from_checkpoint
 from .plugin.namespace import use_namespace as use_namespace
+from .plugin.restarts import MergeAndRestart as MergeAndRestart
 from .plugin.strategies import LoRAStrategy as LoRAStrategy
 from .plugin.strategies import QLoRAStrategy as QLoRAStrategy
 

@@ -86,6 +86,9 @@ from .record import require_record as require_record
 from .record import set_record as set_record
 from .reporting import report as report
 from .reporting import show as show
+from .restarting import check_restartable as check_restartable
+from .restarting import merge_and_restart as merge_and_restart
+from .restarting import prune_states as prune_states
 from .selection.parts import inside as inside
 from .selection.planning import InjectionRequest as InjectionRequest
 from .selection.planning import recorded_selection as recorded_selection

@@ -283,6 +283,7 @@ def _trained_names(module: nn.Module) -> list[str]:
 
 
 _SERVED = {"WeightAveraging": AdapterAveraging, "StochasticWeightAveraging": AdapterSWA}
+AVERAGING_CALLBACKS = frozenset(_SERVED)
 
 
 def serve_averages(module: Any) -> None:

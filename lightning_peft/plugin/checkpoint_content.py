@@ -48,7 +48,8 @@ def pack_checkpoint(
         described = {**described, "format": engine.FORMATS[1], "excluded": left_out}
     record = engine.require_record(module)
     # A base weight with an impossible shape is refused even by load_state_dict(strict=False).
-    guard = next(part.qualified(n) for part in record.parts.values() for n in part.base.names)
+    names = (part.qualified(n) for part in record.parts.values() for n in part.base.names)
+    guard = next(names, None)
     described = {
         **described,
         "guard": guard,
@@ -56,7 +57,7 @@ def pack_checkpoint(
         "removed": [name for name in before if name not in state and name not in own],
     }
     state = {name: value for name, value in state.items() if name not in left_out}
-    guards = {LOAD_GUARD_KEY: torch.empty(0), guard: torch.empty(0)}
+    guards = {name: torch.empty(0) for name in (LOAD_GUARD_KEY, guard) if name is not None}
     return {**checkpoint, "state_dict": {**state, **guards}, CHECKPOINT_KEY: described}
 
 

@@ -1,0 +1,216 @@
+"""ReLoRA: adapters that are merged and begin again while they train."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from modules import (
+    ROOTS,
+    lightning,
+    loader,
+    outputs,
+    resumed,
+    saver,
+    strategy,
+    task,
+    task_class,
+    weights,
+)
+from modules import trainer as make_trainer
+from peft import PeftModel
+
+import lightning_peft
+from lightning_peft import engine
+from lightning_peft.errors import ConfigError, UnsupportedError
+from lightning_peft.plugin.namespace import bind_to_lightning
+
+
+def restarts(every: int = 3, **given: Any) -> Any:
+    return bind_to_lightning(lightning_peft.MergeAndRestart, ROOTS[0])(every, **given)
+
+
+def fitted(folder: Any, *callbacks: Any, kind: str = "linears", **given: Any) -> Any:
+    method, steps = strategy(**{"lora_alpha": 16, **given.pop("settings", {})}), {"max_epochs": 2}
+    torch.manual_seed(5)
+    module = task(kind=kind)
+    run = make_trainer(folder / "root", method, callbacks=list(callbacks), **steps)
+    run.fit(module, loader(kind, shuffle=True), **given)
+    return module
+
+
+def factors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return engine.adapter_parameters(module)
+
+
+class Watch:
+    """Keeps what the module computes before and after a merge, its base and its adapters."""
+
+    def __init__(self) -> None:
+        self.before: list[Any] = []
+        self.merge = engine.merge_and_restart
+
+    def __call__(self, module: torch.nn.Module, seed: int) -> Any:
+        base = {n: p.clone() for n, p in module.named_parameters() if n.endswith("weight")}
+        expected = outputs(module)
+        report = self.merge(module, seed)
+        self.before.append((expected, outputs(module), base, copy.deepcopy(factors(module))))
+        return report
+
+
+def test_a_merge_changes_no_output_and_adapters_begin_as_at_first(tmp_path, monkeypatch):
+    watch = Watch()
+    monkeypatch.setattr(engine, "merge_and_restart", watch)
+    module = fitted(tmp_path, restarts(3))
+    # 12 steps; the last one ends the fit.
+    assert len(watch.before) == 3
+    for expected, after, _, adapter in watch.before:
+        torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-5)
+        assert all(not tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
+        bound = 1 / module.model.layers[0].in_features ** 0.5
+        for name, tensor in adapter.items():
+            if "lora_A" in name:
+                assert bound / 2 < tensor.abs().max() <= bound
+    drawn = [adapter["model.layers.0.lora_A.default.weight"] for *_, adapter in watch.before]
+    assert not torch.equal(drawn[0], drawn[1])
+    first, last = watch.before[0][2], module.model.layers[0].stored_weight()
+    change = (last - first["model.layers.0.weight"]).float()
+    # More than one adapter of rank 4 can hold, and no step out of bounds.
+    assert torch.linalg.matrix_rank(change, rtol=1e-3) > 4
+    assert change.abs().max() < 1
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"warmup_steps": 2},
+        pytest.param({"prune_states": 1.0}, marks=pytest.mark.long),
+        pytest.param({"settings": {"use_dora": True}}, marks=pytest.mark.long),
+    ],
+)
+def test_a_resumed_run_is_the_same_bit_for_bit(given, tmp_path):
+    settings = given.pop("settings", {})
+
+    def fit(ckpt_path=None, callbacks=()):
+        both = [restarts(3, **given), *callbacks]
+        return fitted(tmp_path, *both, settings=settings, ckpt_path=ckpt_path)
+
+    module, _ = resumed(fit, tmp_path, 2, steps=(2, 6, 8))
+    loaded = lightning_peft.load_from_checkpoint(task_class(ROOTS[0]), tmp_path / "step=12.ckpt")
+    assert torch.equal(outputs(loaded), outputs(module))
+    state = torch.load(tmp_path / "step=6.ckpt", weights_only=True)["state_dict"]
+    assert state["model.layers.0.weight"].shape == (32, 32)
+    state = torch.load(tmp_path / "step=2.ckpt", weights_only=True)["state_dict"]
+    # What stops others from loading the file.
+    assert state["model.layers.0.weight"].numel() == 0
+
+
+def test_folders_hold_the_merged_weights_and_peft_reads_them(tmp_path):
+    points = saver(ROOTS[0], tmp_path, filename="one")
+    module = fitted(tmp_path, restarts(3), points, kind="llama")
+    loaded = task(kind="llama")
+    lightning_peft.load_adapter(loaded, tmp_path / "adapters" / "one")
+    assert torch.equal(outputs(loaded, "llama"), outputs(module, "llama"))
+    plain = task(kind="llama")
+    plain.model = PeftModel.from_pretrained(plain.model, tmp_path / "adapters" / "one")
+    error = (outputs(plain, "llama") - outputs(module, "llama")).norm()
+    assert error < 1e-5 * outputs(module, "llama").norm()
+    lightning_peft.merge(module)
+    lightning_peft.unload(module)
+    assert torch.allclose(outputs(module, "llama"), outputs(loaded, "llama"), atol=1e-5)
+
+
+def test_states_of_the_optimizer_are_pruned_by_magnitude():
+    param, whole = torch.nn.Parameter(torch.randn(10, 10)), torch.nn.Parameter(torch.randn(4))
+    optimizer = torch.optim.AdamW([param, whole])
+    (param.sum() * torch.randn(()) + (param**2).sum() + whole.sum()).backward()
+    optimizer.step()
+    before = optimizer.state[param]["exp_avg"].clone()
+    engine.prune_states([optimizer], [param], 0.9)
+    kept = optimizer.state[param]["exp_avg"]
+    assert int((kept != 0).sum()) == 10
+    least = before.abs().flatten().sort().values[-10]
+    assert torch.equal(kept, torch.where(before.abs() >= least, before, 0))
+    assert torch.equal(optimizer.state[param]["exp_avg_sq"] != 0, kept != 0)
+    assert optimizer.state[whole]["exp_avg"].all()
+    engine.prune_states([optimizer], [param], 1.0)
+    assert param not in optimizer.state
+    optimizer.step()
+
+
+def test_learning_rates_rise_after_a_merge_and_the_schedule_stays(tmp_path):
+    used: list[float] = []
+
+    class Noted(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            used.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    class Task(task_class(ROOTS[0])):
+        def configure_optimizers(self):
+            optimizer = Noted(self.parameters(), lr=1.0)
+            schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    callback = restarts(4, warmup_steps=2)
+    run = make_trainer(tmp_path, strategy(), callbacks=[callback], max_epochs=2)
+    run.fit(Task("linears"), loader())
+    shares = [1, 1, 1, 1, 1 / 3, 2 / 3, 1, 1, 1 / 3, 2 / 3, 1, 1]
+    assert used == pytest.approx([share * 0.9**step for step, share in enumerate(shares)])
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.9**12)
+    assert not run.optimizers[0]._optimizer_step_pre_hooks
+
+
+REFUSED = {
+    "nf4": ({}, "qlora", "its weight is quantized"),
+    "pissa": ({"init_lora_weights": "pissa"}, "lora", "init_lora_weights='pissa'"),
+    "method": ({"r": 16, "peft_config": {"peft_type": "LOHA", "r": 4}}, "lora", "only LoRA and"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_begin_again_is_refused_before_the_first_step(case, tmp_path):
+    settings, method, message = REFUSED[case]
+    module = task()
+    run = make_trainer(tmp_path, strategy(method, **settings), callbacks=[restarts()])
+    with pytest.raises(UnsupportedError, match=message):
+        run.fit(module, loader())
+    assert module.losses == []
+
+
+def test_other_callbacks_and_references_are_refused(tmp_path):
+
+    module = task()
+    module.has_reference = True
+    average = lightning(ROOTS[0]).callbacks.WeightAveraging()
+    run = make_trainer(tmp_path, "lora", callbacks=[restarts(), average])
+    with pytest.raises(UnsupportedError, match=r"WeightAveraging: its average(.|\n)*its reference"):
+        run.fit(module, loader())
+    with pytest.raises(UnsupportedError, match="adds no adapters"):
+        make_trainer(tmp_path, "auto", callbacks=[restarts()]).fit(task(), loader())
+    with pytest.raises(ConfigError, match=r"every_n_steps=0(.|\n)*prune_states=2(.|\n)*warmup"):
+        restarts(0, prune_states=2, warmup_steps=1)
+
+
+def test_a_base_in_16_bits_says_what_it_loses(tmp_path, caplog):
+    module = task().bfloat16()
+    ours = strategy(lora_alpha=0.01)
+    run = make_trainer(tmp_path, ours, callbacks=[restarts(1)], precision="bf16-true")
+    run.fit(module, loader())
+    assert "of the effect of an adapter to the rounding of 16-bit weights" in caplog.text
+    assert caplog.text.count("Merging lost up to") == 1
+
+
+def test_a_second_fit_begins_anew(tmp_path):
+    callback = restarts(4)
+    for _ in range(2):
+        module = task()
+        make_trainer(tmp_path, strategy(), callbacks=[callback]).fit(module, loader())
+        assert callback.state_dict()["restarts"] == 1
+    before = weights(module)
+    make_trainer(tmp_path, strategy(), callbacks=[callback]).fit(module, loader())
+    assert callback.state_dict()["restarts"] == 1
+    assert not torch.equal(before["model.layers.0.weight"], module.model.layers[0].stored_weight())
