@@ -12,7 +12,7 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, conversion_mapping
 
 # Public alternative: none. The modules are new in transformers 5, and no page describes them.
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -40,6 +40,13 @@ NAME_KEY, COMMIT_KEY = "_name_or_path", "_commit_hash"
 CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
 
 weight_conversions: Any = get_model_conversion_mapping
+
+
+def has_registered_conversions(model: PreTrainedModel) -> bool:
+    """Whether the user registered how tensors of files become those of the model, or of a part."""
+    registered: set[str] = getattr(conversion_mapping, "USER_REGISTERED_MAPPINGS", set())
+    models = [one for one in model.modules() if isinstance(one, PreTrainedModel)]
+    return any({type(one).__name__, one.config.model_type} & registered for one in models)
 
 
 def tensors_as_saved(model: Any, conversions: list[Any], state: dict[str, Any]) -> dict[str, Any]:

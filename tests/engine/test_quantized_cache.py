@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers.conversion_mapping
+from expert_models import model_of
 from models import Holder, llama_config, saved_in_shards
 from safetensors import SafetensorError
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -37,6 +39,7 @@ from lightning_peft.engine.loading import quantized_cache, streamed_quantizer, w
 from lightning_peft.errors import UnsupportedError
 
 CPU = torch.device("cpu")
+EXPERTS = ("mixtral", "gpt-oss")
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +76,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             )
         ),
     }
+    models |= {name: model_of(name) for name in EXPERTS}
     models = {name: model.to(torch.bfloat16) for name, model in models.items()}
     return saved_in_shards(models, tmp_path_factory, "40KB")
 
@@ -161,6 +165,9 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "tied": ("tied", AutoModelForCausalLM, {}),
     "gpt2": ("gpt2", AutoModelForCausalLM, {}),
     "fresh head": ("backbone", AutoModelForSequenceClassification, {"num_labels": 3}),
+    "experts": ("mixtral", AutoModelForCausalLM, {}),
+    "experts in another dtype": ("mixtral", AutoModelForCausalLM, {"dtype": torch.float32}),
+    "transposed experts": ("gpt-oss", AutoModelForCausalLM, {"dtype": torch.float32}),
     "another dtype": ("llama", AutoModelForCausalLM, {"dtype": torch.float32}),
     "gpt2 in another dtype": ("gpt2", AutoModelForCausalLM, {"dtype": torch.float32}),
 }
@@ -198,10 +205,11 @@ def test_the_second_start_is_the_first(
     assert_same(plain, second)
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_nothing_is_quantized_again(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    name: str, folders: dict[str, Path], bases: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = folders["llama"]
+    folder = folders[name]
     load(folder, dtype="float32")
     seen: list[str] = []
     original = streamed_quantizer._QuantizeOne.convert
@@ -213,6 +221,9 @@ def test_nothing_is_quantized_again(
     monkeypatch.setattr(streamed_quantizer._QuantizeOne, "convert", convert)
     load(folder, dtype="float32")
     assert seen == []
+    layers = json.loads((only(bases) / cache_entries.SUMMARY).read_text())["layers"]
+    # Of two blocks, each with attention, and a dense feed-forward or two weights of experts.
+    assert len(layers) == (14 if name == "llama" else 12)
 
 
 def only(bases: Path) -> Path:
@@ -359,12 +370,13 @@ def test_a_change_to_codes_is_refused(folders: dict[str, Path]) -> None:
         load(folders["llama"], change=replaced)
 
 
-def test_a_teacher_beside_it_is_dense_as_it_was(folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_teacher_beside_it_is_dense_as_it_was(name: str, folders: dict[str, Path]) -> None:
     def teach(holder: Holder) -> None:
-        holder.__dict__["teacher"] = AutoModelForCausalLM.from_pretrained(folders["llama"])
+        holder.__dict__["teacher"] = AutoModelForCausalLM.from_pretrained(folders[name])
 
-    first, _, _ = load(folders["llama"], change=teach)
-    second, early, made = load(folders["llama"], change=teach)
+    first, _, _ = load(folders[name], change=teach)
+    second, early, made = load(folders[name], change=teach)
     assert (early, made) == (True, 0)
     assert_same(first, second)
     a, b = (holder.__dict__["teacher"] for holder in (first, second))
@@ -566,3 +578,13 @@ def test_one_base_stays_in_memory(
 
 def codes_of(holder: Holder) -> torch.Tensor:
     return next(p.data for p in holder.parameters() if hasattr(p, "quant_state"))
+
+
+def test_conversions_of_the_user_are_not_covered(
+    folders: dict[str, Path], bases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = transformers.conversion_mapping.USER_REGISTERED_MAPPINGS
+    monkeypatch.setattr(transformers.conversion_mapping, "USER_REGISTERED_MAPPINGS", {"llama"})
+    assert load(folders["llama"])[1:] == (False, 0)
+    monkeypatch.setattr(transformers.conversion_mapping, "USER_REGISTERED_MAPPINGS", names)
+    assert load(folders["llama"])[1:] == (False, 1)

@@ -185,7 +185,7 @@ def _load(
             with torch.random.fork_rng(devices):
                 return original(*args, **own)
 
-        track_load(cached, result, on_load, absent, loading.dense)
+        track_load(cached, result, on_load, absent, loading)
         cached.reload_dense = reload_dense
         loading.loads.append(cached)
     if streams and loading.device.type == "cpu":

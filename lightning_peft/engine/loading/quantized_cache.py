@@ -37,7 +37,7 @@ from lightning_peft.engine.loading.kept_bases import kept_weights
 from lightning_peft.engine.loading.weight_files import find_weight_files, hashes, stamps
 
 # Raised whenever an entry is written, or its layers are chosen, in another way.
-FORMAT = 2
+FORMAT = 3
 KIND = "quantized base"
 # Bytes of codes below which a second start would gain nothing that a user could notice.
 SMALLEST = 16 << 20

@@ -21,6 +21,7 @@ from lightning_peft.compat.transformers import (
     HfQuantizer,
     WeightConverter,
     forget_quantization,
+    has_registered_conversions,
     skip_while_loading,
     tied_parameters,
     weight_conversions,
@@ -126,7 +127,7 @@ class _StreamedQuantizer(HfQuantizer):
         # A load may read newer files of the hub than those that were hashed.
         if (
             self.cached is not None
-            and not has_weight_conversions(model)
+            and covered_by_cache(model)
             and self.cached.unchanged(checkpoint_files)
         ):
             shapes = {
@@ -236,9 +237,17 @@ def quantizable(model: nn.Module, dense: list[str], backend: Any | None = None) 
     ]
 
 
-def has_weight_conversions(model: PreTrainedModel) -> bool:
-    """Whether tensors of the file are merged or split when this model is loaded."""
-    return any(isinstance(each, WeightConverter) for each in weight_conversions(model))
+def covered_by_cache(model: PreTrainedModel) -> bool:
+    """Whether codes by the names of layers can stand for what is read from the file.
+
+    Not where one tensor of the file becomes several of the model: transformers goes by the name of
+    the first, and does not load the others without it. Nor where the user registered conversions,
+    which are not part of the key.
+    """
+    return not has_registered_conversions(model) and not any(
+        isinstance(each, WeightConverter) and len(each.target_patterns) > 1
+        for each in weight_conversions(model)
+    )
 
 
 def dense_info(layer: nn.Module) -> DenseInfo | None:

@@ -13,8 +13,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_peft.engine.backends.layers import QuantizedLayer
+from lightning_peft.engine.backends.registry import backend_for
 from lightning_peft.engine.backends.share import current_share
-from lightning_peft.engine.layers.expert_weights import ExpertWeight
+from lightning_peft.engine.layers.expert_weights import (
+    exposed_experts,
+    layer_name,
+    weight_name,
+    withdraw_experts,
+)
 from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.loading import quantized_cache
 from lightning_peft.engine.loading.quantized_cache import (
@@ -26,9 +32,9 @@ from lightning_peft.engine.loading.quantized_cache import (
 from lightning_peft.engine.loading.shared_store import GatheredWeights, writers
 from lightning_peft.engine.loading.streamed_quantizer import (
     Loading,
+    covered_by_cache,
     deferred_dtype,
     dense_info,
-    has_weight_conversions,
     quantizable,
     restore_dense_layer,
 )
@@ -41,23 +47,20 @@ def track_load(
     model: PreTrainedModel,
     on_load: dict[str, nn.Module],
     absent: set[str],
-    dense: list[str],
+    loading: Loading,
 ) -> None:
     """Notes what came out of a load, so that changes before the injection are seen."""
     load.model = model
-    # With conversions, not every tensor of the file becomes one of the model.
-    if not has_weight_conversions(model):
-        load.on_load = {
-            name: stored_parameter(one, "weight")
-            for name, one in on_load.items()
-            # Experts are quantized again each time: most are joined from several tensors.
-            if not isinstance(one, ExpertWeight)
-        }
-        if not load.weights:
+    if not covered_by_cache(model):
+        return
+    load.on_load = {name: stored_parameter(one, "weight") for name, one in on_load.items()}
+    if not load.weights:
+        backend = None if loading.dense_experts else backend_for(loading.settings)
+        with exposed_experts(model):
             load.deferred = {
                 name: quantized_cache.crc(stored_parameter(model.get_submodule(name), "weight"))
-                for name in quantizable(model, dense)
-                if f"{name}.weight" not in absent
+                for name in quantizable(model, loading.dense, backend)
+                if weight_name(name) not in absent
             }
 
 
@@ -84,10 +87,11 @@ def check_replaced(loading: Loading) -> None:
 def drop_modified(loading: Loading) -> None:
     """Strikes out dense weights that are not those of the file any more."""
     for load in loading.loads:
-        for name, total in list(load.deferred.items()):
-            layer = _layer(load.model, name)
-            if layer is None or quantized_cache.crc(stored_parameter(layer, "weight")) != total:
-                del load.deferred[name]
+        with exposed_experts(load.model):
+            for name, total in list(load.deferred.items()):
+                layer = _layer(load.model, name)
+                if layer is None or quantized_cache.crc(stored_parameter(layer, "weight")) != total:
+                    del load.deferred[name]
 
 
 def _layer(model: nn.Module, name: str) -> nn.Module | None:
@@ -107,9 +111,14 @@ def restore_dense(loading: Loading, quantizable_layers: set[int]) -> list[str]:
     for load in loading.loads:
         mine = [(name, layer) for name, layer in wrong if _layer(load.model, name) is layer]
         deferred = {name: layer for name, layer in mine if deferred_dtype(layer) is not None}
-        dense = load.reload_dense() if deferred else None
-        for name, layer in deferred.items():
-            restore_dense_layer(layer, stored_parameter(dense.get_submodule(name), "weight").data)  # type: ignore[union-attr]
+        if not deferred:
+            continue
+        dense = load.reload_dense()
+        with exposed_experts(dense):
+            for name, layer in deferred.items():
+                weight = stored_parameter(dense.get_submodule(name), "weight")
+                restore_dense_layer(layer, weight.data)
+        withdraw_experts(load.model)
     return [name for name, layer in wrong if dense_info(layer) is not None]
 
 
@@ -180,7 +189,7 @@ def _checksums(module: nn.Module) -> dict[int, int]:
     for entry, part in adapted_parts(module):
         for tensor, total in zip(entry.base.names, entry.base.sums, strict=True):
             owner, _, leaf = tensor.rpartition(".")
-            layer = _layer(part, owner)
-            if leaf == "weight" and layer is not None:
+            layer = _layer(part, owner if leaf == "weight" else layer_name(tensor))
+            if layer is not None:
                 found[id(layer)] = total
     return found
