@@ -75,3 +75,22 @@ def test_a_second_adapter_with_other_statistics_is_refused(tmp_path):
     lightning_peft.inject(base, r=2, target_modules=["layer"], adapter_name="first")
     with pytest.raises(CheckpointError, match="norm.running_mean: the file brings other values"):
         lightning_peft.load_adapter(base, tmp_path, adapter_name="second")
+
+
+def test_buffers_inside_of_a_layer_that_peft_wraps(tmp_path):
+    """The vectors of an older spectral norm move with each step in train mode."""
+
+    def built():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 2))
+
+    model = built()
+    lightning_peft.inject(model, r=2, target_modules=["0"])
+    for _ in range(3):
+        model(torch.randn(4, 6))
+    lightning_peft.save_adapter(model, tmp_path)
+    again, x = built(), torch.randn(4, 6)
+    lightning_peft.load_adapter(again, tmp_path)
+    assert torch.equal(again.eval()(x), model.eval()(x))
+    theirs = PeftModel.from_pretrained(built(), str(tmp_path)).eval()
+    torch.testing.assert_close(theirs(x), model(x))

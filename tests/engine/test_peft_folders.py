@@ -373,6 +373,47 @@ def test_codes_are_not_taken_for_numbers(tmp_path: Path) -> None:
         lightning_peft.load_adapter(base, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("base_model.model.", "module.base_model.model."),
+        ("base_model.model.", "_orig_mod.base_model.model."),
+        ("base_model.model.", "base_model.model._fsdp_wrapped_module."),
+        ("layers.0.", "layers.0._checkpoint_wrapped_module."),
+    ],
+)
+def test_names_of_what_wrapped_the_model_in_training(
+    before: str, after: str, tmp_path: Path
+) -> None:
+    """PEFT warns of missing keys in such folders, and goes on with a fresh adapter."""
+    other = tiny_llama().eval()
+    model = injected(copy.deepcopy(other), r=2)
+    randomize(model)
+    lightning_peft.save_adapter(model, tmp_path)
+    (tmp_path / "provenance.json").unlink()
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file({k.replace(before, after): v for k, v in tensors.items()}, tmp_path / WEIGHTS)
+    lightning_peft.load_adapter(other, tmp_path)
+    batch = words()
+    assert torch.equal(other(**batch).logits, model(**batch).logits)
+
+
+def test_a_layer_of_the_name_that_peft_gives_to_wrapped_ones(tmp_path: Path) -> None:
+    """Its adapter was left out, and one on a layer next to it with the shorter name was not."""
+
+    def built() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.ModuleDict({"base_layer": nn.Linear(4, 4)}))
+
+    model = injected(built(), r=2, target_modules=["0.base_layer"])
+    randomize(model)
+    lightning_peft.save_adapter(model, tmp_path)
+    other = built()
+    lightning_peft.load_adapter(other, tmp_path)
+    layers = [one[0]["base_layer"] for one in (model, other)]
+    assert torch.equal(layers[1](torch.ones(1, 4)), layers[0](torch.ones(1, 4)))
+
+
 # --- heads of several adapters --------------------------------------------------------------------
 
 

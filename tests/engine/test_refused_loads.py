@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,19 @@ def test_the_first_adapter_stays_when_a_second_is_refused(change: str, tmp_path:
     with refused(module, CheckpointError, "does not fit"):
         lightning_peft.load_adapter(module, folder, adapter_name="second")
     assert engine.require_record(module).active == ("first",)
+
+
+def test_values_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    """As after a step that diverged: PEFT loads them, and the model answers with anything."""
+    folder = lightning_peft.save_adapter(injected(mixed(), r=2), tmp_path)
+    (folder / "provenance.json").unlink()
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(iter(tensors))
+    save_file({**tensors, key: tensors[key] * torch.inf}, file)
+    module = mixed()
+    with refused(module, CheckpointError, rf"NaN or infinite values(.|\n)*{re.escape(key)}"):
+        lightning_peft.load_adapter(module, folder)
 
 
 def test_another_base_leaves_nothing(tmp_path: Path) -> None:

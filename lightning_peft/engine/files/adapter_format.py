@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -39,12 +40,16 @@ from lightning_peft.engine.primitives import to_primitives
 from lightning_peft.engine.record import AdaptedModuleRecord, AdapterInfo
 from lightning_peft.engine.selection.parts import inside
 from lightning_peft.engine.selection.targets import PATTERN_FIELDS, patterns_for, shortest_suffixes
-from lightning_peft.errors import CheckpointError
+from lightning_peft.errors import CheckpointError, itemize
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PROVENANCE_FILE = "provenance.json"
 PREFIX = "base_model.model."
+# PEFT's prefix, in what torch.compile, FSDP, DDP and DeepSpeed put around it.
+_PREFIX = re.compile(
+    r"^(?:(?:_orig_mod|_fsdp_wrapped_module|module|_forward_module)\.)*base_model\.model\."
+)
 _PACKAGES = (
     *("lightning-peft", "torch", "peft", "transformers", "bitsandbytes"),
     *("lightning", "pytorch-lightning"),
@@ -300,7 +305,26 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
             "sha256 is another one. It was damaged or exchanged; remove provenance.json if you "
             "changed it on purpose."
         )
-    return fields, {key.removeprefix(PREFIX): value for key, value in tensors.items()}, facts
+    return fields, _named_in_peft(tensors, folder), facts
+
+
+def _named_in_peft(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Returns finite tensors by PEFT's keys, without its prefix."""
+    infinite = [
+        key for key, value in tensors.items() if value.is_floating_point() and not _is_finite(value)
+    ]
+    if infinite:
+        raise CheckpointError(
+            f"The adapter in {str(folder)!r} holds NaN or infinite values, with which the model "
+            "computes nothing else:" + itemize(infinite, 5) + "\nIt was saved after training "
+            "diverged. Take an earlier checkpoint."
+        )
+    return {_PREFIX.sub("", key): value for key, value in tensors.items()}
+
+
+def _is_finite(value: Tensor) -> bool:
+    # float8 has no `isfinite` of its own.
+    return bool(value.float().isfinite().all())
 
 
 def read_json(file: Path) -> dict[str, Any]:

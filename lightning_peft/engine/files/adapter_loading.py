@@ -34,6 +34,7 @@ from lightning_peft.engine.files.fitting import (
     fields_for,
     saved_in_file,
     without_repeated,
+    without_wrappers,
 )
 from lightning_peft.engine.injection import inject_config
 from lightning_peft.engine.layers.tokens import token_tensors
@@ -190,7 +191,7 @@ def _fitted(
     except TargetModulesError as error:
         raise _unfit(module, path, error) from error
     check_ranks(fields, tensors)
-    tensors = without_repeated(tensors)
+    tensors = without_repeated(without_wrappers(part, tensors))
     fields = fields_for(part, fields)
     saved = saved_in_file(part, fields.get("modules_to_save") or [], facts, tensors)
     fields["modules_to_save"] = sorted(saved) or None
@@ -335,7 +336,8 @@ def _fill(module: nn.Module, folder: AdapterFolder, name: str) -> None:
     state = part.state_dict()
     for key, value in tensors.items():
         live = adapter.get(key, key)
-        if info.in_place:
+        if live not in state:
+            # PEFT's name for what is in an adapted layer itself.
             live = live.replace(".base_layer.", ".")
         if live not in state:
             continue

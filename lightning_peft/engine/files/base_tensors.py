@@ -91,10 +91,13 @@ def changed_buffers(part: nn.Module, entry: AdaptedModuleRecord) -> dict[str, Te
     Training moves the running statistics of batch norm, and the adapter was trained with them.
     PEFT puts them into the base as well.
     """
-    now = buffer_checksums(part)
-    changed = [name for name, total in entry.buffers.items() if now.get(name, total) != total]
-    buffers = dict(part.named_buffers())
-    return {name: buffers[name] for name in changed}
+    before, buffers = entry.buffers, dict(part.named_buffers())
+    return {
+        name: buffers[name]
+        for name, total in buffer_checksums(part).items()
+        # Wrappers of PEFT have changed the name since.
+        if before.get(name, before.get(name.replace(_WRAPPED, "."), total)) != total
+    }
 
 
 def keys_in_file(entry: AdaptedModuleRecord, targets: Iterable[str]) -> dict[str, str]:

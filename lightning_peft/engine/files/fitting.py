@@ -23,6 +23,8 @@ _WITHIN_WRAPPERS = (
     re.compile(r"\.modules_to_save\."),
     re.compile(r"\.modules_to_save\.[^.]+\."),
 )
+# Of torch.compile, FSDP and activation checkpointing.
+_TRAINING_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def fields_for(part: nn.Module, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,6 +85,14 @@ def check_ranks(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Non
             f"adapter_config.json says r={largest}, and no tensor of the file is that large: its "
             f"dimensions end at {max(sizes, default=0)}."
         )
+
+
+def without_wrappers(part: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns tensors without the names of what wrapped layers in training, and not here."""
+    here = {step for name, _ in part.named_modules() for step in name.split(".")}
+    gone = [f"{name}." for name in _TRAINING_WRAPPERS if name not in here]
+    inside = re.compile("|".join(map(re.escape, gone)) or "$")
+    return {inside.sub("", key): value for key, value in tensors.items()}
 
 
 def without_repeated(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
