@@ -177,6 +177,11 @@ def test_gradients_of_gradients_pass_a_quantized_kernel(kind) -> None:
     assert relative_error(*penalties) < 1e-5
 
 
+def test_torch_func_goes_through_a_quantized_kernel() -> None:
+    model, x = adapted(LAYERS["2d"], NF4), batch_for("2d")
+    torch.testing.assert_close(torch.func.vmap(model)(x), model(x), atol=1e-5, rtol=1e-4)
+
+
 def test_evaluation_changes_neither_gradient_nor_codes() -> None:
     model, x = adapted(LAYERS["2d"], NF4), batch_for("2d").requires_grad_()
     codes = stored_parameter(model[0], "weight").clone()

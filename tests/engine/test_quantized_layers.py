@@ -253,3 +253,16 @@ def test_state_dict_holds_what_rebuilds_the_weight() -> None:
     constants = {k.removeprefix("weight."): v for k, v in state.items() if k.startswith("weight.")}
     rebuilt = bnb.nn.Params4bit.from_prequantized(state["weight"], constants, device="cpu")
     assert torch.equal(dequantized_by_torch(rebuilt.data, rebuilt.quant_state), layer.weight + 0)
+
+
+@pytest.mark.parametrize("config", [NF4, INT8, ToyConfig()], ids=["nf4", "int8", "toy"])
+def test_torch_func_goes_through_quantized_layers(config) -> None:
+    """Per-sample gradients and directional derivatives, as in physics-informed losses."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
+    lightning_peft.inject(model, r=2, quantization_config=config)
+    x, step = torch.randn(3, 64), torch.randn(3, 64)
+    torch.testing.assert_close(torch.func.vmap(model)(x), model(x), atol=1e-5, rtol=1e-4)
+    _, tangent = torch.func.jvp(model, (x,), (step,))
+    (whole,) = torch.autograd.functional.jvp(model, x, step)[1:]
+    torch.testing.assert_close(tangent, whole, atol=1e-5, rtol=1e-4)

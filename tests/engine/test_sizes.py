@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.errors import UnsupportedError
+from lightning_peft.errors import LifecycleError, UnsupportedError
 
 from .reference import randomize, refused, relative_error
 
@@ -76,3 +76,11 @@ def test_declared_sizes_of_transposed_and_grouped_convolutions() -> None:
     )
     report = lightning_peft.inject(model, r=2, target_modules=["0", "1", "2"])
     assert sum(report.parts[0].adapted.values()) == 3
+
+
+def test_lazy_layers_without_weights_are_named() -> None:
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4), nn.Linear(4, 2))
+    with pytest.raises(LifecycleError, match=r"first batch:\n  - 0.weight"):
+        lightning_peft.inject(model, r=2)
+    model(torch.zeros(1, 3))
+    lightning_peft.inject(model, r=2)

@@ -104,6 +104,14 @@ def test_batch_statistics_of_an_adapted_module_are_part_of_it() -> None:
     assert torch.equal(fresh.eval()(x), model.eval()(x))
 
 
+def test_a_part_in_torchscript_is_left_as_it_is() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    model = nn.Sequential(nn.Linear(4, 4), scripted, nn.Linear(4, 2))
+    lightning_peft.inject(model, r=2, target_modules=["0"])
+    state = engine.trainable_state_dict(model)
+    assert {"0.lora_A.default.weight", "1.1.running_mean"} <= state.keys()
+
+
 def test_toggled_requires_grad_changes_nothing_of_the_state() -> None:
     model = built(stack)
     keys = set(engine.trainable_state_dict(model))

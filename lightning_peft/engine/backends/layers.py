@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_peft.compat.torch import save_to_state_dict
+from lightning_peft.compat.torch import is_functional, save_to_state_dict
 from lightning_peft.engine.backends.base import QuantizationBackend
 from lightning_peft.engine.backends.packed import PackedWeight
 from lightning_peft.engine.backends.share import Share
@@ -143,6 +143,9 @@ class QuantizedLinear(QuantizedLayer):
     def product(self, rows: Tensor, stored: Any, bias: Tensor | None) -> Tensor:
         """``rows @ weight.T + bias``, with gradients to ``rows`` and ``bias``."""
         copy = self.dense_copy(rows.dtype)
+        if copy is None and is_functional():
+            # `torch.func` does not go through the autograd functions of products.
+            copy = self.backend.weight_to_multiply(stored, rows.dtype)
         if copy is None:
             return self.backend.matmul(self, rows, stored, bias)
         return F.linear(rows, copy, bias)

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.compat.torch import ConvTransposeNd, convolution_padding, output_padding
+from lightning_peft.compat.torch import (
+    ConvTransposeNd,
+    convolution_padding,
+    is_functional,
+    output_padding,
+)
 
 _DENSE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, Callable[..., Tensor]] = {
@@ -119,7 +124,11 @@ def frozen_convolution(
 ) -> Tensor:
     """Returns the output of ``layer`` with the weight that ``weight`` returns when needed."""
     batched, geometry = convolution_geometry(layer, input, output_size)
-    product: Tensor = FrozenConvolution.apply(batched, bias, weight, geometry)
+    if is_functional():
+        # `torch.func` does not go through autograd functions of one's own.
+        product: Tensor = torch.ops.aten.convolution(batched, weight(), bias, *geometry)
+    else:
+        product = FrozenConvolution.apply(batched, bias, weight, geometry)
     return product if batched.ndim == input.ndim else product.squeeze(0)
 
 

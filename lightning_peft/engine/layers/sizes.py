@@ -11,11 +11,25 @@ from torch.nn.parameter import is_lazy
 
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, TRANSPOSED
 from lightning_peft.engine.layers.mixin import LayerMixin
+from lightning_peft.errors import LifecycleError, itemize
 
 _ATTRIBUTES: dict[type[nn.Module], tuple[str, str]] = {
     nn.Linear: ("out_features", "in_features"),
     nn.Embedding: ("num_embeddings", "embedding_dim"),
 }
+
+
+def refuse_uninitialized(module: nn.Module) -> None:
+    """Refuses lazy layers that have not seen a batch: their weights have no size yet."""
+    named = (*module.named_parameters(), *module.named_buffers())
+    names = [name for name, tensor in named if is_lazy(tensor)]
+    if names:
+        raise LifecycleError(
+            "Adapters and optimizers need weights, and lazy layers get theirs with the first batch:"
+            + itemize(names, 5)
+            + "\nRun the module on one batch in `__init__` or `configure_model`, under "
+            "torch.no_grad()."
+        )
 
 
 def mismatched_shapes(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

@@ -111,7 +111,10 @@ def unread_weights(layers: Mapping[str, Any]) -> list[str]:
     """Returns a sentence for each layer whose weight is neither dense nor of a backend here."""
     stored = {name: _unknown_storage(layer) for name, layer in layers.items()}
     return [
-        f"{name}: its weight is stored as {kind}, which an adapter would take for the values. "
+        f"{name}: its weight is complex, and PEFT has real factors. Leave it out by "
+        "`exclude_modules`"
+        if kind.startswith("complex")
+        else f"{name}: its weight is stored as {kind}, which an adapter would take for the values. "
         f"{_REMEDY}"
         for name, kind in stored.items()
         if kind is not None

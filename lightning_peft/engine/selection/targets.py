@@ -15,6 +15,7 @@ from typing import Any
 
 from peft import PeftConfig
 from torch import nn
+from torch.jit import ScriptModule
 
 from lightning_peft.compat.peft import check_target_module_exists
 from lightning_peft.engine.layers.expert_weights import parameter_name
@@ -218,6 +219,8 @@ def _layers(part: nn.Module, left: frozenset[nn.Module] = frozenset()) -> dict[s
         name: known
         for name, known in all_names(part).items()
         if modules[name] not in left
+        # TorchScript runs what it has compiled, without adapters.
+        and not isinstance(modules[name], ScriptModule)
         and next(modules[name].parameters(recurse=False), None) is not None
     }
 
