@@ -17,16 +17,9 @@ from lightning_peft.arguments import LoRAFields
 from lightning_peft.compat.peft import get_pattern_key
 from lightning_peft.compat.transformers import origin_of
 from lightning_peft.engine.adapters import activate, adapted_layers, adapter_file_tensors
-from lightning_peft.engine.backends.conversion import (
-    adopt_prequantized,
-    release_freed_memory,
-)
+from lightning_peft.engine.backends.conversion import adopt_prequantized, release_freed_memory
 from lightning_peft.engine.backends.registry import is_quantized, quantization_to_dict
-from lightning_peft.engine.configuration import (
-    as_peft_config,
-    config_to_dict,
-    lora_config,
-)
+from lightning_peft.engine.configuration import as_peft_config, config_to_dict, lora_config
 from lightning_peft.engine.files.base_tensors import include_in_files
 from lightning_peft.engine.files.excluded_weights import agree_on_excluded, note_excluded
 from lightning_peft.engine.files.model_saving import refuse_save_pretrained
@@ -38,11 +31,7 @@ from lightning_peft.engine.layers.expert_weights import exposed_experts, paramet
 from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.layers.sizes import refuse_uninitialized
 from lightning_peft.engine.layers.tokens import attach_tokens, trained_rows
-from lightning_peft.engine.loading.quantize_on_load import (
-    GGUF_HASH,
-    base_fingerprint,
-    dense_bytes,
-)
+from lightning_peft.engine.loading.quantize_on_load import GGUF_HASH, base_fingerprint, dense_bytes
 from lightning_peft.engine.methods.lora_config import changes_base
 from lightning_peft.engine.methods.registry import method_of
 from lightning_peft.engine.momentum_copies import find_momentum_copies, link_copies
@@ -71,11 +60,7 @@ from lightning_peft.engine.selection.scope import left_modules, left_parameters
 from lightning_peft.engine.selection.targets import PATTERN_FIELDS, patterns_for
 from lightning_peft.engine.training.causal_lm_loss import patch_causal_lm_loss
 from lightning_peft.engine.training_mode import user_eval_modules
-from lightning_peft.engine.vocabulary import (
-    resized_embeddings,
-    vocabulary_size,
-    without_new_rows,
-)
+from lightning_peft.engine.vocabulary import resized_embeddings, vocabulary_size, without_new_rows
 from lightning_peft.errors import ConfigError, UnsupportedError
 
 # Of a base, that weights of experts are quantized too.
