@@ -7,11 +7,11 @@ from typing import Any
 from lightning_peft import engine
 from lightning_peft.compat.lightning import pruned_parameters, start_method_of, trainer_of
 from lightning_peft.errors import UnsupportedError, itemize
+from lightning_peft.plugin.averaging import AVERAGING_CALLBACKS
+from lightning_peft.plugin.unfreezing import finetuning_problems
 
 # By name, since each Lightning package has its own classes.
 REFUSED_CALLBACKS = {
-    "BaseFinetuning": "it unfreezes base weights, which an adapter checkpoint does not hold. "
-    "Name what is to train in full in `modules_to_save`, or merge the adapters and fit again",
     "QuantizationAwareTraining": "it replaces layers of the frozen base, which no checkpoint holds",
 }
 PRUNING_CALLBACK = "ModelPruning"
@@ -43,7 +43,9 @@ def check_compatibility(module: Any, strategy: Any, quantized: bool) -> None:
             f"start_method={start_method!r}: the trained adapters would stay in the processes "
             "it starts and be lost with them. Use strategy='ddp', from a script"
         )
-    for callback in getattr(trainer_of(module), "callbacks", []):
+    callbacks = getattr(trainer_of(module), "callbacks", [])
+    problems += finetuning_problems(callbacks, len(devices), AVERAGING_CALLBACKS)
+    for callback in callbacks:
         problems += [
             f"callback {type(callback).__name__}: {REFUSED_CALLBACKS[cls.__name__]}. Remove it"
             for cls in type(callback).__mro__

@@ -31,6 +31,7 @@ from lightning_peft.plugin.divergence import DivergenceCheck
 from lightning_peft.plugin.injection_settings import injection_settings
 from lightning_peft.plugin.sharding import early_share
 from lightning_peft.plugin.training_checks import TrainingChecks
+from lightning_peft.plugin.unfreezing import freeze_stages, serve_finetuning
 
 if TYPE_CHECKING:
     from lightning_peft.arguments import LoRAArguments
@@ -71,6 +72,7 @@ class Lifecycle:
         self.uninstall()
         check_compatibility(module, strategy, self.injection.quantization_config is not None)
         serve_averages(module)
+        serve_finetuning(module)
         self._original_hook = module.__dict__.get("configure_model")
 
         # A function, not a callable object: Lightning compares code objects to see an override.
@@ -91,6 +93,7 @@ class Lifecycle:
                 # Again: the module may have brought callbacks of its own since.
                 check_compatibility(module, strategy, requested.quantization_config is not None)
                 serve_averages(module)
+                serve_finetuning(module)
                 with _default_dtype_and_device():
                     self._inject(module, strategy)
                 self._store_quantized(module, strategy, loading)
@@ -131,6 +134,7 @@ class Lifecycle:
             check_pruning(module)
             engine.unfreeze_unoptimized(module)
             check_trainable(module)
+            freeze_stages(module)
             engine.set_training_mode(module)
             if self.announce and strategy.is_global_zero:
                 self.announce = False

@@ -118,8 +118,11 @@ def test_callbacks_that_inject_stay_and_others_go(user, capsys):
 
 
 def test_a_refusal_is_reported_as_in_training(user, capsys, refused):
-    unfreezing = {"class_path": "pytorch_lightning.callbacks.BackboneFinetuning"}
-    assert "callback BackboneFinetuning" in refused("verify", *user(callbacks=[unfreezing]), code=1)
+    pruning = {
+        "class_path": "pytorch_lightning.callbacks.ModelPruning",
+        "init_args": {"pruning_fn": "l1_unstructured"},
+    }
+    assert "callback ModelPruning" in refused("verify", *user(callbacks=[pruning]), code=1)
     assert main(["verify", *user(), "--trainer.strategy.init_args.target_modules=[boby]"]) == 1
     assert "boby" in capsys.readouterr().err
 

@@ -131,7 +131,7 @@ FOUND = {
         "        torch.save({'model': self.state_dict()}, path)",
         "saving-by-hand", 2, "cannot be resumed",
     ),
-    "unfreeze": ("c = BackboneFinetuning()", "unfreezing", 1, "modules_to_save"),
+    "unfreeze": ("c = BackboneFinetuning()", "unfreezing", 1, "never the base"),
     "stage": (
         "class A:\n    def on_train_epoch_start(self):\n        self.net.unfreeze()",
         "unfreezing-by-hand", 3, "modules_to_save",

@@ -45,10 +45,12 @@ def packed(module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("root", ROOTS)
 def test_callbacks_that_would_corrupt_are_refused(root, tmp_path):
-    callback = lightning(root).callbacks.BackboneFinetuning()
-    run = trainer(tmp_path, "qlora", root, callbacks=[callback])
+    class QuantizationAwareTraining(lightning(root).Callback):
+        """Called as that of older Lightnings."""
+
+    run = trainer(tmp_path, "qlora", root, callbacks=[QuantizationAwareTraining()])
     module = task(root, "configure_model")
-    with pytest.raises(UnsupportedError, match=r"callback BackboneFinetuning: .* Remove it"):
+    with pytest.raises(UnsupportedError, match=r"callback QuantizationAware.*: .* Remove it"):
         run.fit(module, loader())
     assert "configure_model" not in module.__dict__
 
@@ -58,9 +60,10 @@ def test_callbacks_of_the_module_are_looked_at_too(tmp_path):
         backbone = property(lambda self: self.model)
 
         def configure_callbacks(self):
-            return [lightning(ROOTS[0]).callbacks.BackboneFinetuning()]
+            callbacks = lightning(ROOTS[0]).callbacks
+            return [callbacks.BackboneFinetuning(), callbacks.WeightAveraging()]
 
-    with pytest.raises(UnsupportedError, match="BackboneFinetuning"):
+    with pytest.raises(UnsupportedError, match="BackboneFinetuning with WeightAveraging"):
         trainer(tmp_path).fit(Unfreezing(), loader())
 
 

@@ -38,12 +38,15 @@ class Averages(MentionRule):
 
 
 class Unfreezing(MentionRule):
-    """Callbacks that unfreeze the base in stages."""
+    """Callbacks that unfreeze in stages."""
 
     name = "unfreezing"
     names = frozenset({"BackboneFinetuning", "BaseFinetuning", "FinetuningScheduler"})
-    served = "no"
-    becomes = "refused: remove it; what is to train in full goes into modules_to_save"
+    served = "partly"
+    becomes = (
+        "Lightning's stage adapters, heads and modules_to_save, on one device, and never the base; "
+        "subclasses with a `setup` of their own (FinetuningScheduler) are refused"
+    )
 
 
 class UnfreezingByHand(Rule):
