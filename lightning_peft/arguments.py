@@ -94,6 +94,10 @@ class LoRAArguments(LoRAFields):
         sharding: For the strategies: ``"fsdp2"`` leaves ``1/N`` of the frozen base in each of ``N``
             processes, and gathers a block when it computes; ``None`` leaves all of it in each. What
             trains is whole in each process either way.
+        dp_shard_size: With ``sharding``, how many processes share a base, of numbers that follow
+            each other, such as those of a node; others share copies of it. ``None``: all of them.
+        offload: With ``sharding``, keep the parts of the base in the memory of the CPU until they
+            are gathered.
         halve_batch_on_oom: Where a training step runs out of memory, go on from the last optimizer
             step with half the rows in each batch and twice ``accumulate_grad_batches``: the same
             rows in each step. In one process, with a ``DataLoader`` that has a ``batch_size``.
@@ -118,6 +122,8 @@ class LoRAArguments(LoRAFields):
     verify: Literal["cheap", "full", "off"] = "cheap"
     ddp_kwargs: dict[str, Any] | None = None
     sharding: Literal["fsdp2"] | None = None
+    dp_shard_size: int | None = None
+    offload: bool = False
     halve_batch_on_oom: bool = False
     async_save: bool = False
     exclude_from_checkpoint: str | list[str] | None = None

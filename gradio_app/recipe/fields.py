@@ -169,8 +169,9 @@ YAML_ONLY = frozenset(
         *(f"{STRATEGY}{name}" for name in ("peft_config", "quantization_config")),
         *(f"{STRATEGY}{name}" for name in ("ddp_kwargs", "sharding", "lora_plus_lr_ratio")),
         *(f"{STRATEGY}{name}" for name in ("target_parameters", "exclude_from_checkpoint")),
-        *(f"{STRATEGY}{name}" for name in ("halve_batch_on_oom", "async_save")),
+        *(f"{STRATEGY}{name}" for name in ("halve_batch_on_oom", "async_save", "offload")),
         f"{STRATEGY}trainable_token_indices",
+        f"{STRATEGY}dp_shard_size",
         *("trainer.num_nodes", "trainer.logger"),
         "trainer.callbacks.BestCheckpoint.init_args.filename",
     }

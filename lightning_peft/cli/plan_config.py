@@ -87,7 +87,14 @@ def _lists_of(strategy: dict[str, Any]) -> list[str]:
 def _of_trainer(trainer: Any, strategy: dict[str, Any]) -> dict[str, Any]:
     """Returns the options that the Trainer has; `devices` that only the machine knows are one."""
     given, sharding = trainer.get("devices"), strategy.get("sharding")
-    gpus = device_count(given)
+    gpus, nodes, size = device_count(given), trainer.get("num_nodes"), strategy.get("dp_shard_size")
+    if size:
+        gpus, nodes = size, 1
+        note = f"the {size} GPUs that share a base are planned for; others are copies of them."
+        print(f"note: dp_shard_size={size}: {note}", file=sys.stderr)
+    if strategy.get("offload"):
+        note = "the plan has the parts of the base on the GPU, where they are not."
+        print(f"note: offload=True: {note}", file=sys.stderr)
     if gpus is None and sharding:
         print(
             f"note: trainer.devices={given!r} depends on the machine, so one GPU is planned for, "
@@ -97,7 +104,7 @@ def _of_trainer(trainer: Any, strategy: dict[str, Any]) -> dict[str, Any]:
     return {
         "precision": trainer.get("precision"),
         "gpus": gpus,
-        "nodes": trainer.get("num_nodes"),
+        "nodes": nodes,
         "sharding": sharding,
     }
 

@@ -272,6 +272,15 @@ def leave_out_of_ddp(module: nn.Module, names: list[str]) -> None:
     module._ddp_params_and_buffers_to_ignore = [*dict.fromkeys([*chosen, *names])]  # type: ignore[assignment]
 
 
+def filled(outline: Any, part: Tensor) -> nn.Parameter:
+    """Returns a frozen DTensor of the layout of ``outline``, with ``part`` as that of this process.
+
+    Public alternative: ``DTensor.from_local``, which moves the part to the device of the mesh.
+    """
+    whole = type(outline.data)(part, outline._spec, requires_grad=False)
+    return nn.Parameter(whole, requires_grad=False)
+
+
 def is_fsdp_asking(frame: Any) -> bool:
     """Says whether a property is read where FSDP looks for its own parameter on a layer.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -23,3 +24,21 @@ def gathered(value: Any, processes: int) -> list[Any]:
     everyone: list[Any] = [None] * processes
     import_module("torch.distributed").all_gather_object(everyone, value)
     return everyone
+
+
+def share_group(count: int) -> Any:
+    """Returns the process group of the ``count`` processes that share a base with this one.
+
+    They have numbers that follow each other. All processes of the default group have to ask.
+    """
+    distributed = import_module("torch.distributed")
+    world = distributed.group.WORLD
+    return world if count == distributed.get_world_size() else _group_of(world, count)
+
+
+@cache
+def _group_of(world: Any, count: int) -> Any:
+    distributed = import_module("torch.distributed")
+    size, rank = distributed.get_world_size(), distributed.get_rank()
+    groups = [distributed.new_group(range(n, n + count)) for n in range(0, size, count)]
+    return groups[rank // count]

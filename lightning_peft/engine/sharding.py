@@ -10,20 +10,22 @@ states are therefore plain tensors, which every optimizer, clipping and checkpoi
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 import torch
 from peft import PeftConfig
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from lightning_peft.compat.torch import is_traced, leave_out_of_ddp
+from lightning_peft.compat.torch import filled, is_traced, leave_out_of_ddp
 from lightning_peft.engine.backends.conversion import release_freed_memory
 from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.backends.share import Share
 from lightning_peft.engine.called_blocks import CalledBlocks
+from lightning_peft.engine.gathering import share_group
 from lightning_peft.engine.layers.expert_weights import RoutedExperts
 from lightning_peft.engine.layers.mixin import LayerMixin, stored_parameter
 from lightning_peft.engine.layers.tokens import TokenLayer
@@ -34,15 +36,15 @@ from lightning_peft.engine.training.blocks import all_blocks
 from lightning_peft.errors import UnsupportedError, itemize
 
 
-def early_share(peft_config: PeftConfig, rank: int, count: int) -> Share | None:
-    """The part of each weight that process ``rank`` of ``count`` keeps once it is quantized.
+def early_share(peft_config: PeftConfig, share: Share) -> Share | None:
+    """The part of each weight that a process keeps once it is quantized: ``share``.
 
     ``None`` where adapters are made of the quantized weights, or may be: these are cut up later.
     """
     method = in_place_method(peft_config)
     if method is None or method.reads_base or changes_base(peft_config):
         return None
-    return Share(rank, count)
+    return share
 
 
 def keep_own_part(module: nn.Module, share: Share, device: torch.device) -> dict[int, torch.Size]:
@@ -71,19 +73,35 @@ def keep_own_part(module: nn.Module, share: Share, device: torch.device) -> dict
     return shapes
 
 
-def shard_base(module: nn.Module, device: torch.device, shapes: dict[int, torch.Size]) -> None:
-    """Lets FSDP gather what :func:`keep_own_part` cut up, in the processes of the default group.
+@contextmanager
+def parts_left_out(module: nn.Module, share: Share) -> Iterator[None]:
+    """Within the body, ``module`` has no parts that are to stay where they are when it moves."""
+    parts = spread_parameters(module) if share.on_cpu else {}
+    _replaced(module, parts, lambda part: nn.Parameter(part.new_empty(0), requires_grad=False))
+    try:
+        yield
+    finally:
+        for name, part in parts.items():
+            owner, _, leaf = name.rpartition(".")
+            module.get_submodule(owner)._parameters[leaf] = part
+
+
+def shard_base(
+    module: nn.Module, device: torch.device, shapes: dict[int, torch.Size], share: Share
+) -> None:
+    """Lets FSDP gather what :func:`keep_own_part` cut up, in the processes that share a base.
 
     From then on the module computes only when it is called, by all processes and equally often.
     Another time nothing happens.
     """
     # Imported here, since few runs need it and it takes a second.
     distributed = import_module("torch.distributed")
-    fully_shard = import_module("torch.distributed.fsdp").fully_shard
+    fsdp = import_module("torch.distributed.fsdp")
     record = require_record(module)
     if record.shards > 1:
         return
-    mesh = distributed.device_mesh.DeviceMesh.from_group(distributed.group.WORLD, device.type)
+    group = share_group(share.count)
+    mesh = distributed.device_mesh.DeviceMesh.from_group(group, device.type)
     for layer in _layers_with_frozen_weight(module):
         layer.is_sharded = True
     parts = spread_parameters(module)
@@ -92,15 +110,17 @@ def shard_base(module: nn.Module, device: torch.device, shapes: dict[int, torch.
     ids = {id(param) for param in frozen.values()}
     kept = {param for param in module.parameters() if id(param) not in ids}
     blocks = gathered_blocks(module)
-    if mesh.get_rank() == 0:
+    if distributed.get_rank() == 0:
         warn_of_few_blocks(frozen.values(), blocks.values())
+    policy = fsdp.OffloadPolicy()
+    if share.on_cpu:
+        policy = fsdp.CPUOffloadPolicy(pin_memory=device.type != "cpu")
     # Those inside of others first.
-    for block in reversed(blocks.values()):
-        fully_shard(block, mesh=mesh, ignored_params=kept)
-    fully_shard(module, mesh=mesh, ignored_params=kept)
+    for block in (*reversed(blocks.values()), module):
+        fsdp.fully_shard(block, mesh=mesh, ignored_params=kept, offload_policy=policy)
     values = {id(param): parts[name].data for name, param in spread_parameters(module).items()}
     _replaced(
-        module, spread_parameters(module), lambda outline: _filled(outline, values[id(outline)])
+        module, spread_parameters(module), lambda outline: filled(outline, values[id(outline)])
     )
     CalledBlocks(module, blocks, device)
     # DDP would broadcast the first process's part to the others.
@@ -113,13 +133,6 @@ def shard_base(module: nn.Module, device: torch.device, shapes: dict[int, torch.
 
 def _outline(part: nn.Parameter, shape: torch.Size) -> nn.Parameter:
     whole = torch.empty(shape, dtype=part.dtype, device="meta")
-    return nn.Parameter(whole, requires_grad=False)
-
-
-def _filled(outline: Any, part: Tensor) -> nn.Parameter:
-    kind = import_module("torch.distributed.tensor").DTensor
-    layout = {"shape": outline.shape, "stride": outline.stride(), "run_check": False}
-    whole = kind.from_local(part, outline.device_mesh, outline.placements, **layout)
     return nn.Parameter(whole, requires_grad=False)
 
 

@@ -10,6 +10,7 @@ from lightning_peft.plugin.adapter_strategy import AdapterStrategy
 from lightning_peft.plugin.lifecycle import Lifecycle
 from lightning_peft.plugin.mixed_class import mixed_class
 from lightning_peft.plugin.namespace import LateBoundMeta
+from lightning_peft.plugin.sharding import check_sharding
 
 if TYPE_CHECKING:
     from pytorch_lightning.callbacks import Callback as _Base
@@ -47,6 +48,7 @@ class _AdapterCallback(_Base, metaclass=LateBoundMeta):
                 f"ddp_kwargs={self.ddp_kwargs!r}: a callback makes no strategy. Put them into your "
                 "own DDPStrategy."
             )
+        check_sharding(self)
         if self.sharding:
             raise ConfigError(
                 f"sharding={self.sharding!r}: only a strategy can spread the base over processes. "

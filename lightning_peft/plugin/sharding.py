@@ -33,15 +33,37 @@ class ShardedBaseStrategy(_Base):
 
     if TYPE_CHECKING:
         sharding: Literal["fsdp2"] | None
+        dp_shard_size: int | None
+        offload: bool
 
     @property
     def shards_base(self) -> bool:
         """Whether each process keeps a part of the frozen base."""
         return self.sharding == _FSDP2 and self.world_size > 1
 
+    @property
+    def share(self) -> engine.Share:
+        """The part of the frozen base that this process keeps.
+
+        Raises:
+            ConfigError: If the processes cannot be divided into groups of ``dp_shard_size``.
+        """
+        count = self.dp_shard_size or self.world_size
+        if self.world_size % count:
+            raise ConfigError(
+                f"dp_shard_size={count} with {self.world_size} processes: each base is shared by "
+                "as many processes, so the first number divides the second."
+            )
+        return engine.Share(self.global_rank % count, count, self.offload)
+
     def setup(self, trainer: Any) -> None:
         """Checks what sharding cannot serve, before anything is spread."""
         module: Any = self.lightning_module
+        if self.offload and not self.shards_base:
+            raise ConfigError(
+                "offload=True in one process: parts of a base stay in the memory of the CPU where "
+                "processes share it. Take several, or offload=False."
+            )
         if self.shards_base:
             engine.check_shardable(module)
             # Put together from pieces of different bases, it would be none of them.
@@ -60,10 +82,11 @@ class ShardedBaseStrategy(_Base):
         if not self.shards_base:
             super().model_to_device()
             return
-        share = engine.Share(self.global_rank, self.world_size)
+        share = self.share
         shapes = engine.keep_own_part(module, share, self.root_device)
-        super().model_to_device()
-        engine.shard_base(module, self.root_device, shapes)
+        with engine.parts_left_out(module, share):
+            super().model_to_device()
+        engine.shard_base(module, self.root_device, shapes, share)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's step, through its own call."""
@@ -110,7 +133,7 @@ def early_share(strategy: Any, peft_config: Any) -> Iterator[None]:
     """
     share = None
     if getattr(strategy, "shards_base", False):
-        share = engine.early_share(peft_config, strategy.global_rank, strategy.world_size)
+        share = engine.early_share(peft_config, strategy.share)
     with engine.keeping_share(share), nullcontext() if share is None else torch.device("cpu"):
         yield
 
@@ -149,9 +172,19 @@ def _set_up_data(loop: Any, usual: Any, numbers: str) -> None:
 
 def check_sharding(arguments: Any) -> None:
     """Checks ``sharding`` and what it does not go together with."""
-    value = arguments.sharding
+    value, size = arguments.sharding, arguments.dp_shard_size
+    if value is None and (size is not None or arguments.offload):
+        raise ConfigError(
+            f"dp_shard_size={size!r}, offload={arguments.offload}: of a base that is shared by "
+            "processes. Give sharding='fsdp2' too."
+        )
     if value is None:
         return
+    if size is not None and size < 2:
+        raise ConfigError(
+            f"sharding={value!r}, dp_shard_size={size!r}: 2 processes or more share a base; None "
+            "means all of them."
+        )
     if value != _FSDP2:
         raise ConfigError(f"sharding={value!r}: choose 'fsdp2', or None for a whole base each.")
     problems = []

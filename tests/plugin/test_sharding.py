@@ -21,7 +21,7 @@ import lightning_peft
 from lightning_peft.compat.torch import leave_out_of_ddp
 from lightning_peft.engine.backends.packed import PackedWeight
 from lightning_peft.engine.backends.share import Share
-from lightning_peft.engine.sharding import warn_of_few_blocks
+from lightning_peft.engine.sharding import spread_parameters, warn_of_few_blocks
 from lightning_peft.errors import ConfigError, LifecycleError, UnsupportedError
 from lightning_peft.plugin.checkpoint_content import CHECKPOINT_KEY
 
@@ -196,6 +196,51 @@ def test_models_share_a_base(count, tmp_path):
 
 
 @pytest.mark.long
+def test_two_of_four_processes_share_a_base(tmp_path):
+    """The others have copies of it: the same bits as with a whole base, and with all four."""
+    build("llama").save_pretrained(tmp_path / "base")
+    ranks = run_processes(tmp_path, 4, script="hybrid_processes.py")
+    for rank in ranks:
+        for method in ("qlora", "lora"):
+            whole, four, two, offloaded = (
+                rank[f"{method} {name}"] for name in ("whole", "four", "two", "two, offload")
+            )
+            for found in (four, two, offloaded):
+                assert found["losses"] == whole["losses"]
+                assert not differing(found["weights"], whole["weights"])
+            # Of these small tensors, the padding is a part.
+            assert 0.99 < 2 * two["bytes"] / whole["bytes"] < 1.1
+            assert two["bytes"] == offloaded["bytes"]
+            assert 0.99 < 4 * four["bytes"] / whole["bytes"] < 1.2
+            assert "dp_shard_size=3 with 4 processes" in rank[f"{method} three"]
+        resumed = rank["resumed whole"], rank["resumed two"]
+        assert resumed[0]["losses"] == resumed[1]["losses"]
+        assert not differing(resumed[0]["weights"], resumed[1]["weights"])
+        whole, two = (rank["cached"][name] for name in ("whole", "two"))
+        assert (two["on load"], whole["on load"]) == (0, 14)
+        assert not differing(two["weights"], whole["weights"])
+    assert ranks[0]["qlora two"]["losses"] != ranks[2]["qlora two"]["losses"]
+    module = in_one_process(tmp_path, "llama")
+    mean = torch.tensor([rank["qlora two"]["losses"] for rank in ranks]).mean(0)
+    torch.testing.assert_close(mean, torch.tensor(module.losses), rtol=0, atol=1e-5)
+
+
+def test_parts_in_the_memory_of_the_cpu_do_not_move():
+    module = task(ROOT, kind="llama_tied")
+    lightning_peft.engine.inject(module, r=4)
+    share = Share(0, 2, on_cpu=True)
+    lightning_peft.engine.keep_own_part(module, share, torch.device("meta"))
+    before = {n: p.clone() for n, p in spread_parameters(module).items()}
+    with lightning_peft.engine.parts_left_out(module, share):
+        module.to("meta")
+    after = spread_parameters(module)
+    assert before
+    assert not differing(after, before)
+    assert all(p.is_meta for p in module.parameters() if p.requires_grad)
+    assert module.model.lm_head.weight is module.model.model.embed_tokens.weight
+
+
+@pytest.mark.long
 def test_resuming_in_another_number_of_processes(tmp_path):
     """Two, four and one process go on from a checkpoint to the same adapters, but for rounding."""
     two, four = tmp_path / "two", tmp_path / "four"
@@ -307,6 +352,7 @@ REFUSED = {
         {"sharding": "fsdp2", "gradient_checkpointing": "2GB"},
         "gradient_checkpointing='2GB': what a budget keeps",
     ),
+    "one process shares": ({"sharding": "fsdp2", "dp_shard_size": 1}, "2 processes or more"),
     "8 bits": ({"sharding": "fsdp2", "load_in_8bit": True}, "load_in_8bit=True, whose scales"),
 }
 
@@ -317,6 +363,20 @@ def test_arguments_that_do_not_go_together(name):
     with pytest.raises(ConfigError, match="(?s)sharding=.*") as error:
         strategy("qlora", ROOT, **given)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("given", [{"dp_shard_size": 2}, {"offload": True}])
+def test_arguments_of_sharding_alone(given, tmp_path):
+    with pytest.raises(ConfigError, match="Give sharding='fsdp2' too"):
+        strategy("lora", ROOT, **given)
+    with pytest.raises(ConfigError, match="Give sharding='fsdp2' too"):
+        lightning_peft.LoRACallback(**given)
+
+
+def test_one_process_has_nothing_to_offload(tmp_path):
+    run = trainer(tmp_path, strategy("lora", ROOT, sharding="fsdp2", offload=True), ROOT)
+    with pytest.raises(ConfigError, match="offload=True in one process"):
+        run.fit(task(ROOT), loader())
 
 
 def test_a_callback_cannot_shard():

@@ -147,7 +147,7 @@ def compare(folder, count, kind, method):
     whole_run.save_checkpoint(folder / f"{kind} {method}" / "whole.ckpt")
     seen = {"whole": trained(whole), "whole bytes": local_bytes(whole)}
     # Which changes nothing.
-    checked = {"verify": "full"} if kind == "llama" else {}
+    checked = {"verify": "full"} if kind == "llama" else {"offload": kind == "llama_tied"}
     run, module = fit(folder, count, kind, method, ours=checked)
     run.save_checkpoint(folder / f"{kind} {method}" / "sharded.ckpt")
     seen |= {"sharded": trained(module), "bytes": local_bytes(module)}
@@ -284,7 +284,7 @@ def tokens(folder, count):
     for sharding in (None, "fsdp2"):
         torch.manual_seed(7)
         module = Tokens()
-        ours = strategy("qlora", ROOT, sharding=sharding)
+        ours = strategy("qlora", ROOT, sharding=sharding, offload=sharding is not None)
         run = trainer(folder / "root", ours, ROOT, devices=count, use_distributed_sampler=False)
         rank, ids = run.global_rank, torch.arange(4 * LENGTH).view(4, LENGTH)
         examples = [

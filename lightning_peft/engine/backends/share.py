@@ -13,16 +13,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Share:
-    """One of ``count`` parts of a tensor, cut along its first dimension as FSDP does."""
+    """One of ``count`` parts of a tensor, cut along its first dimension as FSDP does.
+
+    Attributes:
+        rank: Which of them.
+        count: How many processes, of numbers that follow each other, share a base.
+        on_cpu: Whether it stays in the memory of the CPU until it is gathered.
+    """
 
     rank: int
     count: int
+    on_cpu: bool = False
 
     def of(self, tensor: Tensor, device: torch.device) -> Tensor:
-        """A copy of this part on ``device``; of few rows, the last parts are empty."""
+        """A copy of this part on ``device``, or the CPU; of few rows, the last ones are empty."""
         parts = tensor.detach().chunk(self.count)
         part = parts[self.rank] if self.rank < len(parts) else tensor.detach()[:0]
         layout = torch.contiguous_format
+        device = torch.device("cpu") if self.on_cpu else device
         return torch.empty_like(part, device=device, memory_format=layout).copy_(part)
 
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from importlib import import_module
 
 from lightning_peft.engine.backends.layers import QuantizedLayer
-from lightning_peft.engine.gathering import gathered
+from lightning_peft.engine.backends.share import current_share
+from lightning_peft.engine.gathering import gathered, share_group
 from lightning_peft.engine.loading.quantized_cache import CachedWeight
 
 
@@ -30,12 +31,14 @@ class GatheredWeights(Mapping[str, CachedWeight]):
         packed, part = self._layers[name].packed, self._layers[name]._parameters["weight"]
         assert packed is not None
         distributed = import_module("torch.distributed")
-        count = distributed.get_world_size()
+        share = current_share()
+        assert share is not None
+        count, group = share.count, share_group(share.count)
         # The first part is the largest.
         padded = part.new_zeros(-(-packed.size // count))
         padded[: len(part)] = part
         whole = padded.new_empty(count * len(padded))
-        distributed.all_gather_into_tensor(whole, padded)
+        distributed.all_gather_into_tensor(whole, padded, group=group)
         return replace(self._known[name], stored=packed.views(whole[: packed.size]))
 
     def __iter__(self) -> Iterator[str]:

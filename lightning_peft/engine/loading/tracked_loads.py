@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.backends.registry import backend_for
 from lightning_peft.engine.backends.share import current_share
+from lightning_peft.engine.gathering import group_size
 from lightning_peft.engine.layers.expert_weights import (
     exposed_experts,
     layer_name,
@@ -136,19 +137,19 @@ def store_quantized(module: nn.Module, loading: Loading | None) -> list[CacheEnt
     sums = _checksums(module)
     known = [(load, _known_weights(load, sums)) for load in loading.loads if not load.weights]
     sizes = [quantized_cache.size_to_keep(*one) if writes else 0 for one in known]
-    share = current_share()
-    if share is not None:
-        return _store_shared(known, sizes, share.count)
+    if current_share() is not None:
+        return _store_shared(known, sizes)
     made = [quantized_cache.store(*one, size) for one, size in zip(known, sizes, strict=True)]
     return [entry for entry in made if entry]
 
 
 def _store_shared(
-    known: list[tuple[CachedLoad, dict[str, CachedWeight]]], sizes: list[int], processes: int
+    known: list[tuple[CachedLoad, dict[str, CachedWeight]]], sizes: list[int]
 ) -> list[CacheEntry]:
     kept = []
     names = [(load.final.name, [*found]) for load, found in known]
-    written = writers(names, sizes, processes)
+    # Also those that share another copy of the base: each group puts its own together.
+    written = writers(names, sizes, group_size())
     for (load, found), size, anyone in zip(known, sizes, written, strict=True):
         if anyone:
             gathered = GatheredWeights(

@@ -167,8 +167,8 @@ class GatheredBits:
         self._handles: dict[str, Any] = {}
         if require_record(module).shards == 1:
             return
-        self._rank = import_module("torch.distributed").get_rank()
         self._shards = require_record(module).shards
+        self._rank = import_module("torch.distributed").get_rank() % self._shards
         seen: set[int] = set()
         for name, block in [*reversed(gathered_blocks(module).items()), ("", module)]:
             # Those inside of others come first, and are gathered for themselves.
