@@ -197,12 +197,17 @@ def test_gpus_are_counted_as_the_trainer_counts_devices(capsys):
     assert {text: device_count(text) for text in counts} == counts
     assert [device_count(given) for given in ([0, 3], 4, -1, None)] == [2, 4, None, None]
 
-    def planned(devices):
-        sharding = "--trainer.strategy.init_args.sharding=fsdp2"
-        return plan_from_config(["sft-qlora"], [model, sharding, f"--trainer.devices={devices}"])
+    def planned(devices, *more):
+        given = [f"--trainer.strategy.init_args.{one}" for one in ("sharding=fsdp2", *more)]
+        return plan_from_config(["sft-qlora"], [model, *given, f"--trainer.devices={devices}"])
 
     model = "--model.init_args.model=x/y"
     assert "--gpus=2" in planned("2")
     assert not capsys.readouterr().err
     assert not [word for word in planned("auto") if word.startswith("--gpus")]
     assert "trainer.devices='auto' depends on the machine, so one GPU" in capsys.readouterr().err
+    # Those that share a base; the others add nothing to a GPU's memory.
+    assert "--gpus=2" in planned("8", "dp_shard_size=2", "offload=true")
+    notes = capsys.readouterr().err
+    assert "dp_shard_size=2: the 2 GPUs that share a base are planned for" in notes
+    assert "offload=True: the plan has the parts of the base on the GPU" in notes

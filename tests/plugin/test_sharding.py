@@ -196,6 +196,7 @@ def test_models_share_a_base(count, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_two_of_four_processes_share_a_base(tmp_path):
     """The others have copies of it: the same bits as with a whole base, and with all four."""
     build("llama").save_pretrained(tmp_path / "base")

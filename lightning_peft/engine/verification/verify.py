@@ -16,7 +16,7 @@ from lightning_peft.engine.adapters import (
     refuse_merged,
 )
 from lightning_peft.engine.fingerprint import exact_checksum
-from lightning_peft.engine.gathering import gathered
+from lightning_peft.engine.gathering import gathered, group_size
 from lightning_peft.engine.layers.adapter import AdapterLayer
 from lightning_peft.engine.record import require_record
 from lightning_peft.engine.sharding import call_inside, local_part, reshard_base
@@ -93,7 +93,7 @@ def verify(module: nn.Module, batch: Any, step: Step | None = None) -> Verificat
         )
         try:
             if shards > 1:
-                _agree_on_loss(module, batch, own_step, shards)
+                _agree_on_loss(module, batch, own_step)
             checks = _checks_with_loss(probe)
             loss: Callable[[], Tensor | None] = probe.evaluate
         except NoLossError as error:
@@ -112,7 +112,7 @@ def verify(module: nn.Module, batch: Any, step: Step | None = None) -> Verificat
     return Verification(checks)
 
 
-def _agree_on_loss(module: nn.Module, batch: Any, step: Step, processes: int) -> None:
+def _agree_on_loss(module: nn.Module, batch: Any, step: Step) -> None:
     """Runs one pass, and lets all processes do without a loss where one of them has none.
 
     In other numbers of passes they would wait for each other.
@@ -128,7 +128,7 @@ def _agree_on_loss(module: nn.Module, batch: Any, step: Step, processes: int) ->
             return torch.zeros(())
 
     ModuleProbe(module, batch, _inside(attempt)).evaluate()
-    for rank, why in enumerate(gathered(missing, processes)):
+    for rank, why in enumerate(gathered(missing, group_size())):
         if why:
             raise NoLossError(f"{why[0]} in process {rank}")
 
