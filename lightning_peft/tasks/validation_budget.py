@@ -119,7 +119,7 @@ class ValidationBudget(_Base, metaclass=LateBoundMeta):
         known = trainer.strategy.broadcast(self.decided.get(NAME))
         if known is not None:
             self.decided[NAME] = known
-        self._apply(trainer, known or {"per_epoch": self.most, "every_epochs": 1})
+        self._apply(trainer, known or self._undecided)
         self._set_next(trainer)
         epoch_loop = trainer.fit_loop.epoch_loop
         if self._validated_at == epoch_loop.total_batch_idx:
@@ -185,6 +185,10 @@ class ValidationBudget(_Base, metaclass=LateBoundMeta):
         if choice["samples"] != "with each":
             log_info(trainer.strategy, describe(choice, batches))
 
+    @property
+    def _undecided(self) -> dict[str, Any]:
+        return {"per_epoch": self.most, "every_epochs": 1}
+
     def _apply(self, trainer: Any, choice: dict[str, Any]) -> None:
         batches, total = trainer.num_training_batches, trainer.estimated_stepping_batches
         self.schedule = Schedule(
@@ -201,6 +205,9 @@ class ValidationBudget(_Base, metaclass=LateBoundMeta):
         ``check_val_every_n_epoch`` stays: ModelCheckpoint goes by it, as do runs that stop early.
         """
         assert self.schedule is not None
+        if self.schedule.accumulated != trainer.accumulate_grad_batches:
+            # Memory was short, and batches are smaller.
+            self._apply(trainer, self.decided.get(NAME) or self._undecided)
         batches = trainer.num_training_batches
         if _is_end(trainer, batch, steps):
             trainer.val_check_batch = batch + 1

@@ -10,6 +10,8 @@ from modules import ROOTS, differing, loader, rows, saver, strategy, task, train
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from lightning_peft.errors import LifecycleError, UnsupportedError
+from lightning_peft.plugin.namespace import bind_to_lightning
+from lightning_peft.tasks.validation_budget import ValidationBudget
 
 ROOT = ROOTS[0]
 
@@ -93,6 +95,18 @@ def test_a_run_with_smaller_batches_is_resumed(tmp_path):
     # The user has made them smaller.
     _, other = fit(tmp_path, 4, 4, ckpt_path=tmp_path / "step=2.ckpt")
     assert not differing(weights(other), weights(module))
+
+
+def test_validations_come_after_the_same_rows(tmp_path):
+    def validated(size, accumulate, most=99):
+        module, steps = task(kind="residuals"), []
+        module.on_validation_end = lambda: steps.append(module.trainer.global_step)
+        budget = bind_to_lightning(ValidationBudget, ROOT)(most=3)
+        given = {"callbacks": [budget], "val_check_interval": 1.0}
+        fit(tmp_path, size, accumulate, most, start=3, count=48, module=module, **given)
+        return steps
+
+    assert validated(8, 2) == validated(8, 2, most=4) == validated(4, 4) == [1, 2, 3, 4, 5, 6]
 
 
 def test_an_odd_batch_keeps_its_rows(tmp_path):
