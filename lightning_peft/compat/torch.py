@@ -164,7 +164,7 @@ def is_traced(module: nn.Module) -> bool:
 
 def persistent_buffers(module: nn.Module) -> list[str]:
     """Returns the names of a module's own buffers that are in its state dict."""
-    # Not from `_buffers`: that of a ScriptModule is no mapping that can be iterated.
+    # Not from `_buffers`: that of a ScriptModule cannot be iterated.
     named = module.named_buffers(recurse=False, remove_duplicate=False)
     return [name for name, _ in named if name not in module._non_persistent_buffers_set]
 

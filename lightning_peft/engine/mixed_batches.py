@@ -39,7 +39,7 @@ def mixed_adapters(module: nn.Module, adapter_names: Sequence[str]) -> Iterator[
     Raises:
         ConfigError: If a name is unknown.
         LifecycleError: If the module has no adapters, or merged ones.
-        UnsupportedError: If adapters are on layers that are no linear layers, convolutions or
+        UnsupportedError: If adapters are on layers other than linear layers, convolutions or
             embeddings, or in PEFT's wrappers; or if weights were trained in full, which all rows
             share. Within the body: if a layer gets another number of rows, its weight is read, or
             its output would be computed again by a backward pass outside of the body.
@@ -94,7 +94,7 @@ def _owner(layer: Any) -> AdapterLayer:
 
 def _check(module: nn.Module, layers: Mapping[str, Any], names: list[str]) -> None:
     problems = [
-        f"{name} ({type(layer).__name__}): its input is no batch of rows, or PEFT wraps it"
+        f"{name} ({type(layer).__name__}): its input is not a batch of rows, or PEFT wraps it"
         for name, layer in layers.items()
         if not isinstance(layer, (AdapterLayer, TiedRows)) or not isinstance(layer, ADAPTABLE)
     ]

@@ -77,9 +77,7 @@ def import_checkpoint(
         ConfigError: If the class or its arguments are wrong, or ``output`` is there already.
     """
     if output.exists() or adapter_folder(output).exists():
-        raise ConfigError(
-            f"The output {str(output)!r} is there already. Remove it, or name another."
-        )
+        raise ConfigError(f"The output '{output}' is there already. Remove it, or name another.")
     cls, root = _class_of(class_path)
     folder = source / "adapter_config.json"
     checkpoint = {"state_dict": {}} if folder.is_file() else _read(source)
@@ -93,7 +91,7 @@ def import_checkpoint(
         start = f"{adapt}." if adapt else ""
         loaded = engine.load_foreign_state(
             module,
-            {f"{start}{key}": value for key, value in checkpoint["state_dict"].items()},
+            {start + key: value for key, value in checkpoint["state_dict"].items()},
             lora_alpha=lora_alpha,
             use_rslora=use_rslora,
             hyperparameters=checkpoint.get(MODULE_KEY) or {},

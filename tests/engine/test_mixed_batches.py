@@ -1,4 +1,4 @@
-"""Batches whose rows have different adapters, beside PEFT's ``adapter_names``."""
+"""Batches whose rows have different adapters, compared with PEFT's ``adapter_names``."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_what_all_rows_share_is_refused() -> None:
         enter(model, ["default", "__base__"])
     attention = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "head": nn.Linear(8, 2)})
     lightning_peft.inject(attention, r=2, target_modules=["attn"])
-    with refused(attention, UnsupportedError, r"attn \(.*its input is no batch of rows"):
+    with refused(attention, UnsupportedError, r"attn \(.*its input is not a batch of rows"):
         enter(attention, ["default", "__base__"])
 
 
