@@ -8,8 +8,10 @@ from typing import Any
 from gradio_app.chat.sessions import ChatSessions
 from gradio_app.errors import UserError
 from gradio_app.experiments.summaries import Summaries
+from gradio_app.experiments.sweeps import SweepRequest, prepare_sweep
 from gradio_app.export.manager import ExportManager
 from gradio_app.recipe.command_worker import CommandWorker
+from gradio_app.recipe.yaml_text import dump_yaml
 from gradio_app.runs import hf_jobs, zero_gpu
 from gradio_app.runs.local import LocalExecutor
 from gradio_app.runs.metadata import LOCAL
@@ -77,6 +79,22 @@ class Studio:
             self.store.erase(owner, run.id)
             raise
         return run
+
+    def start_sweep(
+        self, owner: str, content: dict[str, Any], name: str, request: SweepRequest
+    ) -> Run:
+        """Queues a sweep of a checked recipe; every value is checked before.
+
+        Raises UserError if something is wrong, or it cannot wait; then it is not kept.
+        """
+        name = self.store.distinct_name(owner, name)
+        run = self.store.create(owner, dump_yaml(content), name)
+        try:
+            prepare_sweep(run, content, request, self.worker, self.settings)
+            return self.queue.add(self.store.update_metadata(run, command="sweep"))
+        except UserError:
+            self.store.erase(owner, run.id)
+            raise
 
     def close(self) -> None:
         """Ends what the server has started for itself. Runs go on without it."""

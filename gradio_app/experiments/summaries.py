@@ -73,7 +73,7 @@ class Summaries:
     def of(self, run: Run) -> Summary:
         """Returns the summary of a run as it is now."""
         folder = run.folder
-        files = (folder.recipe, folder.provenance, folder.result, folder.metrics)
+        files = (folder.recipe, folder.provenance, folder.result, folder.metrics, folder.trials)
         stamp = (run.status.updated, run.status.started, *map(_stamp, files))
         known = self._known.get(run.id)
         if known is None or known[0] != stamp:

@@ -210,7 +210,7 @@ def _row(run: Run, found: Summary, t: Texts) -> dict[str, Any]:
         "state": state_badge(run, t),
         "model": [model, found.data],
         "method": [
-            found.method,
+            ", ".join(filter(None, [t("run.sweep") if run.is_sweep else "", found.method])),
             t(f"new.task_{found.task}") if t.has(f"new.task_{found.task}") else found.task,
             ", ".join(
                 f"{t(f'fields.{BY_PATH[path].key}')} {t.localized(value)}"

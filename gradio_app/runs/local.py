@@ -62,7 +62,12 @@ class LocalExecutor(Executor):
         folder = run.folder.path
         run.folder.control.unlink(missing_ok=True)
         with (folder / START_LOG).open("wb") as log:
-            self.launch(folder, self.argv(run), self.settings.data_root or folder, stdout=log)
+            self.launch(folder, self.argv(run), self.directory(self.settings, folder), stdout=log)
+
+    @staticmethod
+    def directory(settings: Settings, folder: Path) -> Path:
+        """Returns the working directory of a run's process."""
+        return settings.data_root or folder
 
     def launch(
         self,
@@ -91,6 +96,9 @@ class LocalExecutor(Executor):
         """Returns the arguments of the command line."""
         folder = run.folder.path
         words = [run.metadata.command]
+        if run.is_sweep:
+            # It was prepared before; what is left is trained.
+            return [*words, f"--resume={folder}"]
         if run.metadata.resume:
             words += [f"--resume={folder}"]
         else:
@@ -105,8 +113,9 @@ class LocalExecutor(Executor):
     def stop(self, run: Run) -> None:
         """Requests that a run finish its step, save and end; before its first step, that it end."""
         run.folder.write(run.folder.control, {"stop": True})
-        if run.status.state == "preparing":
-            # It does not read `control.json` yet; if it has just begun to, this means the same.
+        if run.is_sweep or run.status.state == "preparing":
+            # The trial of a sweep is saved as after Ctrl-C. A run that is being prepared does not
+            # read `control.json` yet; if it has just begun to, this means the same.
             self._signal(run.folder, signal.SIGTERM)
 
     def save(self, run: Run) -> None:

@@ -28,6 +28,10 @@ class Outcome:
 def outcome_of(run: Run, metrics: Metrics) -> Outcome:
     """Returns the outcome of a run, so far if it is active."""
     result = read_json_object(run.folder.result)
+    if run.is_sweep:
+        table = read_json_object(run.folder.trials)
+        best = object_below(table, "best")
+        result = {"after": {table.get("metric"): best.get(str(table.get("metric")))}}
     before, after = (_numbers(object_below(result, part)) for part in ("before", "after"))
     if not after:
         validated = {

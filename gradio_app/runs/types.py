@@ -44,6 +44,7 @@ class Run:
     created = property(lambda self: self.metadata.created or self.status.started)
     active = property(lambda self: self.status.state in ACTIVE)
     waiting = property(lambda self: self.metadata.waiting is not None)
+    is_sweep = property(lambda self: self.metadata.command == "sweep")
 
     @property
     def recipe_text(self) -> str:
@@ -56,8 +57,10 @@ class Run:
 
     @property
     def can_resume(self) -> bool:
-        """Whether it can be resumed from a checkpoint."""
+        """Whether it can be resumed from a checkpoint; a sweep, with the trials that are left."""
         resting = self.status.state in ("stopped", "failed", "crashed")
+        if self.is_sweep:
+            return resting and self.folder.sweep.is_file()
         return resting and self.status.kind == "fit" and self.folder.newest_checkpoint() is not None
 
     @property

@@ -48,8 +48,8 @@ def main(arguments: Sequence[str]) -> int:
         from lightning_peft.sweeps.sweep import Sweep
 
         if args.resume is not None:
-            others = (args.sampler, args.trials, args.pruner, args.seed, args.runs)
-            _refuse_others([recipe, *args.set, *others, *words])
+            others = (args.sampler, args.trials, args.pruner, args.seed, args.runs, args.folder)
+            _refuse_others([recipe, *args.set, *others, args.prepare or None, *words])
             sweep = Sweep(args.resume)
         elif recipe is None:
             raise ConfigError("Name a recipe first: lightning-peft sweep sft-qlora --set r=8,16")
@@ -64,9 +64,9 @@ def main(arguments: Sequence[str]) -> int:
                     args.pruner or "none",
                     args.seed or 0,
                 )
-                sweep = Sweep.create(args.runs or Path("runs"), settings)
+                sweep = Sweep.create(args.runs or Path("runs"), settings, args.folder)
         print(f"sweep {sweep.folder}", file=sys.stderr)
-        done = _run(sweep)
+        done = True if args.prepare else _run(sweep)
     _show(sweep, args.json)
     if not done:
         return 130
@@ -87,6 +87,8 @@ def _parser() -> OptionParser:
     )
     add("--seed", type=int, help="of the sampler; default: 0")
     add("--runs", type=Path, metavar="FOLDER", help="default: runs")
+    add("--folder", type=Path, help="of the sweep, and next to it of its trials; default: new")
+    add("--prepare", action="store_true", help="check and write the folder; --resume trains")
     add("--resume", type=Path, metavar="FOLDER", help="go on with the sweep in this folder")
     return parser
 
@@ -110,15 +112,15 @@ def _run(sweep: Sweep) -> bool:
 
 
 def _show(sweep: Sweep, as_json: bool) -> None:
-    settings, rows, best = sweep.settings, sweep.rows(), sweep.best()
+    table = sweep.table()
+    rows, best = table["trials"], table["best"]
     if as_json:
-        facts = {"sweep": str(sweep.folder), "metric": settings.metric, "mode": settings.mode}
-        print_json({**facts, "best": best, "trials": rows})
+        print_json(table)
         return
     if not rows:
         return
     caption = f"best: trial {best['trial']}, {best['run']}" if best else "no trial was finished"
-    print_table([_cells(row, settings.metric) for row in rows], caption)
+    print_table([_cells(row, table["metric"]) for row in rows], caption)
 
 
 def _cells(row: dict[str, Any], metric: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ import logging
 import re
 import secrets
 import time
+import traceback
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,9 @@ class RunFolder:
     result = property(lambda self: self.path / "result.json")
     checkpoints = property(lambda self: self.path / "checkpoints")
     evaluations = property(lambda self: self.path / "evaluations")
+    # Of a sweep: what is tried, and the table of its trials.
+    sweep = property(lambda self: self.path / "sweep.json")
+    trials = property(lambda self: self.path / "trials.json")
 
     @classmethod
     def create(cls, root: Path, name: str) -> RunFolder:
@@ -87,6 +91,12 @@ class RunFolder:
     def write(self, path: Path, content: Any) -> None:
         """Writes one of the JSON files as a whole."""
         write_json(path, content)
+
+    def write_error(self, error: BaseException) -> None:
+        """Writes down what ended the run."""
+        trace = traceback.format_exception(error)
+        content = {"error": type(error).__name__, "message": str(error), "traceback": trace}
+        self.write(self.error, content)
 
     def rows(self, path: Path) -> Iterator[dict[str, Any]]:
         """Yields the rows of one of the JSONL files, without a last line that is not whole."""
@@ -183,6 +193,6 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def runs_in(root: Path) -> list[RunFolder]:
-    """Returns the runs below ``root``, the newest first."""
-    runs = [path for path in root.iterdir() if (path / "status.json").is_file()]
-    return [RunFolder(path) for path in sorted(runs, reverse=True)]
+    """Returns the runs below ``root``, the newest first; sweeps are none."""
+    folders = [RunFolder(path) for path in sorted(root.iterdir(), reverse=True)]
+    return [one for one in folders if one.status_file.is_file() and not one.sweep.is_file()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import traceback
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -87,11 +86,8 @@ class RunRecord:
         if isinstance(exception, KeyboardInterrupt):
             self._ended("stopped", "stopped at once")
         elif self.status is not None:
-            name = type(exception).__name__
-            trace = traceback.format_exception(exception)
-            content = {"error": name, "message": str(exception), "traceback": trace}
-            self.folder.write(self.folder.error, content)
-            self._ended("failed", f"failed: {name}")
+            self.folder.write_error(exception)
+            self._ended("failed", f"failed: {type(exception).__name__}")
 
     def _ended(self, state: str, phase: str, **more: Any) -> None:
         self.update_status(state=state, phase=phase, part=None, eta_seconds=None, **more)

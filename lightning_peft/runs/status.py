@@ -29,9 +29,9 @@ class Status:
     Attributes:
         state: As it was written; ``"crashed"`` is never written, but found out when it is read.
         phase: What is being done, in words.
-        kind: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
-        step: Optimizer steps done.
-        total_steps: Optimizer steps in all, where that is known.
+        kind: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``; ``"sweep"`` of a sweep.
+        step: Optimizer steps done; of a sweep, trials.
+        total_steps: Optimizer steps, or trials, in all, where that is known.
         epoch: Number of the epoch, from 0.
         steps_per_second: Over the last steps since the run was started or resumed.
         eta_seconds: What was left at that pace, validations included, at ``eta_at``.
@@ -103,7 +103,8 @@ def _earlier_status(path: Path, kind: str) -> Status:
         status = read_status(path)
     except (ValueError, TypeError, AttributeError, OSError):
         status = None
-    return status if status is not None and status.kind == kind == "fit" else Status()
+    resumable = status is not None and status.kind == kind and kind in ("fit", "sweep")
+    return status if status is not None and resumable else Status()
 
 
 def is_alive(status: Status) -> bool:

@@ -27,13 +27,15 @@ from lightning_peft.plugin.lightning_cli import run_subcommand
 from lightning_peft.plugin.plan_callback import is_out_of_memory
 from lightning_peft.runs.folder import RunFolder
 from lightning_peft.runs.machine import reset_peak_memory
+from lightning_peft.sweeps.record import Report, recorded
 from lightning_peft.sweeps.settings import SweepSettings, import_optuna
 from lightning_peft.sweeps.trial import TrialSession
 from lightning_peft.sweeps.values import grid_of
 from lightning_peft.tasks.validation_budget import NAME as VALIDATION
 
-_SETTINGS, _JOURNAL = "sweep.json", "journal.log"
+_JOURNAL = "journal.log"
 _CONFIG = "--config="
+_STATES = {"COMPLETE": "finished", "FAIL": "failed", "PRUNED": "pruned", "RUNNING": "running"}
 # Values that do not fit the recipe; where no trial was trained yet, the recipe itself.
 _REFUSALS = (ConfigError, TargetModulesError, UnsupportedError)
 
@@ -52,7 +54,7 @@ class Sweep:
         optuna = import_optuna()
         self.folder = folder
         try:
-            content = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+            content = json.loads(RunFolder(folder).sweep.read_text(encoding="utf-8"))
             content["words"] = [
                 f"{_CONFIG}{folder / word.removeprefix(_CONFIG)}"
                 if word.startswith(_CONFIG)
@@ -62,9 +64,10 @@ class Sweep:
             self.settings = SweepSettings(**content)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ConfigError(
-                f"{str(folder)!r} is not the folder of a sweep: {_SETTINGS} cannot be read "
+                f"{str(folder)!r} is not the folder of a sweep: sweep.json cannot be read "
                 f"({first_line(error)}). Name the folder that the sweep printed when it began."
             ) from error
+        self._report: Report
         self._distributions = {
             key: values.distribution() for key, values in self.settings.values.items()
         }
@@ -79,22 +82,32 @@ class Sweep:
         )
 
     @classmethod
-    def create(cls, root: Path, settings: SweepSettings) -> Sweep:
+    def create(cls, root: Path, settings: SweepSettings, folder: Path | None = None) -> Sweep:
         """Makes the folder of a new sweep below ``root``, with copies of its configs.
 
+        Args:
+            root: The folder of all runs.
+            settings: What is tried.
+            folder: Which folder it is to be, in the place of a new one.
+
         Raises:
-            ConfigError: If nothing can be written there.
+            ConfigError: If nothing can be written there, or a sweep is there.
         """
-        folder = RunFolder.create(root, f"sweep {settings.name}")
-        folder.checkpoints.rmdir()
+        made = RunFolder.at(folder) if folder else RunFolder.create(root, f"sweep {settings.name}")
+        if made.sweep.exists():
+            raise ConfigError(
+                f"{str(folder)!r} is the folder of a sweep. Name another one, or go on with that "
+                "sweep by --resume."
+            )
+        made.checkpoints.rmdir()
         words = []
         for word in settings.words:
             if word.startswith(_CONFIG):
-                file = Path(shutil.copy(word.removeprefix(_CONFIG), folder.path))
+                file = Path(shutil.copy(word.removeprefix(_CONFIG), made.path))
                 word = f"{_CONFIG}{file.name}"
             words.append(word)
-        folder.write(folder.path / _SETTINGS, {**asdict(settings), "words": words})
-        return cls(folder.path)
+        made.write(made.sweep, {**asdict(settings), "words": words})
+        return cls(made.path)
 
     def run(self, show: Callable[[str], None]) -> bool:
         """Trains the trials that are left, one after the other.
@@ -118,10 +131,17 @@ class Sweep:
                 f"The sweep was begun in {str(begun)!r}, and its recipe may name files from there: "
                 f"from {str(Path.cwd())!r} they would not be found. Go there first: cd {begun}"
             )
-        with RunFolder(self.folder).claimed(), engine.quantized_bases_kept():
+        folder = RunFolder(self.folder)
+        with (
+            folder.claimed(),
+            engine.quantized_bases_kept(),
+            recorded(folder, self.settings.trials) as self._report,
+        ):
             while len(done := self._done()) < self.settings.trials:
                 if not self._trial(done, show):
+                    self._report(self.table(running=True), len(done), "stopped and saved")
                     return False
+            self._report(self.table(), len(done), "finished")
         return True
 
     def _ask(self, done: Sequence[Any]) -> Any:
@@ -169,6 +189,7 @@ class Sweep:
             return True
         show(place)
         folder = self._folder(trial, values)
+        self._report(self.table(running=True), len(done), "trial")
         try:
             session, value = self._train(trial, folder, done)
         except Exception as error:
@@ -237,10 +258,30 @@ class Sweep:
             for (key, value), name in zip(values.items(), names, strict=True)
         }
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Returns a row for each trial that came to an end, in order."""
+    def table(self, running: bool = False) -> dict[str, Any]:
+        """Returns the sweep as JSON: how trials are judged, the best one, and all of them.
+
+        Args:
+            running: Whether the trial that is being trained is one of them.
+        """
+        settings = self.settings
+        return {
+            "sweep": str(self.folder),
+            "metric": settings.metric,
+            "mode": settings.mode,
+            "best": self.best(),
+            "trials": self.rows(running),
+        }
+
+    def rows(self, running: bool = False) -> list[dict[str, Any]]:
+        """Returns a row for each trial that came to an end, in order; with the one that runs."""
+        trials = self._done()
+        if running:
+            state = import_optuna().trial.TrialState.RUNNING
+            begun = self._study.get_trials(deepcopy=False, states=(state,))
+            trials += [one for one in begun if "run" in one.user_attrs]
         by_run: dict[str, Any] = {}
-        for one in self._done():
+        for one in trials:
             by_run.setdefault(one.user_attrs["run"], one)
         return [self._row(number, one) for number, one in enumerate(by_run.values(), 1)]
 
@@ -251,7 +292,7 @@ class Sweep:
         ended = trial.value is not None
         return {
             "trial": number,
-            "state": {"COMPLETE": "finished", "FAIL": "failed"}.get(trial.state.name, "pruned"),
+            "state": _STATES[trial.state.name],
             "values": self._short(values),
             self.settings.metric: trial.value if ended else None,
             "steps": result.get("steps"),

@@ -1,7 +1,9 @@
 """A command line that trains nothing, but writes the folder of a run as the real one does.
 
 ``fit --config=FILE --run_dir=FOLDER`` and ``fit --resume=FOLDER``, with the files, signals and exit
-codes of ``lightning-peft fit`` (docs/runs.md). The recipe chooses what happens, below ``fake``:
+codes of ``lightning-peft fit`` (docs/runs.md); ``sweep --resume=FOLDER`` writes a grid's trials, of
+which the first time two are done, and then the others. The recipe chooses what happens, below
+``fake``:
 
     fake: {steps: 20, seconds: 0.05, validate_every: 10, alert: overfitting, fail_at: 5,
            error: "...", message: "...", die_at: 7, refuse: "...", start_seconds: 0, log: "..."}
@@ -10,6 +12,7 @@ codes of ``lightning-peft fit`` (docs/runs.md). The recipe chooses what happens,
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -25,6 +28,7 @@ from lightning_peft.runs.alerts import Alert
 from lightning_peft.runs.folder import RunFolder
 from lightning_peft.runs.log import logged_to
 from lightning_peft.runs.status import StatusFile
+from lightning_peft.sweeps.record import recorded
 
 QUESTION = "What colour is the sky?"
 
@@ -179,8 +183,38 @@ def result(steps: int, loss: float) -> dict[str, Any]:
     }
 
 
+def sweep(folder: RunFolder) -> int:
+    sets = json.loads(folder.sweep.read_text())["sets"]
+    grid = list(itertools.product(*(text.split(",") for text in sets.values())))
+    names = [key.rpartition(".")[2] for key in sets]
+    before = 2 if folder.trials.exists() else 0
+    done = len(grid) if before else 2
+    rows = [
+        {
+            "trial": number,
+            "state": "finished",
+            "values": dict(zip(names, map(float, values), strict=True)),
+            "val_loss": 1.0 / number,
+            "steps": 4,
+            "seconds": 2.0,
+            "run": f"trial-{number}",
+        }
+        for number, values in enumerate(grid[:done], 1)
+    ]
+    with recorded(folder, len(grid)) as report:
+        table = {"metric": "val_loss", "mode": "min", "best": rows[-1], "trials": rows}
+        report(table, done, "trial")
+        # Until it is stopped.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        while done < len(grid):
+            time.sleep(0.1)
+    return 0
+
+
 def main(words: list[str]) -> int:
     options = dict(word.removeprefix("--").split("=", 1) for word in words[1:])
+    if words[0] == "sweep":
+        return sweep(RunFolder(Path(options["resume"])))
     if "resume" in options:
         folder = RunFolder(Path(options["resume"]))
         newest = folder.newest_checkpoint()

@@ -16,6 +16,7 @@ from gradio_app.guards import shortened
 from gradio_app.pages import hub_job
 from gradio_app.pages.components import field, html, on_event
 from gradio_app.pages.error_reporting import localized_message
+from gradio_app.pages.new import sweep
 from gradio_app.pages.new.data_check import require_report, unavailable_model
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.pages.new.starting_point import validate_pasted
@@ -73,6 +74,8 @@ def build(editor: Editor) -> None:
         handler = _start_handler(editor, steps)
         on_event(t, button.click, handler, [editor.session, name], [gone, *buttons])
     editor.after_change(_refresh_handler(editor), [], [overview, facts, text, forms, *buttons])
+    if not editor.studio.settings.space:
+        sweep.build(editor, name, gone, startable)
     hub_job.build(editor.studio, t, text, name, gone)
     url = t.url("run", run="")
     gone.change(None, gone, None, js=_OPEN_RUN.replace("{url}", url))
@@ -182,7 +185,8 @@ def _start_handler(editor: Editor, steps: int | None) -> Any:
         session.starting = True
         try:
             yield [gr.skip(), *_buttons(editor.t, starting=True)]
-            run = _start_run(editor, session, name, steps)
+            content, title = startable(editor, session, name, steps)
+            run = editor.studio.start(session.owner, dump_yaml(content), title).id
         except Exception:
             session.starting = False
             yield [gr.skip(), *_buttons(editor.t)]
@@ -202,8 +206,13 @@ def _buttons(t: Texts, starting: bool = False, blocked: bool = False) -> list[An
     return [gr.update(value=label, interactive=free), gr.update(interactive=free), said]
 
 
-def _start_run(editor: Editor, session: Session, name: Any, steps: int | None) -> str:
-    """Checks all and starts the run; returns its id. Raises UserError if it cannot be started."""
+def startable(
+    editor: Editor, session: Session, name: Any, steps: int | None = None
+) -> tuple[dict[str, Any], str]:
+    """Returns the recipe that is started, with all checked, and what it is called.
+
+    Raises UserError if it cannot be started.
+    """
     content = runnable_recipe(editor, session)
     if steps is not None:
         content = limit_steps(content, steps)
@@ -213,8 +222,7 @@ def _start_run(editor: Editor, session: Session, name: Any, steps: int | None) -
     problem = parser_error(content, editor.studio.worker)
     if problem:
         raise UserError("new.blocked_recipe", reason=shortened(problem, 400))
-    title = str(name or "").strip() or _default_title(content)
-    return editor.studio.start(session.owner, dump_yaml(content), title).id
+    return content, str(name or "").strip() or _default_title(content)
 
 
 def _data_error(report: DataReport) -> UserError:

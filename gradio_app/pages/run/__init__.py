@@ -10,6 +10,7 @@ from gradio_app.pages.run.actions import Actions
 from gradio_app.pages.run.head import Head
 from gradio_app.pages.run.live import Live
 from gradio_app.pages.run.recipe import RecipeTab
+from gradio_app.pages.run.sweep import SweepSection
 from gradio_app.pages.run.view import RunView
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
@@ -23,6 +24,7 @@ def build(studio: Studio, t: Texts) -> None:
     view.add(Head(studio, t))
     actions = Actions(studio, t)
     view.add(actions)
+    view.add(SweepSection(studio, t))
     with gr.Tabs(elem_id="run-tabs", visible=False, overflow_behavior="wrap") as tabs:
         with gr.Tab(t("run.tab_live"), id="live", elem_id="tab-live"):
             view.add(Live(t))

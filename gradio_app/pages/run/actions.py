@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from gradio_app.pages.components import Update, field, markup, on_event
+from gradio_app.pages.run.sweep import compared_runs
 from gradio_app.pages.run.view import CurveOptions, RunView, requested_run_id
 from gradio_app.pages.templating import message, render
 from gradio_app.runs.formatting import format_bytes
@@ -28,7 +29,8 @@ def available_actions(run: Run) -> set[str]:
         return {"leave"}
     if run.active:
         asked = run.metadata.stop_asked is not None or run.status.state == "stopping"
-        steps = {"save_now"} if run.status.state == "running" and not asked else set()
+        saves = run.status.state == "running" and not asked and not run.is_sweep
+        steps = {"save_now"} if saves else set()
         return {"stop_now"} | (set() if asked else {"stop"}) | steps
     found = {"delete"}
     if run.status.state == "queued" or not (run.status.step or run.can_resume):
@@ -38,7 +40,8 @@ def available_actions(run: Run) -> set[str]:
         found.add("mark")
     if run.can_resume:
         found.add("resume")
-    if run.status.state == "finished" or (run.checkpoints() and not run.can_resume):
+    trained = run.status.state == "finished" or (run.checkpoints() and not run.can_resume)
+    if trained and not run.is_sweep:
         found.add("try_it")
     return found
 
@@ -99,12 +102,13 @@ class Actions:
                 "run.links",
                 t,
                 duplicate=t.url("new", **{"from": run.id}) + "#method",
-                compare=t.url("compare", runs=run.id),
+                compare=t.url("compare", runs=compared_runs(run)),
                 # Where there is no other next step, it is this one.
                 primary=not names & _PRIMARY,
             )
             if "resume" in names:
-                label = t("run.resume_from", step=run.checkpoint_step)
+                from_step = t("run.resume_from", step=run.checkpoint_step)
+                label = t("run.resume") if run.is_sweep else from_step
                 shown[BUTTONS.index("resume")] = (gr.Button(label, visible=True), label)
             if "delete" in names:
                 size = format_bytes(run.bytes, t)

@@ -7,6 +7,7 @@ from typing import Any
 
 from gradio_app.guards import escaped
 from gradio_app.pages.components import Update, markup
+from gradio_app.pages.run.sweep import best_trial
 from gradio_app.pages.run.view import CurveOptions
 from gradio_app.pages.run_state import (
     percent_done,
@@ -56,6 +57,8 @@ class Head:
             words = t("run.place", place=place or 1, all=len(self.studio.queue.order()))
         elif status.state == "queued":
             words = t("run.not_started")
+        elif run.is_sweep and not run.active:
+            words = best_trial(run, t) or phase_text(run, t)
         elif status.state in ("stopped", "crashed", "failed") and status.step:
             immediately = status.phase == "stopped at once"
             name = "stopped_at_once" if immediately else f"{status.state}_at"
@@ -75,7 +78,10 @@ class Head:
     def _progress(self, run: Run) -> str:
         t, status, done = self.t, run.status, percent_done(run)
         facts = []
-        if status.total_steps and done is not None:
+        if run.is_sweep:
+            if status.total_steps:
+                facts.append(t("run.trials_done", n=status.step, of=status.total_steps))
+        elif status.total_steps and done is not None:
             facts.append(t("run.step_of", step=status.step, total=status.total_steps))
         elif status.step:
             facts.append(t("run.step", step=status.step))

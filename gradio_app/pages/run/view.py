@@ -106,7 +106,9 @@ class RunView:
         text = (
             "" if there else render("run.notice", self.t, name=notice if run_id else "none_chosen")
         )
-        items: list[Update] = [self._clock(run), text, (gr.Tabs(visible=there), there)]
+        # A sweep trains in runs of their own.
+        tabs = run is not None and not run.is_sweep
+        items: list[Update] = [self._clock(run), text, (gr.Tabs(visible=tabs), tabs)]
         for part in self._parts:
             items += part.updates(run, options)
         known, values = changed_updates(items, seen)
