@@ -98,8 +98,12 @@ def plot(
     empty: str,
     log_y: bool = False,
     whole_x: bool = True,
+    from_zero: bool = False,
 ) -> str:
-    """Returns the HTML of a plot; its curves lack what has no logarithm where y is logarithmic."""
+    """Returns the HTML of a plot; its curves lack what has no logarithm where y is logarithmic.
+
+    With ``from_zero``, the axis of y begins at 0.
+    """
     drawn = [
         Series(one.name, one.color, [(x, y) for x, y in one.points if y > 0 or not log_y])
         for one in series
@@ -108,7 +112,7 @@ def plot(
     if not drawn:
         return message("plot empty", empty, t, role="")
     xs = [x for one in drawn for x, _ in one.points]
-    ys = [y for one in drawn for _, y in one.points]
+    ys = [y for one in drawn for _, y in one.points] + [0.0] * from_zero
     across, up = linear(xs, whole_x), logarithmic(ys) if log_y else linear(ys)
     return render(
         "plot.plot",

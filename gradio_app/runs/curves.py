@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean, variance
 from typing import TypeVar
 
-Points = list[tuple[int, float]]
+Points = list[tuple[float, float]]
 Item = TypeVar("Item")
 # More make a browser slow, and no screen shows them.
 MAX_POINTS = 500

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 LINE_PREFIX = "@run-file "
-JSONL_FILES = ("metrics.jsonl", "events.jsonl", "samples.jsonl")
+JSONL_FILES = ("metrics.jsonl", "load.jsonl", "events.jsonl", "samples.jsonl")
 JSON_FILES = ("status.json", "provenance.json", "result.json", "error.json")
 INTERVAL_SECONDS = 2.0
 COMMAND = [sys.executable, "-m", "lightning_peft.cli"]

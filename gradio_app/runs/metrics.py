@@ -12,22 +12,22 @@ from gradio_app.runs.files import number, parse_row
 
 # Of longer curves, half of the points go: those between the extremes.
 MAX_POINTS = 4_000
-_NOT_METRICS = frozenset({"step", "epoch", "time"})
+_NOT_METRICS = frozenset({"step", "epoch", "time", "seconds"})
 
 
 class Metrics:
     """The numbers of one run so far: points ``(step, value)`` of each metric, steps rising.
 
-    Values may not be finite.
+    Values may not be finite. ``load.jsonl`` has seconds in the place of steps.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, step: str = "step") -> None:
+        self.file, self.key = file, step
         self.curves: dict[str, Points] = {}
         self.latest: dict[str, float] = {}
         self._offset = 0
         self._inode = 0
-        self._step = -1
+        self._step: float = -1
         self._lock = threading.Lock()
 
     def refresh(self) -> Metrics:
@@ -54,11 +54,11 @@ class Metrics:
         self._offset += len(whole)
         for line in whole.splitlines():
             row = parse_row(line)
-            step = row.get("step") if row is not None else None
-            if row is not None and isinstance(step, int):
+            step = row.get(self.key) if row is not None else None
+            if row is not None and isinstance(step, (int, float)):
                 self._add(step, row)
 
-    def _add(self, step: int, row: dict[str, Any]) -> None:
+    def _add(self, step: float, row: dict[str, Any]) -> None:
         if step < self._step:
             # It went on from a checkpoint: what came after that is of a run that was given up.
             for name, points in self.curves.items():
@@ -90,6 +90,11 @@ class Metrics:
 def metrics_of(file: Path) -> Metrics:
     """Returns the numbers in a ``metrics.jsonl`` as they are now."""
     return _metrics(file).refresh()
+
+
+def load_of(file: Path) -> Metrics:
+    """Returns the numbers in a ``load.jsonl`` as they are now, by seconds."""
+    return _metrics(file, "seconds").refresh()
 
 
 # Runs that somebody looks at, or has just looked at.

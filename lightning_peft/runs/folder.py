@@ -37,6 +37,7 @@ class RunFolder:
     recipe = property(lambda self: self.path / "recipe.yaml")
     status_file = property(lambda self: self.path / "status.json")
     metrics = property(lambda self: self.path / "metrics.jsonl")
+    load = property(lambda self: self.path / "load.jsonl")
     events = property(lambda self: self.path / "events.jsonl")
     samples = property(lambda self: self.path / "samples.jsonl")
     prompts = property(lambda self: self.path / "prompts.json")

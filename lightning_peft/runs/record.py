@@ -12,6 +12,7 @@ import torch
 
 from lightning_peft import engine
 from lightning_peft.runs.folder import RunFolder
+from lightning_peft.runs.load import LoadLog
 from lightning_peft.runs.machine import hardware, peak_memory, versions
 from lightning_peft.runs.provenance import text_digest
 from lightning_peft.runs.start_times import StartTimes
@@ -51,12 +52,17 @@ class RunRecord:
         self._updated = 0.0
         self._seen_step = -1
         self._peaks: dict[str, int] = {}
+        self._load: LoadLog | None = None
+        # The speed that was logged last.
+        self._rates: dict[str, float] = {}
 
     def open(self) -> None:
         """Begins the record: from here on the folder says that the run is alive."""
         if self.status is None:
             self._claim.enter_context(self.folder.claimed())
             self.status = StatusFile(self.folder.status_file, self.kind)
+            if self.kind == "fit":
+                self._load = LoadLog(self.folder, self._earlier_seconds, lambda: self._rates)
 
     def update_status(self, **changes: Any) -> None:
         """Changes fields of the status, on the process that keeps the record."""
@@ -130,6 +136,9 @@ class RunRecord:
 
     def close(self) -> None:
         """Ends the heartbeat."""
+        if self._load is not None:
+            self._load.close()
+            self._load = None
         if self.status is not None:
             self.status.close()
             self.status = None

@@ -176,9 +176,9 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
 
     def _log_training(self, trainer: Any) -> None:
         values = numbers(trainer.callback_metrics, of="train")
-        rates = {f"{name}_per_second": rate for name, rate in self.pace.rates().items()}
+        self._rates = {f"{name}_per_second": rate for name, rate in self.pace.rates().items()}
         memory = {f"peak_{name}": value for name, value in self._peak().items()}
-        self._log_metrics(trainer, {**values, **self._of_step, **rates, **memory})
+        self._log_metrics(trainer, {**values, **self._of_step, **self._rates, **memory})
         if "train_loss" in values:
             self._losses.append(values["train_loss"])
             self._alert(trainer, training_alert(self._losses))

@@ -90,6 +90,8 @@ class FakeRun:
             "peak_process_bytes": 991_117_312,
         }
         self.log(step, row)
+        load = {"seconds": 30.0 * step, "cpu_percent": 80.0, "process_bytes": 990_000_000}
+        self.folder.append(self.folder.load, {**load, "tokens_per_second": 2_100.0})
         print(f"step {step}", flush=True)
         left = (self.steps - step) * self.seconds
         self.status.update(step=step, steps_per_second=1 / self.seconds, eta_seconds=left)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 from types import SimpleNamespace
@@ -98,6 +99,11 @@ def test_curves_are_smoothed_and_in_a_table(site, store, visit):
     page.get_by_label("Strong").check()
     page.get_by_role("button", name="Table").click()
     page.get_by_role("row", name="10 1.245 1.295").wait_for()
+    page.get_by_role("button", name="Load", exact=True).click()
+    page.locator("#load-plots .plot-area").nth(2).wait_for()
+    drawn = page.locator("#load-plots .plot-area").all()
+    last = [json.loads(one.get_attribute("data-points"))[-1][1] for one in drawn]
+    assert last == ["Minutes 15: CPU 80", "Minutes 15: RAM 0.99", "Minutes 15: Tokens 2100"]
     page.get_by_role("tab", name="Recipe").click()
     page.locator("#recipe-text").get_by_text("validate_every").or_(
         page.locator("#recipe-text").get_by_text("steps: 30")

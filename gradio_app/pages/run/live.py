@@ -13,14 +13,21 @@ from gradio_app.pages.plot import Series, plot
 from gradio_app.pages.run import live_html
 from gradio_app.pages.run.evaluation_html import evaluation
 from gradio_app.pages.run.view import CurveOptions
+from gradio_app.pages.templating import render
 from gradio_app.runs.curves import Points, downsample, finite_points, smooth
 from gradio_app.runs.files import LOG_LINES, read_rows, remove_noise, tail
 from gradio_app.runs.health import HealthMonitor
 from gradio_app.runs.local import START_LOG
-from gradio_app.runs.metrics import Metrics, metrics_of
+from gradio_app.runs.metrics import Metrics, load_of, metrics_of
 from gradio_app.runs.types import Run
 from gradio_app.texts import Texts
 
+# Plots of the load: title, unit, and curves.
+_LOAD: tuple[tuple[str, float, tuple[str, ...]], ...] = (
+    ("busy", 1, ("cpu_percent", "cuda_percent")),
+    ("memory", 1e9, ("process_bytes", "cuda_bytes")),
+    ("speed", 1, ("tokens_per_second",)),
+)
 # Readable on white and on the dark ground; the series also have names.
 TRAINING, VALIDATION = "#6366f1", "#d97706"
 # The text of the log is set as text, so that nothing in it is taken for HTML, and the place that a
@@ -64,6 +71,8 @@ class Live:
             shown.append(markup())
         with gr.Accordion(t("run.rate"), open=False, elem_id="rate"):
             shown.append(markup(elem_id="rate-plot"))
+        with gr.Accordion(t("run.load"), open=False, elem_id="load"):
+            shown.append(markup(elem_id="load-plots"))
         return shown
 
     def _build_log(self) -> Any:
@@ -94,6 +103,7 @@ class Live:
             live_html.summary(metrics, t),
             live_html.curve_table(metrics, t),
             self._rate_plot(metrics),
+            self._load_plots(run),
             live_html.samples(list(read_rows(run.folder.samples)), held_out_prompts(run), t),
             evaluation(run, t),
             run.redactor.text(log) or t("run.log_empty"),
@@ -124,6 +134,24 @@ class Live:
             y_title=t("run.axis_rate"),
             empty=t("run.curves_empty"),
         )
+
+    def _load_plots(self, run: Run) -> str:
+        """Returns plots of processor, memory and speed over the time of the run."""
+        t, load = self.t, load_of(run.folder.load)
+        plots = []
+        for title, unit, names in _LOAD:
+            curves = [
+                _series(t(f"run.load_{name}"), color, _scaled(load.curve(name), unit))
+                for name, color in zip(names, (TRAINING, VALIDATION), strict=False)
+            ]
+            empty = t("run.load_empty")
+            titles = {"x_title": t("run.axis_minutes"), "y_title": t(f"run.load_{title}")}
+            plots.append(plot(curves, t, **titles, empty=empty, whole_x=False, from_zero=True))
+        return render("live.plots", t, plots=plots)
+
+
+def _scaled(points: Points, unit: float) -> Points:
+    return [(seconds / 60, value / unit) for seconds, value in points]
 
 
 def _series(name: str, color: str, points: Points) -> Series:
