@@ -176,6 +176,12 @@ def _counted(numbers: dict[str, Any]) -> list[str]:
         )
     if train["duplicates"]:
         lines.append(f"note      {train['duplicates']:,} duplicates are kept")
+    about = numbers["statistics"]
+    if near := about["near_duplicates"]:
+        rows = ", ".join(
+            f"{one['row']} as {one['like_row']}" for one in about["near_duplicate_rows"]
+        )
+        lines.append(f"note      {near:,} near duplicates, such as row {rows}")
     if numbers["shared_prompts"]:
         lines.append(
             f"note      {numbers['shared_prompts']:,} prompts are in two splits with other answers"

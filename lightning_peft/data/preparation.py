@@ -334,7 +334,7 @@ class _PreparationPass:
         assert sample is not None
         system = getattr(self.encoder, "system_prompt", None)
         self.prompt_collector.add(sample.with_system(system), split)
-        self.content.add(sample)
+        self.content.add(sample, row.file, row.number)
         prompt, place = sample.prompt_digest(), SPLITS.index(split)
         if prompt is not None and self.prompts.setdefault(prompt, place) != (place,):
             self.counts["shared_prompts"] += 1

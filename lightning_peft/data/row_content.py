@@ -1,4 +1,4 @@
-"""What rows contain, counted while they are prepared: roles, turns, writing, languages."""
+"""What rows contain, counted while they are prepared: roles, turns, writing, near duplicates."""
 
 from __future__ import annotations
 
@@ -10,26 +10,34 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from lightning_peft.data.first_rows import FirstSeen
 from lightning_peft.data.samples import Sample
 
 # Stored with the prepared rows.
 FILE = "content.json"
 # Characters of a row that decide on its writing.
 _WRITING_CHARACTERS = 300
+# Near duplicates that are named.
+_NEAR_SHOWN = 5
 _WRITING = {"CJK": "Han", "HIRAGANA": "Kana", "KATAKANA": "Kana"}
 
 
 class ContentCounter:
-    """Counts roles, turns, languages and writing systems of the rows that are used."""
+    """Counts roles, turns, languages, writing systems and near duplicates of rows that are used."""
 
     def __init__(self) -> None:
         self._roles: Counter[str] = Counter()
         self._turns: Counter[int] = Counter()
         self._writing: Counter[str] = Counter()
         self._languages: Counter[str] = Counter()
+        # File and row number.
+        self._near = FirstSeen("IQ")
+        self._files: dict[str, int] = {}
+        self._like: list[dict[str, Any]] = []
+        self._near_count = 0
 
-    def add(self, sample: Sample) -> None:
-        """Counts a row."""
+    def add(self, sample: Sample, file: str, row: int) -> None:
+        """Counts a row; exact duplicates that are kept are near ones, too."""
         if sample.messages:
             self._turns[len(sample.messages)] += 1
             self._roles.update(str(turn.get("role")) for turn in sample.messages)
@@ -37,11 +45,22 @@ class ContentCounter:
         writing = writing_system("".join(_texts(sample)))
         if writing:
             self._writing[writing] += 1
+        near, here = sample.near_digest(), (self._files.setdefault(file, len(self._files)), row)
+        if near is None or (first := self._near.setdefault(near, *here)) == here:
+            return
+        self._near_count += 1
+        if len(self._like) < _NEAR_SHOWN:
+            before = {"like_file": list(self._files)[first[0]], "like_row": first[1]}
+            self._like.append({"file": file, "row": row, **before})
 
     def write(self, folder: Path) -> None:
         """Writes what was counted to a folder."""
         turns = sum(self._turns.values())
-        content: dict[str, Any] = {"writing": dict(self._writing.most_common())}
+        content: dict[str, Any] = {
+            "writing": dict(self._writing.most_common()),
+            "near_duplicates": self._near_count,
+            "near_duplicate_rows": self._like,
+        }
         if self._languages:
             content["languages"] = dict(self._languages.most_common())
         if turns:

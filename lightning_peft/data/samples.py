@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lightning_peft.data.audio import Recording
-from lightning_peft.data.json_text import json_type
+from lightning_peft.data.json_text import json_type, texts_in
 
 Message = dict[str, Any]
 
@@ -19,6 +20,7 @@ DESIRABLE, UNDESIRABLE = "desirable", "undesirable"
 
 # In characters.
 _LONGEST_PATH = 500
+_SIGNS = re.compile(r"[\W_]+")
 # Keys of the origin of a turn, not of its content.
 METADATA_KEYS = {"id", "uuid", "date", "time", "timestamp", "created_at", "url"}
 
@@ -89,6 +91,18 @@ class Sample:
         content += [one for one in others if next(iter(one.values())) not in (None, [], {})]
         sound = self.audio and self.audio.digest()
         return _digest([*content, *filter(None, [self.translation, sound])])
+
+    def near_digest(self) -> bytes | None:
+        """Returns 16 bytes that rows share whose texts differ in case, spaces and signs alone.
+
+        ``None`` for rows without text, or whose images or recordings tell them apart.
+        """
+        if self.image is not None or self.images or self.audio is not None:
+            return None
+        turns = [turn.get("content") for turn in (*self.messages, *self.rejected)]
+        others = [self.text, self.text_pair, self.negatives, self.tokens, self.translation]
+        text = _SIGNS.sub("", " ".join(texts_in([*turns, *others])).casefold())
+        return _digest(text) if text else None
 
     def with_system(self, prompt: str | None) -> Sample:
         """Returns the same with ``prompt`` as system turn, where there are turns and none."""

@@ -59,6 +59,9 @@ def test_numbers_on_all_rows_are_shown_and_escaped():
             "tokens": 2050,
             "turns": {"conversations": 10, "least": 2, "most": 6, "roles": {"<user>": 30}},
             "writing": {"Latin": 9, "Han": 1},
+            "languages": {"de": 7, "pt_BR": 2, "qq": 1},
+            "near_duplicates": 2,
+            "near_duplicate_rows": [{"row": 8, "like_row": 3}, {"row": 9, "like_row": 3}],
             "label_counts": {"train": {"<b>": 6, "c": 2}, "validation": {"d": 2}},
             "longest_rows": [{"file": NAMES[0], "row": 7, "length": 40, "text": "<i>Once"}],
         },
@@ -71,6 +74,8 @@ def test_numbers_on_all_rows_are_shown_and_escaped():
         "2 bis 6",
         "&lt;user&gt; 30",
         "Latin 9, Han 1",
+        "Deutsch 7, Portugiesisch 2, qq 1",
+        "Zeile 8 wie 3, Zeile 9 wie 3",
     ):
         assert shown in made
     assert "1 Zeilen in beiden, 4 Prompts mit anderen Antworten" in made

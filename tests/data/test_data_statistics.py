@@ -81,6 +81,24 @@ def test_roles_turns_writing_and_rows_that_are_there_twice(data_of):
     assert sum(one["rows"] for one in kept) == 2
 
 
+def test_rows_whose_texts_differ_in_case_and_signs_are_near_duplicates(data_of):
+    rows = [
+        chat("What is 2 and 2?", "It is 4."),
+        chat("what is  2 and 2", "It is 4!"),
+        chat("What is 2 and 3?", "It is 5."),
+        chat("WHAT IS 2 AND 2?", "it is 4"),
+        chat("What is 2 and 3?", "It is 5."),
+        chat("?!", "..."),
+        chat("\u2026", "!"),
+    ]
+    data = data_of(rows, chat_template="plain", max_length=60, duplicates="keep")
+    found = preview(data, 0).numbers["statistics"]
+    # The row that is there twice is none of them, and neither are those without letters.
+    assert found["near_duplicates"] == 2
+    pairs = [(one["row"], one["like_row"]) for one in found["near_duplicate_rows"]]
+    assert pairs[:2] == [(2, 1), (4, 1)]
+
+
 _LONG = {"chosen": "a " * 60, "rejected": "b " * 50}
 
 

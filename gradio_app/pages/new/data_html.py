@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -154,7 +155,16 @@ def _content_facts(about: dict[str, Any], t: Texts) -> list[tuple[str, str, str]
         facts.append((t("data.fact_turns"), shown, _counts(turns["roles"], t)))
     for name in ("writing", "languages"):
         if found := about.get(name):
+            # ISO 639, also with a region: "de-AT".
+            keys = {one: f"languages.{re.split('[-_]', one)[0].lower()}" for one in found}
+            found = {t(key) if t.has(key) else one: found[one] for one, key in keys.items()}
             facts.append((t(f"data.fact_{name}"), t.number(len(found)), _counts(found, t)))
+    if near := about.get("near_duplicates"):
+        rows = [
+            t("data.near", row=one["row"], like=one["like_row"])
+            for one in about["near_duplicate_rows"]
+        ]
+        facts.append((t("data.fact_near"), t.number(near), ", ".join(rows)))
     twice = {name: about.get(name, 0) for name in ("in_two_splits", "shared_prompts")}
     if any(twice.values()):
         known = {name: t.number(count) for name, count in twice.items()}
