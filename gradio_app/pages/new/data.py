@@ -21,6 +21,7 @@ from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.pages.templating import message
 from gradio_app.recipe.content import MISSING, data_of, value_at, with_value
 from gradio_app.recipe.edits import base_recipe, with_data
+from gradio_app.recipe.hub_data import DEFAULT, known_data_sets, known_splits
 from gradio_app.recipe.paths import nearest_file
 from gradio_app.recipe.preview import DataReport, local_path
 from gradio_app.recipe.table import count_rows, first_rows
@@ -120,9 +121,14 @@ def _updates(session: Session, editor: Editor, hint: str) -> list[Any]:
 
 def _build_hub(editor: Editor) -> None:
     t = editor.t
+    # What is on this machine is offered; on a Space, that is other visitors' business.
+    menus = not editor.studio.settings.space
+    typed: dict[str, Any] = {"choices": [], "value": None, "allow_custom_value": True}
     with gr.Row():
         given = [
-            field(gr.Textbox, t, key, name, max_length=most)
+            field(gr.Dropdown, t, key, name, **typed)
+            if menus and key != "new.revision"
+            else field(gr.Textbox, t, key, name, max_length=most)
             for key, name, most in (
                 ("new.hub_data", "data-hub-name", 200),
                 ("new.hub_config", "data-hub-config", 100),
@@ -130,6 +136,10 @@ def _build_hub(editor: Editor) -> None:
                 ("new.revision", "data-revision", 100),
             )
         ]
+    if menus:
+        name, config, split, _ = given
+        editor.show([name], lambda session: [gr.update(choices=known_data_sets())])
+        on_event(t, [name.input, config.input], _hub_menus, [name, config], [config, split])
     use = gr.Button(t("new.use_data"), elem_id="use-hub-data")
 
     def chosen(session: Session, name: Any, part: Any, rows: Any, at: Any) -> dict[str, Any]:
@@ -145,6 +155,16 @@ def _build_hub(editor: Editor) -> None:
 
     problem = editor.problem("data-hub-problem")
     editor.bind(use.click, chosen, given, problem=problem)
+
+
+def _hub_menus(name: Any, config: Any) -> list[Any]:
+    """Returns the configurations of a data set, and the splits of one, as far as they are known."""
+    try:
+        found = known_splits(checked_hub_name(name))
+    except UserError:
+        found = {}
+    splits = found.get(str(config or DEFAULT)) or next(iter(found.values()), [])
+    return [gr.update(choices=list(found)), gr.update(choices=splits)]
 
 
 def _build_report(editor: Editor) -> None:
