@@ -195,7 +195,7 @@ def sweep(folder: RunFolder) -> int:
         {
             "trial": number,
             "state": "finished",
-            "values": dict(zip(names, map(float, values), strict=True)),
+            "values": dict(zip(names, map(json.loads, values), strict=True)),
             "val_loss": 1.0 / number,
             "steps": 4,
             "seconds": 2.0,
