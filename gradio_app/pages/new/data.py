@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -15,15 +13,15 @@ from gradio_app.assets import CLICK_DELEGATE
 from gradio_app.errors import UserError
 from gradio_app.guards import checked_hub_name, checked_revision, shortened
 from gradio_app.pages.components import field, html, on_event
-from gradio_app.pages.new import data_html, file_format, held_out, row_search
-from gradio_app.pages.new.data_check import check_data
+from gradio_app.pages.new import data_html, file_format, held_out, row_edit, row_search
+from gradio_app.pages.new.data_check import check_data, data_path, recipes_in_use
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.pages.templating import message
 from gradio_app.recipe.content import MISSING, data_of, value_at, with_value
 from gradio_app.recipe.edits import base_recipe, with_data
 from gradio_app.recipe.hub_data import DEFAULT, known_data_sets, known_splits
 from gradio_app.recipe.paths import nearest_file
-from gradio_app.recipe.preview import DataReport, local_path
+from gradio_app.recipe.preview import DataReport
 from gradio_app.recipe.table import count_rows, first_rows
 from gradio_app.redaction import UPLOAD
 from gradio_app.uploads import KINDS, Uploads
@@ -73,10 +71,8 @@ def _keep_upload(editor: Editor, session: Session, given: Any) -> dict[str, Any]
     except UserError as refused:
         if refused.key != "checks.upload_many":
             raise
-        store = editor.studio.store
-        runs = [*store.list(session.owner), *store.deleted(session.owner)]
-        recipes = [str(session.content), str(session.undo), *(run.recipe_text for run in runs)]
-        dropped = uploads.drop_oldest("\n".join(recipes))
+        recipes = f"{session.content}\n{recipes_in_use(editor, session)}"
+        dropped = uploads.drop_oldest(recipes)
         session.notice = editor.t("new.upload_dropped", name=shortened(dropped.title))
         upload = uploads.save(given, day)
     return with_data(session.content, f"{UPLOAD}{upload.name}")
@@ -184,6 +180,7 @@ def _build_report(editor: Editor) -> None:
     file_format.build(editor)
     held_out.build(editor)
     row_search.build(editor)
+    row_edit.build(editor)
     again = gr.Button(t("new.check_again"), size="sm", elem_id="check-again")
     skips = _DATA + "skip_bad_rows"
     editor.show([skip], lambda session: [value_at(session.content, skips, None) is not None])
@@ -225,7 +222,7 @@ def _check_updates(editor: Editor, session: Any, request: gr.Request) -> Iterato
         return
     if session.report is None:
         data, read = session.content.get("data"), -1
-        place = _data_path(editor, session)
+        place = data_path(editor, session)
         first, of = None, None
         for rows in check_data(editor, session):
             if session.content.get("data") != data:
@@ -257,14 +254,6 @@ def _check_updates(editor: Editor, session: Any, request: gr.Request) -> Iterato
         *_dropdowns(editor, session, chosen),
         data_html.mapped_rows(session.report, session.report.numbers.get("columns", {}), t),
     ]
-
-
-def _data_path(editor: Editor, session: Session) -> Path:
-    """Returns where the rows of a session lie, if that is on this machine."""
-    place = data_of(session.content)
-    with contextlib.suppress(UserError):
-        place = editor.places(session).data(place)
-    return local_path(place)
 
 
 def _dropdowns(editor: Editor, session: Any, shape: Any) -> list[Any]:

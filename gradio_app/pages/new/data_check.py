@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from gradio_app.errors import UserError
@@ -113,6 +115,21 @@ def _check(editor: Editor, session: Session, data: Any) -> DataReport:
         return DataReport(refusal=localized_message(refused, t))
     except Exception as error:
         return DataReport(refusal=str(as_gradio_error(error, t).message))
+
+
+def data_path(editor: Editor, session: Session) -> Path:
+    """Returns where the rows of a session lie, if that is on this machine."""
+    place = data_of(session.content)
+    with contextlib.suppress(UserError):
+        place = editor.places(session).data(place)
+    return local_path(place)
+
+
+def recipes_in_use(editor: Editor, session: Session) -> str:
+    """Returns the recipes of a visitor's runs, also of deleted ones, and of a change to undo."""
+    store = editor.studio.store
+    runs = [*store.list(session.owner), *store.deleted(session.owner)]
+    return "\n".join([str(session.undo), *(run.recipe_text for run in runs)])
 
 
 def _is_large(content: dict[str, Any]) -> bool:
