@@ -47,7 +47,7 @@ def test_what_is_no_row_is_refused(file, tmp_path, number, text, key):
     with pytest.raises(UserError, match=key):
         write_edited(file, number, text, tmp_path / "copy.jsonl")
     with pytest.raises(UserError, match=r"data\.edit_kind"):
-        write_edited(tmp_path / "rows.csv", 1, text or "{}", tmp_path / "copy.jsonl")
+        write_edited(tmp_path / "rows.csv", 1, "{}", tmp_path / "copy.jsonl")
 
 
 @pytest.mark.long
