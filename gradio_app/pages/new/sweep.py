@@ -55,15 +55,6 @@ def build(editor: Editor, name: Any, gone: Any, startable: Startable) -> None:
     editor.show(keys, lambda session: [_choices(session, t)] * ROWS)
     inputs = [sampler, trials, pruner, *(one for row in rows for one in row)]
 
-    def counted(*given: Any) -> str:
-        try:
-            request, combinations = _requested(given, t)
-        except UserError as refused:
-            return message("field-problem", f"\u2717 {localized_message(refused, t)}", t, "alert")
-        if request is None:
-            return ""
-        return message("note", t("new.sweep_count", n=request.trials or combinations), t)
-
     def begin(
         session: Any, title: Any, request: gr.Request, *given: Any
     ) -> Iterator[tuple[Any, Any]]:
@@ -89,7 +80,8 @@ def build(editor: Editor, name: Any, gone: Any, startable: Startable) -> None:
     events: list[Any] = []
     for one in inputs:
         events += [one.blur, one.submit] if isinstance(one, gr.Textbox) else [one.input]
-    on_event(t, events, counted, inputs, count, show_progress="hidden", trigger_mode="always_last")
+    options = {"show_progress": "hidden", "trigger_mode": "always_last"}
+    on_event(t, events, lambda *given: _count(given, t), inputs, count, **options)
     on_event(t, start.click, begin, [editor.session, name, *inputs], [gone, start])
 
 
@@ -105,6 +97,17 @@ def _build_row(number: int, t: Texts) -> tuple[Any, Any]:
             max_length=500,
         )
     return key, values
+
+
+def _count(given: Sequence[Any], t: Texts) -> str:
+    """Returns how many trials there are to be, or why there can be none."""
+    try:
+        request, combinations = _requested(given, t)
+    except UserError as refused:
+        return message("field-problem", f"\u2717 {localized_message(refused, t)}", t, "alert")
+    if request is None:
+        return ""
+    return message("note", t("new.sweep_count", n=request.trials or combinations), t)
 
 
 def _choices(session: Session, t: Texts) -> Any:
