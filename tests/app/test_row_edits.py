@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
+import gradio as gr
 import pytest
 
 from gradio_app.errors import UserError
+from gradio_app.pages.new import row_edit
+from gradio_app.pages.new.editor import Editor, Session
+from gradio_app.recipe.edits import base_recipe, with_data
 from gradio_app.recipe.row_edits import row_text, write_edited
+from gradio_app.recipe.yaml_text import dump_yaml
+from gradio_app.runs.store import RunStore
+from gradio_app.texts import Texts
+from gradio_app.uploads import Uploads
 from tests.app.browsing import open_new_run, shown_recipe, upload_rows
+from tests.app.runs import settings
 
+MINUTES = 3 * 60_000
 ROWS = [{"prompt": f"What is {n} \u00d7 {n}?", "completion": f"It is {n * n}."} for n in range(30)]
 
 
@@ -50,12 +61,37 @@ def test_what_is_no_row_is_refused(file, tmp_path, number, text, key):
         write_edited(tmp_path / "rows.csv", 1, "{}", tmp_path / "copy.jsonl")
 
 
+def test_each_edit_is_of_the_copy_before_which_runs_keep(tmp_path):
+    studio = SimpleNamespace(settings=settings(tmp_path))
+    studio.store = RunStore(studio.settings)
+    with gr.Blocks():
+        editor = Editor(studio, Texts())
+    data = studio.settings.data_root / "Sums.jsonl"
+    data.write_text("\n".join(map(json.dumps, ROWS)))
+    content = with_data(base_recipe("sft"), str(data))
+    session = Session(content, content)
+    uploads = Uploads(studio.settings, "local")
+    session.content = row_edit._edited(editor, session, 2, None)
+    session.content = row_edit._edited(editor, session, 3, '{"prompt": "2?", "completion": "4"}')
+    (copy,) = uploads.list()
+    assert copy.title == "sums-edited.jsonl"
+    lines = copy.path.read_text().splitlines()
+    assert (lines[0], lines[1]) == (json.dumps(ROWS[0]), "")
+    assert json.loads(lines[2])["completion"] == "4"
+    # All but the data stays, and so does a copy that a run was started with.
+    assert {**session.content, "data": None} == {**content, "data": None}
+    studio.store.create("local", dump_yaml(session.content), "a run")
+    session.content = row_edit._edited(editor, session, 1, None)
+    assert len(uploads.list()) == 2
+    assert data.read_text().splitlines()[1] == json.dumps(ROWS[1])
+
+
 @pytest.mark.long
 def test_a_row_is_edited_and_another_left_out(visit, site):
     page = open_new_run(visit, site, "#data")
     upload_rows(page, "sums.jsonl", ROWS)
     report = page.locator("#data-report")
-    report.get_by_text("All 30 rows are usable").wait_for()
+    report.get_by_text("All 30 rows are usable").wait_for(timeout=MINUTES)
     page.locator("#edit-row-part > button").click()
     number = page.locator("#edit-row-number :is(input, textarea)")
     number.fill("31")
@@ -68,10 +104,10 @@ def test_a_row_is_edited_and_another_left_out(visit, site):
     text.fill(text.input_value().replace("It is 4.", "Four."))
     page.get_by_role("button", name="Save change").click()
     page.locator("#data-facts").get_by_text("sums-edited.jsonl").wait_for()
-    report.get_by_text("All 30 rows are usable").wait_for()
+    report.get_by_text("All 30 rows are usable").wait_for(timeout=MINUTES)
     number.fill("2")
     page.get_by_role("button", name="Leave row out").click()
-    report.get_by_text("All 29 rows are usable").wait_for()
+    report.get_by_text("All 29 rows are usable").wait_for(timeout=MINUTES)
     # One copy, with both changes.
     (copy,) = (site.runs / "uploads").glob("*/*-sums-edited.jsonl")
     rows = [json.loads(line) if line.strip() else None for line in copy.open(encoding="utf-8")]
