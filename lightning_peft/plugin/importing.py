@@ -77,7 +77,8 @@ def import_checkpoint(
         ConfigError: If the class or its arguments are wrong, or ``output`` is there already.
     """
     if output.exists() or adapter_folder(output).exists():
-        raise ConfigError(f"The output '{output}' is there already. Remove it, or name another.")
+        place = repr(str(output))
+        raise ConfigError(f"The output {place} is there already. Remove it, or name another.")
     cls, root = _class_of(class_path)
     folder = source / "adapter_config.json"
     checkpoint = {"state_dict": {}} if folder.is_file() else _read(source)

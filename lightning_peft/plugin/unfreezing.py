@@ -138,7 +138,7 @@ def freeze_stages(module: Any) -> None:
 def finetuning_problems(
     callbacks: list[Any], processes: int, averaging: frozenset[str]
 ) -> list[str]:
-    """Returns what keeps finetuning callbacks from being served."""
+    """Returns the reasons why finetuning callbacks cannot be served."""
     names = [type(callback).__name__ for callback in callbacks if _is_finetuning(callback)]
     if not names:
         return []
