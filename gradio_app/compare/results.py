@@ -35,8 +35,8 @@ def loss_curve(metrics: Metrics, loss: str, axis: str) -> list[tuple[float, floa
     return [((times[step] - begin) / 60, value) for step, value in points if step in times]
 
 
-def _times(metrics: Metrics) -> dict[int, float]:
-    found: dict[int, float] = {}
+def _times(metrics: Metrics) -> dict[float, float]:
+    found: dict[float, float] = {}
     for row in read_rows(metrics.file, _MOST_BYTES):
         step, moment = row.get("step"), row.get("time")
         if isinstance(step, int) and isinstance(moment, (int, float)):

@@ -44,7 +44,7 @@ def spread(items: Sequence[Item], most: int) -> list[Item]:
     return [items[round(last * place / (most - 1))] for place in range(most)]
 
 
-def _value(point: tuple[int, float]) -> float:
+def _value(point: tuple[float, float]) -> float:
     return point[1]
 
 

@@ -68,8 +68,7 @@ def import_checkpoint(
             module says it.
         use_rslora: Whether that scale was by the root of the rank, where the file lacks it.
         allow_unmapped: Leave out keys that the module has no place for.
-        adapt: The submodule that a PEFT folder is for, by default the only pretrained part, or to
-            which the keys of a file are relative.
+        adapt: The submodule of a PEFT folder (default: the only pretrained part), or of the keys.
 
     Raises:
         CheckpointError: If the file is sharded, damaged, unsafe, or does not fit, or the module

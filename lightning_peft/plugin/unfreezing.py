@@ -18,7 +18,7 @@ from lightning_peft.errors import UnsupportedError
 from lightning_peft.plugin.mixed_class import mixed_class
 
 if TYPE_CHECKING:
-    from pytorch_lightning.callbacks import Callback as _Base
+    from pytorch_lightning.callbacks import BaseFinetuning as _Base
 else:
     _Base = object
 

@@ -144,9 +144,16 @@ class Live:
                 _series(t(f"run.load_{name}"), color, _scaled(load.curve(name), unit))
                 for name, color in zip(names, (TRAINING, VALIDATION), strict=False)
             ]
-            empty = t("run.load_empty")
-            titles = {"x_title": t("run.axis_minutes"), "y_title": t(f"run.load_{title}")}
-            plots.append(plot(curves, t, **titles, empty=empty, whole_x=False, from_zero=True))
+            drawn = plot(
+                curves,
+                t,
+                x_title=t("run.axis_minutes"),
+                y_title=t(f"run.load_{title}"),
+                empty=t("run.load_empty"),
+                whole_x=False,
+                from_zero=True,
+            )
+            plots.append(drawn)
         return render("live.plots", t, plots=plots)
 
 
