@@ -49,7 +49,7 @@ def swept_fields(content: dict[str, Any]) -> list[Field]:
 
 
 def tried_values(field: Field, text: str) -> tuple[str, int | None]:
-    """Returns what was typed for a setting as ``--set`` takes it, and how many values it is.
+    """Returns the value of ``--set`` for the text of a setting, and the number of values in it.
 
     Values are parted by ``;``, or by commas where there is none; ``1e-5..1e-3:log`` is a range, of
     which nothing is counted. Raises UserError for values that the setting does not take.
