@@ -116,7 +116,7 @@ def _choices(session: Session, t: Texts) -> Any:
 
 
 def _requested(given: Sequence[Any], t: Texts) -> tuple[SweepRequest | None, int | None]:
-    """Returns the settings of the sweep and its combinations; their number is ``None`` with a range.
+    """Returns the settings of the sweep and the number of combinations; ``None`` with a range.
 
     The request is ``None`` where no setting has values. Raises UserError for what cannot be tried.
     """
