@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.engine.fingerprint import Fingerprint
+from lightning_peft.engine.layers.adapter import AdapterLayer
 from lightning_peft.errors import LifecycleError, UnsupportedError
 
 
@@ -171,6 +172,11 @@ def require_record(module: nn.Module) -> Record:
     """Returns the record on ``module``."""
     record = record_of(module)
     if record is None:
+        if any(isinstance(child, AdapterLayer) for child in module.modules()):
+            raise LifecycleError(
+                f"The adapters in {type(module).__name__} were added to another module, which has "
+                "it inside or is inside of it. Give that one, such as the LightningModule."
+            )
         raise LifecycleError(
             f"{type(module).__name__} has no adapters yet. Call lightning_peft.inject(module) "
             "first, or let the strategy do it by trainer.fit."

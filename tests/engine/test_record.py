@@ -46,6 +46,15 @@ def test_a_module_without_adapters_is_refused(name: str) -> None:
         CALLS[name](nn.Linear(2, 2))
 
 
+def test_a_part_or_a_holder_of_a_module_with_adapters_is_refused(tmp_path) -> None:
+    outer = nn.Sequential(nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))))
+    lightning_peft.inject(outer[0], target_modules=["0.0"])
+    for module in (outer, outer[0][0]):
+        with pytest.raises(LifecycleError, match="were added to another module"):
+            lightning_peft.save_adapter(module, tmp_path / "nowhere")
+    lightning_peft.save_adapter(outer[0], tmp_path / "there")
+
+
 def test_names_are_relative_to_the_module() -> None:
     base = Fingerprint((), (), ())
     assert AdaptedModuleRecord("", base, {}).qualified("a.b") == "a.b"
