@@ -14,7 +14,13 @@ from models import tiny_gpt2, tiny_llama, token_batch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 
 import lightning_peft
 from lightning_peft import engine
@@ -393,6 +399,31 @@ def test_names_of_what_wrapped_the_model_in_training(
     (tmp_path / "provenance.json").unlink()
     tensors = load_file(tmp_path / WEIGHTS)
     save_file({k.replace(before, after): v for k, v in tensors.items()}, tmp_path / WEIGHTS)
+    lightning_peft.load_adapter(other, tmp_path)
+    batch = words()
+    assert torch.equal(other(**batch).logits, model(**batch).logits)
+
+
+def test_layers_that_transformers_has_moved_since(tmp_path: Path) -> None:
+    """Adapters of models of text and images from before the language part had a name of its own.
+
+    PEFT warns of missing keys and goes on with a fresh adapter.
+    """
+    sizes = {"hidden_size": 32, "vocab_size": 40, "intermediate_size": 16, "num_hidden_layers": 1}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    text = {**sizes, "num_attention_heads": 2, "num_key_value_heads": 2, "rope_parameters": rope}
+    text |= {"bos_token_id": 1, "eos_token_id": 2}
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 1}
+    config = Qwen2VLConfig(text_config=text, vision_config=vision)
+    other = Qwen2VLForConditionalGeneration(config).eval()
+    model = injected(copy.deepcopy(other), r=2, target_modules=["q_proj", "v_proj"])
+    randomize(model)
+    lightning_peft.save_adapter(model, tmp_path)
+    (tmp_path / "provenance.json").unlink()
+    tensors = load_file(tmp_path / WEIGHTS)
+    old = {k.replace("model.language_model.layers", "model.layers"): v for k, v in tensors.items()}
+    assert not old.keys() & tensors.keys()
+    save_file(old, tmp_path / WEIGHTS)
     lightning_peft.load_adapter(other, tmp_path)
     batch = words()
     assert torch.equal(other(**batch).logits, model(**batch).logits)

@@ -33,6 +33,7 @@ from lightning_peft.engine.files.fitting import (
     check_ranks,
     fields_for,
     saved_in_file,
+    with_new_names,
     without_repeated,
     without_wrappers,
 )
@@ -191,7 +192,7 @@ def _fitted(
     except TargetModulesError as error:
         raise _unfit(module, path, error) from error
     check_ranks(fields, tensors)
-    tensors = without_repeated(without_wrappers(part, tensors))
+    tensors = without_repeated(with_new_names(part, without_wrappers(part, tensors)))
     fields = fields_for(part, fields)
     saved = saved_in_file(part, fields.get("modules_to_save") or [], facts, tensors)
     fields["modules_to_save"] = sorted(saved) or None

@@ -11,7 +11,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from lightning_peft.compat.transformers import (
+    WeightRenaming,
+    rename_source_key,
+    weight_conversions,
+)
 from lightning_peft.engine.methods.registry import method_of
 from lightning_peft.engine.selection.parameters import expert_weights
 from lightning_peft.engine.selection.parts import inside
@@ -93,6 +99,27 @@ def without_wrappers(part: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str
     gone = [f"{name}." for name in _TRAINING_WRAPPERS if name not in here]
     inside = re.compile("|".join(map(re.escape, gone)) or "$")
     return {inside.sub("", key): value for key, value in tensors.items()}
+
+
+def with_new_names(part: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns tensors by the names that transformers gives layers by now, as to its own files.
+
+    Models of text and images had their layers elsewhere before transformers 4.52.
+    """
+    modules = dict(part.named_modules(remove_duplicate=False))
+    old = {key.partition(".lora_")[0] for key in tensors if ".lora_" in key} - modules.keys()
+    if not old or not isinstance(part, PreTrainedModel):
+        return dict(tensors)
+    renamings = [one for one in weight_conversions(part) if isinstance(one, WeightRenaming)]
+    renamed = {name: rename_source_key(name, renamings, [])[0] for name in old}
+    layers = {key: key.partition(".lora_")[0] for key in tensors}
+    free = modules.keys() - layers.values()
+    # Only where it names a layer; what does not is listed as unexpected.
+    found = {name: new for name, new in renamed.items() if new in free}
+    return {
+        found.get(layers[key], layers[key]) + key.removeprefix(layers[key]): value
+        for key, value in tensors.items()
+    }
 
 
 def without_repeated(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
