@@ -157,8 +157,11 @@ def write_adapter_folder(checkpoint: Any, files: dict[str, bytes]) -> None:
     with _whole_or_absent(folder) as unfinished:
         _write_files(unfinished, files)
         # A folder cannot be renamed onto another one.
-        shutil.rmtree(folder, ignore_errors=True)
+        old = _unfinished(folder, f"{os.getpid()}-old")
+        if folder.exists():
+            os.replace(folder, old)
         os.replace(unfinished, folder)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_files(unfinished: Path, files: dict[str, bytes]) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import secrets
+import shutil
 import time
 import traceback
 import zipfile
@@ -177,7 +178,17 @@ class RunFolder:
             except OSError:
                 # A network disk without locks.
                 log.warning("%s cannot be locked: start no second run in it.", self.path)
+            else:
+                self._remove_unfinished()
             yield
+
+    def _remove_unfinished(self) -> None:
+        """Removes what a run that was killed had begun to save, and no save takes the place of."""
+        for left in [*self.checkpoints.rglob(".incomplete-*")]:
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
 
 def _age(path: Path) -> int:

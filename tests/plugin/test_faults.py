@@ -259,9 +259,14 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path):
     os.waitpid(child, 0)
     for pipe in (begun, begin, ended, end):
         os.close(pipe)
-    # The system has given the folder back.
+    # The system has given the folder back, and what was being saved is of no use.
+    left = folder.checkpoints / "adapters" / ".incomplete-1-2"
+    left.mkdir(parents=True)
+    for path in (left / "adapter_config.json", folder.checkpoints / ".incomplete-1-3"):
+        path.write_text("{")
     with folder.claimed():
         assert (folder.path / ".lock").exists()
+        assert not list(folder.path.rglob(".incomplete-*"))
 
 
 class Spoils(lightning(ROOT).Callback):

@@ -41,11 +41,13 @@ MODELS = {
 }
 
 
-def trainer(method: str | None = None, root: str = ROOTS[1], **options: Any) -> Any:
-    """Returns a Trainer for a few steps, with adapters if a method is named."""
-    if method is not None:
+def trainer(method: Any = None, root: str = ROOTS[1], **options: Any) -> Any:
+    """Returns a Trainer for a few steps, with adapters if a method is named, or a strategy."""
+    if isinstance(method, str):
         strategy = bind_to_lightning(STRATEGIES[method], root)
-        options["strategy"] = strategy(r=4, announce=False, optimizer=None)
+        method = strategy(r=4, announce=False, optimizer=None)
+    if method is not None:
+        options["strategy"] = method
     quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     here = {"accelerator": "cpu", "devices": 1, **dict.fromkeys(quiet, False)}
     return import_module(root).Trainer(**(here | options))

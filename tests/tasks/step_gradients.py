@@ -57,7 +57,7 @@ def step(
     kind: str,
     batch_size: int,
     accumulate: int,
-    method: str = "lora",
+    method: Any = "lora",
     given: Any = None,
     **options: Any,
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -67,7 +67,7 @@ def step(
         kind: A key of ``TASKS``.
         batch_size: Rows of a batch.
         accumulate: Batches of a step.
-        method: ``"lora"`` or ``"qlora"``.
+        method: ``"lora"``, ``"qlora"`` or a strategy.
         given: Arguments of the task.
         **options: Arguments of the Trainer.
     """
@@ -89,7 +89,8 @@ def step(
     if options.get("devices", 1) > 1:
         rank = int(os.environ.get("LOCAL_RANK", 0))
         sampler = DistributedSampler(data, options["devices"], rank, shuffle=False)
-    options = {"max_steps": 1, "callbacks": [Watch()], **options}
+    callbacks = [Watch(), *options.pop("callbacks", ())]
+    options = {"max_steps": 1, "callbacks": callbacks, **options}
     trainer(method, accumulate_grad_batches=accumulate, **options).fit(
         module, DataLoader(data, batch_size=batch_size, sampler=sampler)
     )

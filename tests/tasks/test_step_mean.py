@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import socket
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from step_gradients import LENGTHS, TASKS, step
+
+from lightning_peft import LoRAStrategy
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 
 HERE = Path(__file__).parent
 
@@ -25,6 +29,25 @@ def test_accumulated_batches_are_one_batch(kind):
         found, losses = step(kind, batch_size, accumulate)
         assert distance(found, expected) < 2e-6
         assert losses[-1] == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_smaller_batches_of_a_step_are_one_batch(kind):
+    """Where memory is short in the second batch: the tokens of the first count once."""
+
+    class Short(import_module(ROOTS[1]).Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if len(batch["labels"]) > 2 and batch_idx == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    expected, (loss,) = step(kind, 8, 1)
+    ours = bind_to_lightning(LoRAStrategy, ROOTS[1])(
+        r=4, announce=False, optimizer=None, halve_batch_on_oom=True
+    )
+    found, losses = step(kind, 4, 2, ours, callbacks=[Short()])
+    assert len(losses) == 1 + 4
+    assert distance(found, expected) < 2e-6
+    assert losses[-1] == pytest.approx(loss, rel=1e-6)
 
 
 def test_a_quantized_base_in_bfloat16_differs_by_rounding_alone():
