@@ -191,15 +191,23 @@ class Encoder:
             ids, mask = self._masked(turns, context)
             spans = _runs(mask, 0, len(mask))
             requested = self._texts.trained(turns)
-            answers = sum(turn["role"] == "assistant" for turn in turns)
-            if len(requested) == answers or len(spans) == answers:
-                learnt = spans[-len(requested) :] if len(requested) < answers else spans
-                yield turns, ids, learnt, []
+            answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+            # One that marks the prompts too is refused later.
+            if all(mask) or self._are_answers([ids[first:last] for first, last in spans], answers):
+                yield turns, ids, spans[len(spans) - len(requested) :], []
                 return
         for part in self._texts.parts(turns, context):
             read = self._texts.with_masked_reasoning(part, context)
             ids, spans, hidden, _ = self._part(read, context)
             yield part.messages, ids, spans, hidden
+
+    def _are_answers(self, pieces: Sequence[Sequence[int]], answers: Sequence[Any]) -> bool:
+        """Whether what a template marks as generated is each answer, and no other turn."""
+        if len(pieces) != len(answers):
+            return False
+        texts = (self.tokenizer.decode(piece) for piece in pieces)
+        pairs = zip(texts, answers, strict=True)
+        return all(isinstance(a, str) and a.strip() in text for text, a in pairs)
 
     def _part(
         self, part: Part, context: Mapping[str, Any]

@@ -70,6 +70,16 @@ def test_answers_and_their_ends_are_trained_and_nothing_else(tokenizer, template
     assert not row.end_added
 
 
+def test_marks_around_every_turn_train_the_answers_alone(tokenizer):
+    """Reports of trainers that learn the user's turns by a template with misplaced marks."""
+    every = MARKED.replace("{% if m['role'] == 'assistant' %}", "{% if true %}")
+    (row,) = encoder(tokenizer, every).encode(Sample(TALK[1:]))
+    assert trained(tokenizer, row) == ["A row of items.</s>", "Items without order.</s>"]
+    others = encoder(tokenizer, MARKED.replace("== 'assistant'", "== 'user'"))
+    with pytest.raises(EncodingProblem, match="0 % trained tokens"):
+        others.encode(Sample(TALK[1:]))
+
+
 @pytest.mark.parametrize("template", NAMED)
 def test_the_tokens_are_those_that_the_model_is_asked_with(tokenizer, template):
     (row,) = encoder(tokenizer, template).encode(Sample(TALK))
