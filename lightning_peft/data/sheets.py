@@ -121,7 +121,7 @@ def _scan(sheet: Any, known: frozenset[str]) -> _SheetScan:
         if scan.header:
             scan.lines += [line] if record else []
             for place, cell in enumerate(row):
-                if kind := _kind(cell.value):
+                if kind := _kind(cell):
                     scan.kinds.setdefault(place, Counter())[kind] += 1
         scan.top = scan.top or line
         scan.add(record, line)
@@ -163,11 +163,14 @@ def _text(value: Any) -> str | None:
     return re.sub(r"_x([0-9A-Fa-f]{4})_", lambda found: chr(int(found[1], 16)), str(value))
 
 
-def _kind(value: Any) -> str:
+def _kind(cell: Any) -> str:
+    value = cell.value
     if isinstance(value, bool):
         return "truth values"
     if isinstance(value, int | float):
-        return "numbers"
+        # 50%, 01234 or 3.00 EUR in Excel is 0.5, 1234 or 3 here.
+        form = cell.number_format
+        return "numbers" if form in ("General", "0") else f"numbers that Excel shows as {form!r}"
     dates = datetime.date | datetime.time | datetime.timedelta
     return "dates or times" if isinstance(value, dates) else ""
 

@@ -130,6 +130,16 @@ def test_cells_that_have_no_value_to_read(cell, value, problem, read):
     assert [row.problem for row in rows[1:]] == [None] * 3
 
 
+def test_numbers_that_the_cell_shows_in_another_form_are_named(read):
+    def set_it(book, sheet):
+        sheet["B2"] = 0.5
+        sheet["B2"].number_format = "0%"
+
+    rows, notes = read(set_it)
+    assert rows[0].value["completion"] == "0.5"
+    assert "column 'completion': 1 numbers that Excel shows as '0%' as text" in notes
+
+
 def test_durations_are_the_hours_that_the_cell_shows(read):
     def set_it(book, sheet):
         sheet["B2"] = datetime.timedelta(hours=30, minutes=5)
