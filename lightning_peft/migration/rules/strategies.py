@@ -75,11 +75,11 @@ class PlainDdp(Rule):
                         f"strategy: {name}",
                         **self._change(name, _named(name)),
                     )
-        for source, call in trainers:
-            name = strategy_text(call)
+        for source, trainer in trainers:
+            name = strategy_text(trainer)
             if name.startswith("ddp_"):
                 change = self._change(name, _named(name), certain=True)
-                yield self.finding(source, call, f"strategy={name!r}", **change)
+                yield self.finding(source, trainer, f"strategy={name!r}", **change)
 
     def _change(
         self, found: str, words: dict[str | None, ast.expr], certain: bool = False
