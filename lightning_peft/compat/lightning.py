@@ -140,6 +140,11 @@ def combined_loader(loop: Any) -> Any:
     return loop._combined_loader
 
 
+def training_data(trainer: Any) -> Any:
+    """Returns what the hook or argument of a fit gives as training data, before it is set up."""
+    return trainer.fit_loop._data_source.dataloader()
+
+
 def reloads_training_data(fit: Any) -> bool:
     """Says whether ``setup_data`` asks for the loaders again."""
     return bool(fit._should_reload_train_dl)

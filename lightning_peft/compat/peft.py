@@ -10,6 +10,7 @@ from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftConfig
 from peft.tuners.lora import LoraModel
 
 # Public alternative: none. `peft.tuners` exports the tuners alone.
+from peft.tuners.lora.eva import get_eva_state_dict as get_eva_state_dict
 from peft.tuners.lora.layer import MultiheadAttention as MultiheadAttention
 from peft.tuners.lora.layer import ParamWrapper as ParamWrapper
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer as TrainableTokensLayer

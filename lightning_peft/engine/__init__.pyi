@@ -21,6 +21,9 @@ from .configuration import as_peft_config as as_peft_config
 from .configuration import config_differences as config_differences
 from .configuration import config_to_dict as config_to_dict
 from .configuration import lora_config as lora_config
+from .eva import initialize_eva as initialize_eva
+from .eva import lacks_data as lacks_data
+from .eva import restore_eva as restore_eva
 from .files.adapter_checks import experts_were_dense as experts_were_dense
 from .files.adapter_files import packed_adapters as packed_adapters
 from .files.adapter_files import save_adapter as save_adapter
@@ -76,6 +79,7 @@ from .meta import quantizable_layers as quantizable_layers
 from .meta import quantize_on_meta as quantize_on_meta
 from .meta import quantized_tensors as quantized_tensors
 from .meta import recreate_parameter as recreate_parameter
+from .methods.lora_config import needs_data as needs_data
 from .methods.registry import register_method as register_method
 from .momentum_copies import check_momentum_copies as check_momentum_copies
 from .momentum_copies import freeze_unoptimized_copies as freeze_unoptimized_copies

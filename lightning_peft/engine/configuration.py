@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftConfig
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, EvaConfig, LoraConfig, PeftConfig
 
 from lightning_peft.arguments import LoRAFields
 from lightning_peft.engine.methods.lora_config import (
@@ -78,6 +78,10 @@ def _make_config(cls: Any, fields: Mapping[str, Any]) -> Any:
         named = ("layers_to_transform", "layers_pattern")
         later = {name: fields[name] for name in named if name in fields}
         fields = {**fields, **dict.fromkeys(later)}
+    if fields.get("init_lora_weights") == "eva":
+        given = fields.get("eva_config") or {}
+        ready = EvaConfig(**given) if isinstance(given, Mapping) else given
+        fields = {**fields, "eva_config": ready}
     if fields.get("init_lora_weights") == "loftq":
         # PEFT wants scipy for it, and does not use it.
         later |= {"init_lora_weights": "loftq", "loftq_config": loftq_settings(fields)}

@@ -32,7 +32,7 @@ from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.layers.sizes import refuse_uninitialized
 from lightning_peft.engine.layers.tokens import attach_tokens, trained_rows
 from lightning_peft.engine.loading.quantize_on_load import GGUF_HASH, base_fingerprint, dense_bytes
-from lightning_peft.engine.methods.lora_config import changes_base
+from lightning_peft.engine.methods.lora_config import changes_base, needs_data
 from lightning_peft.engine.methods.registry import method_of
 from lightning_peft.engine.momentum_copies import find_momentum_copies, link_copies
 from lightning_peft.engine.peft_injection import inject_in_place, inject_with_peft, quantize_layers
@@ -205,10 +205,10 @@ def _take_over(
 
 
 def _refuse_without_trainer(config: PeftConfig) -> None:
-    if method_of(config).from_trainer:
+    why = method_of(config).reason_for_trainer(config)
+    if why is not None:
         raise UnsupportedError(
-            f"{type(config).__name__} by inject: ranks are cut after each optimizer step of a "
-            "Trainer, and would stay as they are here. Give the config to LoRAStrategy, "
+            f"{type(config).__name__} by inject: {why}. Give the config to LoRAStrategy, "
             "QLoRAStrategy or one of the callbacks as `peft_config`."
         )
 
@@ -301,6 +301,7 @@ def _inject_part(
         attach_tokens(plan.part.get_submodule(layer), request.adapter_name, tokens.rows, tied)
     info = AdapterInfo(config_to_dict(request.config), plan.targets, plan.in_place is not None)
     info.heads, info.rows = plan.heads, plan.rows
+    info.needs_data = needs_data(request.config)
     if plan.in_place is not None and plan.in_place.subtracts_from_base(request.config):
         made = adapter_file_tensors(plan.part, plan.targets, request.adapter_name)
         info.initial = {key: tensor.detach().cpu().clone() for key, tensor in made.items()}

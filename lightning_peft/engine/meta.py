@@ -6,6 +6,7 @@ and the same forward pass as real ones; only the values are missing.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,7 @@ from lightning_peft.engine.layers.mixin import (
     stored_parameter,
 )
 from lightning_peft.engine.methods.base import InPlaceMethod
+from lightning_peft.engine.methods.lora_config import needs_data
 from lightning_peft.engine.methods.registry import method_of
 from lightning_peft.engine.record import Record, adapted_parts
 from lightning_peft.engine.selection.planning import (
@@ -67,6 +69,10 @@ def inject_on_meta(
                 f"Nothing to quantize in {type(module).__name__}: there is no linear layer besides "
                 "heads, saved modules and tied weights. Plan for LoRA."
             )
+    if needs_data(peft_config):
+        # Sizes are those from before the ranks are moved, whose sum stays.
+        peft_config = copy.copy(peft_config)
+        peft_config.init_lora_weights = True  # type: ignore[attr-defined]
     inject(module, peft_config, adapt=adapt)
     if names:
         # Those without an adapter are quantized by their layers too.

@@ -47,6 +47,7 @@ class AdapterInfo:
         heads: Names of the heads that have no layer of this adapter. Those that are trained belong
             to its files.
         rows: The rows of the output that the adapter adds to, by layer, where it is not all.
+        needs_data: Whether it is to be initialised from batches, and is not yet.
     """
 
     config: dict[str, Any]
@@ -55,6 +56,7 @@ class AdapterInfo:
     initial: dict[str, Tensor] = field(default_factory=dict)
     heads: list[str] = field(default_factory=list)
     rows: dict[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    needs_data: bool = False
 
 
 @dataclass

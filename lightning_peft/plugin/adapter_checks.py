@@ -24,6 +24,8 @@ def check_existing_adapters(module: nn.Module, settings: InjectionSettings) -> N
     quantization = engine.quantization_to_dict(settings.quantization_config)
     aside = engine.recorded_selection(module, record).exclusions
     problems = []
+    # These were given other ranks when they got their first batches.
+    moved = engine.needs_data(settings.peft_config)
     if settings.adapt is not None and set(settings.adapt) != set(record.parts):
         problems.append(f"adapt={sorted(record.parts)}, asked for {settings.adapt}")
     for name, part in record.parts.items():
@@ -35,14 +37,16 @@ def check_existing_adapters(module: nn.Module, settings: InjectionSettings) -> N
             f"{where}: {key}={info.config.get(key)!r}, asked for {requested.get(key)!r}"
             for key in (*engine.config_differences(info.config, requested), "lora_dropout")
             if info.config.get(key) != requested.get(key)
+            and not (moved and key in ("rank_pattern", "alpha_pattern"))
         ]
         if part.quantization != quantization:
             problems.append(
                 f"{where}: quantization is {part.quantization}, asked for {quantization}"
             )
-        problems += _target_differences(
-            module.get_submodule(name), part, info, aside, settings.peft_config
-        )
+        if not moved:
+            problems += _target_differences(
+                module.get_submodule(name), part, info, aside, settings.peft_config
+            )
     if problems:
         raise LifecycleError(
             "The module has adapters already, with other settings than were asked for:"

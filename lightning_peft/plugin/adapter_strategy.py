@@ -33,6 +33,7 @@ from lightning_peft.plugin.checkpoint_io import (
     remove_adapter_folder,
     write_adapter_folder,
 )
+from lightning_peft.plugin.data_initialization import initialize_from_data
 from lightning_peft.plugin.loops import TrainingLoops
 from lightning_peft.plugin.namespace import bind_to_lightning, namespace_of
 from lightning_peft.plugin.optimization import (
@@ -109,6 +110,8 @@ class AdapterStrategy(_Base):
         """
         self.lifecycle.check_restored(self._restored)
         self.lifecycle.checks.new_run()
+        if trainer.state.fn == "fit" and not self._restored:
+            initialize_from_data(self)
         if self._saves.enabled:
             check_background_saves(trainer, not hasattr(self.checkpoint_io, "background"))
         self._automatic = None
@@ -338,6 +341,7 @@ class AdapterStrategy(_Base):
                 "which adapters it is for. If it holds the base model's weights, load it into the "
                 "module first (load_from_checkpoint), and give that module to the Trainer."
             )
+        engine.restore_eva(self._module, checkpoint[CHECKPOINT_KEY])
         engine.check_description(self._module, checkpoint[CHECKPOINT_KEY])
         load_tensors(self._module, checkpoint, strict)
         if self.world_size > 1:

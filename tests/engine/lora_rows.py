@@ -69,7 +69,7 @@ LINEAR_ONLY = {
     "olora": {"init_lora_weights": "olora", "r": 4, "tolerance": 2e-4},
     "orthogonal": {"init_lora_weights": "orthogonal", "r": 4},
     "all-linear": {"target_modules": "all-linear", "exclude_modules": ["head"]},
-    "eva": {"init_lora_weights": "eva", "refused": "prepares it from data"},
+    "eva": {"init_lora_weights": "eva", "refused": "training data of a Trainer"},
     "corda": {"init_lora_weights": "corda", "refused": "prepares it from data"},
     "lora_ga": {"init_lora_weights": "lora_ga", "refused": "prepares it from data"},
     "loftq": {

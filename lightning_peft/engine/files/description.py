@@ -243,6 +243,10 @@ def inject_as_described(
     finally:
         if not require_record(module).parts:
             set_record(module, None)
+    for part in require_record(module).parts.values():
+        for info in part.adapters.values():
+            # The checkpoint has the values.
+            info.needs_data = False
     set_adapter(module, described["active"])
     check_description(module, described)
 

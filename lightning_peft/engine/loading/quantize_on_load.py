@@ -103,7 +103,8 @@ def loading_for_injection(
     Yields:
         What was loaded, for :func:`store_quantized` after the injection; ``None`` for nothing.
     """
-    needs_dense = getattr(peft_config, "init_lora_weights", True) not in (True, False, "gaussian")
+    init = getattr(peft_config, "init_lora_weights", True)
+    needs_dense = init not in (True, False, "gaussian", "eva")
     backend = None if settings is None else backend_for(settings)
     streams = backend is not None and backend.quantizes_on_load
     if backend is None or not streams or adapt or needs_dense or record_of(module):

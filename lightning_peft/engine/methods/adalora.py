@@ -78,6 +78,11 @@ class AdaLora(InPlaceMethod):
             raise ConfigError("These AdaLoRA settings cannot work:" + itemize(problems))
         return config
 
+    def reason_for_trainer(self, config: Any) -> str:
+        return (
+            "ranks are cut after each optimizer step of a Trainer, and would stay as they are here"
+        )
+
     def layer_class(self, layer: nn.Module) -> type[AdapterLayer] | None:
         return AdaLoraLinear if isinstance(layer, LINEAR_LIKE) else None
 

@@ -53,6 +53,10 @@ class Method:
             config.save_projection = False
         return config
 
+    def reason_for_trainer(self, config: Any) -> str | None:
+        """Why its adapters need a Trainer with these settings, or ``None``."""
+        return None
+
     def unsupported_reason(
         self, layer: nn.Module, name: str, config: Any, in_place: bool
     ) -> str | None:

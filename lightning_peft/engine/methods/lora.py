@@ -36,6 +36,7 @@ from lightning_peft.engine.methods.base import InPlaceMethod
 from lightning_peft.engine.methods.lora_config import (
     changes_base,
     lora_problems,
+    needs_data,
     rank_of,
     refuse_extensions,
     subtracts_from_base,
@@ -59,6 +60,11 @@ class Lora(InPlaceMethod):
 
     def is_in_place(self, config: Any) -> bool:
         return type(config) is LoraConfig and not (config.use_dora or config.lora_bias)
+
+    def reason_for_trainer(self, config: Any) -> str | None:
+        if not needs_data(config):
+            return None
+        return "init_lora_weights='eva' is made from the training data of a Trainer"
 
     def limits_rows(self, config: Any) -> bool:
         return self.is_in_place(config) and not changes_base(config)

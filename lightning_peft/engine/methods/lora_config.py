@@ -20,9 +20,9 @@ _CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _SUBTRACTING_INITS = ("pissa", "olora")
 # PEFT's own defaults.
 LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}
-INITS = ("gaussian", "orthogonal", "pissa", "pissa_niter_<number>", "olora", "loftq")
+INITS = ("gaussian", "orthogonal", "pissa", "pissa_niter_<number>", "olora", "loftq", "eva")
 # These need data, or a preprocessed model, on every start: PEFT keeps that to its own model class.
-REFUSED_INITS = ("eva", "mica", "corda", "lora_ga")
+REFUSED_INITS = ("mica", "corda", "lora_ga")
 
 # Extensions of LoRA that go through PEFT's model class or change the model around the layers.
 REFUSED_FIELDS = (
@@ -177,6 +177,18 @@ def rank_of(config: Any, name: str) -> int:
     key = get_pattern_key(config.rank_pattern, parameter_name(name))
     rank: int = config.rank_pattern.get(key, config.r)
     return rank
+
+
+def alpha_of(config: Any, name: str) -> float:
+    """Returns ``lora_alpha`` of an adapter on the layer ``name``."""
+    key = get_pattern_key(config.alpha_pattern, parameter_name(name))
+    alpha: float = config.alpha_pattern.get(key, config.lora_alpha)
+    return alpha
+
+
+def needs_data(config: PeftConfig | Mapping[str, Any]) -> bool:
+    """Whether the initialisation is made from batches."""
+    return _initialization(config) == "eva"
 
 
 def changes_base(config: PeftConfig | Mapping[str, Any]) -> bool:

@@ -1,0 +1,230 @@
+"""EVA, after Paischer et al. 2024 (arXiv 2410.07170): adapters that start from the data.
+
+PEFT computes the principal directions of what each layer gets, by incremental SVD over batches.
+Here they become ``A`` of adapters that are on the layers already, whose ranks are moved to where
+the directions explain most. ``B`` stays zero, so the output does not change.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.compat.peft import get_eva_state_dict
+from lightning_peft.engine.adapters import disable_adapters
+from lightning_peft.engine.configuration import config_from_dict
+from lightning_peft.engine.layers.adapter import detach
+from lightning_peft.engine.methods.lora_config import alpha_of, rank_of
+from lightning_peft.engine.record import AdapterInfo, adapted_parts
+from lightning_peft.engine.verification.probe import preserved_state
+from lightning_peft.errors import ConfigError, UnsupportedError
+
+# Several times what convergence usually takes.
+_MOST_BATCHES = 300
+
+
+def lacks_data(module: nn.Module) -> bool:
+    """Whether an adapter on ``module`` is to be initialised from batches and is not yet."""
+    return any(i.needs_data for e, _ in adapted_parts(module) for i in e.adapters.values())
+
+
+def initialize_eva(
+    module: nn.Module, batches: Callable[[], Iterable[Any]], run: Callable[[Any], Any]
+) -> list[str]:
+    """Initialises the adapters that ask for it, and changes nothing else of ``module``.
+
+    Args:
+        module: A module with adapters, on the device of the batches.
+        batches: Returns the batches from the first; called again where more are needed.
+        run: Runs the module on one batch.
+
+    Returns:
+        A sentence for each adapted part.
+
+    Raises:
+        ConfigError: If there are no batches, or too few tokens in them.
+        UnsupportedError: If PEFT cannot compute the directions of a layer.
+    """
+    said = []
+    for entry, part in adapted_parts(module):
+        for name, info in entry.adapters.items():
+            if not info.needs_data:
+                continue
+            config = config_from_dict(info.config)
+            with preserved_state(module), disable_adapters(module):
+                module.eval()
+                drawn = _Batches(batches, config)
+                directions = _directions(part, info, config, drawn, run)
+            changed = _changed_config(info, config, directions)
+            apply_ranks(part, info, name, changed)
+            for target in info.targets:
+                layer: Any = part.get_submodule(target)
+                weight = layer.lora_A[name].weight
+                weight.data.copy_(directions[target])
+            info.needs_data = False
+            ranks = [len(directions[target]) for target in info.targets]
+            said.append(
+                f"EVA: {drawn.count} batches; ranks {min(ranks)} to {max(ranks)} on "
+                f"{len(ranks)} of {len(directions)} layers of {entry.name or 'the module'}"
+            )
+    return said
+
+
+class _Batches:
+    """Batches for PEFT, which draws them until all directions have converged."""
+
+    def __init__(self, make: Callable[[], Iterable[Any]], config: Any) -> None:
+        self._make, self._config = make, config
+        self.count = 0
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[Any]:
+        # Without an end: PEFT would begin again by itself, and for ever.
+        while True:
+            before = self.count
+            for batch in self._make():
+                self.count += 1
+                if self.count > _MOST_BATCHES:
+                    raise self._error()
+                yield batch
+            if self.count == before:
+                raise ConfigError("init_lora_weights='eva': the training data has no batches.")
+
+    def _error(self) -> ConfigError:
+        needed = self._config.r * self._config.eva_config.rho
+        return ConfigError(
+            f"init_lora_weights='eva': no convergence in {_MOST_BATCHES} batches. Each needs at "
+            f"least r * rho = {needed:g} tokens that are trained on: use a larger batch_size, a "
+            "lower r or rho, or a lower tau in eva_config."
+        )
+
+
+def _directions(
+    part: nn.Module, info: AdapterInfo, config: Any, batches: Any, run: Callable[[Any], Any]
+) -> dict[str, Tensor]:
+    exact = copy.deepcopy(config)
+    exact.target_modules = "|".join(map(re.escape, info.targets))
+    exact.exclude_modules = exact.layers_to_transform = exact.layers_pattern = None
+    try:
+        found: dict[str, Tensor] = get_eva_state_dict(
+            part,
+            batches,
+            exact,
+            forward_fn=lambda _, batch: run(batch),
+            prepare_model_inputs_fn=_mask,
+            prepare_layer_inputs_fn=_rows,
+            gather_distributed_inputs=False,
+            show_progress_bar=False,
+        )
+    except ConfigError:
+        raise
+    except (ValueError, IndexError, TypeError) as error:
+        raise UnsupportedError(
+            f"PEFT cannot initialise the adapters by EVA ({error}). Every adapted layer has to be "
+            "called, with its input in front, in a training step: leave others out by "
+            "`exclude_modules`, or use another init_lora_weights."
+        ) from error
+    return found
+
+
+def _mask(batch: Any, config: Any) -> Tensor | None:
+    """Which tokens count: those that are attended to, and by default trained on."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(ids, Tensor):
+        return None
+    mask = batch.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None or mask.shape != ids.shape else mask
+    labels, settings = batch.get("labels"), config.eva_config
+    kept = mask.bool()
+    if settings.use_label_mask and isinstance(labels, Tensor) and labels.shape == ids.shape:
+        kept = kept & (labels != settings.label_mask_value)
+    return kept
+
+
+def _rows(inputs: Any, mask: Tensor | None, name: str) -> Tensor:
+    x: Tensor = inputs if isinstance(inputs, Tensor) else inputs[0]
+    if mask is not None and mask.shape == x.shape[:-1]:
+        return x[mask.to(x.device)]
+    return x.reshape(-1, x.shape[-1])
+
+
+def _changed_config(
+    info: AdapterInfo, config: Any, directions: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """The config with the ranks and alphas that the directions got, as PEFT changes its own."""
+    ranks, alphas, targets = {}, {}, []
+    for target in info.targets:
+        r, alpha, new = rank_of(config, target), alpha_of(config, target), len(directions[target])
+        if not new:
+            continue
+        targets.append(target)
+        if new != r and config.eva_config.adjust_scaling_factors:
+            alpha *= new / r
+        if new != config.r:
+            ranks[target] = new
+        if alpha != config.lora_alpha:
+            alphas[target] = alpha
+    changed = {**info.config, "rank_pattern": ranks, "alpha_pattern": alphas}
+    if len(targets) < len(info.targets):
+        changed["target_modules"] = targets
+    return changed
+
+
+def apply_ranks(part: nn.Module, info: AdapterInfo, name: str, fields: Mapping[str, Any]) -> None:
+    """Gives the layers of an adapter the ranks of a config, and takes it off the others.
+
+    Their factors are new: ``B`` is zero, and ``A`` has no values yet.
+    """
+    config, kept = config_from_dict(fields), set(info.targets)
+    if fields["target_modules"] != info.config["target_modules"]:
+        kept &= {*fields["target_modules"]}
+    for target in info.targets:
+        layer: Any = part.get_submodule(target)
+        if target in kept:
+            _resize(layer, name, rank_of(config, target), alpha_of(config, target), config)
+        elif len(layer.adapter_settings) == 1:
+            detach(layer)
+        else:
+            for kind in (*layer.adapter_layer_names, *layer.adapter_module_names):
+                del getattr(layer, kind)[name]
+            del layer.adapter_settings[name]
+    info.targets = [target for target in info.targets if target in kept]
+    info.config = dict(fields)
+
+
+def _resize(layer: Any, name: str, rank: int, alpha: float, config: Any) -> None:
+    settings = layer.adapter_settings[name]
+    a, b = layer.lora_A[name], layer.lora_B[name]
+    for holder, old, shape in (
+        (layer.lora_A, a, (a.in_features, rank)),
+        (layer.lora_B, b, (rank, b.out_features)),
+    ):
+        made = nn.Linear(*shape, bias=False, device=old.weight.device, dtype=old.weight.dtype)
+        nn.init.zeros_(made.weight)
+        made.weight.requires_grad_(old.weight.requires_grad)
+        holder[name] = made.train(old.training)
+    settings.r, settings.alpha = rank, alpha
+    settings.scaling = alpha / (rank**0.5 if config.use_rslora else rank)
+
+
+def restore_eva(module: nn.Module, described: Mapping[str, Any]) -> None:
+    """Gives adapters the ranks that a checkpoint describes, before its values are loaded."""
+    for entry, part in adapted_parts(module):
+        saved = described["parts"].get(entry.name, {"adapters": {}})["adapters"]
+        for name, info in entry.adapters.items():
+            fields = saved.get(name, {}).get("config", {})
+            if info.needs_data and fields.get("init_lora_weights") == "eva":
+                # The rest of the config is compared afterwards.
+                names = ("rank_pattern", "alpha_pattern", "target_modules")
+                changed = {key: fields[key] for key in names}
+                if {*saved[name]["targets"]} == {*info.targets}:
+                    changed["target_modules"] = info.config["target_modules"]
+                apply_ranks(part, info, name, {**info.config, **changed})
+                info.needs_data = False

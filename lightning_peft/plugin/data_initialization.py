@@ -1,0 +1,61 @@
+"""Adapters that are initialised from the first batches of the training data (EVA)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from lightning_peft import engine
+from lightning_peft.compat.lightning import trainer_of, training_data
+from lightning_peft.errors import UnsupportedError, itemize
+from lightning_peft.plugin.optimization import log_info
+from lightning_peft.plugin.tracked_loader import generator_states, set_generator_states
+
+
+def initialize_from_data(strategy: Any) -> None:
+    """Runs batches through the module before it has optimizers, where an adapter asks for it.
+
+    In a run that was resumed, the checkpoint has the values.
+
+    Raises:
+        UnsupportedError: With several processes, manual optimization or momentum copies.
+        ConfigError: If there are too few batches or tokens.
+    """
+    module = strategy.lightning_module
+    if not engine.lacks_data(module):
+        return
+    _check(strategy, module)
+    module.to(strategy.root_device)
+    loader = training_data(trainer_of(module))
+    before = generator_states([loader])
+
+    def batches() -> Iterator[Any]:
+        set_generator_states([loader], before)
+        for batch in loader:
+            yield strategy.batch_to_device(batch, strategy.root_device)
+
+    def run(batch: Any) -> None:
+        with torch.no_grad(), strategy.precision_plugin.train_step_context():
+            engine.default_step(module, batch)
+
+    for sentence in engine.initialize_eva(module, batches, run):
+        log_info(strategy, f"{sentence}.")
+    set_generator_states([loader], before)
+
+
+def _check(strategy: Any, module: Any) -> None:
+    problems = []
+    if strategy.world_size > 1:
+        problems.append(
+            f"{strategy.world_size} processes: each would draw other batches, and start from other "
+            "adapters. Initialise in one process (a fit with max_steps=1), and resume from its "
+            "checkpoint"
+        )
+    if not module.automatic_optimization:
+        problems.append("manual optimization: training_step would train")
+    if engine.require_record(module).momentum_copies:
+        problems.append("momentum copies, which need adapters of the same ranks")
+    if problems:
+        raise UnsupportedError("init_lora_weights='eva' does not work with:" + itemize(problems))

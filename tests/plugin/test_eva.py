@@ -1,0 +1,181 @@
+"""EVA: adapters that start from the training data, as PEFT makes them by hand."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from modules import (
+    ROOTS,
+    build,
+    lightning,
+    loader,
+    outputs,
+    resumed,
+    saver,
+    strategy,
+    task,
+    task_class,
+)
+from modules import trainer as make_trainer
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+
+import lightning_peft
+from lightning_peft import engine
+from lightning_peft.errors import ConfigError, LifecycleError, UnsupportedError
+
+SETTINGS = {
+    "peft_type": "LORA",
+    "init_lora_weights": "eva",
+    "eva_config": {"rho": 2.0, "tau": 0.9},
+    "target_modules": ["q_proj", "v_proj", "down_proj"],
+    "r": 3,
+    "lora_alpha": 6,
+}
+
+
+class WithLoss(task_class(ROOTS[0])):
+    """Trains on the loss of the model itself, and no head."""
+
+    def __init__(self) -> None:
+        super().__init__("llama")
+        self.model.lm_head.requires_grad_(False)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return self.model(input_ids=batch["ids"], labels=batch["ids"]).loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def fitted(folder: Any, method: str = "lora", settings: Any = SETTINGS, **given: Any) -> Any:
+    torch.manual_seed(5)
+    module = given.pop("module", None) or task(kind="llama")
+    ours = strategy(method, r=16, peft_config=copy.deepcopy(settings))
+    run = make_trainer(folder, ours, **{"max_epochs": 2, "max_steps": 10, **given})
+    run.fit(module, loader("llama"))
+    return module
+
+
+def rows(inputs: Any, model_inputs: None, name: str) -> torch.Tensor:
+    return inputs[0].flatten(0, -2)
+
+
+def test_ten_steps_are_those_of_peft(tmp_path):
+    torch.manual_seed(5)
+    module = WithLoss()
+    model = copy.deepcopy(module.model)
+    fitted(tmp_path, module=module)
+    fields = {key: value for key, value in SETTINGS.items() if key != "peft_type"}
+    fields["eva_config"] = EvaConfig(**SETTINGS["eva_config"])
+    theirs = get_peft_model(model, LoraConfig(**fields))
+    initialize_lora_eva_weights(
+        theirs,
+        loader("llama"),
+        forward_fn=lambda peft_model, batch: peft_model(input_ids=batch["ids"]),
+        prepare_model_inputs_fn=lambda batch, config: None,
+        prepare_layer_inputs_fn=rows,
+        show_progress_bar=False,
+    )
+    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=0.01)
+    batches = [*loader("llama"), *loader("llama")]
+    for batch in batches[:10]:
+        optimizer.zero_grad()
+        theirs(input_ids=batch["ids"], labels=batch["ids"]).loss.backward()
+        optimizer.step()
+    expected = {n.removeprefix("base_model.model."): p for n, p in theirs.named_parameters()}
+    mine = {n: p for n, p in module.model.named_parameters() if "lora_" in n}
+    assert mine.keys() == {n for n in expected if "lora_" in n}
+    ranks = {len(p) for n, p in mine.items() if "lora_A" in n}
+    assert len(ranks) > 1, "no rank was moved"
+    for name, value in mine.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.long), "qlora"])
+def test_a_resumed_run_does_not_do_it_again(method, tmp_path, monkeypatch):
+    calls: list[int] = []
+    original = engine.initialize_eva
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(engine, "initialize_eva", counted)
+
+    def fit(ckpt_path=None, callbacks=()):
+        torch.manual_seed(5 if ckpt_path is None else 1000)
+        module = task(kind="llama")
+        ours = strategy(method, r=16, peft_config=copy.deepcopy(SETTINGS))
+        run = make_trainer(tmp_path / "root", ours, max_epochs=2, callbacks=list(callbacks))
+        run.fit(module, loader("llama", shuffle=True), ckpt_path=ckpt_path)
+        return module
+
+    module, _ = resumed(fit, tmp_path, 2, steps=(4,))
+    assert len(calls) == 1
+    loaded = lightning_peft.load_from_checkpoint(task_class(ROOTS[0]), tmp_path / "step=12.ckpt")
+    assert torch.equal(outputs(loaded, "llama"), outputs(module, "llama"))
+
+
+def test_nothing_else_changes_and_peft_reads_the_folder(tmp_path):
+    plain = {**SETTINGS, "init_lora_weights": True}
+    del plain["eva_config"]
+    orders = []
+
+    class Order(lightning(ROOTS[0]).Callback):
+        def on_train_start(self, trainer, module):
+            orders.append([torch.random.get_rng_state()])
+
+        def on_train_batch_start(self, trainer, module, batch, index):
+            orders[-1].append(batch["ids"])
+
+    for settings, name in ((plain, "plain"), (SETTINGS, "one")):
+        points = saver(ROOTS[0], tmp_path, filename=name)
+        module = fitted(tmp_path / "root", settings=settings, callbacks=[points, Order()])
+    # The batches are those of a run without it.
+    assert all(torch.equal(a, b) for a, b in zip(*(order[1:] for order in orders), strict=True))
+    expected = outputs(module, "llama")
+    theirs = PeftModel.from_pretrained(build("llama"), tmp_path / "adapters" / "one")
+    with torch.no_grad():
+        found = theirs.eval()(input_ids=next(iter(loader("llama")))["ids"]).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    read = task(kind="llama")
+    lightning_peft.load_adapter(read.model, tmp_path / "adapters" / "one", is_trainable=True)
+    torch.testing.assert_close(outputs(read, "llama"), expected)
+
+    # A second fit goes on.
+    before = {n: p.shape for n, p in module.named_parameters()}
+    fitted(tmp_path / "again", module=module, max_steps=1)
+    assert before == {n: p.shape for n, p in module.named_parameters()}
+
+
+def test_layers_that_get_no_rank_lose_their_adapter(tmp_path):
+    settings = {**SETTINGS, "r": 1, "target_modules": "all-linear"}
+    settings["eva_config"] = {"rho": 4.0, "tau": 0.5}
+    points = saver(ROOTS[0], tmp_path, filename="one")
+    module = fitted(tmp_path / "root", settings=settings, callbacks=[points], max_steps=2)
+    (entry,) = engine.require_record(module).parts.values()
+    (info,) = entry.adapters.values()
+    layers = engine.adapted_layers(module.model)
+    assert set(layers) == set(info.targets)
+    assert 0 < len(layers) < 14
+    loaded = lightning_peft.load_from_checkpoint(task_class(ROOTS[0]), tmp_path / "one.ckpt")
+    assert torch.equal(outputs(loaded, "llama"), outputs(module, "llama"))
+
+
+def test_what_it_cannot_do_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_peft.engine.eva._MOST_BATCHES", 8)
+    with pytest.raises(UnsupportedError, match="made from the training data of a Trainer"):
+        lightning_peft.inject(build("llama"), SETTINGS)
+    few = {**SETTINGS, "r": 64, "lora_alpha": 64}
+    with pytest.raises(ConfigError, match=r"needs at least r \* rho = 128 tokens"):
+        fitted(tmp_path, settings=few)
+    module = task(kind="llama")
+    module.automatic_optimization = False
+    with pytest.raises(UnsupportedError, match="manual optimization: training_step would train"):
+        fitted(tmp_path, module=module)
+    module = fitted(tmp_path, settings={**SETTINGS, "init_lora_weights": True, "eva_config": None})
+    with pytest.raises(LifecycleError, match="init_lora_weights"):
+        fitted(tmp_path, module=module)
