@@ -226,11 +226,6 @@ def check_shardable(module: nn.Module) -> None:
                 f"({', '.join(sorted(map(str, methods)))}), which were never tried with it: use "
                 "LoRA without lora_bias"
             )
-        if any(info.config.get("use_dora") for info in part.adapters.values()):
-            problems.append(
-                f"{name or type(module).__name__}: use_dora=True, which takes norms of the frozen "
-                "weights and was never tried with it: use plain LoRA"
-            )
     problems += [
         f"adapters on {name!r} (nn.MultiheadAttention, nn.LSTM, nn.GRU or nn.RNN), which were "
         "never tried with it: leave it out of target_modules"

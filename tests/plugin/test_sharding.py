@@ -189,7 +189,7 @@ def test_two_processes_share_a_base(tmp_path):
 def test_models_share_a_base(count, tmp_path):
     kinds = ("llama", "llama_tied", "gpt2", "residuals", "t5", "vit", "whisper")
     cases = [f"{kind}:{method}" for kind in kinds for method in ("qlora", "lora")]
-    cases += ["llama:fp4", "llama:saved", "llama_tied:saved"]
+    cases += ["llama:fp4", "llama:saved", "llama_tied:saved", "llama:dora"]
     ranks = run_processes(tmp_path, count, *cases)
     for case in cases:
         check_case(ranks, case, tmp_path)
@@ -388,7 +388,11 @@ def test_a_callback_cannot_shard():
 @pytest.mark.parametrize(
     ("method", "given", "message"),
     [
-        ("lora", {"use_dora": True}, "use_dora=True, which takes norms"),
+        (
+            "lora",
+            {"r": 16, "peft_config": {"peft_type": "LORA", "lora_bias": True}},
+            r"adapters in PEFT's own layers \(LORA\)",
+        ),
         ("qlora", {"quantization_config": {"load_in_8bit": True}}, "8-bit weights of bitsandbytes"),
     ],
 )

@@ -35,6 +35,7 @@ SETTINGS = {
 
 # Names of methods with further arguments.
 VARIANTS = {
+    "dora": ("qlora", {"use_dora": True}),
     "saved": ("qlora", {"modules_to_save": ["lm_head", "embed_tokens"]}),
     "fp4": ("qlora", {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}),
 }

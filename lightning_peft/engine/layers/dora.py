@@ -102,7 +102,9 @@ class DoraLayer(LoraLayer):
 
     def has_no_effect(self) -> bool:
         """Whether every adapter on the layer still adds nothing and has the norms as magnitudes."""
-        return super().has_no_effect() and all(
+        # Outside of a forward pass a weight that is spread over processes has no norms.
+        known = not self.is_sharded and super().has_no_effect()
+        return known and all(
             torch.equal(self.norms(name), self.magnitude(name)) for name in self.adapter_settings
         )
 
