@@ -36,7 +36,8 @@ CONFIGS = {
 }
 
 
-def model_of(kind="qwen3", way="grouped_mm"):
+def model_of(kind="qwen3", way="grouped_mm", **given):
     torch.manual_seed(0)
     config = copy.deepcopy(CONFIGS[kind])
+    config.update(given)
     return AutoModelForCausalLM.from_config(config, experts_implementation=way).eval()

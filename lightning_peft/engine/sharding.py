@@ -26,7 +26,7 @@ from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.backends.share import Share
 from lightning_peft.engine.called_blocks import CalledBlocks
 from lightning_peft.engine.gathering import share_group
-from lightning_peft.engine.layers.expert_weights import RoutedExperts
+from lightning_peft.engine.layers.expert_weights import weight_name
 from lightning_peft.engine.layers.mixin import LayerMixin, stored_parameter
 from lightning_peft.engine.layers.tokens import TokenLayer
 from lightning_peft.engine.methods.lora_config import changes_base
@@ -254,12 +254,6 @@ def check_shardable(module: nn.Module) -> None:
         for key in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
         if getattr(config, key, None)
     ]
-    if any(isinstance(child, RoutedExperts) for child in module.modules()):
-        problems.append(
-            "adapters on weights of experts, or codes of them, which were never tried with it: "
-            "leave them out by target_parameters=[], and with QLoRA name 'experts' among the "
-            "modules that stay dense"
-        )
     if record.momentum_copies:
         copies = ", ".join(repr(pair.copy) for pair in record.momentum_copies)
         problems.append(f"momentum copies ({copies}), which were never tried with it: use DDP")
@@ -272,7 +266,7 @@ def _layers_with_frozen_weight(module: nn.Module) -> list[Any]:
     return [
         child
         for name, child in module.named_modules()
-        if isinstance(child, LayerMixin) and f"{name}.weight".lstrip(".") in frozen
+        if isinstance(child, LayerMixin) and weight_name(name) in frozen
     ]
 
 

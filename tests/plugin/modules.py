@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from expert_models import model_of
 from models import llama_config
 from torch import nn
 from torch.utils.data import DataLoader
@@ -112,7 +113,14 @@ def whisper() -> nn.Module:
     )
 
 
+def experts(kind: str) -> nn.Module:
+    """A language model of two blocks with four experts each."""
+    return model_of(kind, vocab_size=VOCABULARY).train()
+
+
 BUILDERS = {
+    "mixtral": functools.partial(experts, "mixtral"),
+    "gpt-oss": functools.partial(experts, "gpt-oss"),
     "t5": t5,
     "vit": vit,
     "whisper": whisper,

@@ -9,6 +9,7 @@ products, expert by expert or grouped, are those of the layer.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_peft.compat.torch import is_fsdp_asking
 from lightning_peft.engine.layers.mixin import (
     DynamicMixin,
     LayerMixin,
@@ -225,6 +227,9 @@ class RoutedExperts(DynamicMixin):
     def __getattr__(self, name: str) -> Any:
         layer = self.__dict__.get("_modules", {}).get(f"{name}{SUFFIX}")
         if isinstance(layer, ExpertWeight):
+            # As in `LayerMixin.read_weight`.
+            if getattr(layer, "is_sharded", False) and is_fsdp_asking(sys._getframe(1)):
+                return layer._parameters["weight"]
             return layer.weight
         return super().__getattr__(name)  # type: ignore[misc]
 
