@@ -10,6 +10,7 @@ from transformers import (
     DeepseekV3Config,
     Glm4MoeConfig,
     GptOssConfig,
+    Llama4TextConfig,
     MixtralConfig,
     Qwen3MoeConfig,
 )
@@ -33,11 +34,17 @@ CONFIGS = {
     "glm4": Glm4MoeConfig(**SIZES, **ROUTED, **GROUPS, head_dim=8),
     "deepseek": DeepseekV3Config(**{**SIZES, **ROUTED, **GROUPS, **LATENT}),
     "gpt-oss": GptOssConfig(**SIZES, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
-}
+    "llama4": Llama4TextConfig(
+        **SIZES, head_dim=8, num_local_experts=4, intermediate_size_mlp=48,
+        interleave_moe_layer_step=1,
+    ),
+}  # fmt: skip
 
 
 def model_of(kind="qwen3", way="grouped_mm", **given):
     torch.manual_seed(0)
     config = copy.deepcopy(CONFIGS[kind])
     config.update(given)
+    # Llama 4 has a way of its own.
+    way = "eager" if kind == "llama4" else way
     return AutoModelForCausalLM.from_config(config, experts_implementation=way).eval()

@@ -55,10 +55,17 @@ class QuantizedExperts(ExpertMixin, QuantizedLayer):
         known = [rows.shape[0]] if isinstance(ends, FakeTensor) else ends.tolist()
         return self._products(rows, known)
 
-    def _products(self, rows: Tensor, ends: list[int]) -> Tensor:
+    def stacked_product(self, rows: Tensor) -> Tensor:
+        """The products of rows ``(experts, n, in)`` with weights stored ``(in, out)``."""
+        experts, count = rows.shape[:2]
+        ends = [count * number for number in range(1, experts + 1)]
+        return self._products(rows.flatten(0, 1), ends, True).unflatten(0, (experts, count))
+
+    def _products(self, rows: Tensor, ends: list[int], as_stored: bool | None = None) -> Tensor:
         kept = output_dtype(rows)
         rows = rows.to(self.compute_dtype or kept)
-        product: Tensor = _ExpertProducts.apply(rows, self, ends)
+        stored = self.is_transposed if as_stored is None else as_stored
+        product: Tensor = _ExpertProducts.apply(rows, self, ends, stored)
         return product.to(kept)
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -85,22 +92,17 @@ class _ExpertProducts(torch.autograd.Function):
     """Products of groups of rows with dequantized weights, of which one exists at a time."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, layer: Any, ends: list[int]) -> Tensor:
-        ctx.layer, ctx.ends = layer, ends
-        weights = layer.weight_info()[0]
-        width = weights[2] if layer.is_transposed else weights[1]
-        return _by_expert(rows, layer, ends, width, layer.is_transposed)
+    def forward(ctx: Any, rows: Tensor, layer: Any, ends: list[int], as_stored: bool) -> Tensor:
+        ctx.layer, ctx.ends, ctx.as_stored = layer, ends, as_stored
+        width = layer.weight_info()[0][2 if as_stored else 1]
+        return _by_expert(rows, layer, ends, width, as_stored)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         (gradient,) = gradients
-        weights = ctx.layer.weight_info()[0]
-        width = weights[1] if ctx.layer.is_transposed else weights[2]
-        return (
-            _by_expert(gradient, ctx.layer, ctx.ends, width, not ctx.layer.is_transposed),
-            None,
-            None,
-        )
+        width = ctx.layer.weight_info()[0][1 if ctx.as_stored else 2]
+        rows = _by_expert(gradient, ctx.layer, ctx.ends, width, not ctx.as_stored)
+        return rows, None, None, None
 
 
 def _by_expert(rows: Tensor, layer: Any, ends: list[int], width: int, as_stored: bool) -> Tensor:

@@ -66,6 +66,17 @@ class LoraExperts(LoraLayer, ExpertMixin):
             added.append(torch.bmm(low, b.to(low.dtype).transpose(-2, -1)))
         return _sum(added)
 
+    def added_stacked(self, rows: Tensor) -> Tensor | None:
+        """Returns the same for rows ``(experts, n, in)`` and weights stored ``(in, out)``."""
+        added = []
+        for name in self.effective_adapters():
+            first, last = (factor.to(rows.dtype) for factor in reversed(self.stacked(name)))
+            if self.is_transposed:
+                first, last = last.transpose(-2, -1), first.transpose(-2, -1)
+            low = torch.bmm(rows, first) * self.adapter_settings[name].scaling
+            added.append(torch.bmm(low, last))
+        return _sum(added)
+
     def added_grouped(self, function: Any, rows: Tensor, *rest: Any, **named: Any) -> Tensor | None:
         """Returns the same for rows ``(n, in)`` sorted by expert, as two grouped products."""
         added = []

@@ -24,6 +24,7 @@ from lightning_peft.engine.layers.mixin import (
     DynamicMixin,
     LayerMixin,
     add_mixin,
+    class_key,
     remove_mixin,
     require_whole,
 )
@@ -36,6 +37,8 @@ SUFFIX = "_per_expert"
 SERVED = ("eager", "grouped_mm", "batched_mm")
 # The attributes that transformers' `use_experts_implementation` gives to experts.
 _MARKS = ("is_transposed", "has_gate", "has_bias", "num_experts")
+# Classes of transformers without those, whose code multiplies the rows of all experts at once.
+_STACKED = ("Llama4TextExperts",)
 _GROUPED = [
     getattr(holder, name)
     for holder, name in ((F, "grouped_mm"), (torch, "_grouped_mm"))
@@ -89,8 +92,8 @@ class ExpertWeight(nn.Module):
 
     @property
     def is_transposed(self) -> bool:
-        """Whether a weight is ``(in, out)``."""
-        return bool(self.__dict__["owner"].is_transposed)
+        """Whether adapters take a weight for ``(in, out)``: as in PEFT, where the class says so."""
+        return bool(getattr(self.__dict__["owner"], "is_transposed", False))
 
     @property
     def num_experts(self) -> int:
@@ -109,6 +112,10 @@ class ExpertWeight(nn.Module):
         """Returns ``function(rows, weight of expert index)``, torch's linear map or product."""
         result: Tensor = function(rows, self.one_expert(index), *rest, **named)
         return result
+
+    def stacked_product(self, rows: Tensor) -> Tensor:
+        """Returns the products of rows ``(experts, n, in)`` with weights stored ``(in, out)``."""
+        return torch.bmm(rows, self.one_expert(slice(None)))
 
     def grouped_product(self, function: Any, rows: Tensor, *rest: Any, **named: Any) -> Tensor:
         """Returns ``function(rows, all weights, ends of the groups)``, torch's grouped product."""
@@ -131,6 +138,7 @@ class ExpertMixin(LayerMixin):
         view = super().weight
         if isinstance(view, WeightView):
             view.overrides[Tensor.__getitem__] = self._select
+            view.overrides[torch.bmm] = self._stacked
             if self.is_transposed:
                 self._group(view)
             else:
@@ -200,6 +208,15 @@ class ExpertMixin(LayerMixin):
         added = self.added_grouped(function, rows, *rest, **named)
         return result if added is None else result + added.to(result.dtype)
 
+    def _stacked(self, rows: Tensor, weight: Any) -> Tensor:
+        """``bmm`` of the rows of all experts with their weights, as Llama 4 writes it."""
+        layer: Any = self
+        if isinstance(rows, WeightView):
+            return torch.bmm(layer.effective_weight(), weight)
+        result: Tensor = layer.stacked_product(rows)
+        added = self.added_stacked(rows)
+        return result if added is None else result + added.to(result.dtype)
+
     def effective_expert(self, index: Any) -> Tensor:
         """Returns the weight that the layer computes with for the experts ``index``."""
         layer: Any = self
@@ -212,6 +229,10 @@ class ExpertMixin(LayerMixin):
 
     def added_batched(self, rows: Tensor, index: Tensor) -> Tensor | None:
         """What is added to the products of rows ``(n, 1, in)`` with a weight for each."""
+        return None
+
+    def added_stacked(self, rows: Tensor) -> Tensor | None:
+        """What is added to :meth:`ExpertWeight.stacked_product`."""
         return None
 
     def added_grouped(self, function: Any, rows: Tensor, *rest: Any, **named: Any) -> Tensor | None:
@@ -276,7 +297,9 @@ def expert_parameters(module: nn.Module) -> list[str]:
     Those of classes that transformers runs by its own code for experts; others keep and use such
     parameters in ways of their own.
     """
-    if not all(mark in vars(module) for mark in _MARKS):
+    origin = class_key(module)[2]
+    stacks = origin.__name__ in _STACKED and origin.__module__.startswith("transformers.")
+    if not stacks and not all(mark in vars(module) for mark in _MARKS):
         return []
     return [
         name
