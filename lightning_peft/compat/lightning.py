@@ -141,7 +141,7 @@ def combined_loader(loop: Any) -> Any:
 
 
 def training_data(trainer: Any) -> Any:
-    """Returns what the hook or argument of a fit gives as training data, before it is set up."""
+    """Returns the training data of a fit, from its hook or argument, before it is set up."""
     return trainer.fit_loop._data_source.dataloader()
 
 

@@ -50,7 +50,7 @@ def initialize_eva(
         ConfigError: If there are no batches, or too few tokens in them.
         UnsupportedError: If PEFT cannot compute the directions of a layer.
     """
-    said = []
+    sentences = []
     for entry, part in adapted_parts(module):
         for name, info in entry.adapters.items():
             if not info.needs_data:
@@ -68,11 +68,11 @@ def initialize_eva(
                 weight.data.copy_(directions[target])
             info.needs_data = False
             ranks = [len(directions[target]) for target in info.targets]
-            said.append(
+            sentences.append(
                 f"EVA: {drawn.count} batches; ranks {min(ranks)} to {max(ranks)} on "
                 f"{len(ranks)} of {len(directions)} layers of {entry.name or 'the module'}"
             )
-    return said
+    return sentences
 
 
 class _Batches:
