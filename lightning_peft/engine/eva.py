@@ -202,11 +202,12 @@ def apply_ranks(part: nn.Module, info: AdapterInfo, name: str, fields: Mapping[s
 def _resize(layer: Any, name: str, rank: int, alpha: float, config: Any) -> None:
     settings = layer.adapter_settings[name]
     a, b = layer.lora_A[name], layer.lora_B[name]
-    for holder, old, shape in (
-        (layer.lora_A, a, (a.in_features, rank)),
-        (layer.lora_B, b, (rank, b.out_features)),
+    for holder, old, wide, high in (
+        (layer.lora_A, a, a.in_features, rank),
+        (layer.lora_B, b, rank, b.out_features),
     ):
-        made = nn.Linear(*shape, bias=False, device=old.weight.device, dtype=old.weight.dtype)
+        where = {"device": old.weight.device, "dtype": old.weight.dtype}
+        made = nn.Linear(wide, high, bias=False, **where)
         nn.init.zeros_(made.weight)
         made.weight.requires_grad_(old.weight.requires_grad)
         holder[name] = made.train(old.training)
