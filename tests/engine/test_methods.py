@@ -223,10 +223,10 @@ def test_convolutions_that_a_method_computes_otherwise(more: dict, said: str) ->
 
 
 def test_padding_and_dilation_without_effect_are_allowed() -> None:
-    layer = nn.Conv1d(4, 4, 1, padding_mode="circular", dilation=2)
-    net = nn.Sequential(layer, nn.Conv1d(4, 4, 1))
+    layer = nn.Conv2d(4, 4, 1, padding_mode="circular", dilation=2)
+    net = nn.Sequential(layer, nn.Conv2d(4, 4, 1))
     lightning_peft.inject(net, peft.HRAConfig(target_modules=["0"], r=2))
-    assert type(net[0]) is not nn.Conv1d
+    assert type(net[0]) is not nn.Conv2d
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers.conversion_mapping
 from expert_models import model_of
 from models import Holder, llama_config, saved_in_shards
 from safetensors import SafetensorError
@@ -28,6 +27,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    conversion_mapping,
 )
 
 from lightning_peft import engine
@@ -583,8 +583,8 @@ def codes_of(holder: Holder) -> torch.Tensor:
 def test_conversions_of_the_user_are_not_covered(
     folders: dict[str, Path], bases: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = transformers.conversion_mapping.USER_REGISTERED_MAPPINGS
-    monkeypatch.setattr(transformers.conversion_mapping, "USER_REGISTERED_MAPPINGS", {"llama"})
+    names = conversion_mapping.USER_REGISTERED_MAPPINGS
+    monkeypatch.setattr(conversion_mapping, "USER_REGISTERED_MAPPINGS", {"llama"})
     assert load(folders["llama"])[1:] == (False, 0)
-    monkeypatch.setattr(transformers.conversion_mapping, "USER_REGISTERED_MAPPINGS", names)
+    monkeypatch.setattr(conversion_mapping, "USER_REGISTERED_MAPPINGS", names)
     assert load(folders["llama"])[1:] == (False, 1)
