@@ -47,13 +47,19 @@ LONG = pytest.mark.long
 
 
 @pytest.mark.parametrize(
-    "page", ["", "new#all", pytest.param("compare", marks=LONG), pytest.param("help", marks=LONG)]
+    "page",
+    [
+        "",
+        "new?recipe=small/sft#all",
+        pytest.param("compare", marks=LONG),
+        pytest.param("help", marks=LONG),
+    ],
 )
 def test_german_pages_are_german(site, visit, page):
     # Also for a browser that is not.
     opened = visit(f"{site.url}/{'de-' if page else 'de'}{page}", locale="en-US")
     opened.locator("h1").first.wait_for()
-    if page == "new#all":
+    if page.startswith("new"):
         opened.locator("#overview .fine, #overview .busy").first.wait_for(timeout=180_000)
         for part in opened.locator(".label-wrap").all():
             if part.is_visible() and "open" not in part.get_attribute("class").split():
