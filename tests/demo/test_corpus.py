@@ -123,6 +123,7 @@ def digest(entries):
 """
 
 
+@pytest.mark.long
 def test_extraction_is_the_same_every_time(entries):
     assert len(entries) > 3000
     here = {}

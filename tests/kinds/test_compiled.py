@@ -42,7 +42,10 @@ def net_and_input(kind: str) -> tuple[nn.Module, Any]:
     return make(), torch.randn(shape)
 
 
-@pytest.mark.parametrize("quantization", [None, NF4], ids=["lora", "qlora"])
+@pytest.mark.parametrize(
+    "quantization",
+    [pytest.param(None, id="lora", marks=pytest.mark.long), pytest.param(NF4, id="qlora")],
+)
 @pytest.mark.parametrize("kind", NETS)
 def test_compiled_is_the_same(kind, quantization) -> None:
     net, x = net_and_input(kind)
