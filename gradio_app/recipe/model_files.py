@@ -57,6 +57,9 @@ def is_cached(name: str, weights: bool = True) -> bool:
         return absence_of_smollm2() is None
     repository, _, file = name.partition(":")
     snapshots = hub_cache() / f"models--{repository.replace('/', '--')}" / "snapshots"
+    if ".." in file:
+        # Of a recipe that was not checked.
+        return False
     if file or not weights:
         return any(snapshots.glob(f"*/{file or '*'}"))
     return any(map(_has_weights, snapshots.glob("*")))

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import uuid
+
 import pytest
 
+from gradio_app.recipe.content import with_value
+from gradio_app.recipe.edits import base_recipe, with_data
+from gradio_app.recipe.yaml_text import dump_yaml
 from gradio_app.runs.store import RunStore
 from gradio_app.settings import Settings
+from gradio_app.uploads import Uploads
 from gradio_app.visitors import COOKIE, owner_of
-from tests.app.attacking import Call, Handler, attack, handlers_of
+from tests.app.attacking import Call, Handler, attack, called, handlers_of
 from tests.app.runs import queued, until
 from tests.app.visitors import HERS, HIS, Request, owner_with
 
@@ -77,6 +84,43 @@ def test_no_handler_lets_one_visitor_touch_the_run_of_another(space, store, hers
     assert store.get(owner, hers).name == NAME
     new = {path.name for path in folder.path.iterdir()} - before
     assert not new & {"control.json", "votes.jsonl", "exports"}
+
+
+@pytest.mark.parametrize("way", ["draft", "pasted"])
+def test_a_recipe_that_names_the_upload_of_another_shows_none_of_it(space, tmp_path, way):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": NAME, "completion": "x"}))
+    settings = Settings.on_a_space(space.folder)
+    upload = Uploads(settings, owner_with(HERS)).save(file, "20261130")
+    content = with_data(base_recipe("sft"), str(upload.path))
+    if way == "draft":
+        content = with_value(content, "model.init_args.model", str(upload.path))
+    recipe, session = dump_yaml(content), uuid.uuid4().hex
+    with space.client(HIS) as client:
+        config = client.get("/config").json()
+        names = {one["id"]: one["props"].get("elem_id") for one in config["components"]}
+        triggers = {one["id"]: one["targets"] for one in config["dependencies"]}
+        known = [one for group in handlers_of(space, client) for one in group]
+
+        def click(name: str, *given: str) -> str:
+            clicked = next(
+                one for one in known if name in (names.get(by) for by, _ in triggers[one.number])
+            )
+            return called(client, clicked, [Call([None, *given])], session)
+
+        (load,) = (one for one in known if one.name == "bind_page_load.<locals>.load")
+        draft = {"recipe": recipe} if way == "draft" else None
+        shown = called(client, load, [Call([draft])], session)
+        if way == "pasted":
+            shown = click("apply-yaml", recipe)
+        assert upload.name in shown
+        # Nor how large it is.
+        assert "Weights:" not in shown
+        for name, given in (("show", ["1"]), ("save", ["1", "{}"]), ("leave", ["1"])):
+            answer = click(f"edit-row-{name}", *given)
+            assert NAME not in answer
+            assert "takes no paths" in answer
+    assert not Uploads(settings, owner_with(HIS)).list()
 
 
 def test_her_own_recipe_shows_no_folder_of_the_server(space, store, hers):

@@ -22,7 +22,7 @@ from gradio_app.recipe.edits import base_recipe, with_data
 from gradio_app.recipe.hub_data import DEFAULT, known_data_sets, known_splits
 from gradio_app.recipe.paths import nearest_file
 from gradio_app.recipe.preview import DataReport
-from gradio_app.recipe.table import count_rows, first_rows
+from gradio_app.recipe.table import Table, count_rows, first_rows
 from gradio_app.redaction import UPLOAD
 from gradio_app.uploads import KINDS, Uploads
 from lightning_peft.task_registry import task_of_config
@@ -222,14 +222,13 @@ def _check_updates(editor: Editor, session: Any, request: gr.Request) -> Iterato
         return
     if session.report is None:
         data, read = session.content.get("data"), -1
-        place = data_path(editor, session)
         first, of = None, None
         for rows in check_data(editor, session):
             if session.content.get("data") != data:
                 break
             if read < 0:
                 yield [gr.skip(), data_html.checking(t), gr.update(visible=True), *quiet]
-                first, of = first_rows(place, session.content), count_rows(place)
+                first, of = _first_rows(editor, session)
             elif rows != read:
                 shown = data_html.checking(t, rows, of, first, session.early_report)
                 yield [gr.skip(), shown, gr.update(visible=True), *quiet]
@@ -254,6 +253,16 @@ def _check_updates(editor: Editor, session: Any, request: gr.Request) -> Iterato
         *_dropdowns(editor, session, chosen),
         data_html.mapped_rows(session.report, session.report.numbers.get("columns", {}), t),
     ]
+
+
+def _first_rows(editor: Editor, session: Session) -> tuple[Table | None, int | None]:
+    """Returns the first rows of a file and how many it has, as far as both are known."""
+    try:
+        place = data_path(editor, session)
+    except UserError:
+        # The report says why.
+        return None, None
+    return first_rows(place, session.content), count_rows(place)
 
 
 def _dropdowns(editor: Editor, session: Any, shape: Any) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
@@ -118,11 +117,14 @@ def _check(editor: Editor, session: Session, data: Any) -> DataReport:
 
 
 def data_path(editor: Editor, session: Session) -> Path:
-    """Returns where the rows of a session lie, if that is on this machine."""
+    """Returns where the rows of a session lie, if that is on this machine.
+
+    The recipe may not have been checked: raises UserError for what its owner may not read.
+    """
     place = data_of(session.content)
-    with contextlib.suppress(UserError):
-        place = editor.places(session).data(place)
-    return local_path(place)
+    if not place:
+        raise UserError("checks.no_rows")
+    return local_path(editor.places(session).data(place))
 
 
 def recipes_in_use(editor: Editor, session: Session) -> str:

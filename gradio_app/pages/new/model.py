@@ -24,6 +24,7 @@ from gradio_app.recipe.model_files import (
     weight_bytes,
 )
 from gradio_app.recipe.presets import DEMO_BASE, MODELS, Model
+from gradio_app.recipe.preview import local_path
 from gradio_app.recipe.validation import check_files
 from gradio_app.runs.formatting import format_bytes
 from gradio_app.texts import Texts
@@ -48,7 +49,8 @@ def build(editor: Editor) -> None:
     if open_to_all:
         with gr.Accordion(t("new.model_hub"), open=False, elem_id="model-hub"):
             _build_hub(editor)
-    editor.show([choice, facts], lambda session: [_choices(session, editor), _facts(session, t)])
+    editor.show([choice], lambda session: [_choices(session, editor)])
+    editor.show([facts], lambda session: [_facts(session, editor)])
     editor.bind(choice.input, partial(_choose, editor), [choice], problem=problem)
 
 
@@ -184,8 +186,8 @@ def format_parameters(number: int) -> str:
     return f"{number / 1e6:.0f} M"
 
 
-def _facts(session: Session, t: Texts) -> str:
-    name = value_at(session.content, "model.init_args.model", None)
+def _facts(session: Session, editor: Editor) -> str:
+    t, name = editor.t, value_at(session.content, "model.init_args.model", None)
     lines = []
     if value_at(session.content, "model.init_args.config", None) is not None:
         lines.append(t("new.model_random"))
@@ -200,9 +202,7 @@ def _facts(session: Session, t: Texts) -> str:
         if name == DEMO_BASE:
             lines.append(t("new.demo_about"))
         elif Path(name).is_absolute():
-            if Path(name).exists():
-                lines.append(_model_summary(Path(name), t))
-            lines.append(t("new.model_files", size=format_bytes(weight_bytes(Path(name)), t)))
+            lines += _file_facts(name, session, editor)
         elif is_cached(name):
             file = smollm2() if name == SMOLLM2_PLACE else None
             lines += [_model_summary(file, t)] if file is not None else []
@@ -216,6 +216,16 @@ def _facts(session: Session, t: Texts) -> str:
             revision = value_at(session.content, "model.init_args.revision", "")
             lines.append(t("new.model_trusted", commit=revision))
     return render("new.chosen_model", t, lines=lines, offline=is_offline())
+
+
+def _file_facts(name: str, session: Session, editor: Editor) -> list[str]:
+    """Returns properties of a model by its files; none of a path that its owner may not read."""
+    try:
+        place = local_path(editor.places(session).model(name))
+    except UserError:
+        return []
+    about = [_model_summary(place, editor.t)] if place.exists() else []
+    return [*about, editor.t("new.model_files", size=format_bytes(weight_bytes(place), editor.t))]
 
 
 def _model_summary(folder: Path, t: Texts) -> str:
