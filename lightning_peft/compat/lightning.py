@@ -106,6 +106,18 @@ def ends_epoch(epoch: Any) -> bool:
     return bool(epoch._num_ready_batches_reached())
 
 
+def ends_fit(trainer: Any) -> bool:
+    """Says whether training ends with the batch that was begun, by steps or epochs."""
+    last_epoch = trainer.max_epochs != -1 and trainer.current_epoch + 1 >= trainer.max_epochs
+    by_steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+    return by_steps or (last_epoch and ends_epoch(trainer.fit_loop.epoch_loop))
+
+
+def forget_groups(callback: Any) -> None:
+    """Lets a finetuning callback record the groups of new optimizers, not behind the old ones."""
+    callback._internal_optimizer_metadata = {}
+
+
 def logged_metrics(epoch: Any) -> Any:
     """Returns the logged values of an epoch with their reductions, by name."""
     return epoch._results

@@ -135,6 +135,7 @@ class Record:
             is not decided yet.
         eval_modules: Names of the submodules that stay in eval mode, as the user set them.
         unoptimized: Names of the adapted layers that are frozen since no optimizer holds them.
+        staged: Names of the parameters that finetuning callbacks froze until some epoch.
         shards: How many processes share the frozen parameters.
         built: Weights outside of the parts before a fit or a checkpoint changed them, by name;
             those that are frozen in a fit, and those that a checkpoint had others for.
@@ -148,6 +149,7 @@ class Record:
     left: dict[str, str] | None = None
     eval_modules: set[str] = field(default_factory=set)
     unoptimized: list[str] = field(default_factory=list)
+    staged: frozenset[str] = frozenset()
     shards: int = 1
     built: dict[str, BuiltWeight] = field(default_factory=dict)
     excluded: set[str] = field(default_factory=set)

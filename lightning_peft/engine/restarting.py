@@ -7,6 +7,7 @@ checkpoints and folders from then on, since no one can load them again.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,6 +25,11 @@ from lightning_peft.engine.record import adapted_parts, refuse_sharded, require_
 from lightning_peft.errors import UnsupportedError, itemize
 
 _INITS = (True, None, "gaussian")
+# What optimizers call the running sums of gradients: torch's, bitsandbytes' and those that follow.
+_FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "grad_avg", "state1")
+_MOMENTS = re.compile(
+    r"exp_avg\w*|exp_inf|max_exp_avg_sq|momentum_buffer|square_avg|grad_avg|acc_delta|sum|state[12]"
+)
 
 
 def check_restartable(module: nn.Module) -> None:
@@ -124,8 +130,8 @@ def prune_states(
 
     The same entries in each tensor: Adam divides the first moment by the root of the second, and a
     step would be out of bounds where the one is kept and the other zeroed. All of what is kept of a
-    parameter goes, and begins again, where ``share`` is one or where that is more than
-    floating-point tensors of its shape, as with 8-bit optimizers.
+    parameter goes, and begins again, where ``share`` is one or where that is more than moments of
+    its shape: 8-bit states, or copies of weights, as those of schedule-free optimizers.
     """
     chosen = list(params)
     for optimizer in optimizers:
@@ -133,14 +139,19 @@ def prune_states(
             state = optimizer.state.get(param)
             if not state:
                 continue
-            tensors = [x for x in state.values() if isinstance(x, Tensor) and x.numel() > 1]
-            like = all(x.shape == param.shape and x.is_floating_point() for x in tensors)
-            if share == 1 or not like:
+            # Others count steps.
+            held = {key: x for key, x in state.items() if isinstance(x, Tensor) and x.ndim}
+            moments = all(
+                _MOMENTS.fullmatch(key) and x.shape == param.shape and x.is_floating_point()
+                for key, x in held.items()
+            )
+            if share == 1 or not moments:
                 optimizer.state.pop(param)
                 continue
             count = int(share * param.numel())
-            if tensors and count:
-                size = tensors[0].abs()
+            if held and count:
+                first = [x for key, x in held.items() if key in _FIRST_MOMENTS]
+                size = [*first, *held.values()][0].abs()
                 kept = size > size.flatten().kthvalue(count).values
-                for tensor in tensors:
+                for tensor in held.values():
                     tensor.mul_(kept)

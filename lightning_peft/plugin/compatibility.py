@@ -44,7 +44,8 @@ def check_compatibility(module: Any, strategy: Any, quantized: bool) -> None:
             "it starts and be lost with them. Use strategy='ddp', from a script"
         )
     callbacks = getattr(trainer_of(module), "callbacks", [])
-    problems += finetuning_problems(callbacks, len(devices), AVERAGING_CALLBACKS)
+    processes = len(devices) * getattr(strategy, "num_nodes", 1)
+    problems += finetuning_problems(callbacks, processes, AVERAGING_CALLBACKS)
     for callback in callbacks:
         problems += [
             f"callback {type(callback).__name__}: {REFUSED_CALLBACKS[cls.__name__]}. Remove it"

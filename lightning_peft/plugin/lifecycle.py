@@ -31,7 +31,11 @@ from lightning_peft.plugin.divergence import DivergenceCheck
 from lightning_peft.plugin.injection_settings import injection_settings
 from lightning_peft.plugin.sharding import early_share
 from lightning_peft.plugin.training_checks import TrainingChecks
-from lightning_peft.plugin.unfreezing import freeze_stages, serve_finetuning
+from lightning_peft.plugin.unfreezing import (
+    freeze_stages,
+    serve_finetuning,
+    unfreeze_stages,
+)
 
 if TYPE_CHECKING:
     from lightning_peft.arguments import LoRAArguments
@@ -133,6 +137,7 @@ class Lifecycle:
             )
             check_pruning(module)
             engine.unfreeze_unoptimized(module)
+            unfreeze_stages(module)
             check_trainable(module)
             freeze_stages(module)
             engine.set_training_mode(module)

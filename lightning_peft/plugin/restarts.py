@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_peft import engine
+from lightning_peft.compat.lightning import ends_fit
 from lightning_peft.errors import ConfigError, UnsupportedError, itemize
 from lightning_peft.plugin.averaging import AVERAGING_CALLBACKS
 from lightning_peft.plugin.namespace import LateBoundMeta
@@ -34,7 +35,7 @@ class MergeAndRestart(_Base, metaclass=LateBoundMeta):
         every_n_steps: Optimizer steps of one adapter.
         prune_states: The share of the optimizer's states of the adapters that is zeroed at each
             merge, where first moments are least; 1 makes new states, as 8-bit optimizers and those
-            with states of other shapes get them whatever the share.
+            that keep more than moments, such as copies of weights, get them whatever the share.
         warmup_steps: Optimizer steps in which the learning rates rise to what they are set to after
             each merge; by default a twentieth of ``every_n_steps``, at most 100. The schedule of
             the module acts as well.
@@ -68,6 +69,8 @@ class MergeAndRestart(_Base, metaclass=LateBoundMeta):
         self.warmup_steps = warmup_steps
         self._restarts, self._last, self._seed = 0, 0, 0
         self._hooks: list[Any] = []
+        # Learning rates of optimizers within their steps.
+        self._rates: dict[Any, list[Any]] = {}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Forgets the fit before."""
@@ -108,22 +111,24 @@ class MergeAndRestart(_Base, metaclass=LateBoundMeta):
                     f"{type(optimizer).__name__}, which calls no hooks before its steps. Use "
                     "warmup_steps=0 and a schedule that rises after each merge."
                 )
-            rates: list[Any] = []
 
-            def lower(optimizer: Any, *_: Any, rates: list[Any] = rates) -> None:
-                rates[:] = [group["lr"] for group in optimizer.param_groups]
+            def lower(optimizer: Any, *_: Any) -> None:
+                # The step before may have raised.
+                self._restore(optimizer)
+                self._rates[optimizer] = [group["lr"] for group in optimizer.param_groups]
                 for group in optimizer.param_groups:
                     group["lr"] = group["lr"] * self._share(trainer.global_step)
 
-            def restore(optimizer: Any, *_: Any, rates: list[Any] = rates) -> None:
-                # Before a schedule computes the next one from it.
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate
-
             self._hooks += [
                 optimizer.register_step_pre_hook(lower),
-                optimizer.register_step_post_hook(restore),
+                optimizer.register_step_post_hook(self._restore),
             ]
+
+    def _restore(self, optimizer: Any, *_: Any) -> None:
+        """Puts learning rates back, before a schedule computes the next ones from them."""
+        rates = self._rates.pop(optimizer, None)
+        for group, rate in zip(optimizer.param_groups, rates or (), strict=False):
+            group["lr"] = rate
 
     def _share(self, step: int) -> float:
         """Returns the factor of the learning rates in the optimizer step after ``step``."""
@@ -136,7 +141,7 @@ class MergeAndRestart(_Base, metaclass=LateBoundMeta):
     ) -> None:
         """Merges where it is time, unless training ends with this step."""
         step = trainer.global_step
-        if step - self._last < self.every_n_steps or step >= trainer.estimated_stepping_batches:
+        if step - self._last < self.every_n_steps or ends_fit(trainer):
             return
         self._restarts, self._last = self._restarts + 1, step
         report = engine.merge_and_restart(pl_module, self._seed + self._restarts)
@@ -170,6 +175,8 @@ class MergeAndRestart(_Base, metaclass=LateBoundMeta):
         hooks, self._hooks = self._hooks, []
         for hook in hooks:
             hook.remove()
+        for optimizer in list(self._rates):
+            self._restore(optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns how often and when it merged last."""

@@ -7,13 +7,14 @@ heads and modules trained in full. So their methods do not see the rest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lightning_peft.compat.lightning import trainer_of
+from lightning_peft import engine
+from lightning_peft.compat.lightning import forget_groups, trainer_of
 from lightning_peft.errors import UnsupportedError
 from lightning_peft.plugin.mixed_class import mixed_class
 
@@ -59,6 +60,7 @@ class StagedAdapters(_Base):
 
     def freeze_adapters(self, module: nn.Module) -> None:
         """Freezes what the callback freezes, once the adapters are there."""
+        forget_groups(self)
         self.trained = frozenset(n for n, p in module.named_parameters() if p.requires_grad)
         self.freeze_before_training(module)
 
@@ -69,7 +71,7 @@ class StagedAdapters(_Base):
 
     def finetune_function(self, pl_module: Any, *given: Any, **named: Any) -> None:
         """Unfreezes modules as the callback says; the base stays frozen."""
-        with self._only_trained(pl_module):
+        with self._only_trained(pl_module), self._new_by_identity():
             super().finetune_function(pl_module, *given, **named)
 
     @contextmanager
@@ -95,6 +97,30 @@ class StagedAdapters(_Base):
                 held.clear()
                 held.update(before)
         self.unfrozen = [n for n, p in module.named_parameters() if p.requires_grad]
+        record = engine.require_record(module)
+        record.staged = (record.staged | self.trained).difference(self.unfrozen)
+
+    @contextmanager
+    def _new_by_identity(self) -> Iterator[None]:
+        """Within the body, Lightning adds to an optimizer all that this one does not hold.
+
+        It compares values, by which the zeros of one adapter are those of another one.
+        """
+        base: Any = next(c for c in type(self).__mro__ if c.__name__ == FINETUNING_CALLBACK)
+        stated, compare = base.__dict__["filter_on_optimizer"], base.filter_on_optimizer
+
+        def filter_on_optimizer(optimizer: Any, params: Iterable[Any]) -> list[Any]:
+            held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+            found = list(params)
+            # For its warning.
+            compare(optimizer, [param for param in found if id(param) in held])
+            return [param for param in found if id(param) not in held]
+
+        base.filter_on_optimizer = staticmethod(filter_on_optimizer)
+        try:
+            yield
+        finally:
+            base.filter_on_optimizer = stated
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Continues with what a checkpoint says trained; Lightning restores optimizers alone."""
@@ -126,6 +152,15 @@ def serve_finetuning(module: Any) -> None:
     for callback in getattr(trainer_of(module), "callbacks", []):
         if _is_finetuning(callback) and not isinstance(callback, StagedAdapters):
             callback.__class__ = mixed_class(StagedAdapters, type(callback))
+
+
+def unfreeze_stages(module: Any) -> None:
+    """Undoes what finetuning callbacks of the fit before froze, before another fit."""
+    record = engine.require_record(module)
+    for name, param in module.named_parameters():
+        if name in record.staged:
+            param.requires_grad_(True)
+    record.staged = frozenset()
 
 
 def freeze_stages(module: Any) -> None:

@@ -204,6 +204,16 @@ def test_several_adapters_add_up_and_come_off_again() -> None:
     torch.testing.assert_close(layer.stored_weight().data, base, rtol=1e-4, atol=1e-5)
 
 
+def test_what_is_merged_comes_off_on_another_device() -> None:
+    model = adapted()
+    lightning_peft.merge(model)
+    for layer in engine.adapted_layers_of(model).values():
+        # A product with a tensor of the CPU would raise.
+        weight = layer.stored_weight().to("meta")
+        assert layer.restored_weight(weight, ["default"]).is_meta
+        assert layer.summed_delta(weight, ["default"]).is_meta
+
+
 @pytest.mark.parametrize("kind", ["linear", "embedding"])
 def test_weights_without_a_direction_are_refused(kind: str) -> None:
     net = nn.ModuleDict({"table": nn.Embedding(7, 6), "layer": nn.Linear(6, 4)})

@@ -132,6 +132,11 @@ FOUND = {
         "saving-by-hand", 2, "cannot be resumed",
     ),
     "unfreeze": ("c = BackboneFinetuning()", "unfreezing", 1, "never the base"),
+    "unfreeze by a class": (
+        "class A(pl.callbacks.BaseFinetuning):\n    def freeze_before_training(self, m):\n"
+        "        m.net.unfreeze()",
+        "unfreezing", 1, "never the base",
+    ),
     "stage": (
         "class A:\n    def on_train_epoch_start(self):\n        self.net.unfreeze()",
         "unfreezing-by-hand", 3, "modules_to_save",
@@ -185,6 +190,16 @@ def test_each_rule_finds_its_code(tmp_path, kind):
     (one,) = [one for one in scan(tmp_path).findings if one.rule == rule]
     assert one.place.line == line
     assert word in f"{one.problem} {one.becomes}"
+
+
+def test_a_stage_with_a_setup_of_its_own_is_not_served(tmp_path):
+    code_base(
+        tmp_path,
+        code="class A(BaseFinetuning):\n    def freeze_before_training(self, m):\n"
+        "        m.requires_grad_()\n\nclass B(A):\n    def setup(self, *given): pass\n",
+    )
+    found = [(one.rule, one.found, one.served) for one in scan(tmp_path).findings]
+    assert found == [("unfreezing", "class A", "partly"), ("unfreezing", "class B", "no")]
 
 
 def test_every_rule_is_in_the_table_above():

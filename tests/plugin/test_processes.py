@@ -127,6 +127,15 @@ def test_a_checkpoint_of_two_processes_loads_in_one(ranks, folder, tmp_path):
     assert not torch.equal(outputs(fresh, "llama"), outputs(module, "llama"))
 
 
+def test_adapters_begin_again_with_the_same_values_in_both_processes(ranks):
+    first, second = (rank["restarted"] for rank in ranks)
+    # Their generators were seeded with other numbers.
+    assert first["restarts"] == second["restarts"] == 2
+    assert not differing(first["weights"], second["weights"])
+    changed = differing(first["weights"], weights(task(ROOT, kind="llama")))
+    assert "model.model.layers.0.self_attn.q_proj.weight" in changed
+
+
 def test_resume_is_exact_in_both_processes(ranks):
     for rank in ranks:
         assert len(rank["resumed"]["losses"]) == 8

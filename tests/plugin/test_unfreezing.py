@@ -112,6 +112,45 @@ def test_stages_of_ones_own(tmp_path):
     assert changed == [{"1"}, {"0", "1"}]
 
 
+def test_layers_that_are_unfrozen_in_one_epoch_all_train(tmp_path):
+    base = lightning(ROOTS[0]).callbacks.BaseFinetuning
+
+    class Layers(base):
+        def freeze_before_training(self, pl_module):
+            self.freeze(pl_module.backbone)
+
+        def finetune_function(self, pl_module, epoch, optimizer):
+            if epoch == 1:
+                # By the class too, which finds no method of ours.
+                self.unfreeze_and_add_param_group(pl_module.backbone[0], optimizer)
+                base.unfreeze_and_add_param_group(pl_module.backbone[1], optimizer)
+
+    before = base.__dict__["filter_on_optimizer"]
+    module = staged_class(ROOTS[0])()
+    run = make_trainer(tmp_path, strategy(), callbacks=[Layers()], max_epochs=2)
+    run.fit(module, loader())
+    changed = [name for name in differing(*module.seen) if "layers" in name and "lora_B" in name]
+    assert len(changed) == 2
+    assert len(run.optimizers[0].param_groups) == 3
+    assert base.__dict__["filter_on_optimizer"] is before
+
+
+def test_a_second_fit_trains_what_the_first_one_froze(tmp_path):
+    callback = lightning(ROOTS[0]).callbacks.BackboneFinetuning(unfreeze_backbone_at_epoch=1)
+    module = staged_class(ROOTS[0])()
+    for given in ({"max_epochs": 1}, {"max_epochs": 3}):
+        make_trainer(tmp_path, strategy(), callbacks=[callback], **given).fit(module, loader())
+    assert [len(rates) for rates in module.rates] == [1, 1, 2, 2]
+    assert [len(x) for x in callback.state_dict()["internal_optimizer_metadata"].values()] == [2]
+    staged = [name for name in module.seen[0] if "layers" in name and "lora_B" in name]
+    assert not set(staged) & set(differing(*module.seen[:2]))
+    assert set(staged) <= set(differing(*module.seen[1:3]))
+    make_trainer(tmp_path, strategy(), callbacks=[callback], max_epochs=1).fit(module, loader())
+    make_trainer(tmp_path, strategy()).fit(module, loader())
+    assert not set(staged) & set(differing(*module.seen[3:5]))
+    assert set(staged) <= set(differing(*module.seen[4:]))
+
+
 def test_what_cannot_be_staged_is_refused(tmp_path):
     callbacks = lightning(ROOTS[0]).callbacks
 
@@ -125,13 +164,13 @@ def test_what_cannot_be_staged_is_refused(tmp_path):
     both = [callbacks.BackboneFinetuning(), callbacks.EMAWeightAveraging()]
     with pytest.raises(UnsupportedError, match="with EMAWeightAveraging|with WeightAveraging"):
         make_trainer(tmp_path, "lora", callbacks=both).fit(module, loader())
-    several = make_trainer(
-        tmp_path, strategy(), callbacks=[callbacks.BackboneFinetuning()], devices=2
-    )
-    with pytest.raises(UnsupportedError, match="in several processes"):
-        lightning_peft.plugin.compatibility.check_compatibility(
-            _of(several, module), several.strategy, False
-        )
+    for given in ({"devices": 2}, {"num_nodes": 2}):
+        staged = [callbacks.BackboneFinetuning()]
+        several = make_trainer(tmp_path, strategy(), callbacks=staged, **given)
+        with pytest.raises(UnsupportedError, match="in several processes"):
+            lightning_peft.plugin.compatibility.check_compatibility(
+                _of(several, module), several.strategy, False
+            )
 
 
 def _of(trainer: Any, module: Any) -> Any:

@@ -10,7 +10,7 @@ from modules import lightning, loader, saver, strategy, task, trainer, weights
 from torch import distributed
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_peft import QLoRACallback, engine, inject
+from lightning_peft import MergeAndRestart, QLoRACallback, engine, inject
 from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.errors import BaseMismatchError, LifecycleError
 from lightning_peft.plugin import automatic_checkpointing
@@ -159,6 +159,10 @@ def main(folder: Path) -> None:
     _, resumed = fit(folder, "qlora", [average(decay=0.75)], ckpt_path=path, **again)
     seen["straight"] = {"losses": straight.losses, "weights": weights(straight)}
     seen["resumed"] = {"losses": resumed.losses, "weights": weights(resumed)}
+
+    merging = bind_to_lightning(MergeAndRestart, ROOT)(1, warmup_steps=0)
+    _, restarted = fit(folder, "lora", [merging], max_steps=3)
+    seen["restarted"] = {**merging.state_dict(), "weights": weights(restarted)}
 
     seen["kept"], seen["checkpointed"] = (fit_residuals(folder, on) for on in (False, True))
 

@@ -177,6 +177,15 @@ def _without_experts(settings: Mapping[str, Any] | None) -> dict[str, Any] | Non
 def _check_base(part: AdaptedModuleRecord, described: Mapping[str, Any]) -> None:
     where = part.name or "the module"
     if part.base.digest() != described["base_digest"]:
+        since = sorted(set(part.replaced).difference(described.get("replaced", ())))
+        if since:
+            raise BaseMismatchError(
+                f"The base of {where} is not what it was when the checkpoint was written. It has "
+                "weights that were merged or loaded since, which the checkpoint leaves out:"
+                + itemize(since, 5)
+                + "\nLoad it onto a new module: lightning_peft.load_from_checkpoint(cls, path), or "
+                "fit(new_module, ckpt_path=path)."
+            )
         sums = [int(value) for value in described["base_sums"]]
         if len(sums) != len(part.base.sums):
             found = [f"{len(sums)} tensors in the checkpoint, {len(part.base.sums)} now"]

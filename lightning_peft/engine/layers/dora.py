@@ -188,18 +188,22 @@ class DoraLayer(LoraLayer):
     def delta_weight(self, name: str, weight: Tensor | None = None) -> Tensor:
         """Returns ``m / ||V|| V - W`` for the ``W`` that is given."""
         assert weight is not None
-        rows = self.outputs_as_rows(weight + super().delta_weight(name, weight))
+        rows = self.outputs_as_rows(weight + self._low_rank(name, weight))
         return self.rows_as_weight(rows * self._factor_of(name, rows)) - weight
+
+    def _low_rank(self, name: str, weight: Tensor) -> Tensor:
+        """Returns ``s B A`` on the device of ``weight``."""
+        return super().delta_weight(name, weight).to(weight.device)
 
     def _factor_of(self, name: str, rows: Tensor) -> Tensor:
         """Returns ``m / ||V||`` as ``(out, 1)`` for the rows of ``V``."""
         norms = own_norms(rows.detach(), rows.dtype).clamp_min(torch.finfo(rows.dtype).tiny)
-        return (self.magnitude(name) / norms).unsqueeze(1)
+        return (self.magnitude(name).to(norms.device) / norms).unsqueeze(1)
 
     def summed_delta(self, weight: Tensor, names: Sequence[str]) -> Tensor:
         """The sum of what the adapters ``names`` add to ``weight``, on its device."""
         for name in names:
-            rows = self.outputs_as_rows(weight + super().delta_weight(name, weight))
+            rows = self.outputs_as_rows(weight + self._low_rank(name, weight))
             # Merged, the weight does not tell it any more.
             self.adapter_settings[name].merged_factor = self._factor_of(name, rows).detach()
         return super().summed_delta(weight, names)
@@ -210,7 +214,9 @@ class DoraLayer(LoraLayer):
         share: Any = 1
         for name in names:
             factor: Any = self.adapter_settings[name].merged_factor
-            rows = rows - factor * self.outputs_as_rows(super().delta_weight(name, weight))
+            # The layer may have been moved since.
+            factor = factor.to(weight.device)
+            rows = rows - factor * self.outputs_as_rows(self._low_rank(name, weight))
             share = share + factor - 1
         return self.rows_as_weight(rows / share)
 

@@ -48,6 +48,16 @@ class Unfreezing(MentionRule):
         "subclasses with a `setup` of their own (FinetuningScheduler) are refused"
     )
 
+    def find(self, base: CodeBase) -> Iterator[Finding]:
+        """Yields them, and subclasses."""
+        yield from super().find(base)
+        staged = base.derived(*self.names)
+        for source, cls in base.classes():
+            if cls.name in staged:
+                refused = any(method.name == "setup" for method in methods(cls))
+                served = {"served": "no"} if refused else {}
+                yield self.finding(source, cls, f"class {cls.name}", **served)
+
 
 class UnfreezingByHand(Rule):
     """``requires_grad = True`` and ``unfreeze()`` inside of hooks."""
@@ -57,10 +67,10 @@ class UnfreezingByHand(Rule):
     becomes = "refused at the start of a fit: what is to train in full goes into modules_to_save"
 
     def find(self, base: CodeBase) -> Iterator[Finding]:
-        """Yields them; subclasses of finetuning callbacks are named as a whole."""
+        """Yields them, but for those of finetuning callbacks."""
+        staged = base.derived(*Unfreezing.names)
         for source, cls in base.classes():
-            if source.bases(cls) & Unfreezing.names:
-                yield self.finding(source, cls, f"class {cls.name}")
+            if cls.name in staged:
                 continue
             hooks = (method for method in methods(cls) if _HOOK.match(method.name))
             for node in (node for hook in hooks for node in ast.walk(hook)):
