@@ -207,7 +207,7 @@ def test_several_adapters_add_up_and_come_off_again() -> None:
 def test_what_is_merged_comes_off_on_another_device() -> None:
     model = adapted()
     lightning_peft.merge(model)
-    for layer in engine.adapted_layers_of(model).values():
+    for layer in engine.adapted_layers(model).values():
         # A product with a tensor of the CPU would raise.
         weight = layer.stored_weight().to("meta")
         assert layer.restored_weight(weight, ["default"]).is_meta

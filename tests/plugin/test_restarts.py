@@ -116,7 +116,7 @@ def test_each_kind_of_layer_begins_again(kind):
     report = engine.merge_and_restart(module, 3)
     assert report.layers
     torch.testing.assert_close(output_of(module, inputs), expected, rtol=1e-4, atol=1e-5)
-    assert all(layer.has_no_effect() for layer in engine.adapted_layers_of(module).values())
+    assert all(layer.has_no_effect() for layer in engine.adapted_layers(module).values())
     for name, tensor in factors(module).items():
         assert bool(tensor.any()) == bool(first[name].any())
         if tensor.any() and "magnitude" not in name:
