@@ -27,8 +27,8 @@ from lightning_peft.engine.files.adapter_loading import load_adapter, refuse_res
 from lightning_peft.engine.fingerprint import Fingerprint
 from lightning_peft.engine.injection import EXPERTS
 from lightning_peft.engine.layers.adapter import AdapterLayer
-from lightning_peft.engine.layers.expert_weights import expose_experts, layer_name, parameter_name
-from lightning_peft.engine.layers.tokens import TokenLayer
+from lightning_peft.engine.layers.expert_weights import expose_experts, parameter_name, weight_name
+from lightning_peft.engine.layers.tokens import TiedRows, TokenLayer
 from lightning_peft.engine.merging import check_mergeable, merged_weight, relative_norm
 from lightning_peft.engine.record import Record, require_record
 from lightning_peft.engine.selection.planning import (
@@ -36,7 +36,7 @@ from lightning_peft.engine.selection.planning import (
     layers_to_quantize,
     make_plans,
 )
-from lightning_peft.errors import CheckpointError, ConfigError, UnsupportedError
+from lightning_peft.errors import CheckpointError, ConfigError, UnsupportedError, itemize
 
 Into = Literal["dequantized", "original"]
 _ADAPTER = "default"
@@ -79,7 +79,6 @@ class StreamedMerge:
         into: Which way.
         settings: How the base was quantized in training; ``None`` where it was not.
         quantized: Names of the layers that were quantized in training.
-        errors: One entry for each adapted layer that was merged.
 
     Raises:
         CheckpointError: If the adapter is damaged or does not fit the outline.
@@ -100,7 +99,7 @@ class StreamedMerge:
         self.settings = quantization_from_dict(facts.get("quantization"))
         self.into: Into = into or ("original" if self.settings is None else "dequantized")
         self.dtype = dtype
-        self.errors: list[WeightErrors] = []
+        self._errors: dict[str, WeightErrors] = {}
         self._check_way(facts, folder)
         # Plain layers, one of which at a time becomes a real and quantized one.
         self._plain = copy.deepcopy(outline)
@@ -114,6 +113,7 @@ class StreamedMerge:
         self.outline = outline
         self._layers = adapted_layers(outline)
         self._check_layers()
+        self._owners = self._layers_by_weight()
         names = {str(dtype).removeprefix("torch."): dtype for dtype in _FLOATS}
         self._dtype_in_training = names.get((facts.get("base") or {}).get("dtype") or "")
         self._wide = float32_modules(outline)
@@ -144,6 +144,33 @@ class StreamedMerge:
             )
         check_mergeable(self.outline, self._layers)
 
+    def _layers_by_weight(self) -> dict[str, str]:
+        """Returns the names of adapted and quantized layers by every name of their weights."""
+        changed = {*self._layers, *self.quantized}
+        owners = {weight_name(name): name for name in changed}
+        first = {id(x): name for name, x in self.outline.named_modules() if name in changed}
+        for name, layer in self.outline.named_modules(remove_duplicate=False):
+            held = layer.token_layer if isinstance(layer, TiedRows) else layer
+            if id(held) in first:
+                owners.setdefault(weight_name(name), first[id(held)])
+        return owners
+
+    @property
+    def errors(self) -> list[WeightErrors]:
+        """One entry for each adapted layer that was merged."""
+        return list(self._errors.values())
+
+    def check_complete(self) -> None:
+        """Raises where the weight of an adapted layer was not handed in."""
+        lacking = [name for name in self._layers if name not in self._errors]
+        if lacking:
+            raise CheckpointError(
+                "The files of the base have no weights for these layers under the names that the "
+                "model gives them, so that the merged model would lack their adapters:"
+                + itemize(lacking, 5)
+                + "\nWrite the base again by its save_pretrained, and name that folder by --base."
+            )
+
     @property
     def base(self) -> Fingerprint:
         """Names and shapes of the frozen weights, in the order of their checksums.
@@ -170,13 +197,11 @@ class StreamedMerge:
     @torch.no_grad()
     def merged(self, name: str, dense: Tensor) -> Tensor:
         """The tensor of the merged model in place of one of the base."""
-        owner, _, leaf = name.rpartition(".")
-        if layer_name(name) in {*self._layers, *self.quantized}:
-            owner, leaf = layer_name(name), "weight"
-        if leaf == "weight" and (owner in self._layers or owner in self.quantized):
-            stored = self._merged_weight(owner, dense)
-        else:
+        owner = self._owners.get(name)
+        if owner is None:
             stored = dense.to(self.dtype_of(name, dense.dtype))
+        else:
+            stored = self._merged_weight(owner, dense)
         if stored.is_floating_point() and not torch.isfinite(stored).all():
             why = "the base or the adapter has such values itself"
             if stored.dtype == torch.float16 and dense.dtype != torch.float16:
@@ -188,7 +213,8 @@ class StreamedMerge:
 
     def shape_of(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape of the merged tensor ``name``, which has ``shape`` in the base."""
-        layer = self._layers.get(name.removesuffix(".weight"))
+        owner = self._owners.get(name)
+        layer = None if owner is None else self._layers.get(owner)
         return tuple(layer.weight_info()[0]) if isinstance(layer, TokenLayer) else shape
 
     def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
@@ -207,7 +233,7 @@ class StreamedMerge:
             delta, target = merged_weight(layer, dense, [_ADAPTER])
             stored = target.to(dtype)
             error = relative_norm(stored.to(target.dtype) - target, delta)
-            self.errors.append(WeightErrors(owner, None, error, None))
+            self._errors[owner] = WeightErrors(owner, None, error, None)
             return stored
         assert self.settings is not None
         plain: Any = self._plain.get_submodule(owner)
@@ -233,7 +259,7 @@ class StreamedMerge:
         lost = {way: relative_norm(w.to(delta.dtype) - target, delta) for way, w in ways.items()}
         twice = requantize(plain, target.to(base.dtype))
         again = None if twice is None else relative_norm(twice.to(delta.dtype) - target, delta)
-        self.errors.append(WeightErrors(owner, lost["dequantized"], lost["original"], again))
+        self._errors[owner] = WeightErrors(owner, lost["dequantized"], lost["original"], again)
         return ways[self.into]
 
 

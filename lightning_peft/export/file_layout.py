@@ -21,6 +21,7 @@ from lightning_peft.compat.transformers import (
     dot_natural_key,
     rename_source_key,
     tensors_as_saved,
+    tied_weights,
     weight_conversions,
 )
 from lightning_peft.errors import CheckpointError, UnsupportedError, itemize
@@ -193,8 +194,13 @@ class FileLayout:
         return self._keys[group.keys[0]].shape
 
     def name(self, key: str) -> str:
-        """Returns the name in the model of a tensor in the files; of several, the first."""
-        return self.groups[key].names[0] if key in self.groups else key
+        """Returns the name in the model of a tensor in the files; of several, the first.
+
+        A head that is tied to an embedding which the files do not name is that embedding.
+        """
+        name = self.groups[key].names[0] if key in self.groups else key
+        source = tied_weights(self._model).get(name, name)
+        return name if source in self.by_name else source
 
     def groups_of(self, keys: Iterable[str]) -> list[TensorGroup]:
         """Returns the groups that ``keys`` belong to, in their order; each once.

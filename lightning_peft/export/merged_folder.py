@@ -85,6 +85,7 @@ def merge_into_folder(
     refuse_full_disk(output, size)
     with atomic_folder(output) as folder:
         _write_weights(folder, base, merge, layout, plan, progress, size)
+        merge.check_complete()
         written = main_dtype(tensors)
         _write_companions(folder, base, adapter, written, vocabulary_size(merge.outline))
     return MergedFolder(output, merge.into, written, size, checked, merge.errors)

@@ -11,10 +11,12 @@ import pytest
 import torch
 from gguf import GGUFReader, dequantize
 from llama_cpp import LlamaCpp
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lightning_peft
+from lightning_peft import engine
 from lightning_peft.errors import CheckpointError, UnsupportedError
 from lightning_peft.export.adapters import Adapter, find_adapter
 from lightning_peft.export.base import find_base
@@ -233,6 +235,25 @@ def test_a_head_of_its_own_in_a_base_whose_config_ties_it(tmp_path: Path) -> Non
     assert torch.equal(merged.lm_head.weight, head.bfloat16().float())
     file = merged_file(tmp_path, adapter)
     np.testing.assert_array_equal(tensors(file)["output.weight"], head.numpy())
+
+
+def test_rows_of_a_tied_embedding_that_the_files_call_the_head(tmp_path: Path) -> None:
+    file = tmp_path / "base" / "model.safetensors"
+    tiny_model("LlamaForCausalLM", tie_word_embeddings=True).save_pretrained(file.parent)
+    byte_tokenizer(ascii_only=True).save_pretrained(file.parent)
+    named = load_file(file)
+    named["lm_head.weight"] = named.pop("model.embed_tokens.weight")
+    save_file(named, file, metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(file.parent)
+    lightning_peft.inject(model, r=2, trainable_token_indices=[3, 7])
+    for param in engine.all_adapter_parameters(model):
+        param.data.normal_()
+    lightning_peft.save_adapter(model, tmp_path / "adapter")
+    written = tensors(merged_file(tmp_path, find_adapter(str(tmp_path / "adapter"))))
+    rows: nn.Module = model.get_submodule("model.embed_tokens")
+    expected = rows.effective_weight().detach().numpy()
+    np.testing.assert_allclose(written["token_embd.weight"], expected, rtol=1e-6)
+    assert "output.weight" not in written
 
 
 @pytest.mark.parametrize(

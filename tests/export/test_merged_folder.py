@@ -11,6 +11,7 @@ import torch
 from finished import BASE, adapter_in
 from models import llama_config, tiny_gpt2, tiny_llama, token_batch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
@@ -25,11 +26,12 @@ from lightning_peft.errors import (
 from lightning_peft.export.adapters import find_adapter
 from lightning_peft.export.base import find_base
 from lightning_peft.export.measuring import measure_merge, measured
-from lightning_peft.export.merged_folder import MergedFolder, base_of, merge_into_folder
+from lightning_peft.export.merged_folder import MergedFolder, base_of, merge_into_folder, prepare
 
 NF4 = engine.quantization_config()
 FP4 = engine.quantization_config(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False)
 INT8 = engine.quantization_config(load_in_8bit=True)
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def randomize(model: nn.Module) -> None:
@@ -281,6 +283,35 @@ def test_tied_weights_that_are_trained_in_full(tmp_path: Path) -> None:
     out = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(out.lm_head.weight, model.lm_head.weight)
     assert out.lm_head.weight is out.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("keys", [{EMBEDDING, HEAD}, {HEAD}], ids=["both", "head"])
+def test_rows_of_tied_weights_under_the_names_in_the_files(keys: set, tmp_path: Path) -> None:
+    file = tmp_path / "base" / "model.safetensors"
+    tiny_llama(tied=True).save_pretrained(file.parent)
+    tensors = load_file(file)
+    tensors[HEAD] = tensors[EMBEDDING].clone()
+    written = {k: v for k, v in tensors.items() if k in keys or k not in (EMBEDDING, HEAD)}
+    save_file(written, file, metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(file.parent)
+    lightning_peft.inject(model, r=2, trainable_token_indices=[3, 7])
+    for param in engine.all_adapter_parameters(model):
+        param.data.normal_()
+    lightning_peft.save_adapter(model, tmp_path / "adapter")
+    result = merged(tmp_path / "adapter", tmp_path / "out", dtype=torch.float32)
+    out = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    expected = in_memory(model, torch.float32)
+    assert all(torch.equal(out[name], value) for name, value in expected.items())
+    assert [one.name for one in result.weights].count("model.embed_tokens") == 1
+
+
+def test_an_adapter_whose_weight_no_file_has_is_refused(tmp_path: Path) -> None:
+    model, adapter = saved(tmp_path, tiny_llama, target_modules=["q_proj"])
+    merge, _ = prepare(find_adapter(str(adapter)), find_base(str(tmp_path / "base")), None, None)
+    first, second = (f"model.layers.{index}.self_attn.q_proj" for index in (0, 1))
+    merge.merged(f"{first}.weight", torch.zeros(model.get_submodule(first).weight.shape))
+    with pytest.raises(CheckpointError, match=rf"no weights for these layers(?s:.*){second}\n"):
+        merge.check_complete()
 
 
 def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:

@@ -61,7 +61,9 @@ class GgufModel:
             merged_values(self.base, self.merge, self.layout, shard, self._order(shard))
             for shard in self.plan.values()
         )
-        return self._write(file, self.plan, chain.from_iterable(values), kind, facts, progress)
+        size = self._write(file, self.plan, chain.from_iterable(values), kind, facts, progress)
+        self.merge.check_complete()
+        return size
 
     def write_base(self, file: Path, kind: str, facts: dict[str, str], progress: Progress) -> int:
         """Writes the base without the adapter, as :meth:`write_merged`."""
