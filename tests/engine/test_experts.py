@@ -54,9 +54,7 @@ def trained(kind="qwen3", way="grouped_mm", **settings):
     [pytest.param(k, marks=() if k in ("dense layer", "gpt-oss") else LONG) for k in CONFIGS],
 )
 def test_peft_reads_all_that_is_adapted_by_default(kind, tmp_path):
-    # A layer that returns a tuple, which PEFT's cannot.
-    left = {"exclude_modules": ["router"]} if kind == "llama4" else {}
-    model, base = trained(kind, target_modules=None, **left)
+    model, base = trained(kind, target_modules=None)
     experts = [n for n, x in adapted_layers(model).items() if isinstance(x, ExpertWeight)]
     assert len(experts) == (4 if kind in ("mixtral", "qwen3", "gpt-oss", "llama4") else 2)
     lightning_peft.save_adapter(model, tmp_path)
@@ -67,6 +65,13 @@ def test_peft_reads_all_that_is_adapted_by_default(kind, tmp_path):
     assert relative_error(output_of(theirs, {"input_ids": IDS}), expected) < 2e-6
     lightning_peft.load_adapter(fresh, tmp_path)
     assert torch.equal(output_of(fresh, {"input_ids": IDS}), expected)
+
+
+@pytest.mark.parametrize("named", [None, "all-linear", ["router"]])
+def test_a_linear_router_is_adapted_where_it_is_named(named):
+    model = injected(model_of("llama4"), r=2, target_modules=named)
+    routers = [name for name in adapted_layers(model) if name.endswith(".router")]
+    assert len(routers) == (2 if isinstance(named, list) else 0)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,11 @@ ADAPTABLE = (*LINEAR_LIKE, *CONVOLUTION_LIKE, nn.Embedding)
 _STANDARD = (*ADAPTABLE, ConvNd)
 # Subclasses with a forward pass of their own that is this product, by full name.
 _SAME_FORWARD = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
+# Subclasses of nn.Linear that return a tuple, which PEFT's wrapper of a layer cannot.
+_ROUTERS = {
+    "transformers.models.llama4.modeling_llama4.Llama4Router",
+    "transformers.models.phimoe.modeling_phimoe.PhimoeTopKRouter",
+}
 _STANDARD_CODE = {
     vars(cls)[name]
     for cls in _STANDARD
@@ -42,11 +47,21 @@ def has_standard_forward(layer: nn.Module) -> bool:
     """
     if getattr(layer, "standard_forward", False):
         return True
-    origin = class_key(layer)[2]
-    if f"{origin.__module__}.{origin.__qualname__}" in _SAME_FORWARD:
+    if _full_class_name(layer) in _SAME_FORWARD:
         return True
+    origin = class_key(layer)[2]
     code = [getattr(origin, name, None) for name in ("forward", CONVOLUTION_FORWARD)]
     return all(function is None or function in _STANDARD_CODE for function in code)
+
+
+def is_router(layer: nn.Module) -> bool:
+    """Whether ``layer`` is a linear one that returns a choice of experts."""
+    return _full_class_name(layer) in _ROUTERS
+
+
+def _full_class_name(layer: nn.Module) -> str:
+    origin = class_key(layer)[2]
+    return f"{origin.__module__}.{origin.__qualname__}"
 
 
 def has_quantizable_class(layer: nn.Module) -> bool:

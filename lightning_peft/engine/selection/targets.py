@@ -19,7 +19,7 @@ from torch.jit import ScriptModule
 
 from lightning_peft.compat.peft import check_target_module_exists
 from lightning_peft.engine.layers.expert_weights import parameter_name
-from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, LINEAR_LIKE
+from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, LINEAR_LIKE, is_router
 from lightning_peft.engine.methods.registry import in_place_method
 from lightning_peft.engine.selection.excluded import is_named, warn_of_unused_exclusions
 from lightning_peft.engine.selection.parameters import (
@@ -279,6 +279,7 @@ def _all_linear(part: nn.Module, config: PeftConfig, exclusions: Exclusions) -> 
         and modules[name] not in exclusions.unused
         and name not in tied
         and name not in rewritten
+        and not is_router(modules[name])
         and not inside(name, heads)
     ]
     linear = [name for name in eligible if isinstance(modules[name], LINEAR_LIKE)]
