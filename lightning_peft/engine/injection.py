@@ -22,7 +22,7 @@ from lightning_peft.engine.backends.registry import is_quantized, quantization_t
 from lightning_peft.engine.configuration import as_peft_config, config_to_dict, lora_config
 from lightning_peft.engine.files.base_tensors import include_in_files
 from lightning_peft.engine.files.excluded_weights import agree_on_excluded, note_excluded
-from lightning_peft.engine.files.model_saving import refuse_save_pretrained
+from lightning_peft.engine.files.model_saving import replace_save_pretrained
 from lightning_peft.engine.fingerprint import buffer_checksums, fingerprint
 from lightning_peft.engine.freezing import freeze_base
 from lightning_peft.engine.gathering import group_size
@@ -263,7 +263,6 @@ def _add_adapters(
             include_in_files(module, entry, resized)
         activate(plan.part, record.active)
     patch_causal_lm_loss(module, [plan.part for plan in plans])
-    refuse_save_pretrained(module, [plan.part for plan in plans])
     if request.quantization is not None:
         release_freed_memory()
     record.momentum_copies = [
@@ -273,6 +272,7 @@ def _add_adapters(
     ]
     link_copies(module, record.momentum_copies, record.frozen, request.adapter_name)
     set_record(module, record)
+    replace_save_pretrained(module)
 
 
 def _is_adapted(module: nn.Module, name: str) -> bool:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from models import stack, tiny_gpt2, tiny_llama, token_batch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from torch import Tensor, nn
 
 import lightning_peft
@@ -212,25 +208,3 @@ def test_one_layer_under_two_names_is_no_tie() -> None:
     model["b"] = model["a"]
     lightning_peft.inject(model, r=2)
     assert [layer.name for layer in lightning_peft.merge(model).layers] == ["a"]
-
-
-@pytest.mark.parametrize("by_peft", [False, True])
-def test_save_pretrained_is_refused_until_the_adapters_are_off(
-    tmp_path: Path, by_peft: bool
-) -> None:
-    lora = LoraConfig(r=2, target_modules=["q_proj"])
-    llama = tiny_llama()
-    model: Any = nn.Sequential(get_peft_model(llama, lora) if by_peft else llama)
-    lightning_peft.inject(model, lora)
-    randomize(model)
-    for one in (model, copy.deepcopy(model)):
-        with pytest.raises(LifecycleError, match=r"lightning_peft.save_adapter\(module, folder\)"):
-            one[0].save_pretrained(tmp_path / "lost")
-    batch = token_batch()
-    expected = output_of(llama, batch)
-    lightning_peft.merge(model)
-    lightning_peft.unload(model)
-    llama.save_pretrained(tmp_path / "whole")
-    loaded = type(llama).from_pretrained(tmp_path / "whole")
-    torch.testing.assert_close(output_of(loaded, batch), expected)
-    assert [path.name for path in tmp_path.iterdir()] == ["whole"]

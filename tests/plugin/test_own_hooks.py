@@ -11,10 +11,12 @@ from modules import (
     loader,
     outputs,
     strategy,
+    task,
     task_class,
     trainer,
     weights,
 )
+from safetensors.torch import load_file
 
 import lightning_peft
 from lightning_peft import LoRACallback, engine
@@ -249,3 +251,15 @@ def test_other_parts_may_be_left_out_where_the_module_says_so(tmp_path):
         trainer(tmp_path, strategy(adapt=["model"])).validate(
             WithTeacher("linears"), loader(), ckpt_path=file
         )
+
+
+def test_a_hook_that_saves_the_adapted_model(tmp_path):
+    module = task(kind="llama")
+    module.on_train_epoch_end = lambda: module.model.save_pretrained(tmp_path / "mine")
+    trainer(tmp_path, max_epochs=2).fit(module, loader("llama"))
+    assert module.trainer.current_epoch == 2
+    module.model.save_pretrained(tmp_path / "after")
+    lightning_peft.save_adapter(module, tmp_path / "expected")
+    expected = load_file(tmp_path / "expected" / "adapter_model.safetensors")
+    for name in ("mine", "after"):
+        assert not differing(load_file(tmp_path / name / "adapter_model.safetensors"), expected)

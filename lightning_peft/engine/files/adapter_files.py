@@ -15,8 +15,11 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.engine.files.adapter_format import adapter_folder, differences_in_peft
-from lightning_peft.engine.record import AdaptedModuleRecord, require_record
+from lightning_peft.engine.record import AdaptedModuleRecord, adapted_parts, require_record
 from lightning_peft.errors import ConfigError, itemize
+
+# Adapted submodules with their records, by the names of their folders where there are several.
+AdaptedParts = Mapping[str, tuple[nn.Module, AdaptedModuleRecord]]
 
 
 def save_adapter(
@@ -56,9 +59,7 @@ def save_adapter(
             f"adapter_name={name!r}: this module's adapters are {', '.join(record.adapter_names)}."
         )
     folder = Path(path)
-    for file, content in _files(module, name, provenance or {}).items():
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        write_file(folder / file, content)
+    write_files(folder, packed_parts(_parts(module), [name], name, provenance or {}))
     return folder
 
 
@@ -68,27 +69,28 @@ def packed_adapters(module: nn.Module, provenance: Mapping[str, Any]) -> dict[st
     The first adapter is at the top, others in sub-folders of their names. Where the first one has
     sub-folders for several parts, it is in a sub-folder of its name too.
     """
-    record = require_record(module)
-    names = record.adapter_names
-    parts = [part for part in record.parts.values() if names[0] in part.adapters]
-    top = names[0] if len(names) == 1 or len(parts) == 1 else None
+    names = require_record(module).adapter_names
+    return packed_parts(_parts(module), names, names[0], provenance)
+
+
+def packed_parts(
+    parts: AdaptedParts, names: list[str], first: str, provenance: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """Returns the files of the adapters ``names`` on ``parts``, with ``first`` at the top."""
     files: dict[str, bytes] = {}
     for name in names:
-        folder = "" if name == top else f"{name}/"
-        files |= {f"{folder}{k}": v for k, v in _files(module, name, provenance).items()}
+        own = {key: pair for key, pair in parts.items() if name in pair[1].adapters}
+        at_top = name == first and (len(names) == 1 or len(own) == 1)
+        for key, (part, entry) in own.items():
+            folder = ("" if at_top else f"{name}/") + ("" if len(own) == 1 else f"{key}/")
+            _warn_of_peft(part, entry, name)
+            made = adapter_folder(part, entry, name, provenance)
+            files |= {f"{folder}{file}": content for file, content in made.items()}
     return files
 
 
-def _files(module: nn.Module, name: str, provenance: Mapping[str, Any]) -> dict[str, bytes]:
-    record = require_record(module)
-    parts = {key: part for key, part in record.parts.items() if name in part.adapters}
-    files: dict[str, bytes] = {}
-    for key, entry in parts.items():
-        folder = "" if len(parts) == 1 else f"{key}/"
-        _warn_of_peft(module.get_submodule(key), entry, name)
-        made = adapter_folder(module.get_submodule(key), entry, name, provenance)
-        files |= {f"{folder}{file}": content for file, content in made.items()}
-    return files
+def _parts(module: nn.Module) -> AdaptedParts:
+    return {entry.name: (part, entry) for entry, part in adapted_parts(module)}
 
 
 def _warn_of_peft(part: nn.Module, entry: AdaptedModuleRecord, name: str) -> None:
@@ -99,6 +101,13 @@ def _warn_of_peft(part: nn.Module, entry: AdaptedModuleRecord, name: str) -> Non
             "lightning_peft.load_adapter can:" + itemize(problems, 5),
             stacklevel=4,
         )
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes files by their paths below ``folder``, each whole or not at all."""
+    for file, content in files.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        write_file(folder / file, content)
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -172,11 +172,19 @@ class SavingByHand(Rule):
         """Yields methods of LightningModules that save a state dict or a model."""
         for source, cls, method in base.methods():
             code = ast.unparse(method)
-            saves = "torch.save(" in code and "state_dict" in code
-            saves |= any(map(saves_model, nodes(method, ast.Call)))
+            state = "torch.save(" in code and "state_dict" in code
+            saves = state or any(map(saves_model, nodes(method, ast.Call)))
             if saves and cls.name in base.lightning_modules:
                 problem = "" if "optimizer" in code else _NO_OPTIMIZER
-                yield self.finding(source, method, f"{cls.name}.{method.name}", problem=problem)
+                change = {} if state else {"becomes": _ADAPTERS_ALONE}
+                name = f"{cls.name}.{method.name}"
+                yield self.finding(source, method, name, problem=problem, **change)
+
+
+_ADAPTERS_ALONE = (
+    "may stay: save_pretrained writes the adapters in PEFT's format; ModelCheckpoint, with its "
+    "monitor, for files to resume from"
+)
 
 
 class NotStrict(Rule):
