@@ -76,17 +76,18 @@ def test_from_the_card_to_the_end_of_the_run_and_back(site, store, visit):
 
 def test_the_line_is_put_in_order_and_left(site, store, visit):
     first = queued(store, "long", steps=4_000)
-    names = ["second", HOSTILE, "fourth"]
-    for name in names:
+    for name in ("second", "fourth"):
         queued(store, name, steps=4_000)
     page = visit(site.url)
     page.locator("#running-now").get_by_role("link", name="long").wait_for()
     items = page.locator("ol.line li")
-    items.nth(2).wait_for()
+    items.nth(1).wait_for()
     screenshot(page, "home-line")
+    queued(store, HOSTILE, steps=4_000)
+    items.nth(2).wait_for()
     assert violations(page) == []
     page.get_by_role("button", name="Move fourth forward").click()
-    items.nth(1).get_by_text("fourth").wait_for()
+    items.nth(0).get_by_text("fourth").wait_for()
     assert items.nth(2).get_by_text(HOSTILE).is_visible()
     page.get_by_role("button", name="Remove second from the queue").click()
     items.nth(0).get_by_text("fourth").wait_for()
@@ -179,6 +180,7 @@ def test_runs_are_searched_sorted_named_and_tagged(serve, visit):
     assert (kept.name, kept.tags) == ("Bees, rank 8", ("good-run", "base"))
     assert kept.notes == f"{HOSTILE}\nsecond line"
     assert page.evaluate("window.hacked") is None
+    store.update_metadata(store.get("local", runs[0].id), notes="Half the learning rate")
     row.get_by_role("button", name="#good-run").click()
     page.get_by_role("link", name="Ants").wait_for(state="hidden")
     assert names.all_inner_texts() == ["Bees, rank 8"]

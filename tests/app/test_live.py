@@ -119,7 +119,7 @@ def test_curves_are_smoothed_and_in_a_table(site, store, visit):
 
 
 def test_a_crash_is_reported_and_set_right(site, store, visit):
-    run = queued(store, "dies", steps=50, die_at=25)
+    run = queued(store, "Order e-mails", steps=50, die_at=25)
     page = visit(address(site, run))
     state(page).get_by_text("Crashed at step 24").wait_for()
     page.get_by_role("alert").get_by_text("The process was killed").wait_for()

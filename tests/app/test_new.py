@@ -173,6 +173,7 @@ def test_own_data_with_bad_rows_is_put_right_and_started(visit, site):
     assert recipe["data"]["init_args"]["columns"] == {"prompt": "question", "completion": "reply"}
     assert "limit_train_batches" not in recipe["trainer"]
     page.get_by_label("Run name").fill("My own data")
+    screenshot(page, "new-review")
     page.get_by_role("button", name="Start training").click()
     page.wait_for_url(re.compile(r"/run\?run="))
     page.get_by_role("heading", name="My own data").wait_for()
