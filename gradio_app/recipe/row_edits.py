@@ -17,7 +17,7 @@ def row_text(path: Path, number: int) -> str:
     """Returns a row as indented JSON. Raises UserError if there is none that can be edited."""
     for place, line in _lines(path):
         if place == number:
-            return json.dumps(_row(line, number), ensure_ascii=False, indent=1)
+            return _json(_row(line, number), number, indent=1)
     raise UserError("data.edit_none", row=number)
 
 
@@ -42,8 +42,18 @@ def write_edited(path: Path, number: int, text: str | None, target: Path) -> Non
 def _compact(text: str, number: int) -> bytes:
     if len(text) > LONGEST_ROW:
         raise UserError("checks.long_text", most=LONGEST_ROW)
-    row = _row(text.encode("utf-8", "replace"), number)
-    return json.dumps(row, ensure_ascii=False).encode()
+    row = _row(text.encode("utf-8", "surrogatepass"), number)
+    return _json(row, number).encode()
+
+
+def _json(row: dict[str, object], number: int, indent: int | None = None) -> str:
+    text = json.dumps(row, ensure_ascii=False, indent=indent)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # Half of a surrogate pair, such as "\ud83d".
+        raise UserError("data.edit_json", row=number, reason=shortened(error)) from None
+    return text
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

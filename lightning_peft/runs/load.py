@@ -6,8 +6,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import psutil
@@ -26,18 +24,23 @@ class LoadLog:
     Each line has ``seconds`` since the run began, over all its sessions; ``cpu_percent``, how much
     of the usable cores this process has used since the last line, and ``process_bytes``, its
     resident memory; with a GPU ``cuda_bytes``, what torch holds there, and, where ``nvidia-ml-py``
-    is installed, ``cuda_percent``, for how much of the last second a kernel was running.
+    (with ROCm, ``amdsmi``) is installed, ``cuda_percent``, for how much of the last second a kernel
+    was running.
 
     Args:
         folder: The folder of the run.
         earlier: Seconds of the sessions before this one.
         more: Returns further numbers for a line.
+
+    Attributes:
+        device: The device that the run trains on, once it is known. A new thread has device 0.
     """
 
     def __init__(
         self, folder: RunFolder, earlier: float, more: Callable[[], dict[str, float]]
     ) -> None:
         self._folder, self._more = folder, more
+        self.device: torch.device | None = None
         self._began, self._earlier = time.monotonic(), earlier
         self._process, self._cores = psutil.Process(), usable_cores()
         # The first call only begins to count.
@@ -70,10 +73,10 @@ class LoadLog:
             **self._more(),
         }
         # What would start CUDA here, or wait for it, could disturb the run.
-        if torch.cuda.is_initialized():
-            found["cuda_bytes"] = torch.cuda.memory_reserved()
-            if find_spec("pynvml") is not None:
-                # A driver may not tell.
-                with suppress(import_module("pynvml").NVMLError):
-                    found["cuda_percent"] = torch.cuda.utilization()
+        on_gpu = self.device is not None and self.device.type == "cuda"
+        if on_gpu and torch.cuda.is_initialized():
+            found["cuda_bytes"] = torch.cuda.memory_reserved(self.device)
+            # Drivers and their packages refuse with errors of many classes.
+            with suppress(Exception):
+                found["cuda_percent"] = torch.cuda.utilization(self.device)
         return found

@@ -53,6 +53,8 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
         if trainer.is_global_zero and self.status is None:
             self._of_trainer = True
             self.open()
+        if self._load is not None:
+            self._load.device = trainer.strategy.root_device
         for callback in trainer.checkpoint_callbacks:
             if getattr(callback, "dirpath", "") is None:
                 callback.dirpath = str(self.folder.checkpoints)

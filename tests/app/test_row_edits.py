@@ -11,12 +11,13 @@ import pytest
 from gradio_app.errors import UserError
 from gradio_app.pages.new import row_edit
 from gradio_app.pages.new.editor import Editor, Session
+from gradio_app.recipe.content import with_value
 from gradio_app.recipe.edits import base_recipe, with_data
 from gradio_app.recipe.row_edits import row_text, write_edited
 from gradio_app.recipe.yaml_text import dump_yaml
 from gradio_app.runs.store import RunStore
 from gradio_app.texts import Texts
-from gradio_app.uploads import Uploads
+from gradio_app.uploads import MAX_FILES, Uploads
 from tests.app.browsing import open_new_run, shown_recipe, upload_rows
 from tests.app.runs import settings
 
@@ -52,6 +53,8 @@ def test_one_row_is_another_and_the_others_stay_byte_for_byte(file, tmp_path):
         (3, "{}", "data.edit_json"),
         (1, "[1]", "data.edit_json"),
         (1, "{", "data.edit_json"),
+        (1, '{"a": "\\ud83d"}', "data.edit_json"),
+        (1, '{"a": "\ud83d"}', "data.edit_json"),
     ],
 )
 def test_what_is_no_row_is_refused(file, tmp_path, number, text, key):
@@ -61,11 +64,16 @@ def test_what_is_no_row_is_refused(file, tmp_path, number, text, key):
         write_edited(tmp_path / "rows.csv", 1, "{}", tmp_path / "copy.jsonl")
 
 
-def test_each_edit_is_of_the_copy_before_which_runs_keep(tmp_path):
+@pytest.fixture
+def editor(tmp_path):
     studio = SimpleNamespace(settings=settings(tmp_path))
     studio.store = RunStore(studio.settings)
     with gr.Blocks():
-        editor = Editor(studio, Texts())
+        return Editor(studio, Texts())
+
+
+def test_each_edit_is_of_the_copy_before_which_runs_keep(editor):
+    studio = editor.studio
     data = studio.settings.data_root / "Sums.jsonl"
     data.write_text("\n".join(map(json.dumps, ROWS)))
     content = with_data(base_recipe("sft"), str(data))
@@ -84,6 +92,30 @@ def test_each_edit_is_of_the_copy_before_which_runs_keep(tmp_path):
     session.content = row_edit._edited(editor, session, 1, None)
     assert len(uploads.list()) == 2
     assert data.read_text().splitlines()[1] == json.dumps(ROWS[1])
+
+
+def test_only_the_copy_of_an_edit_makes_room_for_the_next(editor, tmp_path):
+    own = tmp_path / "sums-edited.jsonl"
+    own.write_text("\n".join(map(json.dumps, ROWS)))
+    uploads = Uploads(editor.studio.settings, "local")
+    names = [uploads.save(own, "20261130").name for _ in range(MAX_FILES)]
+    content = with_data(base_recipe("sft"), f"upload:{names[-1]}")
+    session = Session(content, base_recipe("sft"))
+    session.content = row_edit._edited(editor, session, 2, None)
+    # The oldest had to go, and not the one that was edited.
+    assert "deleted: sums-edited.jsonl" in session.notice
+    left = {one.name for one in uploads.list()}
+    assert len(left & set(names)) == MAX_FILES - 1
+    assert names[-1] in left
+    session.content = row_edit._edited(editor, session, 3, None)
+    assert {one.name for one in uploads.list()} & set(names) == left & set(names)
+    # A copy that is also the held-out rows, or what settings are reset to, stays.
+    first = session.edited_copy
+    path = "data.init_args.validation_data"
+    session.content = with_value(session.content, path, f"upload:{first}")
+    uploads.get(names[-1]).path.unlink()
+    session.content = row_edit._edited(editor, session, 4, None)
+    assert uploads.get(first)
 
 
 @pytest.mark.long

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -14,7 +13,7 @@ from gradio_app.errors import UserError
 from gradio_app.guards import checked_hub_name, checked_revision, shortened
 from gradio_app.pages.components import field, html, on_event
 from gradio_app.pages.new import data_html, file_format, held_out, row_edit, row_search
-from gradio_app.pages.new.data_check import check_data, data_path, recipes_in_use
+from gradio_app.pages.new.data_check import check_data, data_path, keep_upload
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.pages.templating import message
 from gradio_app.recipe.content import MISSING, data_of, value_at, with_value
@@ -24,7 +23,7 @@ from gradio_app.recipe.paths import nearest_file
 from gradio_app.recipe.preview import DataReport
 from gradio_app.recipe.table import Table, count_rows, first_rows
 from gradio_app.redaction import UPLOAD
-from gradio_app.uploads import KINDS, Uploads
+from gradio_app.uploads import KINDS
 from lightning_peft.task_registry import task_of_config
 
 # Most fields that rows of any shape have.
@@ -64,17 +63,7 @@ def build(editor: Editor) -> None:
 
 
 def _keep_upload(editor: Editor, session: Session, given: Any) -> dict[str, Any]:
-    """Returns the recipe with an uploaded file, for which an old one may have to make room."""
-    uploads, day = Uploads(editor.studio.settings, session.owner), time.strftime("%Y%m%d")
-    try:
-        upload = uploads.save(given, day)
-    except UserError as refused:
-        if refused.key != "checks.upload_many":
-            raise
-        recipes = f"{session.content}\n{recipes_in_use(editor, session)}"
-        dropped = uploads.drop_oldest(recipes)
-        session.notice = editor.t("new.upload_dropped", name=shortened(dropped.title))
-        upload = uploads.save(given, day)
+    upload = keep_upload(editor, session, given)
     return with_data(session.content, f"{UPLOAD}{upload.name}")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gradio_app.errors import UserError
+from gradio_app.guards import shortened
 from gradio_app.pages.error_reporting import as_gradio_error, localized_message
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.recipe.content import data_of, value_at, with_value
@@ -17,6 +18,7 @@ from gradio_app.recipe.edits import base_recipe
 from gradio_app.recipe.model_files import is_cached
 from gradio_app.recipe.preview import DataReport, local_path, preview_data
 from gradio_app.recipe.validation import validate_content, with_revision
+from gradio_app.uploads import Upload, Uploads
 from lightning_peft.task_registry import task_of_config
 
 _POLL_SECONDS = 0.5
@@ -128,10 +130,36 @@ def data_path(editor: Editor, session: Session) -> Path:
 
 
 def recipes_in_use(editor: Editor, session: Session) -> str:
-    """Returns the recipes of a visitor's runs, also of deleted ones, and of a change to undo."""
+    """Returns a visitor's recipes: of runs, also deleted ones, to undo a change, and to reset."""
     store = editor.studio.store
     runs = [*store.list(session.owner), *store.deleted(session.owner)]
-    return "\n".join([str(session.undo), *(run.recipe_text for run in runs)])
+    own = (str(session.undo), str(session.baseline))
+    return "\n".join([*own, *(run.recipe_text for run in runs)])
+
+
+def keep_upload(
+    editor: Editor, session: Session, file: object, replaced: Path | None = None
+) -> Upload:
+    """Keeps a file in the place of another, or of the oldest one in no recipe if there are many.
+
+    Raises UserError as :meth:`Uploads.save` does, and keeps the other one then.
+    """
+    uploads, day = Uploads(editor.studio.settings, session.owner), time.strftime("%Y%m%d")
+    try:
+        upload = uploads.save(file, day)
+    except UserError as refused:
+        if refused.key != "checks.upload_many":
+            raise
+        if replaced is not None:
+            replaced.unlink()
+        else:
+            recipes = f"{session.content}\n{recipes_in_use(editor, session)}"
+            dropped = uploads.drop_oldest(recipes)
+            session.notice = editor.t("new.upload_dropped", name=shortened(dropped.title))
+        upload = uploads.save(file, day)
+    if replaced is not None:
+        replaced.unlink(missing_ok=True)
+    return upload
 
 
 def _is_large(content: dict[str, Any]) -> bool:

@@ -54,6 +54,7 @@ class Session:
         from_draft: Whether it was opened with the draft of the browser.
         undo: Recipe and what it was made of before the task was changed; ``None`` for none.
         starting: Whether a run is being started.
+        edited_copy: Name of the upload with a row edited here; empty for none.
         plans: Memory plans that are known.
         data_files: The files below the data root, as they were at the last change.
     """
@@ -76,6 +77,7 @@ class Session:
     from_draft: bool = False
     undo: Any = None
     starting: bool = False
+    edited_copy: str = ""
     plans: PlanCache = field(default_factory=PlanCache)
     data_files: DataFiles = field(default_factory=DataFiles)
 

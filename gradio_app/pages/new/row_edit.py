@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,13 @@ import gradio as gr
 
 from gradio_app.errors import UserError
 from gradio_app.pages.components import field, on_event
-from gradio_app.pages.new.data_check import data_path, recipes_in_use
+from gradio_app.pages.new.data_check import data_path, keep_upload, recipes_in_use
 from gradio_app.pages.new.editor import Editor, Session
-from gradio_app.recipe.content import data_of, short_name, with_value
+from gradio_app.recipe.content import MISSING, data_of, short_name, with_value
 from gradio_app.recipe.row_edits import LONGEST_ROW, row_text, write_edited
 from gradio_app.redaction import UPLOAD
-from gradio_app.uploads import Uploads
 
-_EDITED = "-edited"
+_EDITED, _DATA = "-edited", "data.init_args.data"
 
 
 def build(editor: Editor) -> None:
@@ -72,14 +70,15 @@ def _number(given: Any) -> int:
 def _edited(editor: Editor, session: Session, number: int, text: str | None) -> dict[str, Any]:
     """Returns the recipe with a copy of its data in which a row is another one, or left out."""
     place, path = data_of(session.content), data_path(editor, session)
-    uploads = Uploads(editor.studio.settings, session.owner)
     stem = short_name(place).rpartition(".")[0].removesuffix(_EDITED)
+    # The copy of the edit before, unless something else names it.
+    others = with_value(session.content, _DATA, MISSING)
+    name = session.edited_copy
+    used = f"{others}\n{recipes_in_use(editor, session)}"
+    replaced = path if name and place == UPLOAD + name and name not in used else None
     with tempfile.TemporaryDirectory(prefix="studio-") as folder:
         copy = Path(folder) / f"{stem[:32]}{_EDITED}.jsonl"
         write_edited(path, number, text, copy)
-        made = uploads.save(copy, time.strftime("%Y%m%d"))
-    # The copy of the edit before, unless a run was started with it.
-    before = path.name if place.startswith(UPLOAD) and path.stem.endswith(_EDITED) else ""
-    if before and before not in recipes_in_use(editor, session):
-        uploads.get(before).path.unlink()
-    return with_value(session.content, "data.init_args.data", f"{UPLOAD}{made.name}")
+        made = keep_upload(editor, session, copy, replaced)
+    session.edited_copy = made.name
+    return with_value(session.content, _DATA, f"{UPLOAD}{made.name}")
