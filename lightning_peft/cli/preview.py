@@ -178,8 +178,12 @@ def _counted(numbers: dict[str, Any]) -> list[str]:
         lines.append(f"note      {train['duplicates']:,} duplicates are kept")
     about = numbers["statistics"]
     if near := about["near_duplicates"]:
+        several = len(numbers["read_as"]) > 1
         rows = ", ".join(
-            f"{one['row']} as {one['like_row']}" for one in about["near_duplicate_rows"]
+            f"{one['row']} of {one['file']} as {one['like_row']} of {one['like_file']}"
+            if several
+            else f"{one['row']} as {one['like_row']}"
+            for one in about["near_duplicate_rows"]
         )
         lines.append(f"note      {near:,} near duplicates, such as row {rows}")
     if numbers["shared_prompts"]:

@@ -61,7 +61,10 @@ def test_numbers_on_all_rows_are_shown_and_escaped():
             "writing": {"Latin": 9, "Han": 1},
             "languages": {"de": 7, "pt_BR": 2, "qq": 1},
             "near_duplicates": 2,
-            "near_duplicate_rows": [{"row": 8, "like_row": 3}, {"row": 9, "like_row": 3}],
+            "near_duplicate_rows": [
+                {"file": NAMES[0], "row": 8, "like_file": NAMES[0], "like_row": 3},
+                {"file": NAMES[1], "row": 2, "like_file": NAMES[0], "like_row": 3},
+            ],
             "label_counts": {"train": {"<b>": 6, "c": 2}, "validation": {"d": 2}},
             "longest_rows": [{"file": NAMES[0], "row": 7, "length": 40, "text": "<i>Once"}],
         },
@@ -75,7 +78,7 @@ def test_numbers_on_all_rows_are_shown_and_escaped():
         "&lt;user&gt; 30",
         "Latin 9, Han 1",
         "Deutsch 7, Portugiesisch 2, qq 1",
-        "Zeile 8 wie 3, Zeile 9 wie 3",
+        "Zeile 8 ({0}) wie 3 ({0}), Zeile 2 ({1}) wie 3 ({0})".format(*NAMES),
     ):
         assert shown in made
     assert "1 Zeilen in beiden, 4 Prompts mit anderen Antworten" in made
@@ -85,7 +88,7 @@ def test_numbers_on_all_rows_are_shown_and_escaped():
     assert '<th scope="row">d</th><td>0</td><td>2</td>' in made
     assert "&lt;i&gt;Once" in made
     # Two uploads of one name.
-    assert f"Zeile 7, {NAMES[0]}" in made
+    assert f"Zeile 7 ({NAMES[0]})" in made
     assert "<i>" not in made
 
 

@@ -139,14 +139,14 @@ def _facts(numbers: dict[str, Any], t: Texts) -> list[tuple[str, str, str]]:
         share = f"{numbers['trained_share']:.0%}"
         trained = t.number(splits["train"].get("trained_tokens", 0))
         facts.append((t("new.fact_trained"), share, trained))
-    facts += _content_facts(about, t)
+    facts += _content_facts(numbers, t)
     if unused := [str(one["key"]) for one in numbers.get("keys_unused") or ()]:
         facts.append((t("new.fact_unused"), f"{len(unused)}", ", ".join(unused)))
     return facts
 
 
-def _content_facts(about: dict[str, Any], t: Texts) -> list[tuple[str, str, str]]:
-    facts = []
+def _content_facts(numbers: dict[str, Any], t: Texts) -> list[tuple[str, str, str]]:
+    facts, about = [], numbers.get("statistics", {})
     if turns := about.get("turns"):
         between = {"least": t.number(turns["least"]), "most": t.number(turns["most"])}
         shown = t.number(turns["least"])
@@ -161,7 +161,7 @@ def _content_facts(about: dict[str, Any], t: Texts) -> list[tuple[str, str, str]
             facts.append((t(f"data.fact_{name}"), t.number(len(found)), _counts(found, t)))
     if near := about.get("near_duplicates"):
         rows = [
-            t("data.near", row=one["row"], like=one["like_row"])
+            t("data.near", row=_numbered(one, numbers), like=_numbered(one, numbers, "like_"))
             for one in about["near_duplicate_rows"]
         ]
         facts.append((t("data.fact_near"), t.number(near), ", ".join(rows)))
@@ -205,11 +205,14 @@ def _shown_rows(numbers: dict[str, Any], t: Texts) -> list[dict[str, Any]]:
 
 
 def _place(row: dict[str, Any], numbers: dict[str, Any], t: Texts) -> str:
+    return t("new.row", row=_numbered(row, numbers))
+
+
+def _numbered(row: dict[str, Any], numbers: dict[str, Any], of: str = "") -> str:
     """Returns the number of a row, with its file where rows of several are read."""
-    place = t("new.row", row=row["row"])
-    if len(numbers.get("read_as") or ()) < 2:
-        return place
-    return f"{place}, {_file_title(row['file'], numbers)}"
+    number = row[f"{of}row"]
+    several = len(numbers.get("read_as") or ()) > 1
+    return f"{number} ({_file_title(row[f'{of}file'], numbers)})" if several else str(number)
 
 
 def _file_title(name: str, numbers: dict[str, Any]) -> str:
