@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from gradio_app.chat.sessions import ChatSessions
-from gradio_app.errors import UserError
 from gradio_app.experiments.summaries import Summaries
 from gradio_app.experiments.sweeps import SweepRequest, prepare_sweep
 from gradio_app.export.manager import ExportManager
@@ -75,7 +74,7 @@ class Studio:
         run = self.store.create(owner, recipe, self.store.distinct_name(owner, name))
         try:
             self.queue.add(run)
-        except UserError:
+        except Exception:
             self.store.erase(owner, run.id)
             raise
         return run
@@ -90,9 +89,10 @@ class Studio:
         name = self.store.distinct_name(owner, name)
         run = self.store.create(owner, dump_yaml(content), name)
         try:
+            run = self.store.update_metadata(run, command="sweep")
             prepare_sweep(run, content, request, self.worker, self.settings)
-            return self.queue.add(self.store.update_metadata(run, command="sweep"))
-        except UserError:
+            return self.queue.add(run)
+        except Exception:
             self.store.erase(owner, run.id)
             raise
 

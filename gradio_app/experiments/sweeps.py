@@ -48,17 +48,23 @@ def swept_fields(content: dict[str, Any]) -> list[Field]:
     ]
 
 
-def tried_values(field: Field, text: str) -> tuple[str, int | None]:
+def tried_values(field: Field, text: str, comma: bool = False) -> tuple[str, int | None]:
     """Returns the value of ``--set`` for the text of a setting, and the number of values in it.
 
     Values are parted by ``;``, or by commas where there is none; ``1e-5..1e-3:log`` is a range, of
-    which nothing is counted. Raises UserError for values that the setting does not take.
+    which nothing is counted. With ``comma``, as in German, ``0,1`` is one number where fractions
+    are possible. Raises UserError for values that the setting does not take.
     """
-    if found := _RANGE.fullmatch(text.strip()):
-        low, high, scale = found.groups()
-        ends = [format_value(_parsed(field, end)) for end in (low, high)]
-        return "..".join(ends) + (scale or ""), None
-    parts = [part.strip() for part in text.split(";" if ";" in text else ",")]
+    text = text.strip()
+    if found := _RANGE.fullmatch(text):
+        *ends, scale = found.groups()
+        low, high = (_parsed(field, end) for end in ends)
+        numbers = field.kind not in ("choice", "switch") and None not in (low, high)
+        if not (numbers and low < high):
+            raise UserError("new.sweep_order", value=shortened(text))
+        return f"{format_value(low)}..{format_value(high)}{scale or ''}", None
+    fraction = comma and field.kind in ("number", "batches") and re.fullmatch(r"\d*,\d+", text)
+    parts = [part.strip() for part in text.split(";" if ";" in text or fraction else ",")]
     values = [format_value(_parsed(field, part)) or "null" for part in parts if part]
     if not values:
         raise UserError("checks.needed")

@@ -61,8 +61,13 @@ class LocalExecutor(Executor):
         """Starts or resumes a run; returns at once."""
         folder = run.folder.path
         run.folder.control.unlink(missing_ok=True)
+        cwd = self.directory(self.settings, folder)
+        begun = read_json_object(run.folder.sweep).get("directory")
+        if isinstance(begun, str) and Path(begun).is_dir():
+            # A sweep of the command line; it refuses to go on elsewhere.
+            cwd = Path(begun)
         with (folder / START_LOG).open("wb") as log:
-            self.launch(folder, self.argv(run), self.directory(self.settings, folder), stdout=log)
+            self.launch(folder, self.argv(run), cwd, stdout=log)
 
     @staticmethod
     def directory(settings: Settings, folder: Path) -> Path:
@@ -95,10 +100,10 @@ class LocalExecutor(Executor):
     def argv(self, run: Run) -> list[str]:
         """Returns the arguments of the command line."""
         folder = run.folder.path
-        words = [run.metadata.command]
         if run.is_sweep:
             # It was prepared before; what is left is trained.
-            return [*words, f"--resume={folder}"]
+            return ["sweep", f"--resume={folder}"]
+        words = [run.metadata.command]
         if run.metadata.resume:
             words += [f"--resume={folder}"]
         else:

@@ -44,7 +44,11 @@ class Run:
     created = property(lambda self: self.metadata.created or self.status.started)
     active = property(lambda self: self.status.state in ACTIVE)
     waiting = property(lambda self: self.metadata.waiting is not None)
-    is_sweep = property(lambda self: self.metadata.command == "sweep")
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether it is a sweep; one of the command line is known by its file alone."""
+        return self.metadata.command == "sweep" or self.folder.sweep.is_file()
 
     @property
     def recipe_text(self) -> str:

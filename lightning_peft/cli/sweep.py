@@ -53,6 +53,11 @@ def main(arguments: Sequence[str]) -> int:
             sweep = Sweep(args.resume)
         elif recipe is None:
             raise ConfigError("Name a recipe first: lightning-peft sweep sft-qlora --set r=8,16")
+        elif args.runs is not None and args.folder is not None:
+            raise ConfigError(
+                "--runs and --folder exclude each other: the trials of a sweep lie next to its "
+                "folder. Leave one of them out."
+            )
         else:
             with resolved_recipes([f"--config={recipe}", *words]) as resolved:
                 settings = check_sweep(

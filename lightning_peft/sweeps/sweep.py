@@ -91,14 +91,11 @@ class Sweep:
             folder: Which folder it is to be, in the place of a new one.
 
         Raises:
-            ConfigError: If nothing can be written there, or a sweep is there.
+            ConfigError: If nothing can be written there, or a sweep or a run is there.
         """
+        if folder is not None:
+            _refuse_used(RunFolder(folder))
         made = RunFolder.at(folder) if folder else RunFolder.create(root, f"sweep {settings.name}")
-        if made.sweep.exists():
-            raise ConfigError(
-                f"{str(folder)!r} is the folder of a sweep. Name another one, or go on with that "
-                "sweep by --resume."
-            )
         made.checkpoints.rmdir()
         words = []
         for word in settings.words:
@@ -308,6 +305,19 @@ class Sweep:
         finished = [row for row in self.rows() if row["state"] == "finished"]
         choose = min if self.settings.mode == "min" else max
         return choose(finished, key=lambda row: row[metric], default=None)
+
+
+def _refuse_used(folder: RunFolder) -> None:
+    name = str(folder.path)
+    if folder.sweep.exists():
+        raise ConfigError(
+            f"{name!r} is the folder of a sweep. Name another one, or go on with that sweep by "
+            "--resume."
+        )
+    if folder.status_file.exists() or any(folder.checkpoints.glob("*")):
+        raise ConfigError(
+            f"{name!r} is the folder of a run. Name another one for the sweep with --folder."
+        )
 
 
 def _number(text: Any) -> Any:

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+import tempfile
 import time
+from dataclasses import asdict, replace
 
 import pytest
 
 from gradio_app.errors import UserError
 from gradio_app.experiments.sweeps import SweepRequest, swept_fields, tried_values
-from gradio_app.pages.new.sweep import _requested
+from gradio_app.pages.new import sweep
 from gradio_app.pages.parallel import Line, parallel_coordinates
+from gradio_app.pages.run.actions import available_actions
 from gradio_app.recipe.edits import base_recipe
 from gradio_app.recipe.fields import BY_PATH
+from gradio_app.runs.local import START_LOG, LocalExecutor
+from gradio_app.runs.store import RunStore
+from gradio_app.studio import Studio
 from gradio_app.texts import Texts
+from lightning_peft.runs.folder import RunFolder
+from lightning_peft.runs.status import Status
 from tests.app.browsing import PHONE, assert_readable, open_new_run, overflow, screenshot
-from tests.app.runs import until
+from tests.app.runs import settings, until
 
 RANK, RATE = "trainer.strategy.init_args.r", "model.init_args.learning_rate"
+CLIP, QUANT = "trainer.gradient_clip_val", "trainer.strategy.init_args.bnb_4bit_quant_type"
 MINUTES = 6 * 60_000
 
 
@@ -30,42 +40,101 @@ MINUTES = 6 * 60_000
         (RATE, "1e-5..1e-3:log", ("1e-5..1e-3:log", None)),
         ("trainer.strategy.init_args.use_dora", "true,false", ("true,false", 2)),
         ("data.init_args.max_length", "null, 64", ("null,64", 2)),
+        (RANK, "8,16", ("8,16", 2)),
+        (CLIP, "0,1", ("0.0,1.0", 2)),
     ],
 )
 def test_values_are_read_as_the_form_reads_them(path, typed, found):
     assert tried_values(BY_PATH[path], typed) == found
 
 
-@pytest.mark.parametrize("typed", ["0", "eight", "8..0", "8,--run_dir=/tmp", " , "])
+def test_one_comma_between_digits_is_of_a_number_where_numbers_have_commas():
+    assert tried_values(BY_PATH[CLIP], "0,1", comma=True) == ("0.1", 1)
+    assert tried_values(BY_PATH[CLIP], "0, 1", comma=True) == ("0.0,1.0", 2)
+    assert tried_values(BY_PATH[CLIP], "0,1..0,5", comma=True) == ("0.1..0.5", None)
+    assert tried_values(BY_PATH[RANK], "8,16", comma=True) == ("8,16", 2)
+    given = ("tpe", "7", "none", CLIP, "0,1;1", RATE, "1e-5..0,01", "", "")
+    shown = sweep._count(base_recipe("sft"), given, Texts("de"))
+    assert "7 Versuche" in shown
+    assert ": 0,1; 1,0 \u00b7 " in shown
+    assert ": 1e-5..0,01" in shown
+
+
+@pytest.mark.parametrize(
+    "typed", ["0", "eight", "8..0", "64..8", "8..8", "null..8", "8,--run_dir=/tmp", " , "]
+)
 def test_values_that_a_setting_does_not_take_are_refused(typed):
     with pytest.raises(UserError):
         tried_values(BY_PATH[RANK], typed)
 
 
 def test_what_is_tried_is_counted_and_what_cannot_be_is_refused():
-    t = Texts()
+    content = base_recipe("sft", "lora")
+
+    def requested(*given):
+        return sweep._requested(content, given, Texts())
+
     both = (RANK, "8,16", RATE, "1e-4;1e-3;1e-2", "", "")
     request = SweepRequest({RANK: "8,16", RATE: "1e-4,1e-3,0.01"}, "grid", None, "none")
-    assert _requested(("grid", "7", "none", *both), t) == (request, 6)
+    assert requested("grid", "7", "none", *both) == (request, 6)
     words = request.words()
     assert words[:2] == ["--set", f"{RANK}=8,16"]
-    found, _ = _requested(("tpe", "12", "median", RATE, "1e-5..1e-2:log", "", ""), t)
+    found, _ = requested("tpe", "12", "median", RATE, "1e-5..1e-2:log", "", "")
     assert found is not None
     assert found.words()[2:] == ["--sampler=tpe", "--trials=12", "--pruner=median"]
     for given, key in (
         (("grid", "", "none", RATE, "1e-5..1e-2"), "new.sweep_range"),
         (("tpe", "", "none", RANK, "8,16"), "new.sweep_trials"),
         (("grid", "", "none", RANK, "8", RANK, "16"), "new.sweep_twice"),
-        (("grid", "", "none", "trainer.logger", "x"), "new.sweep_twice"),
+        (("grid", "", "none", "trainer.logger", "x"), "new.sweep_unknown"),
+        (("grid", "", "none", "data.init_args.encoding", "x"), "new.sweep_unknown"),
+        (("grid", "", "none", QUANT, "nf4,fp4"), "new.sweep_unknown"),
         (("grid", "", "none", RANK, "0"), "checks.range"),
     ):
         with pytest.raises(UserError) as refused:
-            _requested(given, t)
+            requested(*given)
         assert key in refused.value.reasons | {refused.value.key}
     # Places of files are none of them, nor what holds for all trials.
     paths = {one.path for one in swept_fields(base_recipe("sft"))}
     assert {RANK, RATE, "data.init_args.batch_size"} <= paths
     assert not {path for path in paths if re.search("callbacks|data.data|logger|devices", path)}
+
+
+def test_a_sweep_of_the_command_line_is_one_here_and_goes_on_where_it_was_begun(tmp_path):
+    begun = tmp_path / "elsewhere"
+    begun.mkdir()
+    show = "import os, sys; print(os.getcwd(), *sys.argv[1:])"
+    made = replace(settings(tmp_path), command=(sys.executable, "-c", show))
+    folder = RunFolder(made.runs / "20261130-101500-sweep-sft-1f0c")
+    folder.path.mkdir()
+    folder.write(folder.sweep, {"directory": str(begun)})
+    stopped = Status(state="stopped", kind="sweep", step=1, total_steps=4)
+    folder.write(folder.status_file, asdict(stopped))
+    executor = LocalExecutor(made)
+    store = RunStore(made, {"local": executor})
+    run = store.get("local", folder.path.name)
+    assert run.is_sweep
+    assert run.can_resume
+    assert {"resume", "delete"} <= available_actions(run)
+    # As the queue does it: once it was launched, its status is not of that process.
+    run = store.update_metadata(run, resume=True, launched=time.time() + 60)
+    assert run.is_sweep
+    executor.start(run)
+    log = folder.path / START_LOG
+    assert until(log.read_text) == f"{begun} sweep --resume={folder.path}\n"
+
+
+def test_of_a_sweep_that_cannot_be_prepared_no_run_is_left(tmp_path, monkeypatch):
+    studio = Studio(settings(tmp_path))
+    try:
+        # As where a disk is full.
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+        request = SweepRequest({RANK: "8,16"}, "grid", None, "none")
+        with pytest.raises(FileNotFoundError):
+            studio.start_sweep("local", base_recipe("sft"), "ranks", request)
+        assert not studio.store.all()
+    finally:
+        studio.close()
 
 
 def test_parallel_coordinates_have_an_axis_for_each_value_and_the_best_on_top():

@@ -343,11 +343,32 @@ def test_everything_that_is_wrong_is_said_before_the_first_step(
         (("--resume=x", "--runs=runs"), "takes no recipe, values or other options"),
         (("sft-qlora", "--set=r=1,2", "--seed=-1"), "--seed -1 is not a seed"),
         (("--resume=x",), "is not the folder of a sweep"),
+        (("sft-qlora", "--set=r=1", "--runs=x", "--folder=y"), "--runs and --folder exclude"),
     ],
 )
 def test_refused(words: tuple[str, ...], message: str, capsys: Any) -> None:
     assert main(["sweep", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_folder_of_a_run_or_sweep_is_refused_and_stays_as_it_is(tmp_path: Path) -> None:
+    settings = SweepSettings("mine", [], {"r": "8"}, "grid", "none", 1, 0, "val_loss", "min")
+    files = {
+        "status": "status.json",
+        "checkpoint": "checkpoints/last.ckpt",
+        "sweep": "sweep.json",
+    }
+    for name, file in files.items():
+        folder = tmp_path / name
+        (folder / file).parent.mkdir(parents=True)
+        (folder / file).touch()
+        with pytest.raises(ConfigError, match="is the folder of a (run|sweep)"):
+            Sweep.create(tmp_path, settings, folder)
+        assert [one for one in folder.rglob("*") if one.is_file()] == [folder / file]
+    # As the page prepares one.
+    folder = RunFolder.at(tmp_path / "new")
+    folder.recipe.touch()
+    assert Sweep.create(tmp_path, settings, folder.path).folder == folder.path
 
 
 def test_resumed_where_it_was_begun(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:

@@ -18,11 +18,12 @@ from gradio_app.experiments.sweeps import (
     swept_fields,
     tried_values,
 )
+from gradio_app.guards import shortened
 from gradio_app.pages.components import field, html, on_event
 from gradio_app.pages.error_reporting import localized_message
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.pages.templating import message
-from gradio_app.recipe.fields import BY_PATH
+from gradio_app.recipe.fields import BY_PATH, Field
 from gradio_app.texts import Texts
 
 # So many settings can be tried; more than a few values of each are too many runs.
@@ -62,7 +63,7 @@ def build(editor: Editor, name: Any, gone: Any, startable: Startable) -> None:
         if session.starting:
             yield gr.skip(), gr.skip()
             return
-        asked, _ = _requested(given, t)
+        asked, _ = _requested(session.content, given, t)
         if asked is None:
             raise UserError("new.sweep_empty")
         session.starting = True
@@ -77,11 +78,14 @@ def build(editor: Editor, name: Any, gone: Any, startable: Startable) -> None:
             session.starting = False
         yield run, gr.Button(t("new.sweep_start"), interactive=True)
 
+    def counted(session: Any, request: gr.Request, *given: Any) -> str:
+        return _count(editor.of(session, request).content, given, t)
+
     events: list[Any] = []
     for one in inputs:
         events += [one.blur, one.submit] if isinstance(one, gr.Textbox) else [one.input]
     options = {"show_progress": "hidden", "trigger_mode": "always_last"}
-    on_event(t, events, lambda *given: _count(given, t), inputs, count, **options)
+    on_event(t, events, counted, [editor.session, *inputs], count, **options)
     on_event(t, start.click, begin, [editor.session, name, *inputs], [gone, start])
 
 
@@ -99,15 +103,24 @@ def _build_row(number: int, t: Texts) -> tuple[Any, Any]:
     return key, values
 
 
-def _count(given: Sequence[Any], t: Texts) -> str:
-    """Returns how many trials there are to be, or why there can be none."""
+def _count(content: dict[str, Any], given: Sequence[Any], t: Texts) -> str:
+    """Returns how many trials there are to be and the values read, or why there can be none."""
     try:
-        request, combinations = _requested(given, t)
+        request, combinations = _requested(content, given, t)
     except UserError as refused:
         return message("field-problem", f"\u2717 {localized_message(refused, t)}", t, "alert")
     if request is None:
         return ""
-    return message("note", t("new.sweep_count", n=request.trials or combinations), t)
+    count = t("new.sweep_count", n=request.trials or combinations)
+    values = (_read_values(BY_PATH[path], text, t) for path, text in request.values.items())
+    return message("note", " \u00b7 ".join([count, *values]), t)
+
+
+def _read_values(setting: Field, text: str, t: Texts) -> str:
+    values = text.replace(",", "; ")
+    if setting.kind not in ("choice", "switch"):
+        values = "..".join(map(t.localized, values.split("..")))
+    return f"{t(f'fields.{setting.key}')}: {values}"
 
 
 def _choices(session: Session, t: Texts) -> Any:
@@ -115,7 +128,9 @@ def _choices(session: Session, t: Texts) -> Any:
     return gr.update(choices=[("\u2013", ""), *found])
 
 
-def _requested(given: Sequence[Any], t: Texts) -> tuple[SweepRequest | None, int | None]:
+def _requested(
+    content: dict[str, Any], given: Sequence[Any], t: Texts
+) -> tuple[SweepRequest | None, int | None]:
     """Returns the settings of the sweep and the number of combinations; ``None`` with a range.
 
     The request is ``None`` where no setting has values. Raises UserError for what cannot be tried.
@@ -128,11 +143,14 @@ def _requested(given: Sequence[Any], t: Texts) -> tuple[SweepRequest | None, int
     for path, text in zip(rows[::2], rows[1::2], strict=True):
         if not path or not str(text or "").strip():
             continue
-        setting = BY_PATH.get(str(path))
-        if setting is None or str(path) in values:
+        if str(path) in values:
             raise UserError("new.sweep_twice")
+        setting = BY_PATH.get(str(path))
+        if setting is None or setting not in swept_fields(content):
+            name = t(f"fields.{setting.key}") if setting else shortened(path)
+            raise UserError("new.sweep_unknown", name=name)
         try:
-            values[setting.path], count = tried_values(setting, str(text))
+            values[setting.path], count = tried_values(setting, str(text), t.language == "de")
         except UserError as refused:
             label = t(f"fields.{setting.key}")
             raise UserError("checks.at", where=label, problem=[refused]) from None

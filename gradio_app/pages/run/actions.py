@@ -101,7 +101,8 @@ class Actions:
             links = render(
                 "run.links",
                 t,
-                duplicate=t.url("new", **{"from": run.id}) + "#method",
+                # A sweep of the command line has configs of other names.
+                duplicate=run.recipe_text and t.url("new", **{"from": run.id}) + "#method",
                 compare=t.url("compare", runs=compared_runs(run)),
                 # Where there is no other next step, it is this one.
                 primary=not names & _PRIMARY,
