@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from lightning_peft.runs import load
 from lightning_peft.runs.folder import RunFolder
@@ -33,3 +34,14 @@ def test_load_is_written_over_all_sessions_until_it_is_closed(
     assert all(row["tokens_per_second"] == 7.0 for row in rows)
     time.sleep(0.1)
     assert list(folder.rows(folder.load)) == rows
+
+
+def test_a_driver_that_refuses_takes_no_other_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = LoadLog(RunFolder.at(tmp_path), earlier=0.0, more=dict)
+    log.device = torch.device("cuda", 0)
+    # Without a GPU, torch refuses to tell how busy it is.
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert {"cpu_percent", "process_bytes", "cuda_bytes"} <= log.line().keys()
+    log.close()
