@@ -121,6 +121,7 @@ def experts(kind: str) -> nn.Module:
 BUILDERS = {
     "mixtral": functools.partial(experts, "mixtral"),
     "gpt-oss": functools.partial(experts, "gpt-oss"),
+    "llama4": functools.partial(experts, "llama4"),
     "t5": t5,
     "vit": vit,
     "whisper": whisper,

@@ -244,13 +244,14 @@ def test_parts_in_the_memory_of_the_cpu_do_not_move():
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_experts_share_a_base(tmp_path):
-    cases = ("mixtral:qlora", "gpt-oss:lora")
+    cases = ("mixtral:qlora", "gpt-oss:lora", "llama4:qlora")
     ranks = run_processes(tmp_path, 2, *cases)
     for case in cases:
         check_case(ranks, case, tmp_path)
     for rank in ranks:
-        trained_names = rank["mixtral:qlora"]["sharded"]["weights"]
-        assert any("experts.gate_up_proj" in name for name in trained_names)
+        for kind in ("mixtral", "llama4"):
+            trained_names = rank[f"{kind}:qlora"]["sharded"]["weights"]
+            assert any("experts.gate_up_proj" in name for name in trained_names)
         assert rank["resumed sharded"]["losses"] == rank["resumed whole"]["losses"]
 
 
