@@ -110,7 +110,7 @@ def ends_fit(trainer: Any) -> bool:
     """Says whether training ends with the batch that was begun, by steps or epochs."""
     last_epoch = trainer.max_epochs != -1 and trainer.current_epoch + 1 >= trainer.max_epochs
     by_steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
-    return by_steps or (last_epoch and ends_epoch(trainer.fit_loop.epoch_loop))
+    return bool(by_steps or (last_epoch and ends_epoch(trainer.fit_loop.epoch_loop)))
 
 
 def forget_groups(callback: Any) -> None:
