@@ -247,9 +247,9 @@ def describe(choice: dict[str, Any], batches: int) -> str:
     takes = f", samples {sampled:.1f} s," if sampled else ""
     generates = f" and generates samples {choice['samples']}" if sampled else ""
     return (
-        f"Validation and samples get {choice['share']:.0%} of the run's time at most: a "
-        f"validation takes {choice['validation_seconds']:.1f} s{takes} and an epoch of training "
-        f"about {choice['batch_seconds'] * batches:.0f} s. The run validates {often}{generates}; "
+        f"Validation and samples get {choice['share']:.0%} of the run's time, or {LEAST:.0f} s in "
+        f"short runs: a validation takes {choice['validation_seconds']:.1f} s{takes} and an epoch "
+        f"of training about {choice['batch_seconds'] * batches:.0f} s. The run validates {often}{generates}; "
         "trainer.val_check_interval sets another interval."
     )
 

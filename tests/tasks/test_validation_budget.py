@@ -65,8 +65,8 @@ def test_the_line_gives_numbers_and_the_setting():
         "share": 0.1, "validation_seconds": 15.04, "samples_seconds": 5.0, "batch_seconds": 4.5
     }  # fmt: skip
     assert describe(choice, 100) == (
-        "Validation and samples get 10% of the run's time at most: a validation takes 15.0 s, "
-        "samples 5.0 s, and an epoch of training about 450 s. The run validates twice an epoch and "
+        "Validation and samples get 10% of the run's time, or 20 s in short runs: a validation "
+        "takes 15.0 s, samples 5.0 s, and an epoch of training about 450 s. The run validates twice an epoch and "
         "generates samples at the end; trainer.val_check_interval sets another interval."
     )
 
