@@ -249,8 +249,8 @@ def describe(choice: dict[str, Any], batches: int) -> str:
     return (
         f"Validation and samples get {choice['share']:.0%} of the run's time, or {LEAST:.0f} s in "
         f"short runs: a validation takes {choice['validation_seconds']:.1f} s{takes} and an epoch "
-        f"of training about {choice['batch_seconds'] * batches:.0f} s. The run validates {often}{generates}; "
-        "trainer.val_check_interval sets another interval."
+        f"of training about {choice['batch_seconds'] * batches:.0f} s. The run validates {often}"
+        f"{generates}; trainer.val_check_interval sets another interval."
     )
 
 
