@@ -66,8 +66,9 @@ def test_the_line_gives_numbers_and_the_setting():
     }  # fmt: skip
     assert describe(choice, 100) == (
         "Validation and samples get 10% of the run's time, or 20 s in short runs: a validation "
-        "takes 15.0 s, samples 5.0 s, and an epoch of training about 450 s. The run validates twice "
-        "an epoch and generates samples at the end; trainer.val_check_interval sets another interval."
+        "takes 15.0 s, samples 5.0 s, and an epoch of training about 450 s. The run validates "
+        "twice an epoch and generates samples at the end; trainer.val_check_interval sets another "
+        "interval."
     )
 
 
