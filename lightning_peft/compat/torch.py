@@ -272,6 +272,26 @@ def leave_out_of_ddp(module: nn.Module, names: list[str]) -> None:
     module._ddp_params_and_buffers_to_ignore = [*dict.fromkeys([*chosen, *names])]  # type: ignore[assignment]
 
 
+@contextmanager
+def left_in_place(module: nn.Module, stays: Callable[[Tensor], bool]) -> Iterator[None]:
+    """Within the body, tensors for which ``stays`` is true do not move when ``module`` does.
+
+    FSDP stores again what its modules have afterwards, so nothing else can be there meanwhile.
+    Public alternative: none.
+    """
+    usual = module._apply
+
+    def apply(function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        return usual(lambda tensor: tensor if stays(tensor) else function(tensor), recurse)
+
+    # It calls that of all modules inside.
+    module.__dict__["_apply"] = apply
+    try:
+        yield
+    finally:
+        del module.__dict__["_apply"]
+
+
 def filled(outline: Any, part: Tensor) -> nn.Parameter:
     """Returns a frozen DTensor of the layout of ``outline``, with ``part`` as that of this process.
 

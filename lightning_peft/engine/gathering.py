@@ -6,6 +6,8 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+import torch
+
 
 def group_size() -> int:
     """Number of processes of the default group; 1 without one."""
@@ -34,6 +36,13 @@ def share_group(count: int) -> Any:
     distributed = import_module("torch.distributed")
     world = distributed.group.WORLD
     return world if count == distributed.get_world_size() else _group_of(world, count)
+
+
+def gather_device(group: Any) -> torch.device:
+    """Returns where tensors have to be that ``group`` gathers: NCCL takes none of the CPU."""
+    if import_module("torch.distributed").get_backend(group) != "nccl":
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 @cache

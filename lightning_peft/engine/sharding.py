@@ -10,8 +10,8 @@ states are therefore plain tensors, which every optimizer, clipping and checkpoi
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import Any
 
@@ -20,7 +20,7 @@ from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedModel
 
-from lightning_peft.compat.torch import filled, is_traced, leave_out_of_ddp
+from lightning_peft.compat.torch import filled, is_traced, leave_out_of_ddp, left_in_place
 from lightning_peft.engine.backends.conversion import release_freed_memory
 from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.backends.share import Share
@@ -73,17 +73,15 @@ def keep_own_part(module: nn.Module, share: Share, device: torch.device) -> dict
     return shapes
 
 
-@contextmanager
-def parts_left_out(module: nn.Module, share: Share) -> Iterator[None]:
-    """Within the body, ``module`` has no parts that are to stay where they are when it moves."""
-    parts = spread_parameters(module) if share.on_cpu else {}
-    _replaced(module, parts, lambda part: nn.Parameter(part.new_empty(0), requires_grad=False))
-    try:
-        yield
-    finally:
-        for name, part in parts.items():
-            owner, _, leaf = name.rpartition(".")
-            module.get_submodule(owner)._parameters[leaf] = part
+def parts_left_in_place(module: nn.Module, share: Share) -> AbstractContextManager[None]:
+    """Within it, parts that belong on the CPU stay where they are when ``module`` moves."""
+    parts = {id(part) for part in spread_parameters(module).values()}
+
+    def stays(tensor: Any) -> bool:
+        # In later stages they are DTensors.
+        return share.on_cpu and (id(tensor) in parts or hasattr(tensor, "to_local"))
+
+    return left_in_place(module, stays)
 
 
 def shard_base(

@@ -56,24 +56,25 @@ class ShardedBaseStrategy(_Base):
             )
         return engine.Share(self.global_rank % count, count, self.offload)
 
+    def setup_environment(self) -> None:
+        """Refuses what one process cannot do, before a base is loaded."""
+        if self.offload and not self.shards_base and self.root_device.type != "cpu":
+            raise ConfigError(
+                f"offload=True in one process on {self.root_device}: parts of a base stay in the "
+                "memory of the CPU where processes share it. Take several, or offload=False."
+            )
+        super().setup_environment()
+
     def setup(self, trainer: Any) -> None:
         """Checks what sharding cannot serve, before anything is spread."""
         module: Any = self.lightning_module
-        if self.offload and not self.shards_base:
-            raise ConfigError(
-                "offload=True in one process: parts of a base stay in the memory of the CPU where "
-                "processes share it. Take several, or offload=False."
-            )
         if self.shards_base:
             engine.check_shardable(module)
             # Put together from pieces of different bases, it would be none of them.
             check_same_base_on_all_ranks(module, self.world_size)
-            loops = _loops(trainer)
-            for loop, _ in loops[1:]:
+            for loop, _ in _loops(trainer)[1:]:
                 # Gathered in inference mode, weights could not be saved for a backward pass later.
                 loop.inference_mode = False
-            for loop, numbers in loops:
-                loop.__dict__["setup_data"] = partial(_set_up_data, loop, loop.setup_data, numbers)
         super().setup(trainer)
 
     def model_to_device(self) -> None:
@@ -82,9 +83,12 @@ class ShardedBaseStrategy(_Base):
         if not self.shards_base:
             super().model_to_device()
             return
+        # Around what resuming has added by now, and before optimizers ask how long training is.
+        for loop, numbers in _loops(module.trainer):
+            loop.__dict__["setup_data"] = partial(_set_up_data, loop, loop.setup_data, numbers)
         share = self.share
         shapes = engine.keep_own_part(module, share, self.root_device)
-        with engine.parts_left_out(module, share):
+        with engine.parts_left_in_place(module, share):
             super().model_to_device()
         engine.shard_base(module, self.root_device, shapes, share)
 

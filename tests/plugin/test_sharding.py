@@ -155,7 +155,12 @@ def test_two_processes_share_a_base(tmp_path):
         assert len(rank["resumed sharded"]["losses"]) == 6
         assert rank["resumed sharded"]["losses"] == rank["resumed whole"]["losses"]
         assert not differing(rank["resumed sharded"]["weights"], rank["resumed whole"]["weights"])
+        again = rank["llama_tied:lora"]["again"]
+        assert again == rank["llama_tied:lora"]["whole again"]
+        assert again[0] != again[1]
         stages = rank["llama:qlora"]["stages"]
+        assert "(num_training_batches)" in stages["unequal training"]
+        assert "process 0: 2\n" in stages["unequal training"]
         assert stages["after fit"] == stages["fresh"]
         assert torch.isfinite(stages["predicted"]).all()
         assert "different numbers of batches (num_predict_batches)" in stages["unequal"]
@@ -232,7 +237,7 @@ def test_parts_in_the_memory_of_the_cpu_do_not_move():
     share = Share(0, 2, on_cpu=True)
     lightning_peft.engine.keep_own_part(module, share, torch.device("meta"))
     before = {n: p.clone() for n, p in spread_parameters(module).items()}
-    with lightning_peft.engine.parts_left_out(module, share):
+    with lightning_peft.engine.parts_left_in_place(module, share):
         module.to("meta")
     after = spread_parameters(module)
     assert before
@@ -390,8 +395,13 @@ def test_arguments_of_sharding_alone(given, tmp_path):
 
 def test_one_process_has_nothing_to_offload(tmp_path):
     run = trainer(tmp_path, strategy("lora", ROOT, sharding="fsdp2", offload=True), ROOT)
-    with pytest.raises(ConfigError, match="offload=True in one process"):
-        run.fit(task(ROOT), loader())
+    # There already.
+    run.fit(task(ROOT), loader())
+    run.strategy._root_device = torch.device("cuda")
+    module = task(ROOT, "configure_model")
+    with pytest.raises(ConfigError, match="offload=True in one process on cuda"):
+        run.fit(module, loader())
+    assert module.model is None
 
 
 def test_a_callback_cannot_shard():

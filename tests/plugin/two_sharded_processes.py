@@ -120,12 +120,32 @@ def stages(run, module, folder):
         again.predict(fresh, odd)
     except LightningPeftError as error:
         unequal = str(error)
+    whole = trainer(
+        folder / "root", strategy("qlora", ROOT, sharding="fsdp2"), ROOT,
+        devices=run.world_size, use_distributed_sampler=False,
+    )  # fmt: skip
+    odd = DataLoader([data.dataset[i] for i in range(2 + whole.global_rank)], batch_size=1)
+    try:
+        whole.fit(task(ROOT, kind=module.kind), odd)
+    except LightningPeftError as error:
+        unequal_training = str(error)
     return {
         "unequal": unequal,
+        "unequal training": unequal_training,
         "after fit": run.validate(module, loader(module.kind), verbose=False)[0]["val_loss"],
         "fresh": again.validate(fresh, data, ckpt_path=path, verbose=False)[0]["val_loss"],
         "predicted": predicted[0],
     }
+
+
+def again(run, module, folder, method, **ours):
+    """Validates what was trained, trains it on and validates again, each as a stage of its own."""
+    data, losses = loader(module.kind), []
+    losses.append(run.validate(module, data, verbose=False)[0]["val_loss"])
+    more = trainer(folder / "root", strategy(method, ROOT, **ours), ROOT, devices=run.world_size)
+    more.fit(module, data)
+    losses.append(more.validate(module, data, verbose=False)[0]["val_loss"])
+    return losses
 
 
 def verified(module):
@@ -155,6 +175,9 @@ def compare(folder, count, kind, method):
     if method == "qlora" and kind == "llama":
         seen["stages"] = stages(run, module, folder / f"{kind} {method}")
         seen["verified"] = verified(module)
+    if "offload" in checked and kind == "llama_tied":
+        seen["whole again"] = again(whole_run, whole, folder, method, sharding=None)
+        seen["again"] = again(run, module, folder, method, sharding="fsdp2", **checked)
     seen["refusals"] = refusals(module)
     adapted = next(m for m in module.modules() if hasattr(m, "adapter_settings"))
     seen["read"] = tuple(adapted.weight.shape), adapted.weight.dtype

@@ -8,7 +8,7 @@ from importlib import import_module
 
 from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.backends.share import current_share
-from lightning_peft.engine.gathering import gathered, share_group
+from lightning_peft.engine.gathering import gather_device, gathered, share_group
 from lightning_peft.engine.loading.quantized_cache import CachedWeight
 
 
@@ -35,11 +35,12 @@ class GatheredWeights(Mapping[str, CachedWeight]):
         assert share is not None
         count, group = share.count, share_group(share.count)
         # The first part is the largest.
-        padded = part.new_zeros(-(-packed.size // count))
+        padded = part.new_zeros(-(-packed.size // count), device=gather_device(group))
         padded[: len(part)] = part
         whole = padded.new_empty(count * len(padded))
         distributed.all_gather_into_tensor(whole, padded, group=group)
-        return replace(self._known[name], stored=packed.views(whole[: packed.size]))
+        stored = packed.views(whole[: packed.size].to(part.device))
+        return replace(self._known[name], stored=stored)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._known)
