@@ -162,6 +162,12 @@ def reloads_training_data(fit: Any) -> bool:
     return bool(fit._should_reload_train_dl)
 
 
+def drop_loaders(fit: Any) -> None:
+    """Lets a fit ask for its training loaders again; workers of those that it has are ended."""
+    fit._data_fetcher.teardown()
+    fit._combined_loader = None
+
+
 def loader_states(fit: Any) -> list[Any]:
     """Returns the states of stateful loaders that are to be restored."""
     states: list[Any] = fit._combined_loader_states_to_load
@@ -220,10 +226,21 @@ def save_last(checkpoint: Any, trainer: Any, counted: bool = True) -> None:
         checkpoint._last_global_step_saved = before
 
 
-def is_tuning(trainer: Any) -> bool:
-    """Says whether a fit is a trial of Lightning's tuner, which takes all callbacks away for it."""
+def is_tuning(trainer: Any, had_callbacks: bool) -> bool:
+    """Says whether a fit is a trial of Lightning's tuner, which takes all callbacks away for it.
+
+    The finder of batch sizes is a callback itself: a fit that began without any has no trials.
+    """
     callbacks = trainer.callbacks
-    return not callbacks or any(type(one).__name__ == "_LRCallback" for one in callbacks)
+    if not callbacks:
+        return had_callbacks
+    return any(type(one).__name__ == "_LRCallback" for one in callbacks)
+
+
+def uploads_each(logger: Any, checkpoint: Any) -> bool:
+    """Says whether a logger reads each file of a ``ModelCheckpoint`` as soon as it is saved."""
+    chosen = getattr(logger, "_log_model", False)
+    return chosen == "all" or (chosen is True and getattr(checkpoint, "save_top_k", 1) == -1)
 
 
 def averages_models(strategy: Any) -> bool:

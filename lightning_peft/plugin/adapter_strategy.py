@@ -114,6 +114,7 @@ class AdapterStrategy(_Base):
             initialize_from_data(self)
         if self._saves.enabled:
             check_background_saves(trainer, not hasattr(self.checkpoint_io, "background"))
+            self._saves.come_before_looking(trainer.checkpoint_callbacks)
         self._automatic = None
         if trainer.state.fn == "fit":
             self._loops.attach()
@@ -189,7 +190,8 @@ class AdapterStrategy(_Base):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Verifies on the first batch, if asked to."""
         super().on_train_batch_start(batch, batch_idx)
-        self.lifecycle.divergence.at_batch(self._module.trainer)
+        if not self._loops.is_trial:
+            self.lifecycle.divergence.at_batch(self._module.trainer)
         self._loops.merge_epoch_sums()
         self.decide_checkpointing(batch)
         self.lifecycle.checks.before_batch(self, batch)
@@ -201,7 +203,8 @@ class AdapterStrategy(_Base):
     def on_train_end(self) -> None:
         """Ends what still waits for a first step."""
         super().on_train_end()
-        self.lifecycle.divergence.at_end(self._module.trainer)
+        if not self._loops.is_trial:
+            self.lifecycle.divergence.check(self._module.trainer)
         unfinished = self._budget.unfinished() if self._budget is not None else None
         if unfinished and self.is_global_zero:
             log.warning(unfinished)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any
 
+from lightning_peft.compat.lightning import uploads_each
 from lightning_peft.errors import ConfigError, itemize
 
 log = logging.getLogger(__name__)
@@ -24,6 +26,7 @@ class BackgroundSaves:
         self._thread: ThreadPoolExecutor | None = None
         self._pending: list[Future[None]] = []
         self._failed = False
+        self._looking: list[Any] = []
 
     def run(self, work: Callable[[], None]) -> None:
         """Does ``work`` after what came before it, unless that failed."""
@@ -51,6 +54,16 @@ class BackgroundSaves:
         for one in pending:
             one.result()
 
+    def come_before_looking(self, callbacks: list[Any]) -> None:
+        """Lets callbacks look for names that are free when all is written, until :meth:`close`."""
+        self._looking = [one for one in callbacks if hasattr(one, "file_exists")]
+        for one in self._looking:
+            one.__dict__["file_exists"] = partial(self._after_wait, one.file_exists)
+
+    def _after_wait(self, look: Callable[..., bool], *args: Any, **kwargs: Any) -> bool:
+        self.wait()
+        return look(*args, **kwargs)
+
     def wait_after(self, error: BaseException) -> None:
         """Waits as well, where a run ends by ``error``: another one is logged."""
         try:
@@ -59,7 +72,10 @@ class BackgroundSaves:
             log.error("%s This was found after %s.", problem, type(error).__name__)
 
     def close(self) -> None:
-        """Waits, and ends the thread."""
+        """Waits, ends the thread and gives callbacks their own methods back."""
+        for one in self._looking:
+            one.__dict__.pop("file_exists", None)
+        self._looking = []
         try:
             self.wait()
         finally:
@@ -81,16 +97,16 @@ def check_background_saves(trainer: Any, has_own_io: bool) -> None:
             "Lightning's AsyncCheckpointIO in place of async_save"
         )
     for callback in trainer.checkpoint_callbacks:
-        name, kept = getattr(callback, "filename", None), getattr(callback, "save_top_k", 1)
-        if name is not None and kept not in (0, 1) and "{step" not in name:
-            problems.append(
-                f"{type(callback).__name__}(filename={name!r}, save_top_k={kept}): it looks at the "
-                "disk for a name that is free. Put {step} into the name"
-            )
         if getattr(callback, "save_last", None) == "link":
             problems.append(
                 f"{type(callback).__name__}(save_last='link'): there would be nothing to link to "
                 "yet. Use save_last=True"
             )
+    problems += [
+        f"{type(logger).__name__}, which reads each checkpoint as soon as it is saved. Use "
+        "log_model=True without save_top_k=-1, which reads them at the end"
+        for logger in trainer.loggers
+        if any(uploads_each(logger, callback) for callback in trainer.checkpoint_callbacks)
+    ]
     if problems:
         raise ConfigError("async_save=True cannot be used with:" + itemize(problems))

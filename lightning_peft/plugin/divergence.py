@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_peft.compat.lightning import is_tuning
 from lightning_peft.errors import DivergenceError
 
 
@@ -44,11 +43,6 @@ class DivergenceCheck:
         step = trainer.global_step
         if step != self._step and step % max(1, trainer.log_every_n_steps) == 0:
             self._step = step
-            self.at_end(trainer)
-
-    def at_end(self, trainer: Any) -> None:
-        """Looks, unless Lightning's tuner tries something and puts the weights back afterwards."""
-        if not is_tuning(trainer):
             self.check(trainer)
 
     def check(self, trainer: Any) -> None:

@@ -18,7 +18,9 @@ from lightning_peft.compat.lightning import (
     LOAD_LOADER_STATES,
     combined_loader,
     data_fetcher,
+    drop_loaders,
     end_restart,
+    is_tuning,
     loader_states,
     reloads_training_data,
     restore_loader_states,
@@ -76,11 +78,13 @@ class TrainingLoops:
         self._loader_random: dict[str, Any] | None = None
         self._validation_generators: Any = None
         self._final_prefetch: tuple[int, int] | None = None
+        self._had_callbacks = False
         self.batches = SmallerBatches(self, halves)
 
     def attach(self) -> None:
         """Extends the loops."""
         self._final_prefetch = None
+        self._had_callbacks = bool(self.fit.trainer.callbacks)
         for loop, method in _METHODS:
             owner = getattr(self, loop)
             owner.__dict__[method] = partial(getattr(self, f"_{loop}_{method.strip('_')}"))
@@ -96,6 +100,11 @@ class TrainingLoops:
         if combined is not None and self.tracked_loaders:
             combined._iterator = None
         self.batches.stop()
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether Lightning's tuner tries something and puts the weights back afterwards."""
+        return is_tuning(self.fit.trainer, self._had_callbacks)
 
     def resume(self, mine: dict[str, Any], mid_epoch: bool) -> None:
         """Says, before any data is asked for, where the fit goes on, from a :meth:`state`."""
@@ -170,6 +179,13 @@ class TrainingLoops:
     def _fit_setup_data(self) -> None:
         """Asks for the loaders from the random state of the run that is resumed."""
         fit = self.fit
+        if combined_loader(fit) is not None and not self.tracked_loaders:
+            # From before the fit, as of a setup() that reads estimated_stepping_batches.
+            if any(self._prefetched()):
+                # Of a loader that may give its first batch only once.
+                self.batches.set_up()
+            else:
+                drop_loaders(fit)
         if combined_loader(fit) is not None and not reloads_training_data(fit):
             return
         resumed = self.resumed
@@ -177,6 +193,7 @@ class TrainingLoops:
             set_random_state(resumed["requested_at"])
         before = random_state()
         self._user_loaders = []
+        self.batches.give_back()
         try:
             type(fit).setup_data(fit)
         finally:

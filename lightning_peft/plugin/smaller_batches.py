@@ -22,12 +22,12 @@ from lightning_peft.compat.lightning import (
     data_fetcher,
     end_restart,
     fetches_batches,
-    is_tuning,
 )
 from lightning_peft.compat.torch import set_batch_size
 from lightning_peft.errors import LifecycleError, UnsupportedError, itemize
 from lightning_peft.plugin.mid_epoch import epoch_sums, put_back_sums
 from lightning_peft.plugin.random_state import random_state, set_random_state
+from lightning_peft.plugin.tracked_loader import is_stateful, length_of
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ class _Loops(Protocol):
     fit: Any
     epoch: Any
     resumed: dict[str, Any] | None
+    is_trial: bool
+    sums: dict[str, Any]
     tracked_loaders: list[Any]
 
 
@@ -59,6 +61,7 @@ class _StepStart:
     place: dict[str, Any]
     buffers: list[tuple[Tensor, Tensor]]
     sums: dict[str, dict[str, Tensor]]
+    sums_before: dict[str, Any]
     batches: int
     total: int
 
@@ -112,6 +115,11 @@ class SmallerBatches:
             # Again, up to the new number of batches; nothing was fetched yet.
             iter(data_fetcher(self._loops.fit))
 
+    def give_back(self) -> None:
+        """Called before loaders are asked for, which may be the same: they get the user's size."""
+        if self._full is not None:
+            set_batch_size(self._full.loader, self._full.batch_size)
+
     def start(self) -> None:
         """Called when training starts, after the LR schedulers were made."""
         self._frequencies = [config.frequency for config in self.trainer.lr_scheduler_configs]
@@ -132,17 +140,21 @@ class SmallerBatches:
             LifecycleError: If memory is short and a smaller batch is none, or would not help.
         """
         epoch = self._loops.epoch
-        if not self._halves or is_tuning(self.trainer):
-            type(epoch).advance(epoch, fetcher)
-            return
-        if epoch.batch_progress.current.ready % self.trainer.accumulate_grad_batches == 0:
+        current = epoch.batch_progress.current
+        halves = self._halves and not self._loops.is_trial
+        if halves and current.ready % self.trainer.accumulate_grad_batches == 0:
             self._start = self._step_start()
         while True:
             self._may_have_stepped = False
+            if self.division > 1:
+                last = current.ready + 1 >= self._loops.fit.max_batches
+                self._set_intervals(self.division, last)
             try:
                 type(epoch).advance(epoch, fetcher)
                 return
             except torch.OutOfMemoryError as error:
+                if not halves:
+                    raise
                 factor = self._factor(error)
                 reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else ""
             # Not before: the traceback holds what the step computed.
@@ -184,8 +196,22 @@ class SmallerBatches:
             problems.append("GradientAccumulationScheduler, which sets the same number")
         if len(loaders) != 1:
             problems.append(f"{len(loaders)} training loaders: combine them into one")
-        problems += [text for one in loaders[:1] if (text := _loader_problem(one)) is not None]
-        return problems
+        texts = [_loader_problem(one) for one in loaders[:1]]
+        if texts == [None] and self._counts_on(loaders[0]):
+            texts = [
+                "check_val_every_n_epoch=None and a last batch that is not full: validations count "
+                "the batches of all epochs, and these would be other ones. Use drop_last=True"
+            ]
+        return problems + [text for text in texts if text is not None]
+
+    def _counts_on(self, loader: Any) -> bool:
+        """Whether validations come by the number of batches in all epochs, which changes."""
+        trainer = self.trainer
+        if trainer.check_val_every_n_epoch is not None or trainer.val_check_batch is None:
+            return False
+        whole = loader.drop_last or len(loader.sampler) % loader.batch_size == 0
+        (limit,) = combined_loader(self._loops.fit).limits
+        return trainer.enable_validation and not whole and limit == len(loader)
 
     def _step_start(self) -> _StepStart:
         progress = self._loops.epoch.batch_progress
@@ -196,6 +222,7 @@ class SmallerBatches:
             tracked.position(0, between_epochs=progress.current.ready == 0),
             [(buffer, buffer.clone()) for buffer in module.buffers() if not buffer.is_meta],
             epoch_sums(self._loops.epoch),
+            dict(self._loops.sums),
             progress.current.ready,
             progress.total.ready,
         )
@@ -239,6 +266,7 @@ class SmallerBatches:
         for buffer, value in start.buffers:
             buffer.copy_(value)
         put_back_sums(epoch, start.sums)
+        self._loops.sums = dict(start.sums_before)
         self._scale(self.division)
         start.batches, start.total = start.batches * factor, start.total * factor
         self._set_progress(start)
@@ -275,21 +303,35 @@ class SmallerBatches:
 
     def _scale(self, division: int) -> None:
         """Counts in batches that are ``division`` times smaller than the user's."""
-        full, trainer, fit = self._full, self.trainer, self._loops.fit
+        full, fit = self._full, self._loops.fit
         assert full is not None
         set_batch_size(full.loader, full.batch_size // division)
         limit = min(full.limit * division, len(full.loader))
         for combined in (combined_loader(fit), data_fetcher(fit).combined_loader):
             combined.limits = [limit]
         fit.max_batches = limit
-        trainer.accumulate_grad_batches = self._accumulate * division
+        self.trainer.accumulate_grad_batches = self._accumulate * division
+        self._set_intervals(division)
+
+    def _set_intervals(self, division: int, last: bool = False) -> None:
+        """Lets validations and steps of LR schedulers come after the same rows.
+
+        What comes with the user's ``last`` batch comes with the last of the smaller ones: where it
+        has fewer rows, it is divided into fewer batches.
+        """
+        full, trainer, limit = self._full, self.trainer, self._loops.fit.max_batches
+        assert full is not None
+
+        def scaled(every: int) -> int:
+            return limit if last and full.limit % every == 0 else every * division
+
         if full.val_check_batch not in (None, float("inf")):
-            checks = full.val_check_batch * division
+            checks = scaled(full.val_check_batch)
             in_epoch = trainer.check_val_every_n_epoch is not None
             trainer.val_check_batch = min(checks, limit) if in_epoch else checks
         for config, frequency in zip(trainer.lr_scheduler_configs, self._frequencies, strict=False):
             if config.interval == "step" and frequency > 1:
-                config.frequency = frequency * division
+                config.frequency = scaled(frequency)
 
 
 def _loader_problem(loader: Any) -> str | None:
@@ -298,7 +340,11 @@ def _loader_problem(loader: Any) -> str | None:
         return f"{type(loader).__name__} as a loader: only torch's DataLoader can be rebuilt"
     if isinstance(loader.dataset, IterableDataset):
         return "an IterableDataset, which cannot be asked for rows again"
-    if type(loader.batch_sampler) is not BatchSampler:
+    if is_stateful(loader):
+        return f"{type(loader).__name__}, which goes on by a state of its own. Use DataLoader"
+    if type(loader.batch_sampler) is not BatchSampler or loader.batch_size is None:
         kind = type(loader.batch_sampler).__name__
         return f"batch_sampler={kind}, whose batches only it can make smaller. Use batch_size"
+    if length_of(loader) is None:
+        return f"sampler={type(loader.sampler).__name__}, which has no length: give it one"
     return None

@@ -65,7 +65,7 @@ class TrackedLoader:
             next(iterator, None)
         if drawn:
             set_random_state((position or {}).get("fetch") or before)
-        fetched_ahead = _length(self.loader) is None
+        fetched_ahead = length_of(self.loader) is None
         while True:
             if fetched_ahead:
                 self._before_fetch = random_state(devices=False)
@@ -133,7 +133,8 @@ def _generators(loader: Any) -> list[torch.Generator]:
     return list(unique.values())
 
 
-def _length(loader: Any) -> int | None:
+def length_of(loader: Any) -> int | None:
+    """Returns how many batches a loader has, or ``None`` where it has no length."""
     try:
         return len(loader)
     except (TypeError, NotImplementedError):

@@ -44,6 +44,7 @@ class RunRecord:
         self.status: StatusFile | None = None
         self._claim = ExitStack()
         self.pace = Throughput()
+        self._accumulated = 1
         # Whoever opens the record closes it; in Python that is the Trainer.
         self._of_trainer = False
         self._losses: list[float] = []

@@ -112,6 +112,7 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
             trainer.log_every_n_steps = 1
         # With gradients being accumulated, batches end without a step.
         self._seen_step = trainer.global_step
+        self._accumulated = trainer.accumulate_grad_batches
         if trainer.global_step:
             self._remember()
         else:
@@ -159,6 +160,10 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Writes the numbers of the step, and follows what other programs ask for."""
+        if trainer.accumulate_grad_batches != self._accumulated:
+            # Memory was short, or an epoch begins.
+            self.pace.take_back()
+            self._accumulated = trainer.accumulate_grad_batches
         self.pace.add(batch)
         self._write_provenance()
         self._follow_control(trainer)

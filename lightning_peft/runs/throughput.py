@@ -23,6 +23,7 @@ class Throughput:
         self.rows = 0
         # On the device that counts them: reading it in each step would wait for a GPU.
         self._tokens: int | Tensor = 0
+        self._at_step: tuple[int, int | Tensor] = 0, 0
         self._validating_since: float | None = None
         # Seconds of all validations so far, with the samples and checkpoints that belong to them.
         self.validated = 0.0
@@ -46,7 +47,12 @@ class Throughput:
 
     def step(self, number: int) -> None:
         """Marks that optimizer step ``number`` is done."""
-        self._marks.append((self._training_time(), number, self.rows, self._tokens))
+        self._at_step = self.rows, self._tokens
+        self._marks.append((self._training_time(), number, *self._at_step))
+
+    def take_back(self) -> None:
+        """Forgets the batches since the last optimizer step, which are trained on again."""
+        self.rows, self._tokens = self._at_step
 
     def validation_begins(self) -> None:
         """Marks that a validation begins."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,6 +118,18 @@ def test_a_run_that_fails_waits_for_its_checkpoint(tmp_path, monkeypatch):
     assert not [one for one in threading.enumerate() if one.name.startswith("checkpoints")]
 
 
+def test_two_callbacks_that_save_under_one_name(tmp_path, monkeypatch):
+    """The second one looks for a free name while the file of the first is written."""
+    flush = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (time.sleep(0.02), flush(file)))
+    both = [points(tmp_path / "saved", every_n_train_steps=n, save_top_k=1) for n in (2, 3)]
+    fit(tmp_path, *both)
+    names = [path.name for path in (tmp_path / "saved").glob("*.ckpt")]
+    assert sorted(names) == ["step=6-v1.ckpt", "step=6.ckpt"]
+    assert sorted(Path(one.best_model_path).name for one in both) == sorted(names)
+    assert not any("file_exists" in vars(one) for one in both)
+
+
 def test_a_save_outside_of_a_run_is_done_when_it_returns(tmp_path):
     run, _ = fit(tmp_path)
     run.save_checkpoint(tmp_path / "after.ckpt")
@@ -135,16 +149,18 @@ def test_nothing_is_done_after_what_failed():
     assert done == ["written"]
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"filename": "best", "save_top_k": 2, "monitor": "val_loss"}, r"Put \{step\} into the"),
-        ({"save_last": "link"}, "nothing to link to"),
-    ],
-)
-def test_callbacks_that_look_at_the_disk(given, message, tmp_path):
-    with pytest.raises(ConfigError, match=f"async_save=True (?s:.*){message}"):
-        fit(tmp_path, points(tmp_path, **given))
+def test_links_and_loggers_that_need_the_file_at_once(tmp_path):
+    logger = lightning(ROOT).loggers.CSVLogger(tmp_path)
+    # As those of W&B and MLflow keep their argument.
+    logger._log_model = "all"
+    run = trainer(
+        tmp_path,
+        strategy(async_save=True),
+        callbacks=[points(tmp_path, save_last="link")],
+        logger=logger,
+    )
+    with pytest.raises(ConfigError, match=r"nothing to link to(?s:.*)CSVLogger, which reads each"):
+        run.fit(task(), loader())
 
 
 def test_a_checkpoint_io_that_decides_itself(tmp_path):

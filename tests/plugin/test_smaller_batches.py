@@ -6,11 +6,23 @@ import logging
 
 import pytest
 import torch
-from modules import ROOTS, differing, loader, rows, saver, strategy, task, trainer, weights
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
+from modules import (
+    ROOTS,
+    differing,
+    lightning,
+    loader,
+    rows,
+    saver,
+    strategy,
+    task,
+    trainer,
+    weights,
+)
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SequentialSampler
 
 from lightning_peft.errors import LifecycleError, UnsupportedError
 from lightning_peft.plugin.namespace import bind_to_lightning
+from lightning_peft.runs.recorder import RunRecorder
 from lightning_peft.tasks.validation_budget import ValidationBudget
 
 ROOT = ROOTS[0]
@@ -109,6 +121,83 @@ def test_validations_come_after_the_same_rows(tmp_path):
     assert validated(8, 2) == validated(8, 2, most=4) == validated(4, 4) == [1, 2, 3, 4, 5, 6]
 
 
+def test_the_last_batch_divides_into_fewer(tmp_path):
+    """Of 42 rows, six batches of 8 are eleven of 4."""
+
+    def seen(most):
+        module, found = task(kind="residuals"), []
+        usual = module.configure_optimizers
+
+        def configured():
+            optimizers, (schedule,) = usual()
+            return optimizers, [{**schedule, "frequency": 2}]
+
+        def note():
+            found.append((module.trainer.global_step, module.lr_schedulers().last_epoch))
+
+        module.configure_optimizers, module.on_validation_end = configured, note
+        fit(tmp_path, most=most, count=42, module=module)
+        return found
+
+    assert seen(4) == seen(99) == [(1, 1), (3, 3), (4, 4), (6, 6)]
+
+
+def test_a_loader_that_is_reloaded_has_the_same_rows(tmp_path):
+    _, module = fit(tmp_path, most=4, count=48, reload_dataloaders_every_n_epochs=1, max_epochs=3)
+    assert module.seen == [8, *[4] * 36]
+
+
+def test_a_module_that_asks_for_the_data_in_setup(tmp_path):
+    def counting():
+        module = task(kind="residuals")
+        module.setup = lambda stage: module.trainer.estimated_stepping_batches
+        return module
+
+    points = saver(ROOT, tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    _, module = fit(tmp_path, most=4, module=counting(), callbacks=[points])
+    _, straight = fit(tmp_path, 4, 4, module=counting())
+    _, resumed = fit(tmp_path, module=counting(), ckpt_path=tmp_path / "step=2.ckpt")
+    for one in (straight, resumed):
+        assert not differing(weights(module), weights(one))
+
+
+def test_a_trainer_without_callbacks(tmp_path):
+    run, module = fit(tmp_path, most=4, enable_checkpointing=False, max_epochs=1)
+    assert not run.callbacks
+    assert set(module.seen[1:]) == {4, 2}
+
+
+def test_a_trial_of_the_tuner_is_left_to_it(tmp_path):
+    module = give_memory(task(kind="residuals"), most=4)
+    module.batch_size = 2
+    module.train_dataloader = lambda: DataLoader(rows("residuals"), batch_size=module.batch_size)
+    module.val_dataloader = lambda: loader("residuals")
+    finder = lightning(ROOT).callbacks.BatchSizeFinder(max_trials=3, steps_per_trial=1)
+    run = trainer(
+        tmp_path, strategy(target_modules=["up"], halve_batch_on_oom=True), callbacks=[finder]
+    )
+    run.fit(module)
+    assert module.batch_size == 4
+    assert module.seen == [2, 4, 8, *[4] * 6]
+
+
+def test_means_keep_what_came_before_a_checkpoint(tmp_path):
+    """Where the second batch after it does not fit."""
+    points = saver(ROOT, tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    given = {"count": 48, "max_epochs": 1}
+    run, _ = fit(tmp_path, module=without_norm(task(kind="linears")), callbacks=[points], **given)
+    module, path = without_norm(task(kind="linears")), tmp_path / "step=1.ckpt"
+    again, module = fit(tmp_path, most=4, start=1, module=module, ckpt_path=path, **given)
+    assert module.seen == [8, 8, *[4] * 8]
+    torch.testing.assert_close(again.callback_metrics["loss"], run.callback_metrics["loss"])
+
+
+def test_rows_that_are_trained_again_are_counted_once(tmp_path):
+    recorder = bind_to_lightning(RunRecorder, ROOT)(tmp_path / "run")
+    _, module = fit(tmp_path, most=4, start=3, callbacks=[recorder])
+    assert sum(module.seen) > recorder.pace.rows == 2 * 46
+
+
 def test_an_odd_batch_keeps_its_rows(tmp_path):
     _, module = fit(tmp_path, size=9, most=3, count=24, max_epochs=1)
     assert module.seen == [9, *[3] * 8]
@@ -151,6 +240,18 @@ class Stream(IterableDataset):
             ),
             "batch_sampler=Own",
         ),
+        (
+            lambda: DataLoader(
+                rows("residuals"),
+                batch_sampler=BatchSampler(SequentialSampler(range(24)), 4, False),
+            ),
+            "batch_sampler=BatchSampler",
+        ),
+        (lambda: Stateful(rows("residuals"), batch_size=4), "Stateful, which goes on by a state"),
+        (
+            lambda: DataLoader(rows("residuals"), batch_size=4, sampler=Endless()),
+            "sampler=Endless, which has no length",
+        ),
     ],
 )
 def test_loaders_whose_batches_stay_as_they_are(data, message, tmp_path):
@@ -173,6 +274,26 @@ class Loader:
 
 class Own(BatchSampler):
     pass
+
+
+class Stateful(DataLoader):
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+class Endless(Sampler):
+    def __iter__(self):
+        return iter(range(24))
+
+
+def test_validations_that_count_the_batches_of_all_epochs(tmp_path):
+    given = {"val_check_interval": 4, "check_val_every_n_epoch": None}
+    with pytest.raises(UnsupportedError, match="a last batch that is not full"):
+        fit(tmp_path, count=42, **given)
+    fit(tmp_path, count=48, most=4, **given)
 
 
 @pytest.mark.parametrize(
