@@ -179,7 +179,9 @@ class RunFolder:
                 # A network disk without locks.
                 log.warning("%s cannot be locked: start no second run in it.", self.path)
             else:
-                self._remove_unfinished()
+                # Without locks another run may be at work on them.
+                if fcntl is not None:
+                    self._remove_unfinished()
             yield
 
     def _remove_unfinished(self) -> None:

@@ -264,6 +264,10 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path):
     left.mkdir(parents=True)
     for path in (left / "adapter_config.json", folder.checkpoints / ".incomplete-1-3"):
         path.write_text("{")
+    with pytest.MonkeyPatch.context() as windows:
+        windows.setattr("lightning_peft.runs.folder.fcntl", None)
+        with folder.claimed():
+            assert left.is_dir()
     with folder.claimed():
         assert (folder.path / ".lock").exists()
         assert not list(folder.path.rglob(".incomplete-*"))
