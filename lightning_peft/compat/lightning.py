@@ -240,7 +240,7 @@ def is_tuning(trainer: Any, had_callbacks: bool) -> bool:
 def uploads_each(logger: Any, checkpoint: Any) -> bool:
     """Says whether a logger reads each file of a ``ModelCheckpoint`` as soon as it is saved."""
     chosen = getattr(logger, "_log_model", False)
-    return chosen == "all" or (chosen is True and getattr(checkpoint, "save_top_k", 1) == -1)
+    return bool(chosen == "all" or (chosen is True and getattr(checkpoint, "save_top_k", 1) == -1))
 
 
 def averages_models(strategy: Any) -> bool:

@@ -211,7 +211,7 @@ class SmallerBatches:
             return False
         whole = loader.drop_last or len(loader.sampler) % loader.batch_size == 0
         (limit,) = combined_loader(self._loops.fit).limits
-        return trainer.enable_validation and not whole and limit == len(loader)
+        return bool(trainer.enable_validation and not whole and limit == len(loader))
 
     def _step_start(self) -> _StepStart:
         progress = self._loops.epoch.batch_progress
