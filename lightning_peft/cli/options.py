@@ -6,7 +6,7 @@ An abbreviation changes its meaning with every option that is added later.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from lightning_peft.errors import ConfigError, similar_names
@@ -28,7 +28,9 @@ class OptionParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the command; options that do not exist come before what else is wrong."""
-        refuse_unknown(self._words, self.known())
+        positional = self._get_positional_actions()
+        names = {f"--{one.dest}": str(one.metavar) for one in positional if one.metavar}
+        refuse_unknown(self._words, self.known(), names)
         super().error(message)
 
     def known(self) -> list[str]:
@@ -56,11 +58,18 @@ def add_config_option(parser: OptionParser) -> None:
     parser.add_argument("--config", action="append", default=[], help=text)
 
 
-def refuse_unknown(words: Sequence[str], known: Sequence[str]) -> None:
-    """Refuses options that do not exist."""
+def refuse_unknown(
+    words: Sequence[str], known: Sequence[str], positional: Mapping[str, str] | None = None
+) -> None:
+    """Refuses options that do not exist; ``positional`` are arguments by what they would be."""
     ours = words[: words.index("--")] if "--" in words else words
     names = [word.partition("=")[0] for word in ours if word.startswith("--")]
     unknown = [name for name in dict.fromkeys(names) if name not in known]
     if unknown:
-        lines = [f"there is no option {name}{similar_names(name, known)}" for name in unknown]
+        order = f": write {' '.join((positional or {}).values())} in this order, without names"
+        lines = [
+            f"there is no option {name}"
+            + (order if name in (positional or {}) else similar_names(name, known))
+            for name in unknown
+        ]
         raise ConfigError("\n".join(lines) + "\n--help lists them all.")

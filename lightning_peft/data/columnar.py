@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow
 from pyarrow import ipc, parquet
 
-from lightning_peft.data.file_format import FileFormat, ReadableFile, Row
+from lightning_peft.data.file_format import ClassName, FileFormat, ReadableFile, Row
 from lightning_peft.data.open_files import compression_of, explain_errors, explained_rows, open_file
 from lightning_peft.errors import ConfigError
 
@@ -165,6 +165,5 @@ def with_class_names(value: Any, feature: Any) -> Any:
         return [with_class_names(one, inner) for one in value]
     if not hasattr(feature, "int2str"):
         return value
-    return (
-        feature.int2str(value) if value is not None and value in range(len(feature.names)) else None
-    )
+    names = feature.names
+    return ClassName.of(value, names) if value is not None and 0 <= value < len(names) else None

@@ -56,8 +56,17 @@ _DAMAGED = re.compile("[\udc80-\udcff]")
 
 def is_data_file(path: Path) -> bool:
     """Returns whether rows can be read from a file of this name."""
+    return _bare_suffix(path) in SUFFIXES
+
+
+def is_text_file(path: Path) -> bool:
+    """Returns whether a file of this name is a document, or a list of texts."""
+    return _bare_suffix(path) in _TEXTS
+
+
+def _bare_suffix(path: Path) -> str:
     bare = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
-    return bare.suffix.lower() in SUFFIXES
+    return bare.suffix.lower()
 
 
 def suffix_of(path: Path) -> str:

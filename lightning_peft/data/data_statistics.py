@@ -33,9 +33,6 @@ def statistics(data: RowDataModule, prepared: Prepared, longest: int) -> dict[st
         "over_long": len(problems.get("long", ())),
         **read_content(prepared.folder),
     }
-    # Those that are kept have been counted.
-    kept = sum(one["duplicates"] for one in splits)
-    found["near_duplicates"] = max(0, found.get("near_duplicates", 0) - kept)
     if all("tokens" in one for one in splits):
         found["tokens"] = sum(one["tokens"] for one in splits)
     labels = {split: _label_counts(data, prepared, split) for split in prepared.splits}

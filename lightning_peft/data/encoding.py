@@ -205,7 +205,8 @@ class Encoder:
         """Whether what a template marks as generated is each answer, and no other turn."""
         if len(pieces) != len(answers):
             return False
-        texts = (self.tokenizer.decode(piece) for piece in pieces)
+        # Cleaned up, " ." would be "." in the text, and not in the answer.
+        texts = (self.tokenizer.decode(p, clean_up_tokenization_spaces=False) for p in pieces)
         pairs = zip(texts, answers, strict=True)
         return all(isinstance(a, str) and a.strip() in text for text, a in pairs)
 

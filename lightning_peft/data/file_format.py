@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import TextIOWrapper
@@ -32,6 +32,21 @@ class Row(NamedTuple):
     value: dict[str, Any] | None = None
     problem: str | None = None
     split: str | None = None
+
+
+class ClassName(str):
+    """The name of a class that data keeps as a number, of which ``labels=`` may have another."""
+
+    number: int
+    # Of all classes, in the order of their numbers.
+    names: Sequence[str]
+
+    @classmethod
+    def of(cls, number: int, names: Sequence[str]) -> ClassName:
+        """Returns the name of the class of a number."""
+        found = cls(names[number])
+        found.number, found.names = number, names
+        return found
 
 
 @dataclass(frozen=True)

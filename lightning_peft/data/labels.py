@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+from lightning_peft.data.file_format import ClassName
 from lightning_peft.data.row_encoder import RowEncoder, TokenizedRows
 from lightning_peft.data.shapes import Layout
 from lightning_peft.data.tokenized import TokenizedData
@@ -33,7 +34,9 @@ class LabelNames:
     def find(self, label: str, what: str = "label") -> str:
         """Returns the name of a label in a row: a name, or a number in the order of the names."""
         if self.fixed_names is None or label in self.fixed_names:
-            return label
+            return str(label)
+        if isinstance(label, ClassName) and (own := self._own_name(label)) is not None:
+            return own
         if self.by_number and label.isdigit() and int(label) < len(self.fixed_names):
             return self.fixed_names[int(label)]
         raise EncodingProblem(
@@ -41,6 +44,17 @@ class LabelNames:
             f"has the {what} {label!r}, which is none of the {len(self.fixed_names)} that are given"
             + similar_names(label, self.fixed_names),
         )
+
+    def _own_name(self, label: ClassName) -> str | None:
+        """Returns the name that ``labels=`` gives to the number of a class."""
+        ours = self.fixed_names or []
+        if str(label.number) in ours:
+            return str(label.number)
+        # A name that both have says whether they have the same order.
+        same = len(ours) == len(label.names) and all(
+            name not in ours or name == own for name, own in zip(label.names, ours, strict=True)
+        )
+        return ours[label.number] if same else None
 
     def add(self, names: Iterable[str]) -> None:
         """Adds names of a row that is used."""
@@ -76,7 +90,7 @@ def similar_labels(names: Sequence[str]) -> list[list[str]]:
     groups: dict[str, list[str]] = {}
     for name in names:
         # An accent is a character of its own, or not, by the program that wrote it.
-        plain = unicodedata.normalize("NFKC", name).casefold().replace("_", " ")
+        plain = unicodedata.normalize("NFC", name).casefold().replace("_", " ")
         groups.setdefault("".join(plain.split()), []).append(name)
     return [group for group in groups.values() if len(group) > 1]
 

@@ -56,7 +56,7 @@ from lightning_peft.processes import usable_cores
 log = logging.getLogger(__name__)
 
 # Raised whenever the same input is prepared in another way.
-FORMAT = 9
+FORMAT = 10
 # Rows that are looked at to recognise their shape.
 SCHEMA_SAMPLE_ROWS = 100
 DEFAULT_SPLIT_FRACTIONS = {"validation": 0.05}
@@ -146,6 +146,8 @@ def prepare(
             log.warning(f"Not read as data in {source.data!r}: {names}")
     prepared = open_prepared(final)
     log_formats(prepared.summary["read_as"])
+    if prepared.summary["split_by"]["by"] == "files" and "validation" not in prepared.splits:
+        log.warning(f"No row is held out for validation.{sources[0].split_files()}")
     return prepared
 
 
@@ -170,6 +172,8 @@ class _ParsedRow:
     sample: Sample | None
     split: str
     problems: list[tuple[str, str]]
+    # Whether it is an exact duplicate that is kept.
+    again: bool = False
 
 
 class _PreparationPass:
@@ -215,7 +219,8 @@ class _PreparationPass:
             )
         settings = self.settings
         self.layout = detect_layout(values, settings.columns, settings.shape, settings.accepts)
-        column = self.layout.split_column
+        self.split_column = self._split_column()
+        column = self.split_column
         self.by_column = any(split_named(value.get(column)) for value in values if column)
         splits = [*self.sources[0].splits_by_name(), *(row.split for row in first)]
         self.has_splits = self.by_column or any(split is not None for split in splits)
@@ -237,6 +242,12 @@ class _PreparationPass:
         self.content.write(self.working)
         return self._summary()
 
+    def _split_column(self) -> str | None:
+        """Returns the column that says the split of a row, which the first rows may not have."""
+        mapped = (self.settings.columns or {}).values()
+        column = self.layout.split_column or ("split" if "split" not in mapped else None)
+        return None if column in self.settings.ignored_keys else column
+
     def _check_settings(self) -> None:
         shape, settings = self.layout.shape, self.settings
         if shape.name not in settings.accepts:
@@ -251,6 +262,7 @@ class _PreparationPass:
                 f"validation_share and test_share are given ({settings.shares}), and the data says "
                 "itself which rows are for what (by file, by a column split, or on the hub). Leave "
                 "the shares out, or name one file of rows to share out."
+                + self.sources[0].split_files()
             )
 
     def _parse(self, row: Row) -> _ParsedRow:
@@ -268,7 +280,7 @@ class _PreparationPass:
         found, again = self.first_rows.problems(row.file, row.number, digest, split)
         self.splits[split]["duplicates"] += again
         problems += found
-        return _ParsedRow(row, sample, split, problems)
+        return _ParsedRow(row, sample, split, problems, again)
 
     def _write_parts(self, parsed: Iterator[_ParsedRow], features: Features) -> None:
         """Writes all rows, those that an interrupted pass has not written to new parts."""
@@ -334,7 +346,7 @@ class _PreparationPass:
         assert sample is not None
         system = getattr(self.encoder, "system_prompt", None)
         self.prompt_collector.add(sample.with_system(system), split)
-        self.content.add(sample, row.file, row.number)
+        self.content.add(sample, row.file, row.number, parsed_row.again)
         prompt, place = sample.prompt_digest(), SPLITS.index(split)
         if prompt is not None and self.prompts.setdefault(prompt, place) != (place,):
             self.counts["shared_prompts"] += 1
@@ -348,14 +360,15 @@ class _PreparationPass:
 
     def _split(self, row: Row) -> tuple[str | None, list[tuple[str, str]]]:
         assert row.value is not None
-        name = row.value.get(self.layout.split_column or "split")
+        column = self.split_column
+        name = row.value.get(column) if column else None
+        what = f"has {name!r} as {column}"
         if row.split is None and self.by_column:
             found = split_named(name)
-            return found, [] if found else [("split", f"has {name!r} as split")]
-        if row.split is None and split_named(name) and "split" not in self.settings.ignored_keys:
+            return found, [] if found else [("split", what)]
+        if row.split is None and split_named(name):
             # It would be drawn, and a row to test on could be trained on.
-            what = f"has {name!r} as split, and the first {SCHEMA_SAMPLE_ROWS} rows have none"
-            return None, [("split", what)]
+            return None, [("split", f"{what}, and the first {SCHEMA_SAMPLE_ROWS} rows have none")]
         return row.split or ("train" if self.has_splits else None), []
 
     def _summary(self) -> dict[str, Any]:

@@ -18,7 +18,13 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from lightning_peft.data.columnar import has_classes, with_class_names, without_nulls
-from lightning_peft.data.data_files import SUFFIXES, is_data_file, read_file, suffix_of
+from lightning_peft.data.data_files import (
+    SUFFIXES,
+    is_data_file,
+    is_text_file,
+    read_file,
+    suffix_of,
+)
 from lightning_peft.data.file_format import FileFormat, ReadOptions, Row, TextUnit
 from lightning_peft.data.open_files import explain_errors, explained_rows
 from lightning_peft.data.shapes import FIELDS
@@ -122,9 +128,21 @@ class Source:
 
     def splits_by_name(self) -> list[str | None]:
         """Returns the split of each file that its name says, or the one of all rows."""
-        files = self.files()
-        alone = len(files) == 1
-        return [self.split or (None if alone else _split_in(f, Path(self.data))) for f in files]
+        files, root = self.files(), Path(self.data)
+        if self.split or len(files) == 1:
+            return [self.split] * len(files)
+        found = [_split_in(file.relative_to(root)) for file in files]
+        if None in found:
+            # A folder called dev, among others, may hold documents on development.
+            texts = [Path(file.name) if is_text_file(file) else None for file in files]
+            found = [_split_in(t) if t else s for t, s in zip(texts, found, strict=True)]
+        return found
+
+    def split_files(self) -> str:
+        """Returns a sentence on the files whose names say their split, or nothing."""
+        names = zip(map(self.name_of, self.files()), self.splits_by_name(), strict=True)
+        named = [f"{name} ({split})" for name, split in names if split and not self.split]
+        return " Files whose names say their split:" + itemize(named, 5) if named else ""
 
     def file_formats(self) -> dict[str, FileFormat]:
         """Returns how each file of rows is read, by its name."""
@@ -232,10 +250,16 @@ def _files_in(folder: Path) -> list[Path]:
     return data
 
 
-def _split_in(path: Path, folder: Path) -> str | None:
-    parts = path.relative_to(folder).parts
-    words = [word for part in parts for word in re.split(r"[^a-z]+", part.lower()) if word]
-    return next((_SPLIT_NAMES[word] for word in words if word in _SPLIT_NAMES), None)
+def _split_in(path: Path) -> str | None:
+    """Returns the split that a path in a folder names: as a word of it, as on the hub.
+
+    Names of documents are titles, of which a word may be any: there it is a whole name.
+    """
+    if is_text_file(path):
+        names = [*path.parts[:-1], path.name.partition(".")[0]]
+    else:
+        names = re.split(r"[^a-z]+", path.as_posix().lower())
+    return next(filter(None, map(split_named, names)), None)
 
 
 def _no_such_file(path: Path) -> str:
@@ -334,7 +358,7 @@ def stored_rows(dataset: Any, data: str) -> Iterator[dict[str, Any]]:
         nested = {
             n: without_nulls(v) for n, v in row.items() if type(features.get(n)).__name__ != "Json"
         }
-        named = {n: with_class_names(row[n], kind) for n, kind in classes.items()}
+        named = {n: with_class_names(nested.get(n, row[n]), kind) for n, kind in classes.items()}
         yield {**row, **nested, **named}
 
 

@@ -36,8 +36,8 @@ class ContentCounter:
         self._like: list[dict[str, Any]] = []
         self._near_count = 0
 
-    def add(self, sample: Sample, file: str, row: int) -> None:
-        """Counts a row; exact duplicates that are kept are near ones, too."""
+    def add(self, sample: Sample, file: str, row: int, again: bool = False) -> None:
+        """Counts a row; if it is there ``again``, an exact duplicate, not as a near one."""
         if sample.messages:
             self._turns[len(sample.messages)] += 1
             self._roles.update(str(turn.get("role")) for turn in sample.messages)
@@ -45,7 +45,8 @@ class ContentCounter:
         writing = writing_system("".join(_texts(sample)))
         if writing:
             self._writing[writing] += 1
-        near, here = sample.near_digest(), (self._files.setdefault(file, len(self._files)), row)
+        near = None if again else sample.near_digest()
+        here = self._files.setdefault(file, len(self._files)), row
         if near is None or (first := self._near.setdefault(near, *here)) == here:
             return
         self._near_count += 1

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+from lightning_peft.data.json_text import texts_in
 from lightning_peft.data.samples import shortened
 from lightning_peft.data.template_context import is_empty, json_value
 from lightning_peft.data.turns import FLAGS, REASONING_KEYS, WEIGHT_HINT, parse_flag
@@ -35,13 +36,12 @@ def check_column(
     trains_text: bool,
     with_turns: bool,
     with_template: bool,
-    asks_text: bool = False,
 ) -> list[tuple[str, str]] | None:
     """Returns the problems of a column that no field reads, as kind and text.
 
     An empty list where leaving it out changes nothing that is trained, so that it is only listed;
     ``None`` where it asks for the default. ``trains_text`` says whether rows are texts to train on,
-    which a weight could apply to, ``asks_text`` whether a prompt is answered that is a text.
+    which a weight could apply to.
     """
     key = name.strip().lower()
     if key in (_WEIGHTS if trains_text else _WEIGHTS_OF_ALL):
@@ -56,15 +56,6 @@ def check_column(
         return [("key", f"has {name}={value!r}: a bad answer would be learnt as a good one")]
     if key in _MEDIA:
         return [("key", f"has {name}, and the answer would be learnt without seeing or hearing it")]
-    if asks_text and key in _OF_PROMPTS:
-        fields = "{'instruction': ..., 'input': ..., 'output': ...}"
-        return [
-            (
-                "key",
-                f"has {name}, which the model would answer without: put it into the prompt, or "
-                f"name the columns of all three by columns={fields}",
-            )
-        ]
     if key in REASONING_KEYS:
         return [
             ("key", f"has {name} next to its turns: put the thoughts into the turn they are of")
@@ -72,6 +63,26 @@ def check_column(
     if not with_template and key in _LEARNT:
         return [("key", f"has {name}, and no chat template that would write it")]
     return _misspelled(name, key)
+
+
+def is_of_prompt(name: str) -> bool:
+    """Returns whether a column of this name holds what a question is about."""
+    return name.strip().lower() in _OF_PROMPTS
+
+
+def missing_in_prompt(name: str, value: Any, prompt: Any, as_fields: bool) -> list[tuple[str, str]]:
+    """Returns the problem of a column whose text the prompt, text or turns, does not have.
+
+    ``as_fields`` says whether prompt and answer can be read as the fields of Alpaca instead.
+    """
+    asked = " ".join(" ".join(texts_in(prompt)).split())
+    if all(" ".join(text.split()) in asked for text in texts_in(value)):
+        return []
+    remedy = "put it into the prompt"
+    if as_fields:
+        fields = "{'instruction': ..., 'input': ..., 'output': ...}"
+        remedy += f", or name the columns of all three by columns={fields}"
+    return [("key", f"has {name}, which the model would answer without: {remedy}")]
 
 
 def _misspelled(name: str, key: str) -> list[tuple[str, str]]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lightning_peft.data.audio import Recording
+from lightning_peft.data.file_format import ClassName
 from lightning_peft.data.json_text import json_type, texts_in
 
 Message = dict[str, Any]
@@ -20,7 +22,8 @@ DESIRABLE, UNDESIRABLE = "desirable", "undesirable"
 
 # In characters.
 _LONGEST_PATH = 500
-_SIGNS = re.compile(r"[\W_]+")
+# A sign within a number or before one, as in 1.5 or -3, and not at the end of a sentence.
+_IN_NUMBER = re.compile(r"(?<=\d)\s*([!-/:-@\[-`{-~])\s*(?=\d)|(-)(?=\d)")
 # Keys of the origin of a turn, not of its content.
 METADATA_KEYS = {"id", "uuid", "date", "time", "timestamp", "created_at", "url"}
 
@@ -99,9 +102,12 @@ class Sample:
         """
         if self.image is not None or self.images or self.audio is not None:
             return None
-        turns = [turn.get("content") for turn in (*self.messages, *self.rejected)]
+        turns = [*self.messages, *self.rejected]
+        contents = [turn.get("content") for turn in turns]
+        # Of calls, numbers count too.
+        calls = [json.dumps(turn["tool_calls"]) for turn in turns if turn.get("tool_calls")]
         others = [self.text, self.text_pair, self.negatives, self.tokens, self.translation]
-        text = _SIGNS.sub("", " ".join(texts_in([*turns, *others])).casefold())
+        text = _without_signs(" ".join(texts_in([*contents, *calls, *others])))
         return _digest(text) if text else None
 
     def with_system(self, prompt: str | None) -> Sample:
@@ -130,6 +136,27 @@ class Sample:
 
     def _image_digests(self) -> list[str]:
         return [hashlib.sha256(image).hexdigest() for image in self.images]
+
+
+class _Letters(dict[int, str]):
+    """Characters by their codes, spaces in the place of other spaces and of signs."""
+
+    def __missing__(self, code: int) -> str:
+        # Marks are vowels in Hindi or Thai, and C++ and C# are other languages than C.
+        kind, character = unicodedata.category(chr(code)), chr(code)
+        is_sign = kind[0] in "ZP" or kind in ("So", "Sk", "Cc")
+        self[code] = character if character == "#" or not is_sign else " "
+        return self[code]
+
+
+_LETTERS = _Letters()
+
+
+def _without_signs(text: str) -> str:
+    """Returns a text in lower case, one space for all spaces and signs that mean nothing."""
+    # In a plane of its own, where a sign is not one.
+    kept = _IN_NUMBER.sub(lambda found: chr(0xF0000 + ord(found[1] or found[2])), text)
+    return " ".join(unicodedata.normalize("NFC", kept).casefold().translate(_LETTERS).split())
 
 
 def _message_content(turns: Sequence[Message]) -> list[Message]:
@@ -209,7 +236,11 @@ def _label(value: Any) -> str:
     if isinstance(value, float):
         # Tables with a gap in a column of whole numbers hold floats.
         value = int(value)
-    return str(value).strip()
+    return _name_of(value)
+
+
+def _name_of(value: Any) -> str:
+    return value if isinstance(value, ClassName) else str(value).strip()
 
 
 def parse_label(fields: Mapping[str, Any]) -> Sample:
@@ -239,7 +270,7 @@ def _list_of(fields: Mapping[str, Any], name: str, kinds: tuple[type, ...]) -> l
     ]
     if problems:
         raise RowProblems(problems)
-    return [str(item) for item in value]
+    return [_name_of(item) if int in kinds else item for item in value]
 
 
 def parse_tags(fields: Mapping[str, Any]) -> Sample:
@@ -250,7 +281,7 @@ def parse_tags(fields: Mapping[str, Any]) -> Sample:
     )
     if len(tokens) != len(tags):
         raise row_problem("tags", f"has {len(tokens)} tokens and {len(tags)} tags")
-    return Sample(tokens=tokens, tags=[tag.strip() for tag in tags])
+    return Sample(tokens=tokens, tags=tags)
 
 
 def parse_image(fields: Mapping[str, Any]) -> Sample:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ast
-import io
-import tokenize
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lightning_peft.data.cells import ROLES, parse_cells
 from lightning_peft.data.conversations import (
     parse_alpaca,
     parse_messages,
@@ -20,8 +18,13 @@ from lightning_peft.data.conversations import (
     parse_unpaired,
 )
 from lightning_peft.data.image_turns import parse_image_messages, parse_image_pair
-from lightning_peft.data.json_text import lone_surrogate_in, parse_json
-from lightning_peft.data.row_keys import check_column, drop_ignored, unread_columns
+from lightning_peft.data.row_keys import (
+    check_column,
+    drop_ignored,
+    is_of_prompt,
+    missing_in_prompt,
+    unread_columns,
+)
 from lightning_peft.data.samples import (
     RowProblems,
     Sample,
@@ -41,16 +44,6 @@ from lightning_peft.data.text_pairs import (
 )
 from lightning_peft.data.turns import REASONING_KEYS
 from lightning_peft.errors import ConfigError, similar_names
-
-# Fields that are never text.
-_STRUCTURED = {
-    *("messages", "tokens", "tags", "translation", "tools", "chat_template_kwargs"),
-    *("documents", "history", "negatives"),
-}
-# Fields that may be turns in place of text.
-_TURNS = {"prompt", "completion", "chosen", "rejected"}
-_ROLES = ({"role", "content"}, {"from", "value"}, {"role", "tool_calls"})
-
 
 # Our field -> the column names that are recognised for it.
 FIELDS: dict[str, tuple[str, ...]] = {
@@ -95,71 +88,6 @@ KNOWN_COLUMNS = frozenset(name for names in FIELDS.values() for name in names)
 CONTEXT = ("tools", "documents", "chat_template_kwargs")
 
 
-def parse_cells(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns ``fields`` with lists and objects that are in them as JSON or Python's ``repr``.
-
-    A prompt or an answer is text unless it is a list of turns.
-    """
-    found, problems = dict(fields), []
-    for name, value in fields.items():
-        if name not in _STRUCTURED | _TURNS or not isinstance(value, str):
-            continue
-        text = value.strip()
-        if not text.startswith(("[", "{")):
-            continue
-        inner, problem = _value_of(text)
-        if name in _STRUCTURED:
-            found[name] = inner
-            problems += [("missing", f"has text as {name} that {problem}")] if problem else []
-        elif problem is None and _are_turns(inner):
-            found[name] = inner
-    if problems:
-        raise RowProblems(problems)
-    return found
-
-
-def _are_turns(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(t, dict) and any(names <= t.keys() for names in _ROLES) for t in value)
-    )
-
-
-def _value_of(text: str) -> tuple[Any, str | None]:
-    value, problem = parse_json(text)
-    if problem is None or "'" not in text:
-        return value, problem
-    if _is_printed_array(text):
-        return None, (
-            "is a printed array of NumPy, which leaves out the commas: write the rows with "
-            "df.to_json('rows.jsonl', orient='records', lines=True)"
-        )
-    try:
-        value = ast.literal_eval(text)
-    # MemoryError and RecursionError: nested too deeply for Python's own parser.
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return None, problem
-    half = lone_surrogate_in(value)
-    return (None, half) if half is not None else (value, None)
-
-
-def _is_printed_array(text: str) -> bool:
-    """Returns whether values follow each other without a comma, or some are left out."""
-    last = ""
-    try:
-        for token in tokenize.generate_tokens(io.StringIO(text).readline):
-            if token.type in (tokenize.NL, tokenize.NEWLINE):
-                continue
-            closes, opens = last in ("}", "]") or last[:1] in ("'", '"'), token.string[:1]
-            if token.string == "..." or (closes and opens in ("{", "[", "'", '"')):
-                return True
-            last = token.string[-1:] if token.type == tokenize.STRING else token.string
-    except (tokenize.TokenError, SyntaxError):
-        return False
-    return False
-
-
 @dataclass(frozen=True)
 class Shape:
     """One shape of rows: its name, its title and parser, its fields, and its data module."""
@@ -180,6 +108,11 @@ class Shape:
     def has_turns(self) -> bool:
         """Whether rows become the turns of a conversation."""
         return "tools" in self.optional
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether a prompt and its answer are columns of their own."""
+        return self.has_turns and bool({"completion", "output", "chosen"} & set(self.required))
 
     @property
     def has_negatives(self) -> bool:
@@ -260,14 +193,17 @@ class Layout:
             # Reward functions may read any of them, empty ones too.
             used = {*columns.values(), *own, self.split_column or ""}
             kept, rest = {name: row[name] for name in row if name not in used}, {}
-        problems, named = self._unread(rest)
+        sample: Sample | None = None
+        details: list[tuple[str, str]] = []
         try:
             sample = self.shape.parse(parse_cells(fields))
         except RowProblems as error:
             details = [(kind, self._with_column_name(problem)) for kind, problem in error.problems]
+        # A text that is not parted into turns holds its prompt.
+        prompt = fields if sample is None else sample.messages[:-1] or sample.messages
+        problems, named = self._unread(rest, prompt)
+        if sample is None or problems:
             return [*details, *problems]
-        if problems:
-            return problems
         turns = [self.with_column_name(key) for key in sample.unused]
         context = {**own, **sample.context}
         replaced = [name for name, value in own.items() if context[name] != value]
@@ -293,15 +229,18 @@ class Layout:
         }
         return {**self.columns, **{ours: name for ours, name in later.items() if name}}
 
-    def _unread(self, rest: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[str]]:
+    def _unread(
+        self, rest: Mapping[str, Any], prompt: Any
+    ) -> tuple[list[tuple[str, str]], list[str]]:
         problems: list[tuple[str, str]] = []
-        named = []
-        turns = self.shape.has_turns
-        trains_text = turns or self.shape.name in ("text", "source_target", "translation")
+        named, shape, with_template = [], self.shape, self.variables is not None
+        trains_text = shape.has_turns or shape.name in ("text", "source_target", "translation")
         for name, value in rest.items():
-            template, asks = self.variables is not None, "reasoning" in self.shape.optional
-            found = check_column(name, value, trains_text, turns, template, asks)
-            if self.shape.has_negatives:
+            if shape.has_answer and is_of_prompt(name):
+                found = missing_in_prompt(name, value, prompt, shape.name == "prompt_completion")
+            else:
+                found = check_column(name, value, trains_text, shape.has_turns, with_template)
+            if shape.has_negatives:
                 found = unread_beside_anchor(name, value, FIELDS["score"]) or found
             problems += found or []
             named += [name] if found == [] else []
@@ -353,7 +292,7 @@ def detect_layout(
 
 
 def _likely_columns(rows: Sequence[Mapping[str, Any]], counts: Mapping[str, int]) -> str:
-    if all(any(names <= row.keys() for names in _ROLES) for row in rows):
+    if all(any(names <= row.keys() for names in ROLES) for row in rows):
         return (
             " Each row here is one turn: a row is a whole conversation, as {'messages': [turns]}."
         )

@@ -170,7 +170,8 @@ def _kind(cell: Any) -> str:
     if isinstance(value, int | float):
         # 50%, 01234 or 3.00 EUR in Excel is 0.5, 1234 or 3 here.
         form = cell.number_format
-        return "numbers" if form in ("General", "0") else f"numbers that Excel shows as {form!r}"
+        usual = form == "General" or (form == "0" and value == round(value))
+        return "numbers" if usual else f"numbers that Excel shows as {form!r}"
     dates = datetime.date | datetime.time | datetime.timedelta
     return "dates or times" if isinstance(value, dates) else ""
 

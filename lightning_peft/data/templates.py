@@ -181,7 +181,11 @@ class Rendering:
                 **{**self.defaults, **context},
                 **options,
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        # Templates are code: of the sandbox alone, an OverflowError for a long range.
+        except (
+            *(TemplateError, TypeError, ValueError, AttributeError),
+            *(LookupError, ArithmeticError, RecursionError),
+        ) as error:
             raise EncodingProblem(
                 "template", f"is refused by the chat template {self.template.name}: {error}"
             ) from error

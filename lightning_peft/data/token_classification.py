@@ -134,7 +134,7 @@ class TokenClassificationData(LabelledData):
         tokenizer: Name on the hub, or folder; it has to be a fast one.
         labels: The names of all tags in the order of their numbers, so that a name that is none
             of them is an error; by default the names in the rows, sorted. Rows may then hold the
-            numbers.
+            numbers, or other names for these, as columns of the datasets library have them.
         over_long: Rows longer than ``max_length`` are an error, or are cut at the end
             (``"truncate"``); the words that this costs are counted.
         label_all_subwords: Also train the other tokens of a word: on ``I-X`` where the word has

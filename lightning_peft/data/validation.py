@@ -121,8 +121,8 @@ KINDS: dict[str, tuple[str, str]] = {
     ),
     "split": (
         "rows with an unknown or missing split",
-        "name the split of every row (train, validation or test) in the column split, or leave "
-        'that column out with ignored_keys=["split"]',
+        "name the split of every row (train, validation or test) in that column, or leave it out "
+        'with ignored_keys=["split"]',
     ),
     "unknown": (
         "rows whose target the tokenizer cannot write",

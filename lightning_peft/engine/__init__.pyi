@@ -27,6 +27,7 @@ from .eva import restore_eva as restore_eva
 from .files.adapter_checks import experts_were_dense as experts_were_dense
 from .files.adapter_files import packed_adapters as packed_adapters
 from .files.adapter_files import save_adapter as save_adapter
+from .files.adapter_format import diverged_tensors as diverged_tensors
 from .files.adapter_format import read_adapter as read_adapter
 from .files.adapter_format import read_json as read_json
 from .files.adapter_loading import load_adapter as load_adapter

@@ -29,7 +29,6 @@ from lightning_peft.engine.gathering import group_size
 from lightning_peft.engine.layers.attention import projections
 from lightning_peft.engine.layers.expert_weights import exposed_experts, parameter_name
 from lightning_peft.engine.layers.mixin import stored_parameter
-from lightning_peft.engine.layers.sizes import refuse_uninitialized
 from lightning_peft.engine.layers.tokens import attach_tokens, trained_rows
 from lightning_peft.engine.loading.quantize_on_load import GGUF_HASH, base_fingerprint, dense_bytes
 from lightning_peft.engine.methods.lora_config import changes_base, needs_data
@@ -229,7 +228,6 @@ def add_adapters(
 ) -> None:
     """Does what :func:`inject` does, for a module that PEFT has not wrapped."""
     refuse_sharded(module, "Adding adapters")
-    refuse_uninitialized(module)
     with exposed_experts(module):
         _add_adapters(module, request, adapt, device)
 

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_peft.engine.adapters import adapted_layers, adapter_parameters
 from lightning_peft.engine.fingerprint import fingerprint
@@ -53,7 +54,7 @@ def find_momentum_copies(module: nn.Module) -> list[MomentumCopy]:
     """
     groups: dict[object, list[tuple[str, nn.Module]]] = {}
     for name, child in module.named_modules():
-        shapes = tuple((n, p.shape) for n, p in child.named_parameters())
+        shapes = _shapes(child)
         if name and shapes and any(isinstance(x, _PRODUCTS) for x in child.modules()):
             groups.setdefault((type(child), shapes, _sample(child)), []).append((name, child))
     momentum_copies: list[MomentumCopy] = []
@@ -103,8 +104,15 @@ def _modules_in(value: object) -> list[tuple[object, nn.Module]]:
 
 def are_equal(child: nn.Module, kept: nn.Module) -> bool:
     """Whether two modules are of one class, and have the same parameters with the same values."""
-    shapes = [[(n, p.shape) for n, p in x.named_parameters()] for x in (child, kept)]
-    return type(child) is type(kept) and shapes[0] == shapes[1] and same_values(child, kept)
+    same = type(child) is type(kept) and () != _shapes(child) == _shapes(kept)
+    return same and same_values(child, kept)
+
+
+def _shapes(module: nn.Module) -> tuple[tuple[str, torch.Size], ...]:
+    """Returns the shapes of the parameters; none where lazy layers have not seen a batch."""
+    named = list(module.named_parameters())
+    lazy = any(is_lazy(param) for _, param in named)
+    return () if lazy else tuple((name, param.shape) for name, param in named)
 
 
 def _sample(module: nn.Module) -> tuple[float, ...]:

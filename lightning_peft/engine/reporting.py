@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_peft.engine.adapters import adapter_parameters
 from lightning_peft.engine.backends.layers import QuantizedLayer
@@ -193,6 +194,8 @@ def report(module: nn.Module) -> Report:
         result.dense_base_bytes += entry.dense_bytes
     packed, sizes = _packed_weights(module), Counter[str]()
     for name, param in module.named_parameters():
+        if is_lazy(param):
+            continue
         stored = packed.get(id(param), param)
         result.total_parameters += parameter_count(stored)
         size = storage_bytes(stored)

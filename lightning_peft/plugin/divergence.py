@@ -6,13 +6,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_peft.errors import DivergenceError
 
 
 def broken_tensors(module: nn.Module) -> list[str]:
     """Returns the names of trainable parameters with values that are NaN or infinite."""
-    values = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
+    values = {
+        n: p.detach() for n, p in module.named_parameters() if p.requires_grad and not is_lazy(p)
+    }
     values = {n: value for n, value in values.items() if not value.is_meta}
     if not values:
         return []

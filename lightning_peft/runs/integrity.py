@@ -55,7 +55,7 @@ def file_checks(path: Path) -> list[Check]:
 def _adapter_checks(folder: Path, run: dict[str, Any]) -> list[Check]:
     name = f"adapter {folder.name}"
     try:
-        _, _, facts = engine.read_adapter(folder)
+        fields, tensors, facts = engine.read_adapter(folder, allow_diverged=True)
     except CheckpointError as error:
         return [Check(f"{name}: the weights are those that were saved", False, str(error))]
     hashed = "adapter_sha256" in facts
@@ -66,6 +66,9 @@ def _adapter_checks(folder: Path, run: dict[str, Any]) -> list[Check]:
             "sha256 as recorded" if hashed else "plain PEFT records no hash",
         )
     ]
+    if diverged := engine.diverged_tensors(fields, tensors):
+        detail = f"NaN or infinite values in {', '.join(diverged[:3])}: training diverged"
+        checks.append(Check(f"{name}: its values are finite", False, detail))
     if not run:
         return checks
     other = [key for key in ("recipe_sha256", "task", "data") if facts.get(key) != run.get(key)]

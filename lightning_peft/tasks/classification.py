@@ -115,10 +115,12 @@ class ClassificationTask(HeadedTask):
         """Refuses a checkpoint whose labels have other names or another order."""
         theirs = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("labels")
         if theirs is not None and list(theirs) != self.labels:
+            numbers = all(str(name).isdecimal() for name in theirs)
+            reason = " Numbers that the data names are read as names now." if numbers else ""
             raise CheckpointError(
                 "The checkpoint was trained for other labels, so that its answers would get wrong "
-                f"names. {_difference(theirs, self.labels)} Give the data module, or the model, "
-                f"labels={list(theirs)}."
+                f"names. {_difference(theirs, self.labels)}{reason} Give the data module, or the "
+                f"model, labels={list(theirs)}."
             )
 
 

@@ -60,6 +60,8 @@ def test_no_command_or_a_wrong_one_is_bad_input(capsys, refused):
 def test_a_wrong_option_and_a_wrong_value_are_named(refused):
     assert "there is no option --methd; near names: --method" in refused("demo", "--methd", "lora")
     assert "dora" in refused("demo", "--method", "dora")
+    order = "there is no option --output: write ADAPTER OUTPUT in this order, without names"
+    assert order in refused("merge", "a", "--output", "b")
 
 
 def test_a_model_that_cannot_be_had_is_an_error_in_words(tmp_path, monkeypatch, refused):

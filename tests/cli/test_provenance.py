@@ -1,10 +1,13 @@
 """``verify RUN`` and ``reproduce RUN`` on a run of their own, whole and tampered with."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from lightning_peft.cli import main
 from lightning_peft.demo.run import BASE, INSTRUCTIONS
@@ -105,6 +108,23 @@ def test_changed_files_are_found(copy, capsys):
     assert "sha256" in found["adapter best: the weights are those that were saved"]
     assert "other data, base than" in found["adapter last: it was made by this run"]
     assert len(found) == 3
+
+
+def test_weights_that_diverged_are_not_taken_for_others(copy):
+    adapter = copy.checkpoints / "adapters" / "best"
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    key = next(iter(tensors))
+    tensors[key].fill_(torch.nan)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    facts = json.loads((adapter / "provenance.json").read_text())
+    blob = (adapter / "adapter_model.safetensors").read_bytes()
+    facts["adapter_sha256"] = hashlib.sha256(blob).hexdigest()
+    (adapter / "provenance.json").write_text(json.dumps(facts))
+    from lightning_peft.runs.integrity import file_checks
+
+    found = {c.name: c.detail for c in file_checks(copy.path) if c.passed is False}
+    assert list(found) == ["adapter best: its values are finite"]
+    assert key.removeprefix("base_model.model.") in found["adapter best: its values are finite"]
 
 
 def test_an_adapter_alone_is_checked_by_its_hash(copy, tmp_path, capsys):

@@ -16,6 +16,7 @@ from lightning_peft import (
 )
 from lightning_peft.data.preview import preview
 from lightning_peft.data.row_content import writing_system
+from lightning_peft.data.samples import Sample
 from lightning_peft.demo.run import BASE
 
 from .conftest import ALL_ROWS
@@ -90,13 +91,40 @@ def test_rows_whose_texts_differ_in_case_and_signs_are_near_duplicates(data_of):
         chat("What is 2 and 3?", "It is 5."),
         chat("?!", "..."),
         chat("\u2026", "!"),
+        chat("?!", "..."),
     ]
     data = data_of(rows, chat_template="plain", max_length=60, duplicates="keep")
     found = preview(data, 0).numbers["statistics"]
-    # The row that is there twice is none of them, and neither are those without letters.
+    # Rows that are there twice are none of them, and neither are those without letters.
     assert found["near_duplicates"] == 2
     pairs = [(one["row"], one["like_row"]) for one in found["near_duplicate_rows"]]
-    assert pairs[:2] == [(2, 1), (4, 1)]
+    assert pairs == [(2, 1), (4, 1)]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("Yes, sure.", "yes \u2014 sure!", True),
+        ("caf\u00e9", "Cafe\u0301", True),
+        ("\u0915\u093f", "\u0915\u0940", False),
+        ("\u0e01\u0e34", "\u0e01\u0e35", False),
+        ("C++", "C", False),
+        ("C#", "C.", False),
+        ("1.5", "15", False),
+        ("It is -3.", "It is 3.", False),
+        ("2 - 2", "2 + 2", False),
+    ],
+)
+def test_what_tells_texts_apart(one, other, same):
+    assert (Sample(text=one).near_digest() == Sample(text=other).near_digest()) is same
+
+
+def test_calls_of_tools_tell_rows_apart():
+    def calling(day):
+        call = {"function": {"name": "weather", "arguments": {"day": day}}}
+        return Sample([{"role": "assistant", "content": "", "tool_calls": [call]}]).near_digest()
+
+    assert calling(1) == calling(1) != calling(2)
 
 
 _LONG = {"chosen": "a " * 60, "rejected": "b " * 50}

@@ -359,8 +359,9 @@ def test_a_dataset_saved_by_the_library_is_read_with_its_classes(tmp_path):
 def test_tags_are_read_with_the_names_of_their_classes(tmp_path):
     """Named-entity data keeps tags as numbers in lists; models were trained without their names."""
     tags = {"ner_tags": List(ClassLabel(names=["O", "B-PER"]))}
-    features = Features({"tokens": List(Value("string")), **tags, "meta": tags})
-    row = {"tokens": ["Ada", "sat"], "ner_tags": [1, 0], "meta": {"ner_tags": [-1]}}
+    meta = {**tags, "note": Value("string")}
+    features = Features({"tokens": List(Value("string")), **tags, "meta": meta})
+    row = {"tokens": ["Ada", "sat"], "ner_tags": [1, 0], "meta": {"ner_tags": [-1], "note": None}}
     Dataset.from_list([row], features=features).to_parquet(tmp_path / "a.parquet")
     names = {"ner_tags": ["B-PER", "O"], "meta": {"ner_tags": [None]}}
     assert [r.value for r in Source(str(tmp_path / "a.parquet")).rows()] == [{**row, **names}]

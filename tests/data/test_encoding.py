@@ -75,9 +75,20 @@ def test_marks_around_every_turn_train_the_answers_alone(tokenizer):
     every = MARKED.replace("{% if m['role'] == 'assistant' %}", "{% if true %}")
     (row,) = encoder(tokenizer, every).encode(Sample(TALK[1:]))
     assert trained(tokenizer, row) == ["A row of items.</s>", "Items without order.</s>"]
+    cleaned = copy.deepcopy(tokenizer)
+    cleaned.clean_up_tokenization_spaces = True
+    talk = [*TALK[1:-1], {"role": "assistant", "content": "Items , apart ."}]
+    (row,) = encoder(cleaned, every).encode(Sample(talk))
+    assert trained(tokenizer, row) == ["A row of items.</s>", "Items , apart .</s>"]
     others = encoder(tokenizer, MARKED.replace("== 'assistant'", "== 'user'"))
     with pytest.raises(EncodingProblem, match="0 % trained tokens"):
         others.encode(Sample(TALK[1:]))
+
+
+def test_a_template_that_fails_is_refused_in_words(tokenizer):
+    long = "{% for i in range(10 ** 9) %}{% endfor %}"
+    with pytest.raises(EncodingProblem, match="is refused by the chat template.*Range too big"):
+        encoder(tokenizer, long + MARKED).encode(Sample(TALK[1:]))
 
 
 @pytest.mark.parametrize("template", NAMED)

@@ -2,15 +2,29 @@
 
 import json
 from collections import Counter
+from functools import partial
 
 import pytest
 
 from lightning_peft.data.preparation import draw_split
 from lightning_peft.data.supervised import SupervisedData
+from lightning_peft.data.text_classification import TextClassificationData
 from lightning_peft.data.validation import KINDS, Problem, describe, ranges
+from lightning_peft.demo.run import BASE
 from lightning_peft.errors import ConfigError
 
 from .conftest import pairs, refusal
+
+
+@pytest.fixture
+def classes(build):
+    return partial(build, TextClassificationData, tokenizer=str(BASE))
+
+
+@pytest.fixture
+def texts(make):
+    return partial(make, text_unit="document", validation_share=None)
+
 
 BAD = [
     {"prompt": "one", "completion": "1"},
@@ -149,6 +163,40 @@ def test_a_split_that_later_rows_name_is_not_passed_over(make, write):
     file = write([*pairs(101), late])
     assert "row 102 has 'test' as split, and the first 100 rows have none" in refusal(make(file))
     make(file, ignored_keys=["split"]).setup("fit")
+
+
+def test_a_column_split_that_is_left_out_decides_nothing(make, write):
+    rows = [{**row, "split": "train"} for row in pairs(60)]
+    data = make(write(rows), ignored_keys=["split"], validation_share=0.2)
+    assert data.read().splits["validation"]
+    late = [{**pairs(1, 200)[0], "fold": "test"}]
+    first = [{**row, "fold": None} for row in pairs(101)]
+    mapped = make(write([*first, *late], "b.jsonl"), columns={"split": "fold"})
+    assert "row 102 has 'test' as fold, and the first 100 rows have none" in refusal(mapped)
+
+
+def test_a_column_split_that_is_another_field_is_no_split(classes, write):
+    rows = [{"text": f"text {i}", "split": ("train", "test")[i % 2]} for i in range(120)]
+    rows = [{**row, "split": "a b"} for row in rows[:102]] + rows[102:]
+    data = classes(write(rows), columns={"label": "split"})
+    assert data.read().problems == []
+    assert data.labels == ["a b", "test", "train"]
+
+
+def test_titles_of_documents_are_no_splits(texts, tmp_path, caplog):
+    """One title with such a word ended the split that is drawn, and nothing was held out."""
+    names = [*(f"{number}.txt" for number in range(60)), "zz-testing-guide.txt", "dev/setup.txt"]
+    for name in names:
+        (tmp_path / "docs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "docs" / name).write_text(f"The document {name}.")
+    assert texts(tmp_path / "docs").read().splits["validation"]
+    (tmp_path / "docs" / "test.txt").write_text("Held out.")
+    found = texts(tmp_path / "docs").read().splits
+    assert found["test"]["file"] == ["test.txt"]
+    assert "No row is held out for validation." in caplog.text
+    assert "test.txt (test)" in caplog.text
+    with pytest.raises(ConfigError, match=r"itself which rows(.|\n)*test.txt \(test\)"):
+        texts(tmp_path / "docs", validation_share=0.1).read()
 
 
 def test_the_same_row_always_falls_in_the_same_split(make, write):

@@ -92,6 +92,23 @@ def test_what_a_question_is_about_is_not_left_out():
     assert parsed({**row, "messages": TALK}).unused == ("question", "context", "answer")
 
 
+def test_what_the_prompt_has_already_is_only_named():
+    """Sets of instructions have a column with all that the model is asked, made of the others."""
+    asked = {"instruction": " Add. ", "input": "1\n2", "contexts": ["Add.", 3]}
+    row = {**asked, "prompt": "Do this: Add.\n\n### Input:\n1 2", "response": "3"}
+    assert parsed(row).unused == ("instruction", "input", "contexts")
+    turns = [{"role": "user", "content": row["prompt"]}]
+    assert parsed({**row, "prompt": turns}).unused == ("instruction", "input", "contexts")
+    ((_, text),) = parsed({**row, "input": "4"})
+    assert "has input, which the model would answer without" in text
+
+
+def test_of_two_answers_too_what_they_are_about_is_not_left_out():
+    row = {"prompt": "Who?", "chosen": "Ada", "rejected": "Bob", "context": "Ada sat."}
+    ((_, text),) = parsed(row)
+    assert text == "has context, which the model would answer without: put it into the prompt"
+
+
 @pytest.mark.parametrize(
     "row",
     [

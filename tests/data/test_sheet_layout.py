@@ -139,6 +139,13 @@ def test_numbers_that_the_cell_shows_in_another_form_are_named(read):
     assert rows[0].value["completion"] == "0.5"
     assert "column 'completion': 1 numbers that Excel shows as '0%' as text" in notes
 
+    def set_whole(book, sheet):
+        sheet["B2"], sheet["B3"] = 2.5, 2
+        sheet["B2"].number_format = sheet["B3"].number_format = "0"
+
+    (note,) = read(set_whole)[1]
+    assert "1 numbers that Excel shows as '0', 1 numbers as text" in note
+
 
 def test_durations_are_the_hours_that_the_cell_shows(read):
     def set_it(book, sheet):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_peft.data.labels import similar_labels
 from lightning_peft.data.text_classification import TextClassificationData
 from lightning_peft.errors import ConfigError
 
@@ -87,6 +88,10 @@ def test_names_that_cannot_be_are_refused(labels, message, classified, write):
 def test_labels_that_leave_nothing_to_learn_are_refused(labels, message, classified, write):
     with pytest.raises(ConfigError, match=message):
         classified(write(rows(labels))).setup("fit")
+
+
+def test_other_characters_are_other_labels():
+    assert similar_labels(["H\u2082O", "H2O"]) == []
 
 
 def test_labels_that_differ_in_case_are_kept_where_they_are_named(classified, write):

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, List, Value
 from transformers import AutoTokenizer, PythonBackend
 
 from lightning_peft.data.encoding import IGNORED
@@ -50,6 +51,22 @@ def test_the_first_token_of_a_word_carries_its_tag(tagged, write, bert):
     assert batch["words"] == [WORDS, ["b"]]
     assert data.record["classes"] == {"train": {"B-X": 1, "I-X": 1, "O": 2}}
     assert data.record["splits"]["train"]["words"] == 4
+
+
+@pytest.mark.parametrize("own", [["O", "person"], ["0", "1"]])
+def test_labels_may_give_other_names_to_the_numbers_of_classes(own, tagged, bert, tmp_path):
+    names = {"O": own[0], "B-PER": own[1]}
+    tags = List(ClassLabel(names=list(names)))
+    features = Features({"tokens": List(Value("string")), "tags": tags})
+    rows = [{"tokens": WORDS[:2], "tags": [1, 0]}, {"tokens": WORDS[1:], "tags": [0, 1]}]
+    path = str(tmp_path / "a.parquet")
+    Dataset.from_list(rows, features=features).to_parquet(path)
+    data = tagged(path, tokenizer=bert, labels=own)
+    assert data.labels == own
+    assert data.read().splits["train"]["tags"][0] == [own[1], own[0]]
+    with pytest.raises(ConfigError, match="has the tag 'B-PER'"):
+        # In another order, a number would be another class.
+        tagged(path, tokenizer=bert, labels=["person", "O"]).setup("fit")
 
 
 def test_all_tokens_carry_tags_if_asked(tagged, write, bert):

@@ -386,6 +386,8 @@ def test_codes_are_not_taken_for_numbers(tmp_path: Path) -> None:
         ("base_model.model.", "_orig_mod.base_model.model."),
         ("base_model.model.", "base_model.model._fsdp_wrapped_module."),
         ("layers.0.", "layers.0._checkpoint_wrapped_module."),
+        # A state dict with the adapter's name in it.
+        (".weight", ".default.weight"),
     ],
 )
 def test_names_of_what_wrapped_the_model_in_training(
@@ -416,12 +418,19 @@ def test_layers_that_transformers_has_moved_since(tmp_path: Path) -> None:
     vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 1}
     config = Qwen2VLConfig(text_config=text, vision_config=vision)
     other = Qwen2VLForConditionalGeneration(config).eval()
-    model = injected(copy.deepcopy(other), r=2, target_modules=["q_proj", "v_proj"])
+    model = injected(
+        copy.deepcopy(other),
+        r=2,
+        target_modules=["q_proj", "v_proj"],
+        modules_to_save=["norm"],
+        trainable_token_indices={"embed_tokens": [1, 2]},
+    )
     randomize(model)
+    model.model.language_model.norm.weight.data *= 2
     lightning_peft.save_adapter(model, tmp_path)
     (tmp_path / "provenance.json").unlink()
     tensors = load_file(tmp_path / WEIGHTS)
-    old = {k.replace("model.language_model.layers", "model.layers"): v for k, v in tensors.items()}
+    old = {k.replace("model.language_model.", "model."): v for k, v in tensors.items()}
     assert not old.keys() & tensors.keys()
     save_file(old, tmp_path / WEIGHTS)
     lightning_peft.load_adapter(other, tmp_path)

@@ -120,6 +120,24 @@ def test_values_that_are_not_finite_are_named(tmp_path: Path) -> None:
         lightning_peft.load_adapter(module, folder)
 
 
+@pytest.mark.parametrize("value", [-torch.inf, torch.nan])
+def test_heads_may_be_infinite_on_purpose(value: float, tmp_path: Path) -> None:
+    """As masks and forbidden transitions are, which a folder holds next to its factors."""
+    folder = lightning_peft.save_adapter(injected(mixed(), r=2, modules_to_save=["norm"]), tmp_path)
+    (folder / "provenance.json").unlink()
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.model.norm.weight"][0] = value
+    save_file(tensors, file)
+    module = mixed()
+    if value == value:
+        lightning_peft.load_adapter(module, folder)
+        assert module.model.norm.weight[0] == value
+    else:
+        with refused(module, CheckpointError, "NaN or infinite values"):
+            lightning_peft.load_adapter(module, folder)
+
+
 def test_another_base_leaves_nothing(tmp_path: Path) -> None:
     lightning_peft.save_adapter(adapted(), tmp_path)
     other = stack()

@@ -84,3 +84,10 @@ def test_lazy_layers_without_weights_are_named() -> None:
         lightning_peft.inject(model, r=2)
     model(torch.zeros(1, 3))
     lightning_peft.inject(model, r=2)
+
+
+def test_a_lazy_head_outside_of_what_is_adapted_waits_for_its_batch() -> None:
+    model = nn.ModuleDict({"base": nn.Sequential(nn.Linear(3, 4)), "head": nn.LazyLinear(2)})
+    lightning_peft.inject(model, r=2, adapt="base", target_modules=["0"])
+    model["head"](model["base"](torch.zeros(1, 3))).sum().backward()
+    assert model["head"].weight.grad is not None

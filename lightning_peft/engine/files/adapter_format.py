@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -50,6 +51,7 @@ PREFIX = "base_model.model."
 _PREFIX = re.compile(
     r"^(?:(?:_orig_mod|_fsdp_wrapped_module|module|_forward_module)\.)*base_model\.model\."
 )
+_DEFAULT_NAME = re.compile(r"(?<=\.lora_[AB])\.default(?=\.weight$)")
 _PACKAGES = (
     *("lightning-peft", "torch", "peft", "transformers", "bitsandbytes"),
     *("lightning", "pytorch-lightning"),
@@ -260,8 +262,14 @@ def recorded_base(
     return loaded.only(lambda key: not inside(key, left_out))
 
 
-def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+def read_adapter(
+    folder: Path, allow_diverged: bool = False
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
     """Reads an adapter folder without unpickling anything.
+
+    Args:
+        folder: The folder.
+        allow_diverged: Read what :func:`diverged_tensors` names, too.
 
     Returns:
         The fields of ``adapter_config.json``, the tensors (keys without PEFT's prefix), and what
@@ -305,26 +313,32 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
             "sha256 is another one. It was damaged or exchanged; remove provenance.json if you "
             "changed it on purpose."
         )
-    return fields, _named_in_peft(tensors, folder), facts
-
-
-def _named_in_peft(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """Returns finite tensors by PEFT's keys, without its prefix."""
-    infinite = [
-        key for key, value in tensors.items() if value.is_floating_point() and not _is_finite(value)
-    ]
-    if infinite:
+    diverged = diverged_tensors(fields, tensors)
+    if diverged and not allow_diverged:
         raise CheckpointError(
             f"The adapter in {str(folder)!r} holds NaN or infinite values, with which the model "
-            "computes nothing else:" + itemize(infinite, 5) + "\nIt was saved after training "
+            "computes nothing else:" + itemize(diverged, 5) + "\nIt was saved after training "
             "diverged. Take an earlier checkpoint."
         )
-    return {_PREFIX.sub("", key): value for key, value in tensors.items()}
+    named = {_PREFIX.sub("", key): value for key, value in tensors.items()}
+    # As a state dict has them that was saved as it is.
+    return fields, {_DEFAULT_NAME.sub("", key): value for key, value in named.items()}, facts
 
 
-def _is_finite(value: Tensor) -> bool:
-    # float8 has no `isfinite` of its own.
-    return bool(value.float().isfinite().all())
+def diverged_tensors(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Returns the keys of factors that are not finite, and of others that hold NaN.
+
+    Heads and buffers may be infinite on purpose, as masks are.
+    """
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(fields.get("peft_type"))
+
+    def is_diverged(key: str, value: Tensor) -> bool:
+        # float8 has no `isfinite` of its own.
+        wide, is_factor = value.float(), prefix is not None and f".{prefix}" in key
+        return bool((~wide.isfinite() if is_factor else wide.isnan()).any())
+
+    floats = {key: value for key, value in tensors.items() if value.is_floating_point()}
+    return [key for key, value in floats.items() if is_diverged(key, value)]
 
 
 def read_json(file: Path) -> dict[str, Any]:

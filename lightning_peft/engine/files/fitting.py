@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -29,6 +30,9 @@ _WITHIN_WRAPPERS = (
     re.compile(r"\.modules_to_save\."),
     re.compile(r"\.modules_to_save\.[^.]+\."),
 )
+# What is added to a layer of the base, behind its name.
+_PREFIXES = sorted({*PEFT_TYPE_TO_PREFIX_MAPPING.values()})
+_ADDED = re.compile(rf"\.(?:{'|'.join(_PREFIXES)}|token_adapter\.|base_layer\.).*")
 # Of torch.compile, FSDP and activation checkpointing.
 _TRAINING_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -106,20 +110,28 @@ def with_new_names(part: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
 
     Models of text and images had their layers elsewhere before transformers 4.52.
     """
-    modules = dict(part.named_modules(remove_duplicate=False))
-    old = {key.partition(".lora_")[0] for key in tensors if ".lora_" in key} - modules.keys()
+    modules = {name for name, _ in part.named_modules(remove_duplicate=False)}
+    named = (part.named_parameters(remove_duplicate=False), part.named_buffers())
+    values = {key for pairs in named for key, _ in pairs}
+
+    def is_here(key: str) -> bool:
+        layer = _ADDED.sub("", key)
+        return key in values if layer == key else layer in modules
+
+    old = [key for key in tensors if not is_here(key)]
     if not old or not isinstance(part, PreTrainedModel):
         return dict(tensors)
     renamings = [one for one in weight_conversions(part) if isinstance(one, WeightRenaming)]
-    renamed = {name: rename_source_key(name, renamings, [])[0] for name in old}
-    layers = {key: key.partition(".lora_")[0] for key in tensors}
-    free = modules.keys() - layers.values()
+    renamed = {}
+    for key in old:
+        layer = _ADDED.sub("", key)
+        # Renamings are of keys of values, and may look at their ends.
+        ending = "" if layer == key else ".weight"
+        new = rename_source_key(f"{layer}{ending}", renamings, [])[0].removesuffix(ending)
+        renamed[key] = new + key.removeprefix(layer)
     # Only where it names a layer; what does not is listed as unexpected.
-    found = {name: new for name, new in renamed.items() if new in free}
-    return {
-        found.get(layers[key], layers[key]) + key.removeprefix(layers[key]): value
-        for key, value in tensors.items()
-    }
+    found = {key: new for key, new in renamed.items() if is_here(new) and new not in tensors}
+    return {found.get(key, key): value for key, value in tensors.items()}
 
 
 def without_repeated(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

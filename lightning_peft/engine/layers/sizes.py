@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,13 +19,17 @@ _ATTRIBUTES: dict[type[nn.Module], tuple[str, str]] = {
 }
 
 
-def refuse_uninitialized(module: nn.Module) -> None:
+def refuse_uninitialized(parts: Mapping[str, nn.Module]) -> None:
     """Refuses lazy layers that have not seen a batch: their weights have no size yet."""
-    named = (*module.named_parameters(), *module.named_buffers())
-    names = [name for name, tensor in named if is_lazy(tensor)]
+    names = [
+        f"{name}.{key}" if name else key
+        for name, part in parts.items()
+        for key, tensor in (*part.named_parameters(), *part.named_buffers())
+        if is_lazy(tensor)
+    ]
     if names:
         raise LifecycleError(
-            "Adapters and optimizers need weights, and lazy layers get theirs with the first batch:"
+            "Adapters need weights, and lazy layers get theirs with the first batch:"
             + itemize(names, 5)
             + "\nRun the module on one batch in `__init__` or `configure_model`, under "
             "torch.no_grad()."

@@ -19,6 +19,7 @@ from lightning_peft.engine.layers.attention import with_projections
 from lightning_peft.engine.layers.expert_weights import ExpertWeight, parameter_name
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, has_quantizable_class
 from lightning_peft.engine.layers.recurrent import stores_weight
+from lightning_peft.engine.layers.sizes import refuse_uninitialized
 from lightning_peft.engine.methods.base import InPlaceMethod
 from lightning_peft.engine.methods.lora_config import changes_base
 from lightning_peft.engine.methods.registry import in_place_method, method_of
@@ -145,6 +146,7 @@ def make_plans(
         else:
             _refuse_overlap(name, record)
     refuse_stored_formats(module, parts)
+    refuse_uninitialized(parts)
     targets = resolve_targets(parts, request.config, exclusions)
     saved = request.saved
     if saved is None:
