@@ -38,9 +38,11 @@ class _Loops(Protocol):
     fit: Any
     epoch: Any
     resumed: dict[str, Any] | None
-    is_trial: bool
     sums: dict[str, Any]
     tracked_loaders: list[Any]
+
+    @property
+    def is_trial(self) -> bool: ...
 
 
 @dataclass
