@@ -235,6 +235,7 @@ class Layout:
         problems: list[tuple[str, str]] = []
         named, shape, with_template = [], self.shape, self.variables is not None
         trains_text = shape.has_turns or shape.name in ("text", "source_target", "translation")
+        found: list[tuple[str, str]] | None
         for name, value in rest.items():
             if shape.has_answer and is_of_prompt(name):
                 found = missing_in_prompt(name, value, prompt, shape.name == "prompt_completion")

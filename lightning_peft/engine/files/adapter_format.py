@@ -317,11 +317,10 @@ def read_adapter(
     if diverged and not allow_diverged:
         raise CheckpointError(
             f"The adapter in {str(folder)!r} holds NaN or infinite values, with which the model "
-            "computes nothing else:" + itemize(diverged, 5) + "\nIt was saved after training "
-            "diverged. Take an earlier checkpoint."
+            f"computes nothing else:{itemize(diverged, 5)}\nIt was saved after training diverged. "
+            "Take an earlier checkpoint."
         )
     named = {_PREFIX.sub("", key): value for key, value in tensors.items()}
-    # As a state dict has them that was saved as it is.
     return fields, {_DEFAULT_NAME.sub("", key): value for key, value in named.items()}, facts
 
 
@@ -330,7 +329,8 @@ def diverged_tensors(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
 
     Heads and buffers may be infinite on purpose, as masks are.
     """
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(fields.get("peft_type"))
+    kind: Any = fields.get("peft_type")
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(kind)
 
     def is_diverged(key: str, value: Tensor) -> bool:
         # float8 has no `isfinite` of its own.
