@@ -329,8 +329,9 @@ def diverged_tensors(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
 
     Heads and buffers may be infinite on purpose, as masks are.
     """
-    kind: Any = fields.get("peft_type")
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(kind) if isinstance(kind, str) else None
+    kind = fields.get("peft_type")
+    prefixes: Mapping[Any, str] = PEFT_TYPE_TO_PREFIX_MAPPING
+    prefix = prefixes.get(kind) if isinstance(kind, str) else None
 
     def is_diverged(key: str, value: Tensor) -> bool:
         # float8 has no `isfinite` of its own.
