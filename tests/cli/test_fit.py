@@ -25,7 +25,7 @@ def test_interrupted_and_resumed_is_uninterrupted(program, tmp_path):
     (tmp_path / "saving.yaml").write_text(SAVING)
     config = ["--config=sft-lora", "--config=small/sft", "--config=saving.yaml", *QUIET]
     process = program.start(tmp_path, "fit", *config, "--run_dir=mine")
-    wait(process, lambda: list(tmp_path.rglob("last.ckpt")))
+    wait(process, (tmp_path / "mine" / "checkpoints" / "last.ckpt").exists)
     assert RunFolder(tmp_path / "mine").status.state == "running"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=100)
