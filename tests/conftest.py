@@ -83,8 +83,6 @@ def _no_leftover_files() -> Iterator[None]:
     before = set(os.listdir(folder))
     yield
     os.chdir(folder)
-    # The doctor that a test of the other process runs writes a file there, and removes it.
-    own = (name for name in os.listdir(folder) if not name.startswith(".lightning-peft-doctor-"))
-    left = sorted(set(own) - before - CACHES)
+    left = sorted(set(os.listdir(folder)) - before - CACHES)
     if left:
         pytest.fail(f"the test left {left} in the working directory; write to tmp_path instead")

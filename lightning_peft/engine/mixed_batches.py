@@ -163,9 +163,9 @@ def _by_group(
 
 def _refuse_reading(name: str) -> Tensor:
     raise UnsupportedError(
-        f"The weight of {name} is read while the rows of a batch have different adapters: there is "
-        "no one weight. Modules that read weights in place of calling their layers cannot be "
-        "mixed; run them with one adapter at a time."
+        f"The weight of {name} is read while the rows of a batch have different adapters: each "
+        "row has another weight. Modules that read weights in place of calling their layers cannot "
+        "be mixed; run them with one adapter at a time."
     )
 
 

@@ -27,6 +27,12 @@ NAMES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """It writes a file for a moment, which tests of another process would take for a leftover."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def doctor(tmp_path):
     """Runs the command in an empty folder, with ``tmp_path / "first"`` in front of all packages."""

@@ -156,7 +156,7 @@ def test_names_and_rows_are_checked() -> None:
     with lightning_peft.mixed_adapters(model, NAMES[:2]):
         with pytest.raises(UnsupportedError, match="gets 5 rows, and adapter_names names 2"):
             output_of(model, X)
-        with pytest.raises(UnsupportedError, match="there is no one weight"):
+        with pytest.raises(UnsupportedError, match="each row has another weight"):
             model.model.layers[0].self_attn.q_proj.weight.sum()
     lightning_peft.merge(model)
     with pytest.raises(LifecycleError, match="merged"):

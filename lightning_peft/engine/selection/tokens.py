@@ -121,7 +121,7 @@ def _add(found: dict[str, Tokens], part: nn.Module, name: str, rows: list[int]) 
             return [] if same else [f"{name} and {other} share one weight, and train other rows"]
     strange = [n for n in tied if not isinstance(part.get_submodule(n), _KINDS)]
     if strange:
-        return [f"{name} shares its weight with {', '.join(strange)}, which is no such layer"]
+        return [f"{name} shares its weight with {', '.join(strange)}, which cannot train rows"]
     found[name] = Tokens(rows, tied)
     return []
 
