@@ -1,1 +1,1 @@
-"""The web page: a recipe editor and a viewer of run folders, next to the command line."""
+"""Gradio app: recipe editor and run viewer on top of the command line."""

@@ -1,4 +1,4 @@
-"""What a Hugging Face Space starts, in the folder that ``make space`` writes."""
+"""Entry point of a Hugging Face Space, in the folder written by ``make space``."""
 
 from __future__ import annotations
 

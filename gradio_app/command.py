@@ -1,4 +1,4 @@
-"""``lightning-peft app``: the web page, on this machine."""
+"""``lightning-peft app``: serve the web page on this machine."""
 
 from __future__ import annotations
 

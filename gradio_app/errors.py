@@ -1,4 +1,4 @@
-"""Errors that are shown to the visitor."""
+"""Errors shown to the visitor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is checked of everything a visitor sends: ids, paths, names, text that is shown.
+"""Validation of visitors' input: ids, paths, names and displayed text.
 
 Every handler of a page is a public HTTP endpoint, whatever its page shows: Gradio's ``private``
 only leaves it out of a list. So nothing that arrives is trusted for having been offered.

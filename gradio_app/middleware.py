@@ -1,4 +1,4 @@
-"""ASGI middleware of the page: addresses that people guess, and the language of its HTML."""
+"""ASGI middleware: redirects of common addresses, and the ``lang`` attribute of the HTML."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is given out of this machine: places as others can read them, no folders to strangers."""
+"""Redaction of server paths in everything visitors can see."""
 
 from __future__ import annotations
 

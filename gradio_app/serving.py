@@ -1,4 +1,4 @@
-"""All pages in all languages, and how they are served."""
+"""Assembly of all pages in all languages, and the server."""
 
 from __future__ import annotations
 

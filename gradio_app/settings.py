@@ -1,4 +1,4 @@
-"""What a server of the page was started with; fixed for its life."""
+"""Server settings, fixed at start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts that all pages of a server share."""
+"""Services shared by all pages of a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that visitors upload: checked, and kept under names of the page's making."""
+"""Uploaded files: validation, and storage under generated names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is asking: one owner on a laptop; on a Space everyone for themselves.
+"""Identity of visitors: one owner on a laptop, separate visitors on a Space.
 
 A Space tells visitors apart by a random cookie that only this server can read back, or by the name
 they signed in with. What an owner may see is decided in ``runs.store``, run by run.

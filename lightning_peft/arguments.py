@@ -1,4 +1,4 @@
-"""The arguments of LoRA and QLoRA, each defined once: name, type, default and description.
+"""Arguments of LoRA and QLoRA, each defined once: name, type, default and description.
 
 Strategies and callbacks derive from these dataclasses; the command line, YAML, the page's form and
 the reference read them. Annotations are objects, not text: jsonargparse would look text up in the

@@ -1,4 +1,4 @@
-"""The errors this package raises on purpose, one class per kind of user mistake.
+"""Exceptions raised by this package, one class per kind of user error.
 
 Each message names the problem, the user's value, the reason and the fix.
 Problems that can be found together are reported together.

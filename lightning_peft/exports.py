@@ -1,4 +1,4 @@
-"""Packages whose names load on first use, and stand in a type stub only.
+"""Lazy loading of public names, declared in type stubs.
 
 Not ``lazy_loader.attach_stub``: it keeps every value, and loads all of them at once under
 ``EAGER_IMPORT``, while classes with a Lightning base depend on which Lightning is imported.

@@ -1,4 +1,4 @@
-"""Why a file cannot be written, in words."""
+"""Readable explanations of write errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generation with adapters: one place for chat, comparison, samples, rollouts and benchmarks."""
+"""Generation with adapters, for chat, comparison, samples, rollouts and benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading JSON texts, and what is equal as JSON: for rewards, chat, the demo and the page."""
+"""JSON parsing and equality, for rewards, scores and comparisons."""
 
 from __future__ import annotations
 

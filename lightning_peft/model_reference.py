@@ -1,4 +1,4 @@
-"""The name of a model, as a user writes it: a hub name, a folder, or a GGUF file in one of them.
+"""Model references: a hub name, a folder, or a GGUF file in either.
 
 | written | meaning |
 | --- | --- |

@@ -1,4 +1,4 @@
-"""Child processes: one that exchanges JSON lines with this one, and ones that outlive it."""
+"""Child processes: JSON-lines exchange, and detached processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipes that come with the package, as files; a name stands for its file."""
+"""Packaged recipe files and their names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the files of a sentence-transformers model say: pooling, prompts and longest text.
+"""Metadata of sentence-transformers folders: pooling, prompts and maximum length.
 
 Such a model is one of transformers with a few JSON files next to it. ``modules.json`` lists what
 comes after the transformer; only pooling and normalizing are computed here.

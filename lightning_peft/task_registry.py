@@ -1,4 +1,4 @@
-"""The tasks that the recipes train, each described once.
+"""Registry of tasks.
 
 The command line, the planner, exports and the page read these entries: a new task is an entry, its
 LightningModule, a recipe, a docs page and its texts. Nothing heavy is imported here, so that tasks

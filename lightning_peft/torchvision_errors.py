@@ -1,4 +1,4 @@
-"""torchvision: transformers loads it where it is installed, and one for another torch breaks it."""
+"""Errors of a torchvision built for another torch version."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the page looks: Gradio's default theme with readable colours and fonts that are whole."""
+"""Theme of the page: Gradio's default with accessible colours and complete fonts."""
 
 from __future__ import annotations
 

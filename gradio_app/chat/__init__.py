@@ -1,1 +1,1 @@
-"""Talking to what was trained: one model process, its answers, and votes on them; no Gradio."""
+"""Chat with trained models: one model process, its answers, and votes. No Gradio here."""

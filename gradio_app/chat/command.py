@@ -1,4 +1,4 @@
-"""The command that talks for the adapters of a run, and what of its words a visitor sees."""
+"""Command line of the chat process for a run, and redaction of its output for visitors."""
 
 from __future__ import annotations
 

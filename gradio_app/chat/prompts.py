@@ -1,4 +1,4 @@
-"""Questions that a model was not trained on, with what would be a good answer."""
+"""Held-out prompts with their expected answers."""
 
 from __future__ import annotations
 

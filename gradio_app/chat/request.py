@@ -1,4 +1,4 @@
-"""Requests to a model: a conversation and sampling settings, validated before they are sent."""
+"""Chat requests: a conversation and sampling settings, validated before they are sent."""
 
 from __future__ import annotations
 

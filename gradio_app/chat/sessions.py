@@ -1,4 +1,4 @@
-"""The model that is talked to: at most one on the machine, for one visitor at a time."""
+"""Chat sessions: at most one loaded model per machine, used by one visitor at a time."""
 
 from __future__ import annotations
 

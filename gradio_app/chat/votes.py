@@ -1,4 +1,4 @@
-"""Blind votes: which answer was better, before it is said whose it was; ``votes.jsonl``."""
+"""Blind votes between answers, stored in ``votes.jsonl``."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Comparison of runs: differences of their recipes and results."""
+"""Comparison of runs: differences in recipes and results."""

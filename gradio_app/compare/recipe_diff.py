@@ -1,4 +1,4 @@
-"""What differs in recipes, setting by setting."""
+"""Differences between recipes, setting by setting."""
 
 from __future__ import annotations
 

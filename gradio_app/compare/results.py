@@ -1,4 +1,4 @@
-"""Loss curves and sample answers of several runs, and whether they compare."""
+"""Loss curves and sample answers of several runs, and whether they are comparable."""
 
 from __future__ import annotations
 

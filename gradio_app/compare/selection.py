@@ -1,4 +1,4 @@
-"""Which runs are compared: as an address names them, and of those the ones that may be seen."""
+"""Selection of the runs to compare, from a URL, limited to those the visitor may see."""
 
 from __future__ import annotations
 

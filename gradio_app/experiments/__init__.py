@@ -1,1 +1,1 @@
-"""The table of runs: what each was for, what came of it, and which are listed."""
+"""The table of runs: purpose, outcome, search and filters."""

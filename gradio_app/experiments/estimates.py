@@ -1,4 +1,4 @@
-"""How much a run trains on, and how long that takes here by what earlier runs took."""
+"""Estimates of training size and duration, based on earlier runs on this machine."""
 
 from __future__ import annotations
 

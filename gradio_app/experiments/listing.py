@@ -1,4 +1,4 @@
-"""Which runs the list shows, in which order: searched, filtered, sorted, in pages."""
+"""Search, filters, sorting and pagination of the table of runs."""
 
 from __future__ import annotations
 

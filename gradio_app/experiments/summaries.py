@@ -1,4 +1,4 @@
-"""A run in a line of a list: what it was for, and what came of it."""
+"""One-line summaries of runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweeps: what is tried, as it is typed in the form, and the trials that a sweep writes down."""
+"""Sweeps: values typed in the form, and the trials recorded by a sweep."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Adapters of a run in the forms in which others take them."""
+"""Exports of a run's adapters to other formats."""

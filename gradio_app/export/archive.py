@@ -1,4 +1,4 @@
-"""What can be downloaded of an export: one file, made of what is in its folder and nothing else."""
+"""Downloads of exports: one archive with the files of the export folder only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How large a base is, read from the headers of its files: no weight is loaded."""
+"""Size of a base model, read from file headers without loading weights."""
 
 from __future__ import annotations
 

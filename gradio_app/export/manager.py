@@ -1,4 +1,4 @@
-"""The exports of a run: each a process of its own, which continues when the page is closed."""
+"""Export processes of a run, which continue when the page is closed."""
 
 from __future__ import annotations
 

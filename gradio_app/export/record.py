@@ -1,4 +1,4 @@
-"""One export on disk: its request, progress and result."""
+"""Record of an export on disk: request, progress and result."""
 
 from __future__ import annotations
 

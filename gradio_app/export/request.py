@@ -1,4 +1,4 @@
-"""What a visitor wants exported: checked, and as the words of the command line."""
+"""Export requests: validation, and translation to command line arguments."""
 
 from __future__ import annotations
 

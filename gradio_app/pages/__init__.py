@@ -1,1 +1,1 @@
-"""The pages: each builds its components and binds handlers that call the other packages."""
+"""Pages: components, and event handlers that call the other packages."""

@@ -1,4 +1,4 @@
-"""What programs may call: a few endpoints of plain values, for ``gradio_client`` or plain HTTP.
+"""API endpoints with plain values, for ``gradio_client`` or plain HTTP.
 
 Everything else that the pages do is private to them. An endpoint checks what it gets as a page
 does, and sees the runs of whoever calls.

@@ -1,4 +1,4 @@
-"""Two to four runs side by side: curves, settings that differ, outcomes, and samples."""
+"""Comparison of two to four runs: curves, settings, results and samples."""
 
 from __future__ import annotations
 

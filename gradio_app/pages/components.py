@@ -1,4 +1,4 @@
-"""Gradio components and events with the options that all pages give them."""
+"""Gradio components and events with the options shared by all pages."""
 
 from __future__ import annotations
 

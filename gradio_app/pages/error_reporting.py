@@ -1,4 +1,4 @@
-"""What every handler of a page does: check who asks, and say in words what went wrong."""
+"""Decorator for event handlers: access check and readable errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page ``help``: terms, fixes, the keyboard, and what happens with data."""
+"""Help page: glossary, fixes, keyboard shortcuts, and data handling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first page: what this machine can do, three ways to begin, the queue and the runs."""
+"""Home page: machine, ways to start, queue and runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The part of a Space's review that hands the run to a job of the visitor's own account."""
+"""Review step of a Space: submit the run as a job of the visitor's account."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands around every page: its head with the links and the run that is going on."""
+"""Page frame: header with navigation and the active run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parallel coordinates as SVG that the server draws: an axis for a value, a line for a trial."""
+"""Parallel coordinates as server-rendered SVG."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Curves as SVG that the server draws.
+"""Line plots as server-rendered SVG.
 
 Text and grid take their colours from the page, so that light and dark need no new picture; axes
 are numbers whatever the data is, linear or logarithmic; and the first point is seen, too.

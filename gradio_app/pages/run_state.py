@@ -1,4 +1,4 @@
-"""The state of a run in words and signs, for every page that shows runs."""
+"""Labels and icons of run states."""
 
 from __future__ import annotations
 

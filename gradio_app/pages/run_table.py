@@ -1,4 +1,4 @@
-"""The table of runs on the first page: searched, sorted, named, compared and deleted there."""
+"""Table of runs on the home page: search, sort, rename, compare and delete."""
 
 from __future__ import annotations
 

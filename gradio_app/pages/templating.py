@@ -1,4 +1,4 @@
-"""HTML from ``templates/*.html``: files of macros, in which ``t`` are the texts of the page."""
+"""Jinja templates: macros in ``templates/*.html``, with the page's texts as ``t``."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Recipes: forms that make them, checks of what visitors bring, and what is said of them."""
+"""Recipes: forms, validation of visitors' input, and summaries."""

@@ -1,4 +1,4 @@
-"""What a visitor's recipe may name: LightningCLI instantiates any ``class_path``."""
+"""Classes a visitor's recipe may name: LightningCLI instantiates any ``class_path``."""
 
 from __future__ import annotations
 

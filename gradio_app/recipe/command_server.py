@@ -1,4 +1,4 @@
-"""A process that has imported all of the library already, and runs its commands one by one.
+"""Worker process: imports the library once and runs commands one after the other.
 
 It reads a JSON line for each command, ``{"id": 1, "arguments": ["plan", ...]}``, and answers with
 one: ``{"id": 1, "code": 0, "out": "...", "err": "..."}``. Lines such as ``{"id": 1, "rows": 1200}``

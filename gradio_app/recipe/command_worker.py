@@ -1,4 +1,4 @@
-"""Commands that answer within a second: a long-lived process that has imported torch already.
+"""Client of the worker process, for commands that answer within a second.
 
 The web process stays light, and a visitor who types need not wait for an interpreter to start.
 """

@@ -1,4 +1,4 @@
-"""A recipe as the command that runs it, and as Python that makes the same."""
+"""A recipe as a command line and as equivalent Python code."""
 
 from __future__ import annotations
 

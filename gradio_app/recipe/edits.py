@@ -1,4 +1,4 @@
-"""What the steps of the form make of a recipe: another task, model, data, method or amount."""
+"""Edits of a recipe: task, model, data, method and training length."""
 
 from __future__ import annotations
 

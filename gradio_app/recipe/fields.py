@@ -1,4 +1,4 @@
-"""The settings of a recipe that the form has: where each stands, of what kind, and its default.
+"""Settings of a recipe shown in the form: path, type and default.
 
 Model, data and paths have steps of their own (:data:`OTHER_STEPS`); the rest is edited as YAML
 (:data:`YAML_ONLY`). A test compares these tables with ``recipes/forkme.yaml`` and the signatures of

@@ -1,4 +1,4 @@
-"""Between a recipe and what stands in the form: values to text and back, checked."""
+"""Conversion between recipe values and form inputs, with validation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The header of a GGUF file: how large its tensors are, and what kind of model it holds.
+"""GGUF headers: architecture and tensor sizes.
 
 Not ``gguf.GGUFReader``: it takes seconds for the vocabulary, and this is asked while a page waits.
 """

@@ -1,4 +1,4 @@
-"""Data sets of the hub that are on this machine: configurations and splits, without a network."""
+"""Configurations and splits of cached hub datasets, without network access."""
 
 from __future__ import annotations
 

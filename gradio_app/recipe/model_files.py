@@ -1,4 +1,4 @@
-"""What a model's files tell without loading them: what is wrong, how large it is, whose code."""
+"""Model metadata from files: problems, size and custom code, without loading weights."""
 
 from __future__ import annotations
 

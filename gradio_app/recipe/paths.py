@@ -1,4 +1,4 @@
-"""Where data and models of a visitor's recipe may lie: in the package, below a root, on the hub."""
+"""Allowed locations of data and models in a visitor's recipe."""
 
 from __future__ import annotations
 

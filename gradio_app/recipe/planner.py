@@ -1,4 +1,4 @@
-"""The memory of a recipe: ``lightning-peft plan`` for it, and changes that make it fit."""
+"""Memory plan of a recipe through ``lightning-peft plan``, and changes that make it fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The default precision of a training, by what this machine computes itself; without torch."""
+"""Default training precision of this machine, determined without torch."""
 
 from __future__ import annotations
 

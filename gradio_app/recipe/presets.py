@@ -1,4 +1,4 @@
-"""What the form offers: models, three amounts of training, GPUs."""
+"""Presets of the form: models, training lengths and GPUs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training on some rows would be like: ``lightning-peft preview`` of a recipe."""
+"""Training preview of some rows through ``lightning-peft preview``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A row of a JSONL file changed or left out, in a copy: numbers of the other rows stay."""
+"""Copies of a JSONL file with rows changed or excluded; other row numbers are kept."""
 
 from __future__ import annotations
 

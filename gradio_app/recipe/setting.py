@@ -1,4 +1,4 @@
-"""One setting of a recipe, as the form has it."""
+"""One setting of the form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first rows of a data file as they stand in it, without the libraries that train on them."""
+"""First rows of a data file, read without the training libraries."""
 
 from __future__ import annotations
 

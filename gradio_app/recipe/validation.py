@@ -1,4 +1,4 @@
-"""Checking a recipe that a visitor brings, typed or made with the form: all problems at once."""
+"""Validation of a visitor's recipe; all problems are reported at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""YAML of visitors: plain values only, no aliases, no key twice, not large."""
+"""Safe YAML of visitors: plain values, no aliases, no duplicate keys, limited size."""
 
 from __future__ import annotations
 

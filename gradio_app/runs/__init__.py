@@ -1,1 +1,1 @@
-"""Runs: their store on disk, executors, the queue, and readers of their files."""
+"""Runs: store, executors, queue, and readers of run files."""

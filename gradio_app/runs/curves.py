@@ -1,4 +1,4 @@
-"""Curves as they are drawn: few points that keep the extremes, or smoothed."""
+"""Curves for plotting: downsampling that keeps extremes, and smoothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The environment of the processes that train: what they need, and nothing that is not theirs."""
+"""Environment variables of training processes, without the server's secrets."""
 
 from __future__ import annotations
 

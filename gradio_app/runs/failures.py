@@ -1,4 +1,4 @@
-"""Why a run ended before its time, in words that help: from its error, its log, and its state."""
+"""Explanations of failed runs, from their error, log and state."""
 
 from __future__ import annotations
 

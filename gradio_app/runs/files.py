@@ -1,4 +1,4 @@
-"""Reading the files of a run while it writes them: only what is new, and never too much."""
+"""Incremental, bounded reading of run files while they are written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Times, sizes and numbers for people, in the visitor's language."""
+"""Localized formatting of times, sizes and numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Warnings about a run that it cannot report itself: no progress, low disk, low memory."""
+"""Warnings a run cannot report itself: no progress, low disk space, low memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs on the hub, in the account of the visitor, who pays for them: Hugging Face Jobs.
+"""Hugging Face Jobs: runs in, and paid by, the visitor's account.
 
 The job outlives the page, the tab and the visitor. Its log carries the folder of the run
 (``job_script``), which is rebuilt here, so that the page of the run shows it as any other. The

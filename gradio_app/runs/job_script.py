@@ -1,4 +1,4 @@
-"""What runs inside a job on the hub: the command line, whose record goes to the log.
+"""Script of a hub job: runs the command line and writes its record to the log.
 
 It is sent as text to a machine that has ``lightning-peft`` and nothing of this package, so it
 imports neither. Whoever can read the log can rebuild the folder of the run from it: every line of

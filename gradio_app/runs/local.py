@@ -1,4 +1,4 @@
-"""Runs on this machine: each a process of its own, which continues when the page is closed."""
+"""Local runs: one process each, which continues when the page is closed."""
 
 from __future__ import annotations
 

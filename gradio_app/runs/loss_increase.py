@@ -1,4 +1,4 @@
-"""Whether a run has made its model worse than it was before training."""
+"""Detection of runs that end with a higher loss than before training."""
 
 from __future__ import annotations
 

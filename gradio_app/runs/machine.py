@@ -1,4 +1,4 @@
-"""What this machine can train, without torch: its GPU as the driver tells it, memory, cores."""
+"""Hardware of this machine without torch: GPU from the driver, memory and cores."""
 
 from __future__ import annotations
 

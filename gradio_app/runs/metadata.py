@@ -1,4 +1,4 @@
-"""What the page knows of a run, besides its own status: ``app.json`` in its folder."""
+"""Metadata kept by the page in ``app.json`` of the run folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The numbers of runs, read while they are written: new bytes only, and bounded memory."""
+"""Metrics of running and finished runs, read incrementally with bounded memory."""
 
 from __future__ import annotations
 

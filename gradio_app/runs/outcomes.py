@@ -1,4 +1,4 @@
-"""What came of a run: its metrics, time and memory."""
+"""Results of a run: metrics, duration and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The line of runs that wait for the machine, and the rules that those who use it agree to."""
+"""Run queue: order, limits per visitor, and start of the next run."""
 
 from __future__ import annotations
 

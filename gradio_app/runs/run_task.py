@@ -1,4 +1,4 @@
-"""The task that a run trains."""
+"""Task of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All runs on disk: the only truth about them, and who may see which."""
+"""Run store: the runs on disk, and who may see which."""
 
 from __future__ import annotations
 

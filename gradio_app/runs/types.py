@@ -1,4 +1,4 @@
-"""Runs as they are at a moment, and the interface of what executes them."""
+"""Snapshots of runs, and the executor interface."""
 
 from __future__ import annotations
 

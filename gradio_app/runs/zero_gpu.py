@@ -1,4 +1,4 @@
-"""Runs on a Space with ZeroGPU, which lends a GPU for one call of one function.
+"""Runs on ZeroGPU Spaces, where a GPU is allocated per function call.
 
 The call happens in a process that was forked from this one and given the GPU; a process of the
 run's own would have none. So the command line runs inside the call, and writes the folder of the

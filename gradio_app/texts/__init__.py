@@ -1,4 +1,4 @@
-"""What the page says, by language: ``texts/<language>/<area>.json``, the same keys in each."""
+"""Texts of the page: ``texts/<language>/<area>.json``, with equal keys in each language."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Talking to a base and its adapters, and comparing them: one model in memory for all."""
+"""Chat with a base model and its adapters, one model in memory."""

@@ -1,4 +1,4 @@
-"""How near answers are to the expected ones: exact match, valid JSON, token overlap."""
+"""Scores of answers: exact match, valid JSON and token overlap."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One model that speaks as its base or as any of its adapters."""
+"""A chat model that answers as the base or with any of its adapters."""
 
 from __future__ import annotations
 

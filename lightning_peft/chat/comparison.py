@@ -1,4 +1,4 @@
-"""The base against its adapters: answers side by side, or losses on data, with one model."""
+"""Comparison of a base with its adapters: answers side by side, or losses on data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A conversation with commands, line by line, from a terminal or a pipe."""
+"""Interactive chat with commands, on a terminal or a pipe."""
 
 from __future__ import annotations
 

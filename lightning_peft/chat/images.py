@@ -1,4 +1,4 @@
-"""Images in a conversation: the processor of the model that sees them, and their place in turns."""
+"""Images in a conversation: the processor, and their positions in the turns."""
 
 from __future__ import annotations
 

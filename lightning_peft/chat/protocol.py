@@ -1,4 +1,4 @@
-"""The protocol of ``chat --serve``: a program asks in lines of JSON, and is answered in them."""
+"""Protocol of ``chat --serve``: requests and responses as JSON lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the next token of an answer is chosen, and which values say so."""
+"""Sampling settings and their validation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An answer while it is generated: its text in pieces, and what ends it early."""
+"""Streaming of generated text, and early stopping."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user gives a chat template on the command line: tools, and values for its variables."""
+"""Command-line inputs of chat templates: tools and variables."""
 
 from __future__ import annotations
 

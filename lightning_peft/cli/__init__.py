@@ -1,4 +1,4 @@
-"""The command line ``lightning-peft``: parse, call, print."""
+"""The command line ``lightning-peft``."""
 
 from __future__ import annotations
 

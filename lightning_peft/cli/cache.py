@@ -1,4 +1,4 @@
-"""``lightning-peft cache``: what is kept on disk to start faster, listed and cleared."""
+"""``lightning-peft cache``: list and clear cached bases and prepared data."""
 
 from __future__ import annotations
 

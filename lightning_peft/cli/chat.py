@@ -1,4 +1,4 @@
-"""``lightning-peft chat``: talk to a base and its adapters in the terminal."""
+"""``lightning-peft chat``: chat with a base and its adapters in the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lightning-peft check``: whether every row can be trained on, as an exit code."""
+"""``lightning-peft check``: validate all rows; the exit code is the result."""
 
 from __future__ import annotations
 

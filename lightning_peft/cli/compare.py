@@ -1,4 +1,4 @@
-"""``lightning-peft compare``: the base against its adapters, on prompts or on data."""
+"""``lightning-peft compare``: the base against its adapters, on prompts or data."""
 
 from __future__ import annotations
 

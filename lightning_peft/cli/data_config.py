@@ -1,4 +1,4 @@
-"""The data module that configs and the command line describe, without the rest of a run."""
+"""The data module described by configs and the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lightning-peft demo``: fine-tune a small model and show what changed."""
+"""``lightning-peft demo``: fine-tune a small model and show the result."""
 
 from __future__ import annotations
 

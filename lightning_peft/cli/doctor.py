@@ -1,4 +1,4 @@
-"""``lightning-peft doctor``: does this machine have what training needs."""
+"""``lightning-peft doctor``: check the environment for training."""
 
 from __future__ import annotations
 

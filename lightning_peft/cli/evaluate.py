@@ -1,4 +1,4 @@
-"""``lightning-peft evaluate``: benchmarks of the lm-evaluation-harness, base against adapters."""
+"""``lightning-peft evaluate``: lm-evaluation-harness benchmarks, base against adapters."""
 
 from __future__ import annotations
 

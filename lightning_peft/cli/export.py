@@ -1,4 +1,4 @@
-"""``lightning-peft export``: the adapter in the forms in which others take it, and to the hub."""
+"""``lightning-peft export``: convert an adapter to other formats, or upload it to the hub."""
 
 from __future__ import annotations
 

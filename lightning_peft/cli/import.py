@@ -1,4 +1,4 @@
-"""``lightning-peft import``: checkpoints of before, as checkpoints of this package."""
+"""``lightning-peft import``: convert checkpoints of other programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lightning-peft merge``: the adapter built into a 16-bit model folder."""
+"""``lightning-peft merge``: merge the adapter into a 16-bit model folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lightning-peft migrate``: what of a code base this package takes over, and the diff."""
+"""``lightning-peft migrate``: find and replace hand-written PEFT code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of the commands: written in full, and answered with the nearest one where they are not.
+"""Option parsing: no abbreviations, and suggestions for misspelled options.
 
 An abbreviation changes its meaning with every option that is added later.
 """

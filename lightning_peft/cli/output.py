@@ -1,4 +1,4 @@
-"""What commands print: the result to the standard output, everything else to the error output."""
+"""Output of commands: results to stdout, everything else to stderr."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lightning-peft plan``: how much memory a run takes, before it is started."""
+"""``lightning-peft plan``: estimate the memory of a run before it starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run that a recipe describes, as arguments of ``lightning-peft plan``."""
+"""Conversion of a recipe to arguments of ``lightning-peft plan``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How ``lightning-peft plan`` shows its answers: plain lines, or tables on a terminal."""
+"""Display of plans: plain lines, or tables on a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lightning-peft preview``: what a model would be trained on, without training."""
+"""``lightning-peft preview``: show the training rows and tokens without training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lightning-peft recipes``: configs that are ready to run, listed, shown and copied."""
+"""``lightning-peft recipes``: list, show and copy the packaged configs."""
 
 from __future__ import annotations
 

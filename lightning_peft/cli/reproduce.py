@@ -1,4 +1,4 @@
-"""``lightning-peft reproduce``: run a recipe again, and compare with what it gave then."""
+"""``lightning-peft reproduce``: repeat a run and compare the results."""
 
 from __future__ import annotations
 

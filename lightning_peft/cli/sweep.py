@@ -1,4 +1,4 @@
-"""``lightning-peft sweep``: a recipe with several values of some of its keys."""
+"""``lightning-peft sweep``: train a recipe with several values of its settings."""
 
 from __future__ import annotations
 

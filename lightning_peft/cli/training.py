@@ -1,4 +1,4 @@
-"""``lightning-peft fit``, ``validate``, ``test`` and ``predict``: a recipe, run by LightningCLI."""
+"""``lightning-peft fit``, ``validate``, ``test`` and ``predict``, based on LightningCLI."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lightning-peft verify``: the checks on a config before training, or on what a run left."""
+"""``lightning-peft verify``: check a config before training, or a finished run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bitsandbytes: what its layers, parameters and optimizers keep without documenting it."""
+"""bitsandbytes: undocumented state of its layers, parameters and optimizers."""
 
 from __future__ import annotations
 

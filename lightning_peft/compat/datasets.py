@@ -1,4 +1,4 @@
-"""datasets: writing Arrow files row by row, and progress bars that its own switches govern."""
+"""datasets: row-wise Arrow writer and progress bars."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""transformers' reading of GGUF files, and the package `gguf` that it uses."""
+"""GGUF support of transformers, and the ``gguf`` package."""
 
 from __future__ import annotations
 

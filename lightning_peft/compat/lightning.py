@@ -1,4 +1,4 @@
-"""Lightning: parts of its Trainer, loops, callbacks and command line that have no public name.
+"""Private parts of Lightning's Trainer, loops, callbacks and CLI.
 
 Nothing here imports Lightning: every object comes from the package that the user imported. Tested
 with Lightning 2.6. Where no public alternative is named, there is none.

@@ -1,4 +1,4 @@
-"""PEFT: its tuners and wrappers, and the steps of injection that have no public name."""
+"""Private parts of PEFT: tuners, wrappers and injection steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch: operations, hooks, storages and dispatch modes that have no public name."""
+"""Private parts of torch: operations, hooks, storages and dispatch modes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""transformers: loading internals, and what models and configs keep in private attributes."""
+"""Private parts of transformers: loading, and attributes of models and configs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recordings: files of sound as samples, and what is wrong with those that are none."""
+"""Decoding and resampling of audio files."""
 
 from __future__ import annotations
 

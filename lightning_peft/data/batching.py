@@ -1,4 +1,4 @@
-"""Batches of padded rows, and an order in which rows of like length come together."""
+"""Padding of batches, and sampling of rows grouped by length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values of cells that are lists and objects written as text: JSON, or as Python prints them."""
+"""Parsing of table cells that contain lists or objects, as JSON or Python literals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The encoding of a text file: known by its bytes where that is sure, guessed and shown else."""
+"""Detection of text encodings."""
 
 from __future__ import annotations
 

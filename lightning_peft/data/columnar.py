@@ -1,4 +1,4 @@
-"""Rows of Parquet and Arrow files, with classes by name and images and sounds as bytes."""
+"""Reading of Parquet and Arrow files, with class names, images and audio."""
 
 from __future__ import annotations
 

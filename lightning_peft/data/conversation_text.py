@@ -1,4 +1,4 @@
-"""Which texts a conversation becomes, and which parts of them are answers to learn."""
+"""Rendering of conversations to text, with the spans of the answers."""
 
 from __future__ import annotations
 

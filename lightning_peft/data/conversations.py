@@ -1,4 +1,4 @@
-"""Rows that are conversations: turns, read from the fields that they come in."""
+"""Parsing of rows with conversations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of rows by their kind: what a name promises, and what the bytes are; and plain text."""
+"""Reading of data files by type, and of plain text."""
 
 from __future__ import annotations
 

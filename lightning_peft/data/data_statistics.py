@@ -1,4 +1,4 @@
-"""What prepared data is like as a whole: labels, lengths, what is there twice."""
+"""Statistics of prepared data: labels, lengths and duplicates."""
 
 from __future__ import annotations
 

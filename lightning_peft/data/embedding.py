@@ -1,4 +1,4 @@
-"""Data for sentence embeddings: texts that belong together, or pairs of texts with a score."""
+"""Data for sentence embeddings: matching texts, or pairs with a similarity score."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turning samples into tokens, with labels on exactly the tokens that are to be learnt."""
+"""Tokenization of samples, with labels on the trained tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tokens that end an answer."""
+"""End-of-answer tokens."""
 
 from __future__ import annotations
 

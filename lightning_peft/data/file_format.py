@@ -1,4 +1,4 @@
-"""How a file is read: what was detected, given by the user, or left out."""
+"""File formats: detected, requested and resulting options."""
 
 from __future__ import annotations
 

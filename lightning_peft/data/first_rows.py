@@ -1,4 +1,4 @@
-"""Where each content of rows came first, in a few dozen bytes a row."""
+"""Index of duplicate rows, in a few dozen bytes per row."""
 
 from __future__ import annotations
 

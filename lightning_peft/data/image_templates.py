@@ -1,4 +1,4 @@
-"""Chat templates that write images: how they take the content of a turn."""
+"""Chat templates with image placeholders."""
 
 from __future__ import annotations
 

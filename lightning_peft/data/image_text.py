@@ -1,4 +1,4 @@
-"""Conversations with images as tokens, and data to fine-tune image-text-to-text models on."""
+"""Data for image-text-to-text models: conversations with images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processors of image-text models: the tokens that stand for an image, and what the model sees."""
+"""Image tokens of processors, and the positions of images in the text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversations with images: where an image stands in a turn, and the file that it is."""
+"""Parsing of conversations with images: positions and image files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data for image classification, as a LightningDataModule."""
+"""Data for image classification."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of JSON files: a line each, a list, an object of lists, or one value after another."""
+"""Reading of JSON files: JSON Lines, arrays, columns, or concatenated values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON as values, or what is wrong with it in words."""
+"""JSON parsing with readable errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of labels: given, or found in the rows; what of them cannot be learnt; rows with them."""
+"""Label names: validation, similar names, and rows with labels."""
 
 from __future__ import annotations
 

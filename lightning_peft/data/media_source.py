@@ -1,4 +1,4 @@
-"""Rows that name or hold media files: images, also in folders of classes, or recordings."""
+"""Sources of media files: images, class folders and audio."""
 
 from __future__ import annotations
 

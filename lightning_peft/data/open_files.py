@@ -1,4 +1,4 @@
-"""Files of rows as streams of bytes: what they are by their first bytes, compressed or not."""
+"""Opening of data files: signatures and compression."""
 
 from __future__ import annotations
 

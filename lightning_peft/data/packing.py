@@ -1,4 +1,4 @@
-"""Packing: several examples in one row, computed exactly as if each were alone."""
+"""Packing: several examples per row, with the results of unpacked rows."""
 
 from __future__ import annotations
 

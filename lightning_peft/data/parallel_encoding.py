@@ -1,4 +1,4 @@
-"""Encodes many rows in several processes, in their order: a ``DataLoader`` whose indices are rows.
+"""Tokenization in several processes, in row order, through a ``DataLoader``.
 
 It notices workers that die, and ends them with the pass over the rows.
 """

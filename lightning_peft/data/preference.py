@@ -1,4 +1,4 @@
-"""Data for preference tuning and reward models: two answers to one prompt, one of them better."""
+"""Data for preference tuning and reward models: a chosen and a rejected answer per prompt."""
 
 from __future__ import annotations
 

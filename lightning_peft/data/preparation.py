@@ -1,4 +1,4 @@
-"""One pass that checks every row, encodes it, and shares the rows out to splits."""
+"""Data preparation in one pass: validate, tokenize and split all rows."""
 
 from __future__ import annotations
 

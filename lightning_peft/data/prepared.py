@@ -1,4 +1,4 @@
-"""Prepared data on disk: the rows of each split, the problems of the others, and a summary."""
+"""Prepared data on disk: rows per split, problems and summary."""
 
 from __future__ import annotations
 

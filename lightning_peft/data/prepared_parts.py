@@ -1,4 +1,4 @@
-"""Prepared rows in parts, of which the finished ones outlive an interrupted preparation."""
+"""Resumable storage of prepared rows, in parts."""
 
 from __future__ import annotations
 

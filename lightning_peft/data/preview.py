@@ -1,4 +1,4 @@
-"""What a model would be trained on: the first rows, and numbers on all; or a check without one."""
+"""Preview of the training data, and validation without a tokenizer."""
 
 from __future__ import annotations
 

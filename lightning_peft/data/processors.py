@@ -1,4 +1,4 @@
-"""Processors for text and images: loaded by name, or built of settings."""
+"""Processors of text and images, loaded by name or built from settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many rows have been read so far, for whoever shows that elsewhere than in a terminal."""
+"""Progress reports of reading, for callers without a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data for training on rewards: prompts, and columns that reward functions read."""
+"""Data for training on rewards: prompts, and the columns used by reward functions."""
 
 from __future__ import annotations
 

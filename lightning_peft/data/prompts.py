@@ -1,4 +1,4 @@
-"""What a chat with the trained model begins with: the data's system prompt, and held-out rows."""
+"""Initial prompts of a chat: the data's system prompt, and held-out rows."""
 
 from __future__ import annotations
 

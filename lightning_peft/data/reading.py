@@ -1,4 +1,4 @@
-"""Reading rows from files, folders and the hub, each with its number; and how files were read."""
+"""Reading of rows from files, folders and the hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data for rerankers: queries with passages that answer them, and others that do not."""
+"""Data for rerankers: queries with relevant and irrelevant passages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What rows contain, counted while they are prepared: roles, turns, writing, near duplicates."""
+"""Content statistics of rows: roles, turns, scripts and near duplicates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all data of this package has in common: rows, read, checked, encoded and shared out."""
+"""Base class of all data modules: reading, validation, tokenization and splits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each kind of data does with a row: the one part of preparation that differs."""
+"""Base class of row encoders, the task-specific part of data preparation."""
 
 from __future__ import annotations
 

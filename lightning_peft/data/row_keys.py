@@ -1,4 +1,4 @@
-"""Columns and keys of rows that no field reads: which are only listed, and which are refused."""
+"""Unused columns and keys: reported, or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which examples go together into rows of a fixed length, so that there are few rows."""
+"""Bin packing of examples into rows of a fixed length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The content of a row, and what is wrong with it; rows without turns: texts, labels, tags ..."""
+"""Samples: the parsed content of rows, and parsers of rows without turns."""
 
 from __future__ import annotations
 

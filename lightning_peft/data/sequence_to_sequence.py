@@ -1,4 +1,4 @@
-"""Data for encoder-decoder models: a text to read, and a text to write."""
+"""Data for encoder-decoder models: source and target texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time series from a table, as a LightningDataModule of windows."""
+"""Data for time series: windows of a table."""
 
 from __future__ import annotations
 

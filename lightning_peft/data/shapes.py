@@ -1,4 +1,4 @@
-"""The shapes that rows of training data come in, recognised by their columns."""
+"""Detection of row formats by their columns."""
 
 from __future__ import annotations
 

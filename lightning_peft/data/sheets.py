@@ -1,4 +1,4 @@
-"""Rows of a sheet of an Excel workbook, and what of it is hidden or merged."""
+"""Reading of Excel sheets, including hidden and merged cells."""
 
 from __future__ import annotations
 

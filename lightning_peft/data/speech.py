@@ -1,4 +1,4 @@
-"""Data for speech recognition: recordings and their transcripts."""
+"""Data for speech recognition: audio and transcripts."""
 
 from __future__ import annotations
 

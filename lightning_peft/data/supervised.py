@@ -1,4 +1,4 @@
-"""Conversations as tokens, and data for supervised fine-tuning of causal language models."""
+"""Data for supervised fine-tuning of causal language models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Columns of a table: their names, and which of them are an index or empty."""
+"""Column names of tables; index columns and empty columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of text tables (CSV, TSV ...): how one is written, which is found by reading all of it."""
+"""Reading of delimited text files (CSV, TSV), with detection of the dialect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a chat template gets with the turns: tools, their calls, documents and variables."""
+"""Variables of chat templates: tools, tool calls, documents and others."""
 
 from __future__ import annotations
 

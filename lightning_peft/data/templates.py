@@ -1,4 +1,4 @@
-"""Chat templates, the tokenizer's own or one that is asked for; and conversations as text."""
+"""Chat templates, and rendering of conversations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data for the classification of texts, or of pairs of texts, as a LightningDataModule."""
+"""Data for the classification of texts and text pairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data of texts that are compared: what pairs for embeddings and for rerankers have in common."""
+"""Base classes of text-pair data, for embeddings and rerankers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of texts that belong together: a query and what answers it, or two texts with a score."""
+"""Parsing of text pairs: anchors with positives, or pairs with a score."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data for tagging the words of sentences, as a LightningDataModule."""
+"""Data for token classification."""
 
 from __future__ import annotations
 

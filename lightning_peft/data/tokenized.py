@@ -1,4 +1,4 @@
-"""Rows that become tokens: the tokenizer, the longest row, and batches of rows of like length."""
+"""Base class of tokenized data: tokenizer, maximum length and batches by length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys of turns that the chat template does not write: which are named, and which are refused."""
+"""Keys of turns that the chat template ignores: reported, or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One turn of a conversation, read from the keys of ChatML and ShareGPT; and the thoughts in it."""
+"""Parsing of turns in ChatML and ShareGPT format, and of reasoning in them."""
 
 from __future__ import annotations
 

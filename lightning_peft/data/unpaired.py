@@ -1,4 +1,4 @@
-"""Data for Kahneman-Tversky optimization: answers, each of which is wanted or not."""
+"""Data for Kahneman-Tversky optimization: answers labelled as desirable or not."""
 
 from __future__ import annotations
 

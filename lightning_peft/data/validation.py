@@ -1,4 +1,4 @@
-"""What can be wrong with rows of training data, and telling all of it at once."""
+"""Problems of training rows, and their report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many of the validation rows a fit validates with, and which."""
+"""Selection of the validation rows used during a fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens of prepared rows that a model has no embedding for."""
+"""Check for tokens without an embedding in the model."""
 
 from __future__ import annotations
 

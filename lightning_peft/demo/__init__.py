@@ -1,1 +1,1 @@
-"""The offline demo: a tiny base model, the text it read and the questions it is tuned on."""
+"""The offline demo: base model, training data and evaluation."""

@@ -1,4 +1,4 @@
-"""What the demo prints: memory by method, and the result."""
+"""Output of the demo: memory by method, and results."""
 
 from __future__ import annotations
 

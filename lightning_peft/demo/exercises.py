@@ -1,4 +1,4 @@
-"""What the demo trains on: order e-mails on a real model, or questions on the toy base."""
+"""Training data of the demo: order e-mails, or questions for the toy base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Order e-mails as people write them, and what they order as JSON: made by a seeded generator.
+"""Generator of order e-mails with their content as JSON, from a seed.
 
 Each mail is put together from the lists below: a greeting, two or three lines of goods with
 quantities in digits or words, a day, and at times a correction ("no, make that 4 lamps"), a mention

@@ -1,4 +1,4 @@
-"""What the demo does at the moment, said before and while it does it."""
+"""Phases of the demo, with their messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A progress line for places that are not terminals, where a bar would be a wall of text."""
+"""Progress line for output that is not a terminal."""
 
 from __future__ import annotations
 

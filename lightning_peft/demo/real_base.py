@@ -1,4 +1,4 @@
-"""The real model of the demo, which another package carries."""
+"""SmolLM2, the base model of the demo, from its package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo: a small language model learns a task, with every number shown."""
+"""The demo: fine-tune a small language model and report every number."""
 
 from __future__ import annotations
 

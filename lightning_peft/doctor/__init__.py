@@ -1,1 +1,1 @@
-"""What a machine needs for training, tried rather than looked up."""
+"""Checks of the environment by real operations instead of version tables."""

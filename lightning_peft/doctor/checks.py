@@ -1,4 +1,4 @@
-"""All checks in their order, and which of them make no sense after others failed."""
+"""All checks in order, with their dependencies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch, the device it computes on, and what that device can do."""
+"""torch, and the capabilities of its device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Installed packages, read from their metadata alone: nothing here imports what it looks at."""
+"""Installed packages from their metadata, without importing them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where runs are written, and where models come from."""
+"""Run folder and model hub: access and free space."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Remedies that hold both where a part computes something wrong and where it cannot be loaded."""
+"""Remedies shared by failed computations and failed imports."""
 
 from __future__ import annotations
 

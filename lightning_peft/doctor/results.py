@@ -1,4 +1,4 @@
-"""What a check found, and running checks so that one that breaks stops no other."""
+"""Results of checks; a crashed check does not stop the others."""
 
 from __future__ import annotations
 

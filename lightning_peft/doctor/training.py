@@ -1,4 +1,4 @@
-"""bitsandbytes tried through this package's own layers: forward, backward and optimizer steps."""
+"""bitsandbytes: forward, backward and optimizer steps of this package's layers."""
 
 from __future__ import annotations
 

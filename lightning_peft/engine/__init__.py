@@ -1,4 +1,4 @@
-"""The engine: torch, PEFT and bitsandbytes; it works on any ``torch.nn.Module``.
+"""The engine: LoRA and QLoRA for any ``torch.nn.Module``, on torch, PEFT and bitsandbytes.
 
 Names load on first use, since PEFT and bitsandbytes take seconds to import.
 """

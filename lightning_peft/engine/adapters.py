@@ -1,4 +1,4 @@
-"""The adapters on a module: which tensors they are, which are active, turning them off."""
+"""Adapters of a module: tensors, activation, and disabling."""
 
 from __future__ import annotations
 

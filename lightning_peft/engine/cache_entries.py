@@ -1,4 +1,4 @@
-"""Folders of results that are kept on disk, each under a name made from its inputs.
+"""Cache entries on disk, named by a hash of their inputs and created atomically.
 
 An entry appears with its whole content, by one rename, or not at all. Processes that make the same
 one at the same time each write their own; the first to finish is kept, and they are the same.

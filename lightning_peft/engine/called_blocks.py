@@ -1,4 +1,4 @@
-"""Comparing between processes which blocks of a sharded base a forward pass calls."""
+"""Comparison of the called blocks of a sharded base between processes."""
 
 from __future__ import annotations
 

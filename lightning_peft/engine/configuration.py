@@ -1,4 +1,4 @@
-"""From the field's words (``r``, ``lora_alpha``, ``target_modules``, ...) to PEFT's configs.
+"""Conversion of LoRA and QLoRA arguments to PEFT configs.
 
 The configs themselves, their validation and their file format belong to PEFT; this module only
 fills them, checks what they let through, and turns them into plain JSON values.

@@ -1,4 +1,4 @@
-"""EVA, after Paischer et al. 2024 (arXiv 2410.07170): adapters that start from the data.
+"""EVA, after Paischer et al. 2024 (arXiv 2410.07170): initialization from training data.
 
 PEFT computes the principal directions of what each layer gets, by incremental SVD over batches.
 Here they become ``A`` of adapters that are on the layers already, whose ranks are moved to where

@@ -1,4 +1,4 @@
-"""Telling one frozen base from another, cheaply enough to do at every start.
+"""Fingerprint of a frozen base, cheap enough for every start.
 
 Each tensor gets a 63-bit checksum of its values rounded to bfloat16, so that the same published
 weights loaded in float32, float16 or bfloat16 count as the same base. It guards against mistakes,

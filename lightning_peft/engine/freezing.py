@@ -1,4 +1,4 @@
-"""Which parameters train after injection, and what they were before."""
+"""Freezing of parameters at injection, and restoring of ``requires_grad``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values of all processes that train together."""
+"""Gathering of values from all processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers made ready for generation, where a step is one row per layer and answer.
+"""Optimized layers for generation with few rows per step.
 
 For so few rows, dequantizing a 4-bit weight takes longer than the product with it, and scaling and
 casting an adapter longer than the two products with it; all of that is the same for every token and

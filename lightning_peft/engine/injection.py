@@ -1,4 +1,4 @@
-"""Adding adapters to a module: plan, fingerprint, quantize, inject, freeze, record."""
+"""Injection of adapters: plan, fingerprint, quantize, inject, freeze, record."""
 
 from __future__ import annotations
 

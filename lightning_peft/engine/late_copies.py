@@ -1,4 +1,4 @@
-"""Copies that a module makes of itself after adapters were added, and what averaging them may hit.
+"""Copies of adapted parts made after injection, and their averaging.
 
 ``on_fit_start`` and ``on_train_start`` are called when the adapters are there: what ``deepcopy``
 makes then has the adapters already, and only has to follow.

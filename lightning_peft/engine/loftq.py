@@ -1,4 +1,4 @@
-"""LoftQ, after Li et al. 2023 (arXiv 2310.08659), on any device: PEFT has it for GPUs alone.
+"""LoftQ, after Li et al. 2023 (arXiv 2310.08659), on any device.
 
 The weight is split into what its codes stand for and a low-rank product, by quantizing and singular
 value decomposition in turns. The numbers are PEFT's where the quantizer is its own, NF4 without

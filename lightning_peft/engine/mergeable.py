@@ -1,4 +1,4 @@
-"""Whether adapters can be folded into the weights, found out before any weight changes."""
+"""Checks before merging: which adapters can be merged exactly."""
 
 from __future__ import annotations
 

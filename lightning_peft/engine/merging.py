@@ -1,4 +1,4 @@
-"""Folding adapters into the base, with the error of it measured.
+"""Merging of adapters into the base, with a measured error.
 
 Dense weights become ``W + s B A`` within their rounding. A quantized weight is dequantized first
 and stays dense: that is the base the adapter was trained on, while quantizing the sum again, as

@@ -1,4 +1,4 @@
-"""Batches whose rows have different adapters, as PEFT's argument ``adapter_names``."""
+"""Different adapters per row of a batch, as PEFT's ``adapter_names``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What PEFT decides by ``config.model_type`` of a transformers model.
+"""PEFT's defaults by ``config.model_type``.
 
 Here the layers are chosen before PEFT sees them. PEFT would choose once more: it widens the targets
 of models whose experts transformers 5 stacks into one parameter, and refuses layers of state space

@@ -1,4 +1,4 @@
-"""Copies that follow another part of the module, as momentum teachers and target networks do.
+"""Momentum copies of adapted parts, such as teachers and target networks.
 
 Such a copy is made by ``copy.deepcopy`` and updated by a loop over the ``parameters()`` of both.
 Its adapters must start as the other side's and follow them; the frozen base is the same on both

@@ -1,4 +1,4 @@
-"""Letting PEFT make adapters: on the layers themselves, or in its own wrappers."""
+"""Creation of adapters by PEFT: in place, or in PEFT's wrappers."""
 
 from __future__ import annotations
 

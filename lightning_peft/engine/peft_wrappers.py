@@ -1,4 +1,4 @@
-"""Models that PEFT wrapped before: their adapters are moved onto the layers themselves."""
+"""Conversion of models wrapped by PEFT to in-place adapters."""
 
 from __future__ import annotations
 

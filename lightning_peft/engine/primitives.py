@@ -1,4 +1,4 @@
-"""Values of any kind as the primitives that JSON and ``weights_only=True`` accept."""
+"""Conversion of values to primitives for JSON and ``weights_only=True``."""
 
 from __future__ import annotations
 

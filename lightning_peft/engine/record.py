@@ -1,4 +1,4 @@
-"""What injection did to a module, kept on the module so that every later step can rely on it."""
+"""Record of the injection, stored on the module."""
 
 from __future__ import annotations
 

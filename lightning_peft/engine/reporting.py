@@ -1,4 +1,4 @@
-"""What is adapted, quantized, frozen and trained, as data and as a table."""
+"""Summary of adapted, quantized, frozen and trained parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ReLoRA, after Lialin et al. 2023 (arXiv 2307.05695): adapters are merged and begin again.
+"""ReLoRA, after Lialin et al. 2023 (arXiv 2307.05695): merge adapters and restart them.
 
 The sum of many low-rank changes has a higher rank than one. The merged weights are a part of
 checkpoints and folders from then on, since no one can load them again.

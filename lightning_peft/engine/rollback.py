@@ -1,4 +1,4 @@
-"""Putting modules back as they were where a change of them fails: all of it happens, or nothing."""
+"""Rollback of failed changes to a module."""
 
 from __future__ import annotations
 

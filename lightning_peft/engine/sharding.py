@@ -1,4 +1,4 @@
-"""The frozen base spread over processes by FSDP2; what trains stays whole in each of them.
+"""FSDP2 sharding of the frozen base; trained parameters are replicated.
 
 Between steps a process holds ``1/N`` of every frozen parameter. A block is gathered for its forward
 pass and again for its backward pass; what is outside of the blocks, such as embeddings, is gathered

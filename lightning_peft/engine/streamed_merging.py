@@ -1,4 +1,4 @@
-"""Merging an adapter into a base of which only one weight is in memory at a time.
+"""Merging of an adapter into a base, one weight in memory at a time.
 
 The model exists as an outline on the meta device. Each weight of the base is handed in as it is
 read, and what :func:`lightning_peft.merge` would make of it is handed back: the same functions, so

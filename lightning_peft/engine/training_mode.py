@@ -1,4 +1,4 @@
-"""Which submodules are in train mode while adapters train."""
+"""Train and eval mode of submodules while adapters train."""
 
 from __future__ import annotations
 

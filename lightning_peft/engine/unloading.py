@@ -1,4 +1,4 @@
-"""Taking all adapters off a module."""
+"""Removal of all adapters from a module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embeddings whose number of rows was changed after the base was loaded.
+"""Resized embeddings.
 
 ``resize_token_embeddings`` makes rows that no file of the base holds. Where the base's own
 configuration has another vocabulary, checkpoints and adapter folders hold the embeddings, and the

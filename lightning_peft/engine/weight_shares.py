@@ -1,4 +1,4 @@
-"""What each process would hold of a frozen base that several share; nothing is spread for it."""
+"""Planned size of each process's share of a sharded base."""
 
 from __future__ import annotations
 

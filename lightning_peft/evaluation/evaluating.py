@@ -1,4 +1,4 @@
-"""The harness on one loaded model: as its base, then as each of its adapters."""
+"""Harness runs on one loaded model: base first, then each adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A loaded model, as the harness takes it."""
+"""Adapter of a loaded model to the harness interface."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the harness is installed, and which version."""
+"""Availability and version of the harness."""
 
 from __future__ import annotations
 

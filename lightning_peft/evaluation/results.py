@@ -1,4 +1,4 @@
-"""What the harness found, as one table: the base, the adapters, and their differences."""
+"""Harness results as one table: base, adapters and differences."""
 
 from __future__ import annotations
 

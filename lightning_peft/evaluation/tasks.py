@@ -1,4 +1,4 @@
-"""Tasks of the harness: from folders of the user, from this package, and the harness' own."""
+"""Harness tasks from the user's folders, this package and the harness."""
 
 from __future__ import annotations
 

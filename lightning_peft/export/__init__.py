@@ -1,1 +1,1 @@
-"""What becomes of a finished adapter: a merged model folder, other formats, a place on the hub."""
+"""Exports of finished adapters: merged models, other formats and the hub."""

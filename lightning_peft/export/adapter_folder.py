@@ -1,4 +1,4 @@
-"""An adapter in PEFT's format, for others."""
+"""Export of an adapter in PEFT's format."""
 
 from __future__ import annotations
 

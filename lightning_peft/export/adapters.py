@@ -1,4 +1,4 @@
-"""Finding a finished adapter by what a user has at hand: a folder, a checkpoint, or a run."""
+"""Lookup of a finished adapter from a folder, checkpoint or run."""
 
 from __future__ import annotations
 

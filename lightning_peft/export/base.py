@@ -1,4 +1,4 @@
-"""The base model on disk: its files, tensor by tensor, and its outline without weights."""
+"""Base model on disk: files, tensors and meta model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model cards, filled from what the adapter's record says and nothing else."""
+"""Model cards, filled from the adapter's record."""
 
 from __future__ import annotations
 

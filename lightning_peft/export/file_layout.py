@@ -1,4 +1,4 @@
-"""How the tensors of a model are laid out in its files.
+"""Layout of tensors in model files.
 
 Most are one tensor in a file under a name of their own. Others are joined, as transformers does on
 loading and undoes on saving: files of Mixtral and Qwen3-MoE hold each expert apart, and the model

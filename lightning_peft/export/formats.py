@@ -1,4 +1,4 @@
-"""A finished adapter in the forms in which others take it."""
+"""Registry of export formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a chat template in Jinja to one of Ollama's, in Go's language, where both can say the same.
+"""Translation of chat templates from Jinja to Ollama's Go templates.
 
 Most chat templates put fixed text around each turn, by its role. Some write a system turn of their
 own where there is none (SmolLM2, Qwen2.5), write the system turn into the first or the last user

@@ -1,4 +1,4 @@
-"""Pushing an exported folder to the hub, with the token of the environment or of a login."""
+"""Upload to the hub."""
 
 from __future__ import annotations
 

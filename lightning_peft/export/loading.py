@@ -1,4 +1,4 @@
-"""Loading a base with adapters on it, the way they were trained or in other bits."""
+"""Loading of a base with adapters, quantized as in training or otherwise."""
 
 from __future__ import annotations
 

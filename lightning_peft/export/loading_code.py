@@ -1,4 +1,4 @@
-"""Python that loads adapters and merged models where only the usual libraries are installed."""
+"""Generated Python code that loads an export with common libraries."""
 
 from __future__ import annotations
 

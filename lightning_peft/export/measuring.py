@@ -1,4 +1,4 @@
-"""What merging does to the outputs: each way against the model as it was trained, on real prompts.
+"""Measured effect of merging on outputs.
 
 Weights are those of each way; everything is computed in float32, so that nothing else differs.
 """

@@ -1,4 +1,4 @@
-"""Merging an adapter into a model folder, tensor by tensor, so that any size fits in memory."""
+"""Merging into a model folder, one tensor at a time."""
 
 from __future__ import annotations
 

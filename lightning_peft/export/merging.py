@@ -1,4 +1,4 @@
-"""Merging with everything around it: find, merge, measure, and write the card."""
+"""The complete merge: find, merge, measure, and write the card."""
 
 from __future__ import annotations
 

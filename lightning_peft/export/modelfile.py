@@ -1,4 +1,4 @@
-"""A folder for Ollama: a Modelfile, and the model that it names."""
+"""Export for Ollama: a Modelfile with its model."""
 
 from __future__ import annotations
 

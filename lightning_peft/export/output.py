@@ -1,4 +1,4 @@
-"""Writing an export: a folder as a whole, and safetensors files one tensor at a time.
+"""Atomic writing of export folders, and streamed writing of safetensors.
 
 safetensors' own writer takes all tensors of a file at once, and shards of models have gigabytes.
 The format: 8 bytes with the length of a JSON header, the header, and the values one after another.

@@ -1,4 +1,4 @@
-"""Post-training quantization of a merged model, by bitsandbytes through transformers.
+"""Post-training quantization of merged models with bitsandbytes.
 
 bitsandbytes is what the base is quantized with in training, so it is installed; it runs on CPUs
 too, needs no calibration data, and transformers and vLLM load the folders without this package.

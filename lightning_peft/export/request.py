@@ -1,4 +1,4 @@
-"""What is exported, and how."""
+"""Export requests."""
 
 from __future__ import annotations
 

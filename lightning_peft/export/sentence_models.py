@@ -1,4 +1,4 @@
-"""Embedding models and rerankers as folders that sentence-transformers loads."""
+"""Export of embedding models and rerankers for sentence-transformers."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Reading code bases that fine-tune with Lightning: what of them this package takes over."""
+"""Static analysis of Lightning code bases that use PEFT."""

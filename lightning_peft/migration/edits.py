@@ -1,4 +1,4 @@
-"""Changes of a code base as diffs, and their writing."""
+"""Edits of source files as diffs."""
 
 from __future__ import annotations
 

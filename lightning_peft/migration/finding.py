@@ -1,4 +1,4 @@
-"""What a rule finds in a code base, and how rules are written."""
+"""Findings, and the base class of rules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where in a code base a call stands, and whether it runs for the module that is trained."""
+"""Position of a call: enclosing class and function, and relation to the trained module."""
 
 from __future__ import annotations
 

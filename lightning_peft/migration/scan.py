@@ -1,4 +1,4 @@
-"""A code base read, and all that the rules find in it."""
+"""Scan of a code base by all rules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files of a code base, parsed and never run: Python, notebooks, and YAML of LightningCLI."""
+"""Parsed source files: Python, notebooks and LightningCLI YAML. Nothing is executed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Trainer of a code base, and the strategy that all findings together ask for."""
+"""The Trainer of a code base, and the strategy that replaces its own."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a method needs before anything is loaded or trained."""
+"""Memory planning without loading or training a model."""

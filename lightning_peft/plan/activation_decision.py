@@ -1,4 +1,4 @@
-"""Whether activations are kept or computed again: what a step needs against what the device has."""
+"""Automatic choice of activation checkpointing by available memory."""
 
 from __future__ import annotations
 

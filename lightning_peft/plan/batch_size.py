@@ -1,4 +1,4 @@
-"""How large a batch is, and the same batch without values, whatever containers it is made of."""
+"""Batch sizes, and batches on the meta device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sample batches for transformers models, by the kind of their input and of their labels."""
+"""Sample batches for transformers models, by input and label type."""
 
 from __future__ import annotations
 

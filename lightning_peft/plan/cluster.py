@@ -1,4 +1,4 @@
-"""How fast GPUs compute, read and send by their makers' figures, and what bounds a step by them."""
+"""Compute, memory and network bounds of a training step on GPUs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory a device has, by the words people use for it."""
+"""Device memory, by GPU name or size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to say before a run that will not fit, and after one that did not."""
+"""Explanations of out-of-memory errors, predicted or raised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The largest batch and the longest sequence that fit.
+"""Largest batch and longest sequence that fit.
 
 Memory grows evenly with rows, and evenly or faster with length (attention masks), so it is convex:
 beyond two known points it is never below the straight line through them. Few runs need a trace.

@@ -1,4 +1,4 @@
-"""How far predictions were off, and what a process holds besides torch's tensors."""
+"""Prediction margins, and process memory outside of torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory weights, gradients and optimizer states take, method by method.
+"""Memory of weights, gradients and optimizer states by method.
 
 Counted from a copy of the model without data (on torch's meta device). Activations come on top;
 they depend on batch and sequence and are about the same for all three methods.

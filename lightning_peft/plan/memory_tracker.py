@@ -1,4 +1,4 @@
-"""Counting the bytes that tensors hold while a module runs, by what they are for.
+"""Tracking of tensor memory by category.
 
 A tensor's storage is counted from the operation that makes it until Python and autograd have let go
 of it, which is what torch's allocators see. With fake tensors nothing is allocated for it.

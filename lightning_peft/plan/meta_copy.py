@@ -1,4 +1,4 @@
-"""A model without values: built from a config or copied from a module, never loaded.
+"""Meta copies of models, from a config or a module.
 
 First on torch's meta device, where the engine injects as it does into a real module; then as fake
 tensors, which take a device's code paths (autocast, attention kernels) without its memory.

@@ -1,4 +1,4 @@
-"""Everything that a plan answers about one model: the run asked for, the other methods, limits."""
+"""Complete plan of a model: requested run, other methods and limits."""
 
 from __future__ import annotations
 

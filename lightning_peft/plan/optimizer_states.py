@@ -1,4 +1,4 @@
-"""Bytes of optimizer states, and of what a step needs besides.
+"""Memory of optimizer states and steps.
 
 torch's AdamW keeps two moments in the dtype of a weight. bitsandbytes' optimizers (0.50.2,
 ``optim/optimizer.py``) keep float32 states, or one byte for each element and a float32 constant for

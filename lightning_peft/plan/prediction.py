@@ -1,4 +1,4 @@
-"""The predicted memory of a training run, by what it is for, and how far it may be off."""
+"""Predicted memory of a training run, by category, with margins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run in several processes: what of its memory is shared, and what it takes besides."""
+"""Memory of runs with several processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which method to choose, from the predictions of all of them, in words with the reason.
+"""Recommended method, with the reason.
 
 The rules are those practitioners give: LoRA where the 16-bit base fits comfortably, because it
 is simpler and its steps are faster; QLoRA where it does not, or above about 13 billion weights on

@@ -1,4 +1,4 @@
-"""What is planned: method, batch and everything else that decides how much memory a run takes."""
+"""Settings of a plan."""
 
 from __future__ import annotations
 

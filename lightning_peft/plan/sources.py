@@ -1,4 +1,4 @@
-"""Sources of a meta copy: a hub name, a folder with a config, a config, or the user's module."""
+"""Sources of meta copies: a hub name, folder, config or module."""
 
 from __future__ import annotations
 

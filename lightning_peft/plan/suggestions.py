@@ -1,4 +1,4 @@
-"""Changes to a run that take less memory, and what each of them saves."""
+"""Suggested changes that save memory."""
 
 from __future__ import annotations
 

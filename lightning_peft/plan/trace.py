@@ -1,4 +1,4 @@
-"""One training step of a meta copy, with every byte counted.
+"""Traced training step of a meta copy.
 
 The order is Lightning's: forward, then the old gradients are dropped, then backward, then the step.
 A second step is what is traced, so that the optimizer's states exist.

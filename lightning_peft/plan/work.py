@@ -1,4 +1,4 @@
-"""What a step computes and moves, counted from its operations, which need no values for it."""
+"""Operations and bytes of a training step, counted on the meta device."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The only rooms that know Lightning: namespaces, the order of things, strategies, callbacks."""
+"""Lightning integration: strategies, callbacks and CLI."""

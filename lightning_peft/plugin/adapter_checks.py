@@ -1,4 +1,4 @@
-"""What must hold of a module with adapters before it trains; all problems are named at once."""
+"""Checks of an adapted module before training; all problems are reported at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a module says of its adapters where the user says nothing: ``adapter_defaults()``."""
+"""Default arguments from a module's ``adapter_defaults()``."""
 
 from __future__ import annotations
 

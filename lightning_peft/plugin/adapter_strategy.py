@@ -1,4 +1,4 @@
-"""What a strategy does differently when the module has adapters; mixed into strategy classes."""
+"""Mixin with the adapter behaviour of strategies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``gradient_checkpointing="auto"``: decided at the first batch, and again where one is larger."""
+"""``gradient_checkpointing="auto"``, decided on the first and any larger batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lightning's averaging callbacks: averages of what trains, never of the base.
+"""Lightning's averaging callbacks, restricted to trained parameters.
 
 They average ``module.parameters()``: with adapters, those would be packed 4-bit codes, and
 a second copy of the base. So their methods get an object with the trained tensors in the place of

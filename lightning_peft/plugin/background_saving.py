@@ -1,4 +1,4 @@
-"""``async_save=True``: checkpoints are written by a thread while training goes on.
+"""``async_save=True``: checkpoints written by a background thread.
 
 What a checkpoint holds is taken at once; only the disk is left to the thread, which does one thing
 after the other. So a checkpoint that another one replaces is removed when that one is whole.

@@ -1,4 +1,4 @@
-"""``LoRACallback`` and ``QLoRACallback``: adapters with a strategy of the user's own."""
+"""``LoRACallback`` and ``QLoRACallback``, for use with any strategy."""
 
 from __future__ import annotations
 

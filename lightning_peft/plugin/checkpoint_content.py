@@ -1,4 +1,4 @@
-"""Checkpoints of modules whose own hooks leave keys out: the adapters stay in, the base stays out.
+"""Content of checkpoints of modules with hooks that filter keys.
 
 ``state_dict()``, ``on_save_checkpoint`` and ``on_load_checkpoint`` of a module may filter or rename
 what a checkpoint holds, usually to leave out a pretrained part, which now has adapters.

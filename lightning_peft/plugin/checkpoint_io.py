@@ -1,4 +1,4 @@
-"""Checkpoint files that are whole or absent, and their adapter folders."""
+"""Atomic checkpoint files with their adapter folders."""
 
 from __future__ import annotations
 

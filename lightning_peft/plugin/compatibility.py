@@ -1,4 +1,4 @@
-"""What cannot be used together with adapters, found before training starts."""
+"""Unsupported combinations, found before training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with a config or an override, with the nearest right name."""
+"""Errors of configs and overrides, with suggestions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters that are initialised from the first batches of the training data (EVA)."""
+"""Initialization of adapters from the first training batches (EVA)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that training made NaN or infinite: noticed soon, and not saved."""
+"""Detection of NaN and infinite weights, which are never saved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of training loops with Fabric: adapters, optimizers and random state."""
+"""Checkpoints for Fabric: adapters, optimizers and random state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizer states of checkpoints that others wrote, for the optimizers of the module as it is now.
+"""Conversion of optimizer states from other programs' checkpoints.
 
 The file has them by number: in the order in which the old optimizer took its parameters, which it
 does not name.

@@ -1,4 +1,4 @@
-"""Checkpoints that other programs wrote, as checkpoints of this package."""
+"""Conversion of other programs' checkpoints."""
 
 from __future__ import annotations
 

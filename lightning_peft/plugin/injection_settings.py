@@ -1,4 +1,4 @@
-"""From the arguments of a strategy or callback to validated configs."""
+"""Validated configs from the arguments of strategies and callbacks."""
 
 from __future__ import annotations
 

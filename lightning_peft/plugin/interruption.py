@@ -1,4 +1,4 @@
-"""Ctrl-C, or another program's wish: finish the step and save; a second time, stop at once."""
+"""Interruption by Ctrl-C or a stop request: save after the step; a second one stops at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who started this process, from the environment: read before there is a Trainer."""
+"""Launcher of the process, detected from environment variables."""
 
 from __future__ import annotations
 

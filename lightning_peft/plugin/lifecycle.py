@@ -1,4 +1,4 @@
-"""The order of things, written once.
+"""Order of injection, checks and optimizer setup in a fit.
 
 build (``__init__``, ``setup``, ``configure_model``) -> quantize and inject -> restore -> wrap ->
 optimizers -> train. The one place that comes after every way to build and before the restore is

@@ -1,4 +1,4 @@
-"""LightningCLI for the commands of this package, in the Lightning that a config asks for."""
+"""LightningCLI of this package, for both Lightning packages."""
 
 from __future__ import annotations
 

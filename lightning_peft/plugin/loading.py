@@ -1,4 +1,4 @@
-"""``load_from_checkpoint`` for checkpoints that hold adapters only."""
+"""``load_from_checkpoint`` for adapter-only checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is added to Lightning's training and validation loops for the time of a fit.
+"""Temporary extensions of Lightning's training and validation loops.
 
 Lightning has no hooks where these are needed: before the first batch is fetched, around the random
 numbers of validation, and around the end of an epoch. So methods of the loop objects are extended,

@@ -1,4 +1,4 @@
-"""What Lightning's checkpoints do not hold of a running epoch, and what it leaves out on resuming.
+"""State of an interrupted epoch that Lightning's checkpoints lack.
 
 Metrics that schedulers and callbacks monitor, sums of what is logged for the epoch, gradients that
 are being accumulated, and steps of plateau schedulers that come after the checkpoint is written.

@@ -1,4 +1,4 @@
-"""Objects of Lightning that get more behaviour while they stay the objects that they are."""
+"""In-place extension of Lightning objects by a mixin class."""
 
 from __future__ import annotations
 

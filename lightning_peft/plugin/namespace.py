@@ -1,4 +1,4 @@
-"""One set of classes for two Lightning packages.
+"""Classes for both Lightning packages.
 
 ``lightning.pytorch`` and ``pytorch_lightning`` are separate class trees with the same code: a
 strategy that derives from one is refused by the other's Trainer. Classes here are written once,

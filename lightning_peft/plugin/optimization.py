@@ -1,4 +1,4 @@
-"""What makes a run fit into memory: the optimizers, and activations that are not kept."""
+"""Optimizer replacement and activation checkpointing of a run."""
 
 from __future__ import annotations
 

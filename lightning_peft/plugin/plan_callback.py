@@ -1,4 +1,4 @@
-"""A callback that says before the first step that a run will not fit, and afterwards why not."""
+"""Callback that predicts and explains out-of-memory errors."""
 
 from __future__ import annotations
 

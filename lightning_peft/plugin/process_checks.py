@@ -1,4 +1,4 @@
-"""What processes that train together compare when training starts, and after the first step."""
+"""Checks across processes at the start and after the first step."""
 
 from __future__ import annotations
 

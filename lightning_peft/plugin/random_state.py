@@ -1,4 +1,4 @@
-"""The state of the random generators, as tensors and numbers that a checkpoint can hold."""
+"""Serializable state of random generators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The names ``"lora"`` and ``"qlora"`` in the strategy registry of each Lightning package."""
+"""Registration of ``"lora"`` and ``"qlora"`` in Lightning's strategy registries."""
 
 from __future__ import annotations
 

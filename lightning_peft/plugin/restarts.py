@@ -1,4 +1,4 @@
-"""ReLoRA as a callback, after Lialin et al. 2023 (arXiv 2307.05695)."""
+"""ReLoRA callback, after Lialin et al. 2023 (arXiv 2307.05695)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that has started, for the planner: its settings, and the memory that it can have."""
+"""Settings and available memory of a started run, for the planner."""
 
 from __future__ import annotations
 

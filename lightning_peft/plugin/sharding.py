@@ -1,4 +1,4 @@
-"""``sharding="fsdp2"``: several devices, with ``1/N`` of the frozen base on each."""
+"""``sharding="fsdp2"``: ``1/N`` of the frozen base on each of ``N`` devices."""
 
 from __future__ import annotations
 

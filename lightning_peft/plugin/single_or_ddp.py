@@ -1,4 +1,4 @@
-"""One strategy for one device and for several: DDP, or Lightning's strategy for a single device."""
+"""Strategy for one or several devices: single-device or DDP."""
 
 from __future__ import annotations
 

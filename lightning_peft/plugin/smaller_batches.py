@@ -1,4 +1,4 @@
-"""Out of memory in a training step: smaller batches, and more of them for each optimizer step.
+"""Recovery from out-of-memory errors with smaller batches and more accumulation.
 
 The fit goes on: the loop goes back to where the optimizer stepped last, in the order of the data
 and in the random numbers, and trains the same rows again in smaller batches.

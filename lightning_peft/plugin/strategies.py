@@ -1,4 +1,4 @@
-"""``LoRAStrategy`` and ``QLoRAStrategy``: one argument of the Trainer, one device or several."""
+"""``LoRAStrategy`` and ``QLoRAStrategy``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the training loop is in each of its loaders, and going back there.
+"""Positions in data loaders, and their restoration.
 
 Lightning restores the number of the batch, but not the order of a shuffled loader. The loop
 iterates over the loaders of the user through :class:`TrackedLoader`; they themselves are unchanged.

@@ -1,4 +1,4 @@
-"""What is checked by itself when training starts: structure, and what the first step trains."""
+"""Automatic checks at the start of training: structure and first step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lightning's finetuning callbacks: what trains begins in stages, and the base never does.
+"""Lightning's finetuning callbacks, with a base that stays frozen.
 
 ``BackboneFinetuning`` and subclasses of ``BaseFinetuning`` freeze modules, and unfreeze them at
 some epoch. With adapters these are not the weights of a module but what of it trains: its adapters,

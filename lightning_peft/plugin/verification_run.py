@@ -1,4 +1,4 @@
-"""A verification of what a LightningCLI config describes: everything is set up, nothing trains."""
+"""Verification of a LightningCLI config: complete setup without training."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The run folder: what the command line writes and other programs read."""
+"""Run folders."""

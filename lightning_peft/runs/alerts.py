@@ -1,4 +1,4 @@
-"""What goes wrong while training, in words, found in the numbers that were logged."""
+"""Alerts about training problems, from logged metrics."""
 
 from __future__ import annotations
 

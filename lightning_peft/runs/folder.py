@@ -1,4 +1,4 @@
-"""The folder that a run owns: the names of its files, and reading them."""
+"""Files of a run folder."""
 
 from __future__ import annotations
 

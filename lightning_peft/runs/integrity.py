@@ -1,4 +1,4 @@
-"""Proof of what a run left: its files are those that it wrote, and fit together."""
+"""Integrity check of a run folder."""
 
 from __future__ import annotations
 

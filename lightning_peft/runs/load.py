@@ -1,4 +1,4 @@
-"""How busy the machine is while a run trains: ``load.jsonl``, written by a thread of its own."""
+"""Machine load during a run, sampled by a thread to ``load.jsonl``."""
 
 from __future__ import annotations
 

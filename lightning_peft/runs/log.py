@@ -1,4 +1,4 @@
-"""Everything a run prints, also in its folder."""
+"""Copy of a run's output in its folder."""
 
 from __future__ import annotations
 

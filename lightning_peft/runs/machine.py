@@ -1,4 +1,4 @@
-"""The machine and the versions that a run had, for its records."""
+"""Hardware and package versions of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What produced an adapter: enough to prove it later, and to do it again."""
+"""Provenance of an adapter, sufficient to verify and repeat its training."""
 
 from __future__ import annotations
 

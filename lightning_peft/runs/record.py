@@ -1,4 +1,4 @@
-"""The record of a run as it is written: status, numbers, samples, alerts, and how it ended."""
+"""Live record of a run: status, metrics, samples, alerts and result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A callback that keeps the run folder: where the run is, its numbers, samples and alerts."""
+"""Callback that writes the run folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two runs of one recipe, compared: number by number, and bit by bit."""
+"""Comparison of two runs of one recipe, by metrics and bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a run validates: how many validations are still to come."""
+"""Validation schedule of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run of the command line, from its config to its result, in a folder of its own."""
+"""One command-line run, from config to result, in its own folder."""
 
 from __future__ import annotations
 

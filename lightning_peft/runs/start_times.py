@@ -1,4 +1,4 @@
-"""How long a run takes until its first step is done, phase by phase."""
+"""Startup time of a run until its first step, by phase."""
 
 from __future__ import annotations
 

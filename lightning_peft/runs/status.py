@@ -1,4 +1,4 @@
-"""Where a run is at the moment: one small JSON file that is replaced as a whole."""
+"""Current status of a run: one JSON file, replaced atomically."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast a run goes, and how long it still takes."""
+"""Throughput and remaining time of a run."""
 
 from __future__ import annotations
 

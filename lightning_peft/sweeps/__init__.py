@@ -1,1 +1,1 @@
-"""Sweeps: the runs of a recipe with several values of some of its keys."""
+"""Sweeps: runs of a recipe with different values of its settings."""

@@ -1,4 +1,4 @@
-"""What a sweep leaves in its folder for other programs: its state, and the table of its trials."""
+"""Sweep state and trial table on disk."""
 
 from __future__ import annotations
 

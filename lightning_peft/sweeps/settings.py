@@ -1,4 +1,4 @@
-"""What a sweep tries, and how: its settings, checked before anything is trained."""
+"""Sweep settings and their validation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sweep: its folder, which Optuna's journal is in, and the runs that it starts one by one."""
+"""A sweep: folder, Optuna journal and trial runs."""
 
 from __future__ import annotations
 

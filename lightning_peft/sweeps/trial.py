@@ -1,4 +1,4 @@
-"""One trial of a sweep: a run like any other, which also tells Optuna how it goes."""
+"""One trial of a sweep, reported to Optuna."""
 
 from __future__ import annotations
 

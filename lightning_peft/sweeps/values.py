@@ -1,4 +1,4 @@
-"""Which keys of a recipe are tried with which values, checked before anything is trained."""
+"""Search space of a sweep, validated before training."""
 
 from __future__ import annotations
 

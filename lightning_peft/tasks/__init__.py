@@ -1,4 +1,4 @@
-"""LightningModules and callbacks of the recipes; they know nothing of adapters."""
+"""LightningModules and callbacks of the recipes, independent of adapters."""
 
 from lightning_peft.exports import attach_stub
 from lightning_peft.plugin.namespace import bind_if_unambiguous

@@ -1,4 +1,4 @@
-"""Callbacks of the recipes: the best checkpoint, stopping early, and samples while training."""
+"""Callbacks of the recipes: best checkpoint, early stopping and samples."""
 
 from __future__ import annotations
 

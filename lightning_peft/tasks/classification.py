@@ -1,4 +1,4 @@
-"""What the classifiers have in common: labels with names, which model, data and file agree on."""
+"""Shared parts of classifiers: label names that agree in model, data and files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sentence embeddings: one vector per text, near to those of texts that belong to it."""
+"""Sentence embeddings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses of sentence embeddings, equal to those of sentence-transformers of the same names.
+"""Losses of sentence embeddings, equal to those of sentence-transformers.
 
 ``MultipleNegativesRankingLoss`` (InfoNCE; arXiv 1705.00652, 1807.03748), ``CoSENTLoss`` and
 ``CosineSimilarityLoss``.

@@ -1,4 +1,4 @@
-"""What tasks with an encoder and a decoder share: loss, generation, and metrics of text."""
+"""Shared parts of encoder-decoder tasks: loss, generation and text metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss of group relative policy optimization, from rewards and log-probabilities of tokens."""
+"""Loss of group relative policy optimization (GRPO)."""
 
 from __future__ import annotations
 

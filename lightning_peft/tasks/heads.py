@@ -1,4 +1,4 @@
-"""New output layers, and others that train in full: their weights are kept in full precision."""
+"""New output layers and fully trained layers, kept in full precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The padding token of models that read their answer at the last token that is not padding."""
+"""Padding tokens of models that read the last non-padding token."""
 
 from __future__ import annotations
 

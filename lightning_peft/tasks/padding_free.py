@@ -1,4 +1,4 @@
-"""Batches of padded rows as one row without padding, for models that keep its examples apart."""
+"""Padding-free batches: padded rows as one row, for models that separate examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks that compare two answers to one prompt, a chosen and a rejected one."""
+"""Tasks with a chosen and a rejected answer per prompt."""
 
 from __future__ import annotations
 

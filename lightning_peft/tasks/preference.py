@@ -1,4 +1,4 @@
-"""Preference tuning of causal language models: DPO and its relatives, and ORPO."""
+"""Preference tuning of causal language models: DPO, IPO, SimPO and ORPO."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The losses of preference tuning, from log-probabilities of answers."""
+"""Losses of preference tuning, from log-probabilities of answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tasks have in common: one transformers model, its optimizer, and its evaluation."""
+"""Base class of tasks: one transformers model, its optimizer and evaluation."""
 
 from __future__ import annotations
 

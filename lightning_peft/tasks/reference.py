@@ -1,4 +1,4 @@
-"""The reference of preference tuning: the same model with its adapters off."""
+"""Reference model of preference tuning: the same model with adapters disabled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rerankers: a score for a query and a passage, which the model reads together."""
+"""Rerankers (cross-encoders)."""
 
 from __future__ import annotations
 

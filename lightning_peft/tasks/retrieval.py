@@ -1,4 +1,4 @@
-"""Metrics of orders: which documents of the whole split an anchor finds, and rank correlation."""
+"""Ranking metrics: retrieval over a whole split, and rank correlation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reward models: a score for an answer, learnt from pairs of a chosen and a rejected one."""
+"""Reward models, trained on pairs of a chosen and a rejected answer."""
 
 from __future__ import annotations
 

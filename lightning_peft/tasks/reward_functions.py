@@ -1,4 +1,4 @@
-"""Rewards of generated answers: functions by import path, and what they return checked."""
+"""Reward functions by import path, with validated results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training on rewards of the model's own answers: group relative policy optimization."""
+"""Training on rewards: group relative policy optimization (GRPO)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers that the model in training gives to prompts, in one batch with a cache of its keys."""
+"""Batched generation of answers during training, with a KV cache."""
 
 from __future__ import annotations
 

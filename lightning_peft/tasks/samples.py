@@ -1,4 +1,4 @@
-"""What a model generates for validation rows while it is trained."""
+"""Samples generated for validation rows during training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spans of tagged words, and how many of them a model finds."""
+"""Entity spans and their metrics."""
 
 from __future__ import annotations
 

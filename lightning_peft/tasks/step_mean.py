@@ -1,4 +1,4 @@
-"""One mean over all tokens of an optimizer step, however many batches and processes share it.
+"""Token mean over an optimizer step, across micro-batches and processes.
 
 A batch's loss is a mean over its tokens. Lightning averages these means over accumulated batches
 and over processes, so that a token of a short batch counts more than one of a long batch. Here the

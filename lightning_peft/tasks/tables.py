@@ -1,4 +1,4 @@
-"""Tables in the loggers of Lightning that can show one."""
+"""Tables in Lightning loggers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Classification of texts, or of pairs of texts."""
+"""Classification of texts and text pairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics of generated text, of torchmetrics, under the names by which they are logged."""
+"""Text metrics of torchmetrics, with their logged names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forecasting: a convolutional net of the usual kind, without anything of transformers.
+"""Forecasting with a plain convolutional network, without transformers.
 
 What a user's own LightningModule looks like to this package: it knows nothing of adapters.
 """

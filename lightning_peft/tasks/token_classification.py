@@ -1,4 +1,4 @@
-"""Tagging of words, such as the recognition of names."""
+"""Token classification, such as named-entity recognition."""
 
 from __future__ import annotations
 

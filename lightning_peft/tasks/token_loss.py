@@ -1,4 +1,4 @@
-"""The loss of a causal language model, from logits only where there is a label.
+"""Causal LM loss with logits only at labelled positions.
 
 A vocabulary of 128k makes the logits of a thousand tokens larger than all else that a step keeps,
 and of instruction data most have no label. Here the model runs up to its head, the head sees the

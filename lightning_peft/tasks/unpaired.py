@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimization: answers that are wanted or not, without pairs."""
+"""Kahneman-Tversky optimization (KTO)."""
 
 from __future__ import annotations
 

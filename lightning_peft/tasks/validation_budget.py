@@ -1,4 +1,4 @@
-"""How often a run validates and generates samples, so that most of its time goes into training."""
+"""Validation and sampling frequency within a time budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page on which a recipe is made: a first view for the usual case, and four steps for all."""
+"""New run: a short form for the common case, and four steps for everything else."""
 
 from __future__ import annotations
 

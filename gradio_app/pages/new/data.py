@@ -1,4 +1,4 @@
-"""The step in which data is chosen, looked at, and put right."""
+"""Data step: choose, inspect and fix data."""
 
 from __future__ import annotations
 

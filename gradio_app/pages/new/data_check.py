@@ -1,4 +1,4 @@
-"""Looking at the data of a page: once for each data, in parts, until it is stopped."""
+"""Data check of a page: cached per data source, incremental, cancellable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The HTML of the data step: counts, problems, rows, and what is trained."""
+"""HTML of the data step: counts, problems, rows and trained tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipe that a page edits, and everything on the page that shows some of it."""
+"""The recipe being edited, and the components that depend on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the file of the data is read: what was detected, and the choice of something else."""
+"""Detected file format of the data, and its manual override."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Validation and test rows from files of their own, next to the data."""
+"""Validation and test rows from separate files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory bar: what a run needs, what the machine has, and what would make it fit."""
+"""Memory bar: required and available memory, and changes that make the run fit."""
 
 from __future__ import annotations
 

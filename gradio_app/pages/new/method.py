@@ -1,4 +1,4 @@
-"""The step for method, amount of training, memory, and every other setting."""
+"""Method step: method, training length, memory and advanced settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The step in which a model is chosen: of a list, a folder here, or the hub."""
+"""Model step: from the list, a local folder or the hub."""
 
 from __future__ import annotations
 

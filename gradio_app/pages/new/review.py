@@ -1,4 +1,4 @@
-"""The last step: what will happen in words, the recipe in three forms, and the start."""
+"""Review step: summary, recipe as YAML, command and Python, and the start button."""
 
 from __future__ import annotations
 

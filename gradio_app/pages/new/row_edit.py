@@ -1,4 +1,4 @@
-"""Rows that are changed or left out, in a copy of the file that becomes the data."""
+"""Editing and excluding rows, in a copy of the data file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows in which a text occurs, as the model is trained on them."""
+"""Text search in rows, shown as the model is trained on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a recipe is started from: a task, a recipe of the package, a file, or a run."""
+"""Starting point of a recipe: a task, a packaged recipe, a file or a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The part of the review in which settings get several values, which are tried one by one."""
+"""Sweep section of the review step."""
 
 from __future__ import annotations
 

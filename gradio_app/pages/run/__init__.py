@@ -1,4 +1,4 @@
-"""The page of one run: its head with the next thing to do, and a tab for each use of it."""
+"""Run page: header with the next action, and tabs."""
 
 from __future__ import annotations
 

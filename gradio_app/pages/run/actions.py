@@ -1,4 +1,4 @@
-"""What can be done to a run: one large next step, and the rest next to it."""
+"""Actions on a run: one primary button, and the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One question and its answers: the base, the tuned model, or both without saying which."""
+"""One question with its answers: base, tuned, or both in a blind comparison."""
 
 from __future__ import annotations
 

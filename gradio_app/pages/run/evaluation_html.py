@@ -1,4 +1,4 @@
-"""The HTML of the newest benchmark results of a run."""
+"""HTML of the latest benchmark results of a run."""
 
 from __future__ import annotations
 

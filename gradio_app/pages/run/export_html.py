@@ -1,4 +1,4 @@
-"""The HTML of what can be exported, and of what has been."""
+"""HTML of available and finished exports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tab that takes a run's adapter along: as files, for other programs, or to the hub."""
+"""Export tab: adapter files, other formats, and upload to the hub."""
 
 from __future__ import annotations
 

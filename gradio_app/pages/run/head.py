@@ -1,4 +1,4 @@
-"""The head of a run's page: name, state, progress, and what happened if it ended early."""
+"""Header of a run: name, state, progress, and the reason of an early end."""
 
 from __future__ import annotations
 

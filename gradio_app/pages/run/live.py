@@ -1,4 +1,4 @@
-"""What a run does now: numbers, curves, samples, alerts, and its log."""
+"""Live view of a run: numbers, curves, samples, alerts and log."""
 
 from __future__ import annotations
 

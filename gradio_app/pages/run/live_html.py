@@ -1,4 +1,4 @@
-"""The HTML of what a run does now."""
+"""HTML of the live view."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The playground: chat with a tuned model and its base, and blind votes."""
+"""Playground: chat with the tuned model and its base, and blind votes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The components of the playground, and how a conversation is shown in them."""
+"""Components of the playground, and rendering of conversations."""
 
 from __future__ import annotations
 

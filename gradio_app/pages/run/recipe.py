@@ -1,4 +1,4 @@
-"""What a run is made of: its recipe, the command to run it again, and its provenance."""
+"""Recipe tab: recipe, command to repeat the run, and provenance."""
 
 from __future__ import annotations
 

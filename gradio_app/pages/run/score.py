@@ -1,4 +1,4 @@
-"""The score on held-out rows: base and tuned model answer them, and each answer is compared."""
+"""Score on held-out rows: answers of base and tuned model against the expected ones."""
 
 from __future__ import annotations
 

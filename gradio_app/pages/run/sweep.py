@@ -1,4 +1,4 @@
-"""What a sweep has tried: its trials as a table, and as parallel coordinates."""
+"""Sweep view: trials as a table and as parallel coordinates."""
 
 from __future__ import annotations
 

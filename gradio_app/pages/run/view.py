@@ -1,4 +1,4 @@
-"""What is shown of a run, part by part, and sent to a browser only where it has changed."""
+"""State of a run page; only changed parts are sent to the browser."""
 
 from __future__ import annotations
 

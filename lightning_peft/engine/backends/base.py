@@ -1,4 +1,4 @@
-"""What a quantization backend has to answer; everything else in the engine is the same for all."""
+"""Base class of quantization backends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit types, NF4 and FP4, after Dettmers et al. 2023 (arXiv 2305.14314)."""
+"""bitsandbytes' 4-bit types NF4 and FP4, after Dettmers et al. 2023 (arXiv 2305.14314)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What bitsandbytes' two backends share: transformers' ``BitsAndBytesConfig``, and refusals."""
+"""``BitsAndBytesConfig`` of transformers, for both bitsandbytes backends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bitsandbytes' optimizers and its paged memory."""
+"""bitsandbytes' optimizers and paged memory."""
 
 from __future__ import annotations
 

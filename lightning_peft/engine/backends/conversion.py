@@ -1,4 +1,4 @@
-"""Turning the dense weight of a layer into a quantized one and back, in place.
+"""In-place conversion of a layer's weight between dense and quantized.
 
 A quantized layer stays the object that it was.
 """

@@ -1,4 +1,4 @@
-"""Weights of experts as codes: those of an expert become numbers when rows reach it, and no others.
+"""Quantized expert weights, dequantized one expert at a time.
 
 The weight is quantized as one matrix of ``experts * out`` rows (``experts * in`` where it is
 transposed). A product dequantizes the weight of its expert for the forward pass and again for the

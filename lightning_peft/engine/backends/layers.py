@@ -1,4 +1,4 @@
-"""Layers whose frozen weight is quantized, whatever by: a backend's handler knows the weight."""
+"""Layers with a quantized frozen weight, for any backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turning a dense matrix into the 4-bit codes that bitsandbytes makes of it.
+"""NF4 quantization on the CPU with the codes of bitsandbytes, in less memory.
 
 On CPUs bitsandbytes searches the code of each weight by bisection, one weight after the other, on
 all of a matrix at once, with temporary memory of about ten times the codes. Here some blocks at a

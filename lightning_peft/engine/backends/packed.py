@@ -1,4 +1,4 @@
-"""Codes and constants of a quantized weight as the bytes of one parameter, which can be cut up."""
+"""A quantized weight packed into one byte parameter that can be sharded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registered quantization backends, and questions that go to the right one."""
+"""Registry of quantization backends."""
 
 from __future__ import annotations
 

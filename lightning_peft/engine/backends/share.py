@@ -1,4 +1,4 @@
-"""The part of each frozen tensor that a process keeps, where processes share a base."""
+"""Shards of frozen tensors, for a base shared by several processes."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What is written to disk and read back: checkpoints and adapter folders."""
+"""Checkpoints and adapter folders on disk."""

@@ -1,4 +1,4 @@
-"""Whether an adapter folder fits the base and the adapter that it is meant for."""
+"""Compatibility checks between an adapter folder and its base."""
 
 from __future__ import annotations
 

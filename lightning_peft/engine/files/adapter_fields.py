@@ -1,4 +1,4 @@
-"""Reading ``adapter_config.json`` of another version of PEFT: every field is used, or named.
+"""``adapter_config.json`` of other PEFT versions: each field is applied or refused.
 
 A later version may have fields that decide what is computed. Their values tell how far that can be
 judged: ``None``, ``False`` and empty ones are off; ``True``, lists and mappings switch something

@@ -1,4 +1,4 @@
-"""Saving adapters as folders in PEFT's own format.
+"""Saving of adapters as folders in PEFT's format.
 
 A folder holds ``adapter_config.json``, ``adapter_model.safetensors`` and ``provenance.json``
 (what produced it). Nothing is ever unpickled.

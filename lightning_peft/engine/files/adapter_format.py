@@ -1,4 +1,4 @@
-"""What is in an adapter folder of PEFT's format, and what of a module goes there.
+"""Content of adapter folders in PEFT's format.
 
 Keys are relative to the adapted submodule, so that ``PeftModel.from_pretrained`` finds them on the
 plain base model.

@@ -1,4 +1,4 @@
-"""Loading adapter folders, ours and PEFT's own, strictly: all of a folder or nothing."""
+"""Strict loading of adapter folders: completely, or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights and buffers of the base that a folder brings.
+"""Base weights and buffers stored in an adapter folder.
 
 PEFT writes embeddings with ``save_embedding_layers``, for vocabularies that were resized, and puts
 them in the place of the base's own. Running statistics that training changed are in our folders.

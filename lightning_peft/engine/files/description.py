@@ -1,4 +1,4 @@
-"""A checkpoint's description of the injection, and its comparison with a module."""
+"""Description of the injection in a checkpoint, and its comparison with a module."""
 
 from __future__ import annotations
 

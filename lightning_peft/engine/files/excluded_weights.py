@@ -1,4 +1,4 @@
-"""Frozen weights outside of the adapted parts that checkpoints leave out.
+"""Frozen weights outside of the adapted parts that checkpoints exclude.
 
 Such a weight comes back with the module, as the frozen base does, if the constructor loads it
 again. That follows where the file that it is loaded from holds the same values. Of anything else,

@@ -1,4 +1,4 @@
-"""What of an adapter folder goes where in a part.
+"""Mapping of an adapter folder's tensors to a module.
 
 PEFT writes names that match nothing (``score`` next to ``classifier``), base weights of adapted
 embeddings, and values of single tokens. All of it has a place here, or is named in an error.

@@ -1,4 +1,4 @@
-"""Tensors of checkpoints that others wrote, under the names of PEFT's wrapper, put on a module."""
+"""Mapping of tensors with the names of PEFT's wrapper to a module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``save_pretrained`` of models with adapters in place: it writes these, in PEFT's format."""
+"""``save_pretrained`` of models with adapters in place: writes them in PEFT's format."""
 
 from __future__ import annotations
 

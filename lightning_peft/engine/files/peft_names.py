@@ -1,4 +1,4 @@
-"""Names in an adapter file by which PEFT reads it as meant, and where PEFT cannot.
+"""Key names of adapter files as expected by PEFT, and their limits.
 
 PEFT takes an entry of ``modules_to_save`` for the end of a name, not for its last steps: ``"fc"``
 is ``c_fc`` too. And it leaves layers without an adapter whose name an entry matches as a regular

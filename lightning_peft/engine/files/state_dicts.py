@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint: everything but the frozen base, and its strict way back.
+"""State dicts without the frozen base, and their strict loading.
 
 A module may override ``state_dict()`` or ``load_state_dict()``, and hooks may filter or rename
 keys, to leave its pretrained part out. That part now has adapters. What injection added is

@@ -1,1 +1,1 @@
-"""Layers that carry adapters or quantized weights, and what such a layer computes."""
+"""Layers with adapters or quantized weights."""

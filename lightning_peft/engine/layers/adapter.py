@@ -1,4 +1,4 @@
-"""Adapters that live on the adapted layer itself, whatever their method."""
+"""Base class of in-place adapters."""
 
 from __future__ import annotations
 

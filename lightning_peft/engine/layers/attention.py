@@ -1,4 +1,4 @@
-"""LoRA on ``in_proj_weight`` of ``nn.MultiheadAttention``, which torch's own code reads.
+"""LoRA on ``in_proj_weight`` of ``nn.MultiheadAttention``.
 
 PEFT's layer adds the adapter to the frozen weights before each forward pass and subtracts it
 afterwards, which moves them by rounding errors. Here the weight that is read has the adapter in it.

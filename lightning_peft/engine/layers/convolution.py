@@ -1,4 +1,4 @@
-"""Convolutions with another weight than the layer's own, dense or 4-bit."""
+"""Convolutions with a computed or quantized weight."""
 
 from __future__ import annotations
 

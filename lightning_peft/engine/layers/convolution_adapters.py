@@ -1,4 +1,4 @@
-"""What PEFT needs, or lacks, to create adapters for convolutions."""
+"""Corrections of PEFT's adapters for convolutions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embeddings of which rows are looked up, and not the whole weight computed."""
+"""Embeddings with a computed weight, of which only the looked-up rows are computed."""
 
 from __future__ import annotations
 

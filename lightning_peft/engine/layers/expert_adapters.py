@@ -1,4 +1,4 @@
-"""Low-rank adapters on the weights of experts, applied to the rows that each expert gets."""
+"""LoRA on expert weights, applied only to the routed rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers for the weights of experts, which transformers 5 keeps as parameters of three dimensions.
+"""Layers for the 3-D expert parameters of transformers 5.
 
 ``experts.gate_up_proj`` is a parameter of shape ``(experts, out, in)`` that no layer of its own
 computes with. Here it gets one: a child of the experts that holds no parameter, so that names and

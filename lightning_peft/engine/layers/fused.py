@@ -1,4 +1,4 @@
-"""``W x + s B A x`` as one step for autograd, for the layers where that is all that happens.
+"""``W x + s B A x`` as one autograd function.
 
 Autograd left to itself keeps the dropped input of every adapter besides the input, and adds up two
 outputs and two input gradients that can be accumulated into one. Here the low-rank products come

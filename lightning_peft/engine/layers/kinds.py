@@ -1,4 +1,4 @@
-"""The kinds of layers that adapters go on, and how each one uses its weight."""
+"""Kinds of adaptable layers, and the use of their weight."""
 
 from __future__ import annotations
 

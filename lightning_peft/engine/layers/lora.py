@@ -1,4 +1,4 @@
-"""Low-rank adapters that live on the adapted layer itself.
+"""In-place LoRA layers.
 
 ``h = W x + s B A x`` with ``A: r x in``, ``B: out x r`` and ``s = alpha / r`` (or
 ``alpha / sqrt(r)`` for rank-stabilised LoRA), after Hu et al. 2021 (arXiv 2106.09685) and

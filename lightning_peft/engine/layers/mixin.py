@@ -1,4 +1,4 @@
-"""Changing the class of a layer object, so that nothing that refers to the layer has to change.
+"""In-place change of a layer's class, which keeps all references valid.
 
 Replacing a layer in its parent breaks aliases, ``isinstance`` tests, attribute reads, weight ties
 and the names of base parameters. Giving the object a subclass of its own class keeps them all.

@@ -1,4 +1,4 @@
-"""Comparing what a layer computes before and after a change."""
+"""Comparison of a layer's output before and after a change."""
 
 from __future__ import annotations
 

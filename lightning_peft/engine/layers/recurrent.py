@@ -1,4 +1,4 @@
-"""Low-rank adapters on the weights of ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``.
+"""LoRA on the weights of ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``.
 
 Such a layer keeps matrices for each of its layers and directions, and gives all of them to one
 kernel. Here each has ``A`` and ``B`` of its own, and the kernel gets ``W + s B A``.

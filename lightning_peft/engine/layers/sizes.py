@@ -1,4 +1,4 @@
-"""Layers whose weight was replaced by one of another shape than the layer says it has."""
+"""Layers whose weight shape differs from their declared sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of an embedding that train, PEFT's ``trainable_token_indices``, and layers tied to it.
+"""Trainable embedding rows (PEFT's ``trainable_token_indices``), also of tied layers.
 
 PEFT puts the rows into a copy of the whole weight in each forward pass. Here the rows that are
 looked up, and the outputs that belong to trained rows, are exchanged: the same numbers.

@@ -1,4 +1,4 @@
-"""A weight that is computed when it is used, for code that reads ``layer.weight`` by itself.
+"""A computed ``weight`` attribute, for code that reads ``layer.weight`` directly.
 
 Modules such as ``nn.MultiheadAttention``, the fast path of ``nn.TransformerEncoderLayer`` or a
 fused ``F.linear(x, self.qkv.weight)`` never call the layer whose weight they use. An adapter that

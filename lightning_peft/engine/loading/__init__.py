@@ -1,1 +1,1 @@
-"""Loading pretrained models: quantized while they are read, and from the cache."""
+"""Loading of pretrained models: quantized during loading, or from the cache."""

@@ -1,4 +1,4 @@
-"""GGUF files as models of transformers: what is known of one without its weights.
+"""GGUF files as transformers models: config and metadata, without weights.
 
 The first use of a file writes a folder with its config, tokenizer and table of tensors, as
 transformers reads them, into the cache; the weights stay where they are. From there on every part

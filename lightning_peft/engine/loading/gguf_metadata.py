@@ -1,4 +1,4 @@
-"""What a GGUF file says of its model's positions and attention, in the config of transformers.
+"""Positions and attention settings of a GGUF file, as a transformers config.
 
 transformers reads some of these numbers for some architectures and takes its own defaults for the
 others, so that the model would compute other numbers than it was trained with.

@@ -1,4 +1,4 @@
-"""A GGUF file by the folder of the cache that describes it."""
+"""Cached description folder of a GGUF model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How llama.cpp's names of byte-level vocabularies split text into words, and what it reads."""
+"""Pre-tokenizer patterns of llama.cpp's byte-level vocabularies."""
 
 from __future__ import annotations
 

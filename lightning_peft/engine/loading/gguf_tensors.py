@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file by transformers' names, each dequantized when it is read."""
+"""Tensors of a GGUF file by their transformers names, dequantized on access."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A quantized base that stays in memory, for runs one after the other in a process."""
+"""Quantized bases kept in memory between runs of one process."""
 
 from __future__ import annotations
 

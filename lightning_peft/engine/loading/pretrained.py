@@ -1,4 +1,4 @@
-"""Models by name, as transformers loads them, and those in GGUF files."""
+"""Loading of models by name or from GGUF files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading a transformers model that is quantized as its file is read, tensor by tensor.
+"""Loading of transformers models with quantization, one tensor at a time.
 
 transformers' own 4-bit loading keeps freed memory (see ``release_freed_memory``), replaces layers,
 and forgets what a base fingerprint is made of. This is its extension point for other methods.

@@ -1,4 +1,4 @@
-"""The cache of quantized bases: the second start from the same files loads codes.
+"""Cache of quantized bases on disk.
 
 Kept are the codes and constants of quantized layers. All else of a model, the dense parts, comes
 from its own files as always, so that an entry can never be taken for the model of other files.

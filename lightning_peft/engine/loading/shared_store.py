@@ -1,4 +1,4 @@
-"""Putting a base into the cache of which each process has a part."""
+"""Caching of a base that is sharded over processes."""
 
 from __future__ import annotations
 

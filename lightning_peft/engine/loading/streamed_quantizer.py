@@ -1,4 +1,4 @@
-"""transformers' extension point for quantization methods, used to quantize one tensor at a time.
+"""A transformers quantizer that quantizes one tensor at a time.
 
 Where the cache has the codes of a layer, its tensor in the file is not read at all.
 """

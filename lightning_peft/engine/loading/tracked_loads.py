@@ -1,4 +1,4 @@
-"""What becomes of loaded models until their adapters are there, and what of them may be kept.
+"""Tracking of loaded models until injection.
 
 Codes go into the cache only if they are certainly those of the file: nobody changed the weight
 between loading and quantizing. Where codes came out of it, what the user does to the layers until

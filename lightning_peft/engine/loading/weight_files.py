@@ -1,4 +1,4 @@
-"""The files that ``from_pretrained`` reads weights from, and what is in them.
+"""Weight files of ``from_pretrained``, and their content.
 
 A hash of all bytes identifies what a file holds, wherever and whenever it was copied. It is
 remembered for a file of this path, size, inode, and times of modification and of change to the

@@ -1,4 +1,4 @@
-"""PEFT's methods: one entry for each, and a class of layers for those that work in place.
+"""PEFT methods: one entry each, with layer classes for in-place ones.
 
 ``docs/contributing.md`` shows how to add one.
 """

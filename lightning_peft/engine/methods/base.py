@@ -1,4 +1,4 @@
-"""What a method of PEFT has to answer; everything else in the engine is the same for all."""
+"""Base class of PEFT methods."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA, after Hu et al. 2021 (arXiv 2106.09685): its entry among the methods."""
+"""LoRA, after Hu et al. 2021 (arXiv 2106.09685)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of the settings in PEFT's ``LoraConfig`` can work here."""
+"""Supported settings of PEFT's ``LoraConfig``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The methods of PEFT whose adapters are injected here, and why the others are not."""
+"""Registry of PEFT methods, with the reasons for unsupported ones."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Which submodules and layers are meant, and what would go wrong with them."""
+"""Selection of submodules and layers to adapt."""

@@ -1,4 +1,4 @@
-"""What an adapter may be called: its name becomes a part of parameter names and of folders."""
+"""Validation of adapter names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What entries of ``exclude_modules`` leave out, and those that leave out nothing.
+"""Matching of ``exclude_modules``.
 
 As in PEFT, an entry leaves out the layer that it names, and not what is inside of a module.
 """

@@ -1,4 +1,4 @@
-"""Which of PEFT's initialisations fit which layers."""
+"""Compatibility of PEFT's initializations with layers."""
 
 from __future__ import annotations
 

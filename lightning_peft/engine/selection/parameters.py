@@ -1,4 +1,4 @@
-"""Which weights ``target_parameters`` can mean, and those of experts that need not be named."""
+"""Matching of ``target_parameters``, and default expert weights."""
 
 from __future__ import annotations
 

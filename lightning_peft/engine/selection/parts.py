@@ -1,4 +1,4 @@
-"""What the layers of an adapted part are: heads, tied layers, output embeddings."""
+"""Roles of layers in an adapted part: heads, tied layers, output embeddings."""
 
 from __future__ import annotations
 

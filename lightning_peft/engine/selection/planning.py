@@ -1,4 +1,4 @@
-"""Deciding what to do with each part of a module, and refusing what would go wrong.
+"""Injection plan of a module: adapt, quantize, freeze or train each part.
 
 Plans for all parts are made and checked before any part is touched.
 """

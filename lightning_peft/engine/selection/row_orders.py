@@ -1,4 +1,4 @@
-"""In which order the rows of fused layers are, by the class that reads them."""
+"""Row orders of fused layers, by model class."""
 
 from __future__ import annotations
 

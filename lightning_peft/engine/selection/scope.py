@@ -1,4 +1,4 @@
-"""Which submodules get adapters, and which are left as they are.
+"""Selection of the submodules that get adapters.
 
 With nothing asked for, the pretrained parts are adapted: the outermost transformers, timm or
 diffusers models. A module without any is one part as a whole. Metrics and losses are left alone,

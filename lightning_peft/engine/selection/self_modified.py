@@ -1,4 +1,4 @@
-"""Layers whose weight the model's own code changes in place while it runs.
+"""Detection of weights that the model changes in place.
 
 Gemma 3n clamps the coefficients of AltUp in training, RWKV rescales its outputs in evaluation. Such
 a layer stays dense and without an adapter: what other code sees of an adapted or quantized weight

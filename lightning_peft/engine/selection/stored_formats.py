@@ -1,4 +1,4 @@
-"""Formats in which other libraries store frozen weights, and which of them adapters train on.
+"""Quantized formats of other libraries, and their support for adapters.
 
 transformers loads some of them dense, and bitsandbytes' layers have a backend here. In the others
 an adapter would compute with codes as if they were the weight, or be left out, so that they are

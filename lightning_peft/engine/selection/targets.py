@@ -1,4 +1,4 @@
-"""From what the user calls layers to the exact list of layers, or an error that names near misses.
+"""Matching of ``target_modules``, with suggestions for misspelled names.
 
 The matching rule is PEFT's. What PEFT lets through is refused here: names that match nothing, and
 matches on containers. What PEFT refuses, ``layers_to_transform`` with ``"all-linear"``, works.

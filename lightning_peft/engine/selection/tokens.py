@@ -1,4 +1,4 @@
-"""Which rows of which embeddings ``trainable_token_indices`` means, and what would go wrong."""
+"""Resolution of ``trainable_token_indices`` to embedding rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layers PEFT's wrappers work on."""
+"""Layers supported by PEFT's wrappers."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What training needs besides adapters: optimizers, activation checkpointing, losses."""
+"""Optimizers, activation checkpointing and losses."""

@@ -1,4 +1,4 @@
-"""A budget for activations: which blocks keep everything, what is cheap is left out of, or inputs.
+"""Selective activation checkpointing within a memory budget.
 
 A pass is everything from the first call of a block until the backward pass has released the
 activations of all calls. The first pass of a size keeps only the inputs of blocks and measures, for

@@ -1,4 +1,4 @@
-"""Activation checkpointing: blocks keep their inputs and compute the rest again in backward.
+"""Activation checkpointing of repeated blocks.
 
 torch's non-reentrant checkpoint does the work. What it misses is handled here: buffers that
 a block changes, train and eval modes, and devices of tensors that are not positional arguments.

@@ -1,4 +1,4 @@
-"""The repeated blocks of a model: what is checkpointed, and sharded, one at a time."""
+"""Repeated blocks of a model, the units of checkpointing and sharding."""
 
 from __future__ import annotations
 

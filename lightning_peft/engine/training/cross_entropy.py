@@ -1,4 +1,4 @@
-"""Cross-entropy of many classes, of which some rows at a time are widened to float32.
+"""Chunked cross-entropy for large vocabularies.
 
 Only the logits, which exist anyway, wait for the backward pass, with two numbers for each row.
 """

@@ -1,4 +1,4 @@
-"""LoRA+, after Hayou et al. 2024 (arXiv 2402.12354): ``B`` trains faster than ``A``.
+"""LoRA+, after Hayou et al. 2024 (arXiv 2402.12354): a higher learning rate for ``B``.
 
 A group of its own for ``B`` would not be known to LR schedulers, which ``configure_optimizers``
 made for the groups that there are. So an optimizer has it during the step only: before and after,

@@ -1,4 +1,4 @@
-"""Optimizers: torch's fused step, one of bitsandbytes in place of torch's, and paging again.
+"""Replacement of optimizers: fused, 8-bit and paged.
 
 An optimizer object stays the object that it was and gets another class, so that LR schedulers,
 Lightning's wrappers, hooks and the user's own references keep working.

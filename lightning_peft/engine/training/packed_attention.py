@@ -1,4 +1,4 @@
-"""Attention of several examples in a row, each computed alone, without a mask of length squared.
+"""Attention of packed rows with memory linear in their length.
 
 A dense mask of a packed row holds mostly ``-inf``, and kernels with a mask compute all of it. What
 such a mask says fits in the lengths of the examples. :class:`PackedMask` is a tensor for models,

@@ -1,4 +1,4 @@
-"""The budget of AdaLoRA: which ranks of which layers stay, decided by PEFT's own code.
+"""Rank allocation of AdaLoRA, computed by PEFT.
 
 PEFT decides after each optimizer step, by ``AdaLoraModel.update_and_allocate``, and adds a penalty
 to the loss in the forward pass of its model class. Here is no such model: the strategy calls both.

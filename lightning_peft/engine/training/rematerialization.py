@@ -1,4 +1,4 @@
-"""Keeping of a forward pass what is costly to compute, and the way to the rest instead of the rest.
+"""Selective recomputation of activations.
 
 While a block runs, every operation without a hidden effect (element by element, casts, copies,
 norms, softmax) is noted with its inputs. When the block has ended, what autograd saved for the

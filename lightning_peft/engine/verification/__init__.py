@@ -1,1 +1,1 @@
-"""Proof, on the user's own module, that adapters do what they should."""
+"""Verification of adapters on the user's module."""

@@ -1,4 +1,4 @@
-"""Checks that evaluation computes with the adapters that training trains.
+"""Checks that evaluation uses the trained adapters.
 
 ``nn.TransformerEncoderLayer`` has a fast path for evaluation without gradients that reads raw
 weights: wrapped by an adapter that only overrides ``forward``, validation scores the base.

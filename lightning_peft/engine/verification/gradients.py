@@ -1,4 +1,4 @@
-"""Checks by real backward passes: asking ``requires_grad`` would not do.
+"""Gradient checks by real backward passes.
 
 bitsandbytes' repacked layers say that they require gradients and pass nothing on.
 """

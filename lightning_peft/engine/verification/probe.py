@@ -1,4 +1,4 @@
-"""Running a module forward and backward for a look, and putting everything back."""
+"""Trial forward and backward passes that restore all state."""
 
 from __future__ import annotations
 

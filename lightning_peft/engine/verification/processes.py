@@ -1,4 +1,4 @@
-"""Comparing processes that train together: what each one finds out, and what that says."""
+"""Checks across processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a verification found: one line per checked property."""
+"""Verification results, one line per check."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks that what training changes is in a checkpoint, and comes back from it bit for bit."""
+"""Checks that checkpoints restore everything that training changes."""
 
 from __future__ import annotations
 

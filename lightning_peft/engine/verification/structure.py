@@ -1,4 +1,4 @@
-"""Looking at adapters without running anything: are they where injection put them, and on?"""
+"""Static checks: adapters are present, enabled and trainable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Proof, on the user's own module and batch, that the adapters are where they should be."""
+"""``verify``: all checks on the user's module and batch."""
 
 from __future__ import annotations
 

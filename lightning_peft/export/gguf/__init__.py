@@ -1,1 +1,1 @@
-"""Models and adapters as GGUF files, which llama.cpp and the programs on it read."""
+"""GGUF export for llama.cpp."""

@@ -1,4 +1,4 @@
-"""What llama.cpp calls a model of transformers, its numbers and its tensors.
+"""GGUF architectures, hyperparameters and tensor names of transformers models.
 
 An architecture is in the table if a test shows that llama.cpp gives transformers' logits for it.
 """

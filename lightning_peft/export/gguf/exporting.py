@@ -1,4 +1,4 @@
-"""Exports as GGUF: a merged model, the adapter alone, or both parts."""
+"""GGUF exports: merged model, adapter, or both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing a GGUF file one tensor at a time."""
+"""Streamed writing of GGUF files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""llama.cpp's own programs: numbers that only they write, and models that only they convert."""
+"""Conversion and quantization by the programs of llama.cpp."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter alone, as llama.cpp's ``--lora`` takes it."""
+"""GGUF adapters for llama.cpp's ``--lora``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model with its tokenizer and chat template as one GGUF file, from the files of its base."""
+"""GGUF models with tokenizer and chat template, from the files of the base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tokenizer as llama.cpp has it: the same token ids for the same text, or none at all.
+"""Tokenizers in GGUF, only where llama.cpp gives the same token ids.
 
 llama.cpp knows the splitting of text into words by a name, not by a pattern. That name is found
 from the tokenizer's own description, and a tokenizer that does something else is refused.

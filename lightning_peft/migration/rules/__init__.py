@@ -1,4 +1,4 @@
-"""The rules, one class each: what is found, what it becomes, whether that is served."""
+"""Migration rules, one class each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that leave out, rename, or lose something."""
+"""Rules for checkpoints that drop, rename or lose tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizers that miss adapters, or hold them twice."""
+"""Rules for optimizers that miss or duplicate adapter parameters."""
 
 from __future__ import annotations
 

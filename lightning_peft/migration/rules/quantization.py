@@ -1,4 +1,4 @@
-"""Quantized bases: Lightning's plugin, transformers' configs."""
+"""Rules for quantized bases: Lightning's plugin and transformers' configs."""
 
 from __future__ import annotations
 

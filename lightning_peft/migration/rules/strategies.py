@@ -1,4 +1,4 @@
-"""The Trainer's strategy: sharding, and strategies written by hand."""
+"""Rules for strategies: sharding and custom classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens to weights while they train: averages, unfreezing, merging, fused layers."""
+"""Rules for averaging, unfreezing, merging and fused layers."""
 
 from __future__ import annotations
 

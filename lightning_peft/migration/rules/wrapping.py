@@ -1,4 +1,4 @@
-"""PEFT put around a model by hand, and code that depends on its wrapper."""
+"""Rules for ``get_peft_model``, and for code that depends on its wrapper."""
 
 from __future__ import annotations
 
