@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
+
+from lightning_peft.compat.torch import compiled_late
+
+with compiled_late():
+    import bitsandbytes as bnb
+
 from bitsandbytes import functional
 from bitsandbytes.utils import unpack_tensor_to_dict as unpack_tensor_to_dict
 

@@ -6,7 +6,14 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftConfig
+from torch import nn
+
+from lightning_peft.compat.torch import compiled_late
+
+# With bitsandbytes.
+with compiled_late():
+    from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftConfig
+
 from peft.tuners.lora import LoraModel
 
 # Public alternative: none. `peft.tuners` exports the tuners alone.
@@ -25,7 +32,6 @@ from peft.utils.transformers_weight_conversion import (
 from peft.utils.transformers_weight_conversion import (
     get_model_conversion_mapping as get_model_conversion_mapping,
 )
-from torch import nn
 
 # A field of LoraConfig by which classes of one's own are registered.
 CUSTOM_MODULES_FIELD = "_custom_modules"

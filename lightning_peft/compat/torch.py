@@ -56,6 +56,28 @@ item_operation = _aten._local_scalar_dense.default
 unsafe_view: Any = _aten._unsafe_view.default
 
 
+@contextmanager
+def compiled_late() -> Iterator[None]:
+    """Within the body, ``torch.compile`` compiles functions when they are called first.
+
+    Packages that compile functions of theirs as they are imported load the compiler with it, which
+    takes a second, also where none of these functions is ever called.
+    """
+    compile = torch.compile
+
+    def late(function: Any = None, **options: Any) -> Any:
+        if function is None:
+            return functools.partial(late, **options)
+        compiled = functools.cache(lambda: compile(function, **options))
+        return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+    torch.compile = late  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile
+
+
 def softmax_backward(of_output: Tensor, output: Tensor) -> Tensor:
     """Returns the gradient of a softmax's input along the last dimension, in one operation."""
     found: Tensor = _aten._softmax_backward_data(of_output, output, -1, output.dtype)

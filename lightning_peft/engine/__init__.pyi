@@ -1,6 +1,7 @@
 from .adapters import adapted_layers as adapted_layers
 from .adapters import adapter_buffers as adapter_buffers
 from .adapters import adapter_parameters as adapter_parameters
+from .adapters import adapters_have_no_effect as adapters_have_no_effect
 from .adapters import all_adapter_parameters as all_adapter_parameters
 from .adapters import disable_adapters as disable_adapters
 from .adapters import set_adapter as set_adapter

@@ -184,6 +184,12 @@ def refuse_merged(module: nn.Module, what: str) -> None:
         )
 
 
+def adapters_have_no_effect(module: nn.Module) -> bool:
+    """Whether it is known that every adapter of ``module`` changes nothing yet."""
+    layers = adapted_layers_of(module).values()
+    return all(isinstance(layer, AdapterLayer) and layer.has_no_effect() for layer in layers)
+
+
 @contextmanager
 def disable_adapters(module: nn.Module) -> Iterator[None]:
     """Runs the body with the base model: no adapter, and ``modules_to_save`` as they were.

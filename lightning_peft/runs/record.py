@@ -74,11 +74,11 @@ class RunRecord:
         if self.start_times is not None:
             self.start_times.ended(phase)
 
-    def record_samples(self, trainer: Any, samples: list[Any]) -> None:
-        """Writes what the model generates at this step."""
+    def record_samples(self, samples: list[Any], step: int) -> None:
+        """Writes what the model generates at ``step``; the base at 0."""
         if self.status is not None:
             for place, sample in enumerate(samples):
-                row = {"step": trainer.global_step, "sample": place, **asdict(sample)}
+                row = {"step": step, "sample": place, **asdict(sample)}
                 self.folder.append(self.folder.samples, row)
 
     def fail(self, exception: BaseException) -> None:

@@ -105,7 +105,7 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Says that training starts, and from where."""
-        self._phase_ended("validation and samples before training")
+        self._phase_ended("validation before training")
         total = trainer.estimated_stepping_batches
         steps = None if math.isinf(total) else int(total)
         if steps is not None and steps < SHORT_RUN:
@@ -223,6 +223,9 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
         if not trainer.sanity_checking:
             self._follow_control(trainer)
         sampling = unit == "samples"
+        if sampling:
+            # Of the base, between two steps.
+            self.pace.validation_begins()
         if time.monotonic() - self._updated > UPDATE_EVERY or sampling:
             total = int(of) if math.isfinite(of) else None
             named = sampling and not trainer.sanity_checking

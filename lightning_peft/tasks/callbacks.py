@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning_peft import engine
 from lightning_peft.compat.lightning import last_saved_step, save_last
 from lightning_peft.errors import ConfigError
 from lightning_peft.generation import BATCH_SIZE, ready
 from lightning_peft.plugin.namespace import LateBoundMeta
 from lightning_peft.plugin.optimization import log_info
+from lightning_peft.plugin.restarts import MergeAndRestart
+from lightning_peft.tasks.reference import moving_base
 from lightning_peft.tasks.samples import GeneratedSample
 from lightning_peft.tasks.tables import log_table
 
@@ -140,10 +144,13 @@ class StopEarly(_MetricCheck, _EarlyStopping, metaclass=LateBoundMeta):
 
 
 class LogSamples(_Callback, metaclass=LateBoundMeta):
-    """Lets the model generate for the first validation rows, before training and with validation.
+    """Lets base and model generate for the first validation rows, the model with each validation.
 
-    Where that would take too much of a run's time, before training and at its end only: see
+    Where that would take too much of a run's time, at its end only: see
     :class:`ValidationBudget <lightning_peft.tasks.validation_budget.ValidationBudget>`.
+
+    The base generates after the first step, which so comes earlier, with the adapters off; before
+    training where the model without adapters is not what training starts from.
 
     The samples go into the record of the run (``samples.jsonl``) and, as a table, to loggers
     that take one: see :func:`~lightning_peft.tasks.log_table`.
@@ -171,6 +178,16 @@ class LogSamples(_Callback, metaclass=LateBoundMeta):
         self.waits_for_end = False
         self._said = False
         self._refused: set[str] = set()
+        # Whether the base generates after the first step.
+        self._base_waits = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns whether the base is still to generate, for a checkpoint."""
+        return {"base_waits": self._base_waits}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes what was left to do when the run was interrupted."""
+        self._base_waits = bool(state_dict.get("base_waits"))
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Checks that module and data can give samples."""
@@ -194,8 +211,19 @@ class LogSamples(_Callback, metaclass=LateBoundMeta):
         return bool(getattr(trainer.strategy, "shards_base", False))
 
     def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
-        """Generates with what the base model can do."""
-        self._generate(trainer, pl_module)
+        """Generates with what the base model can do, or leaves it to the first step."""
+        self._base_waits = not trainer.global_step and _is_base_without_adapters(trainer, pl_module)
+        if not self._base_waits:
+            self._generate(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Generates with the base after the first step, unless the run was interrupted there."""
+        interrupted = any(getattr(callback, "saved", None) for callback in trainer.callbacks)
+        if self._base_waits and trainer.global_step and not interrupted:
+            self._generate(trainer, pl_module, of_base=True)
+            self._base_waits = False
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Generates with what has been learnt so far."""
@@ -204,7 +232,7 @@ class LogSamples(_Callback, metaclass=LateBoundMeta):
         if due and not trainer.sanity_checking:
             self._generate(trainer, pl_module)
 
-    def _generate(self, trainer: Any, pl_module: Any) -> None:
+    def _generate(self, trainer: Any, pl_module: Any, of_base: bool = False) -> None:
         rows = trainer.datamodule.read().splits.get("validation")
         if rows is None or self._is_impossible(trainer):
             return
@@ -224,24 +252,36 @@ class LogSamples(_Callback, metaclass=LateBoundMeta):
                     if before is not None:
                         before(trainer, unit="samples", done=start, of=count)
                 some = [rows[place] for place in range(start, min(start + BATCH_SIZE, count))]
-                samples += pl_module.generate_samples(some, self.max_new_tokens)
+                # Within, for a run that is interrupted above saves what is trained.
+                with engine.disable_adapters(pl_module) if of_base else nullcontext():
+                    samples += pl_module.generate_samples(some, self.max_new_tokens)
         self.seconds += time.monotonic() - began
         if trainer.is_global_zero:
-            self._log(trainer, samples)
+            self._log(trainer, samples, 0 if of_base else trainer.global_step)
 
-    def _log(self, trainer: Any, samples: list[GeneratedSample]) -> None:
+    def _log(self, trainer: Any, samples: list[GeneratedSample], step: int) -> None:
         for callback in trainer.callbacks:
             record = getattr(callback, "record_samples", None)
             if record is not None:
-                record(trainer, samples)
+                record(samples, step)
         columns = ["prompt", "expected", "generated"]
         rows = [[sample.prompt, sample.expected, sample.generated] for sample in samples]
         for logger in trainer.loggers:
             kind = type(logger).__name__
             try:
-                log_table(logger, "samples", columns, rows, trainer.global_step)
+                log_table(logger, "samples", columns, rows, step)
             except Exception as error:
                 # A tracker that cannot be reached must not end the training.
                 if kind not in self._refused:
                     log.warning("LogSamples: %s takes no samples: %r", kind, error)
                 self._refused.add(kind)
+
+
+def _is_base_without_adapters(trainer: Any, module: Any) -> bool:
+    """Whether training starts from the base, and leaves it as it is."""
+    return (
+        engine.record_of(module) is not None
+        and engine.adapters_have_no_effect(module)
+        and not moving_base(module)
+        and not any(isinstance(callback, MergeAndRestart) for callback in trainer.callbacks)
+    )

@@ -99,7 +99,15 @@ def check_reference(task: Any) -> None:
             "'qlora', or with LoRACallback; or take a loss that needs no reference, such as "
             "PreferenceTuning's loss='orpo' or loss_type='simpo'."
         )
+    problems = moving_base(task)
+    if problems:
+        raise ConfigError(f"{name} would have no fixed reference:" + itemize(problems))
+
+
+def moving_base(task: Any) -> list[str]:
+    """Returns why a module with its adapters off is not the base, or would not stay it."""
     problems = []
+    record = engine.require_record(task)
     parts = [(task.get_submodule(entry.name), entry) for entry in record.parts.values()]
     rewritten = [entry.name for _, entry in parts if entry.changed_base is not None]
     if rewritten:
@@ -118,5 +126,4 @@ def check_reference(task: Any) -> None:
             "change the reference as well. Freeze them, adapt the whole model, or name them in "
             "modules_to_save"
         )
-    if problems:
-        raise ConfigError(f"{name} would have no fixed reference:" + itemize(problems))
+    return problems

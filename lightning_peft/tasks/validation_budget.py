@@ -139,7 +139,7 @@ class ValidationBudget(_Base, metaclass=LateBoundMeta):
         if self._active:
             self._set_next(trainer, batch_idx, _steps_of(trainer, batch_idx))
             if NAME not in self.decided:
-                self._since = _now(pl_module)
+                self._since = _now(pl_module) - _sampling_seconds(trainer)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -155,7 +155,7 @@ class ValidationBudget(_Base, metaclass=LateBoundMeta):
         self._batches += 1
         if self._batches == 1:
             return
-        self._trained += _now(pl_module) - self._since
+        self._trained += _now(pl_module) - _sampling_seconds(trainer) - self._since
         soon = (batch_idx + 1) % trainer.val_check_batch == 0
         if self._validation is not None and (soon or self._batches > TIMED):
             self._decide(trainer, self._trained / (self._batches - 1))
@@ -168,6 +168,8 @@ class ValidationBudget(_Base, metaclass=LateBoundMeta):
 
     def _decide(self, trainer: Any, batch: float) -> None:
         assert self._validation is not None
+        # Those of the base come with the first step.
+        self._sampled = self._sampled or _sampling_seconds(trainer)
         total = trainer.estimated_stepping_batches
         batches = trainer.num_training_batches
         steps = math.ceil(batches / trainer.accumulate_grad_batches)

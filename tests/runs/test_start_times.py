@@ -22,10 +22,12 @@ def test_phases_follow_each_other(monkeypatch):
     )
 
 
-def test_bitsandbytes_does_not_advise_other_packages():
-    code = "import lightning_peft.compat.bitsandbytes"
+def test_bitsandbytes_advises_nothing_and_loads_no_compiler():
+    code = "import lightning_peft.compat.peft, lightning_peft.compat.bitsandbytes, sys; "
+    code += "print('bitsandbytes' in sys.modules, 'torch._inductor.compile_fx' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=os.environ
     )
     assert done.returncode == 0
     assert "kernels" not in done.stderr
+    assert done.stdout == "True False\n"

@@ -70,31 +70,44 @@ def test_training_stops_without_improvement(tmp_path):
     assert trainer.global_step == 8
 
 
-@pytest.mark.parametrize("root", ROOTS)
-def test_the_model_answers_before_and_after(root, tmp_path):
+def answers_of_a_fit(folder, root, method=None, learning_rate=1e-2):
+    """Trains two steps; returns the data, and steps and answers with their step in order."""
     lightning = importlib.import_module(root)
-    kept = []
+    events = []
 
     class Keep(lightning.Callback):
-        def record_samples(self, trainer, samples):
-            kept.append((trainer.global_step, samples))
+        def record_samples(self, samples, step):
+            events.append((step, samples))
+
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            events.append("step")
 
     data = bind_to_lightning(SupervisedData, root)(
         str(INSTRUCTIONS),
         str(BASE),
         chat_template="plain",
         columns={"prompt": "prompt", "completion": "response"},
-        cache_dir=str(tmp_path / "cache"),
+        cache_dir=str(folder / "cache"),
     )
     trainer = short_runs.trainer(
-        root=root,
+        method,
+        root,
         callbacks=[bind_to_lightning(LogSamples, root)(count=2, max_new_tokens=4), Keep()],
         **{"limit_train_batches": 2, "limit_val_batches": 1, "max_epochs": 1},
     )
-    task = bind_to_lightning(CausalLM, root)(str(BASE), learning_rate=1e-2, dtype="float32")
+    task = bind_to_lightning(CausalLM, root)(
+        str(BASE), learning_rate=learning_rate, warmup=0.0, dtype="float32"
+    )
     trainer.fit(task, datamodule=data)
-    assert [step for step, _ in kept] == [0, 2]
-    first, last = (samples for _, samples in kept)
+    # A generation leaves the module as it was.
+    assert task.model.training
+    return data, events
+
+
+def test_base_and_model_answer(tmp_path):
+    data, events = answers_of_a_fit(tmp_path, ROOTS[0])
+    (before, first), *steps, (after, last) = events
+    assert (before, steps, after) == (0, ["step", "step"], 2)
     assert all(isinstance(sample, GeneratedSample) for sample in first)
     assert [sample.prompt for sample in first] == [sample.prompt for sample in last]
     assert all(sample.prompt.startswith("### User:") for sample in first)
@@ -102,8 +115,13 @@ def test_the_model_answers_before_and_after(root, tmp_path):
     whole = data.tokenizer.decode(rows[0]["input_ids"], skip_special_tokens=True)
     assert first[0].prompt + first[0].expected == whole
     assert [s.generated for s in first] != [s.generated for s in last]
-    # A generation leaves the module as it was.
-    assert task.model.training
+    # Below adapters the base is still there after the first step, which so comes earlier.
+    _, events = answers_of_a_fit(tmp_path, ROOTS[1], "lora", learning_rate=0.3)
+    assert events[0] == "step"
+    assert events[1] == (0, first)
+    assert events[2] == "step"
+    assert events[3][0] == 2
+    assert events[3][1] != first
 
 
 def test_samples_that_cannot_be_had_are_refused(tmp_path):

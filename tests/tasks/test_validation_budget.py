@@ -118,6 +118,19 @@ def test_a_run_decides_before_its_second_validation(root, tmp_path, slow):
     assert samples == [0, 24]
 
 
+def test_samples_between_steps_count_and_are_no_training(tmp_path, slow):
+    class Between(importlib.import_module(ROOTS[0]).Callback):
+        seconds, waits_for_end = 0.0, False
+
+        def on_train_batch_end(self, trainer, *others):
+            self.seconds = 30.0
+
+    made = budget()
+    fit(tmp_path, [made, Between()])
+    chosen = made.decided["validation"]
+    assert (chosen["samples_seconds"], chosen["batch_seconds"]) == (30.0, 37.5)
+
+
 @pytest.mark.parametrize("given", [{"val_check_interval": 4}, {"check_val_every_n_epoch": 2}])
 def test_an_interval_of_the_user_wins(given, tmp_path, slow):
     steps, samples, _ = fit(tmp_path, [budget()], **given)

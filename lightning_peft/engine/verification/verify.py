@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from lightning_peft.compat.torch import BatchNorm
 from lightning_peft.engine.adapters import (
     adapted_layers_of,
+    adapters_have_no_effect,
     disable_adapters,
     refuse_merged,
 )
 from lightning_peft.engine.fingerprint import exact_checksum
 from lightning_peft.engine.gathering import gathered, group_size
-from lightning_peft.engine.layers.adapter import AdapterLayer
 from lightning_peft.engine.record import require_record
 from lightning_peft.engine.sharding import call_inside, local_part, reshard_base
 from lightning_peft.engine.verification.evaluation import adapters_act_in_evaluation, recorded_usage
@@ -164,8 +164,7 @@ def _checks_with_loss(probe: ModuleProbe) -> list[Check]:
 
 def _no_effect_before_training(probe: ModuleProbe, on: Tensor) -> Check:
     name = "no effect before training"
-    layers = adapted_layers_of(probe.module).values()
-    if not all(isinstance(layer, AdapterLayer) and layer.has_no_effect() for layer in layers):
+    if not adapters_have_no_effect(probe.module):
         return Check(name, None, "the adapters are trained, or of a kind that starts elsewhere")
     with disable_adapters(probe.module):
         off = probe.evaluate()
