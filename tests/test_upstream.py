@@ -349,7 +349,6 @@ def command_of(suite: str, folder: Path, **files: str) -> list[str]:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
 def test_a_run_compares_survives_a_crash_and_continues(tmp_path):
     command = command_of("lightning", tmp_path, test_some=SUITE, test_broken=BROKEN)
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -374,7 +373,6 @@ def test_a_run_compares_survives_a_crash_and_continues(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
 def test_the_functions_of_peft_are_served_by_this_package(tmp_path):
     command = command_of("peft", tmp_path, test_some=PEFT_SUITE)
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -182,7 +182,6 @@ def test_a_sweep_is_followed_stopped_and_resumed(visit, site, store):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_a_sweep_is_started_from_the_form_and_trained(visit, serve):
     site = serve()
     page = open_new_run(visit, site, "#method")

@@ -150,7 +150,6 @@ def is_open(port):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_a_killed_rank_is_started_again_by_torchrun(launched, tmp_path):
     """Lightning's own launcher trains the same, in one folder; each step is in the record once."""
     ends(launched("lightning_peft.cli", "fit", *SMALL, "--devices=2", "--run_dir=own"), tmp_path)
@@ -175,7 +174,6 @@ def test_a_killed_rank_is_started_again_by_torchrun(launched, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_restarts_that_could_not_continue_are_refused(launched, tmp_path):
     words = torchrun("--standalone", "--nproc-per-node=2", "--max-restarts=1")
     ends(launched(*words, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="0"), tmp_path, code=1)
@@ -186,7 +184,6 @@ def test_restarts_that_could_not_continue_are_refused(launched, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_two_launchers_are_two_nodes(launched, tmp_path):
     port = free_port()
     rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=two"]
@@ -199,7 +196,6 @@ def test_two_launchers_are_two_nodes(launched, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_a_run_continues_with_the_nodes_that_are_left(launched, tmp_path):
     port = free_port()
     rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=left"]
@@ -222,7 +218,6 @@ def test_a_run_continues_with_the_nodes_that_are_left(launched, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_a_notice_before_preemption_saves_and_the_job_continues(launched, tmp_path):
     """SIGTERM to the agent of torchrun, as SLURM and Kubernetes send it; loaders have processes."""
     words = torchrun("--standalone", "--nproc-per-node=2", "--max-restarts=3")
@@ -241,7 +236,6 @@ def test_a_notice_before_preemption_saves_and_the_job_continues(launched, tmp_pa
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_tasks_of_slurm_keep_one_record(launched, tmp_path):
     """Two nodes of one task, with the variables of srun."""
     job = {"SLURM_JOB_ID": "4242", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}
@@ -259,7 +253,6 @@ def test_tasks_of_slurm_keep_one_record(launched, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_a_run_ends_when_one_of_its_processes_does(launched, tmp_path):
     """Without torchrun nothing starts it again; `--resume` continues to the same end."""
     ends(launched("lightning_peft.cli", "fit", *SMALL, "--devices=2", "--run_dir=whole"), tmp_path)

@@ -10,7 +10,7 @@ import pytest
 
 from .lora_rows import lora_rows, model_rows
 from .method_rows import method_rows
-from .side_by_side import Row, outcome
+from .side_by_side import outcome
 
 ROWS = {row.name: row for row in (*lora_rows(), *model_rows(), *method_rows())}
 # One row for each mechanism.
@@ -75,14 +75,11 @@ SLICE = (
 def test_the_table_is_wide() -> None:
     assert len(ROWS) >= 600
     assert len({row.name.split(" on ")[0] for row in ROWS.values()}) >= 30
+    assert ROWS.keys() >= set(SLICE)
 
 
-@pytest.mark.parametrize("name", SLICE)
-def test_a_row_of_each_mechanism(name: str, tmp_path) -> None:
+@pytest.mark.parametrize(
+    "name", [n if n in SLICE else pytest.param(n, marks=pytest.mark.long) for n in ROWS]
+)
+def test_every_row(name: str, tmp_path) -> None:
     assert outcome(ROWS[name], tmp_path) == []
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("row", ROWS.values(), ids=list(ROWS))
-def test_every_row(row: Row, tmp_path) -> None:
-    assert outcome(row, tmp_path) == []
