@@ -74,6 +74,7 @@ LINEAR_ONLY = {
     "lora_ga": {"init_lora_weights": "lora_ga", "refused": "prepares it from data"},
     "loftq": {
         "init_lora_weights": "loftq",
+        "lora_alpha": 16,
         "loftq_config": {"loftq_bits": 4},
         "refused": "set lora_alpha to r",
     },
