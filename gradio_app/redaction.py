@@ -20,9 +20,17 @@ from lightning_peft.runs.status import Status
 
 # Stands for a file that the owner of a recipe has uploaded, wherever this server keeps them.
 UPLOAD = "upload:"
+# What the page puts before the name of an uploaded file.
+_UPLOADED = re.compile(rf"^(?:{UPLOAD})?\d{{8}}-[0-9a-f]{{8}}-")
 # Absolute paths; not those in an address, and none of a single name, such as an end of a tag.
 _PATH = re.compile(r"(?:(?<![\w/.~])|(?<=file://))(?:/[\w.+@~=-]+){2,}")
 _CACHES = ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "GRADIO_TEMP_DIR", "TORCH_HOME")
+
+
+def short_name(place: object) -> str:
+    """Returns the last name of where a model or data is; of an upload, that of its file."""
+    name = str(place or "").replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return _UPLOADED.sub("", name).removesuffix(".gguf")
 
 
 @cache

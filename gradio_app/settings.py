@@ -21,7 +21,7 @@ class Limits:
         minutes: Longest time that a run may take, or ``None``.
         parameters: Largest base, in weights, or ``None``.
         waiting: Most runs of one visitor that run or wait, or ``None``.
-        keep_hours: After how many hours a visitor's runs are deleted, or ``None``.
+        keep_hours: After how many hours a visitor's runs and uploads are deleted, or ``None``.
     """
 
     upload_bytes: int = 500 * MEGABYTE

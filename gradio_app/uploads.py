@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import secrets
 import shutil
+import time
 import unicodedata
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 from gradio_app.errors import UserError
 from gradio_app.guards import inside, shortened
+from gradio_app.redaction import short_name
 from gradio_app.settings import Settings
+from gradio_app.visitors import LOCAL
 from lightning_peft.errors import LightningPeftError
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".xlsx", ".parquet", ".txt")
@@ -106,6 +111,29 @@ class Uploads:
         return _upload(path)
 
 
+def drop_expired(settings: Settings, recipes: Callable[[str], str]) -> None:
+    """Deletes visitors' files that are older than ``limits.keep_hours``, and empty folders.
+
+    ``recipes`` returns the recipes of an owner's runs: files that they name stay.
+    """
+    oldest = time.time() - 3600 * (settings.limits.keep_hours or float("inf"))
+    for folder in settings.uploads.iterdir() if settings.uploads.is_dir() else ():
+        if folder.name == LOCAL or not _OWNER.fullmatch(folder.name):
+            continue
+        old = [one for one in Uploads(settings, folder.name).list() if _changed(one.path) < oldest]
+        kept = recipes(folder.name) if old else ""
+        for one in old:
+            if one.name not in kept:
+                one.path.unlink(missing_ok=True)
+        if _changed(folder) < oldest:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _changed(path: Path) -> float:
+    return path.stat().st_mtime
+
+
 def check_content(path: Path, suffix: str) -> None:
     """Checks that the beginning of a file matches its suffix. Raises UserError if it is not."""
     with path.open("rb") as file:
@@ -152,12 +180,6 @@ def _check_workbook(path: Path) -> None:
         raise UserError("checks.upload_book", name=name)
 
 
-def original_name(name: str) -> str:
-    """Returns the name of an upload without what this page has put before it."""
-    words = name.split("-")
-    return "-".join(words[2:]) if len(words) > 2 and words[0].isdigit() else name
-
-
 def _has_json_object(text: str) -> bool:
     """Whether a line is a JSON object; bad ones are reported by the data check."""
     lines = text.splitlines()
@@ -192,4 +214,4 @@ def _slug(text: str) -> str:
 
 
 def _upload(path: Path) -> Upload:
-    return Upload(path.name, original_name(path.name), path, path.stat().st_size)
+    return Upload(path.name, short_name(path.name), path, path.stat().st_size)

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradio_app.errors import UserError
-from gradio_app.recipe.content import class_name, data_of, short_name, value_at
+from gradio_app.recipe.content import class_name, data_of, value_at
 from gradio_app.recipe.fields import BY_PATH
 from gradio_app.recipe.form import display_value, method_of
 from gradio_app.recipe.presets import DEMO_BASE
 from gradio_app.recipe.yaml_text import parse_yaml
+from gradio_app.redaction import short_name
 from gradio_app.runs.metrics import Metrics, metrics_of
 from gradio_app.runs.outcomes import outcome_of
 from gradio_app.runs.run_task import task_of_run

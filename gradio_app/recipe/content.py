@@ -7,16 +7,13 @@ that class.
 from __future__ import annotations
 
 import copy
-import re
 from typing import Any
 
-from gradio_app.redaction import UPLOAD
 from lightning_peft.task_registry import TASKS
 
 # Distinct from a value that is `null`.
 MISSING: Any = object()
 CALLBACKS = "lightning_peft.tasks"
-_UPLOADED = re.compile(rf"^(?:{UPLOAD})?\d{{8}}-[0-9a-f]{{8}}-")
 
 
 def class_name(part: object) -> str:
@@ -56,12 +53,6 @@ def count_at(content: Any, path: str, default: int) -> int | None:
 def data_of(content: Any) -> str:
     """Returns where the rows of a recipe are; empty if none were chosen."""
     return str(value_at(content, "data.init_args.data", None) or "")
-
-
-def short_name(place: object) -> str:
-    """Returns the last name of where a model or data is; of an upload, that of its file."""
-    name = str(place or "").replace("\\", "/").rstrip("/").rpartition("/")[2]
-    return _UPLOADED.sub("", name).removesuffix(".gguf")
 
 
 def with_value(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]:

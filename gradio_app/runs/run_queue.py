@@ -12,6 +12,7 @@ from gradio_app.runs.metadata import LOCAL
 from gradio_app.runs.store import RunStore
 from gradio_app.runs.types import Run
 from gradio_app.settings import Settings
+from gradio_app.uploads import drop_expired
 
 _log = logging.getLogger(__name__)
 # How often the queue checks whether the machine is free.
@@ -226,3 +227,4 @@ class RunQueue:
                 # What is being exported is deleted at a later round.
                 with contextlib.suppress(UserError):
                     self.store.erase(run.owner, run.id)
+        drop_expired(self.settings, self.store.recipes)

@@ -56,6 +56,11 @@ class RunStore:
         """Returns the runs that ``owner`` can restore, the newest first."""
         return [run for run in self._runs_in(self._deleted) if run.owner == owner]
 
+    def recipes(self, owner: str) -> str:
+        """Returns the recipes of all runs of ``owner``, also of deleted ones."""
+        runs = [*self.list(owner), *self.deleted(owner)]
+        return "\n".join(run.recipe_text for run in runs)
+
     def _runs_in(self, root: Path) -> Sequence[Run]:
         try:
             names = [path.name for path in root.iterdir() if path.is_dir()]

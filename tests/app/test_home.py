@@ -16,8 +16,8 @@ from gradio_app.experiments.summaries import Summaries
 from gradio_app.pages import home, run_table
 from gradio_app.pages.templating import render
 from gradio_app.recipe import edits
-from gradio_app.recipe.content import short_name
 from gradio_app.recipe.edits import demo_recipe
+from gradio_app.redaction import short_name
 from gradio_app.runs.formatting import format_bytes
 from gradio_app.runs.machine import Machine
 from gradio_app.runs.store import RunStore, checked_notes

@@ -131,10 +131,7 @@ def data_path(editor: Editor, session: Session) -> Path:
 
 def recipes_in_use(editor: Editor, session: Session) -> str:
     """Returns a visitor's recipes: of runs, also deleted ones, to undo a change, and to reset."""
-    store = editor.studio.store
-    runs = [*store.list(session.owner), *store.deleted(session.owner)]
-    own = (str(session.undo), str(session.baseline))
-    return "\n".join([*own, *(run.recipe_text for run in runs)])
+    return f"{session.undo}\n{session.baseline}\n{editor.studio.store.recipes(session.owner)}"
 
 
 def keep_upload(

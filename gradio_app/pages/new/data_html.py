@@ -10,9 +10,8 @@ from gradio_app.pages.new import file_format
 from gradio_app.pages.templating import message, render
 from gradio_app.recipe.preview import DataReport
 from gradio_app.recipe.table import Table
-from gradio_app.redaction import UPLOAD
+from gradio_app.redaction import UPLOAD, short_name
 from gradio_app.texts import Texts
-from gradio_app.uploads import original_name
 
 # Of each kind of problem, as many rows are listed one by one.
 MAX_PROBLEMS = 20
@@ -26,11 +25,8 @@ def selected_data(place: str, t: Texts) -> str:
     """Returns the line that names the data, or asks for some."""
     if not place:
         return message("not-now", t("new.data_none"), t)
-    if place.startswith(("package:", "recipe:")):
-        place = place.rpartition("/")[2]
-    elif place.startswith(UPLOAD):
-        place = original_name(place.removeprefix(UPLOAD))
-    return message("chosen", place, t)
+    marked = place.startswith(("package:", "recipe:", UPLOAD))
+    return message("chosen", short_name(place) if marked else place, t)
 
 
 def checking(
@@ -218,5 +214,5 @@ def _numbered(row: dict[str, Any], numbers: dict[str, Any], of: str = "") -> str
 def _file_title(name: str, numbers: dict[str, Any]) -> str:
     """Returns the name that an upload had, unless another file has the same."""
     names = {str(one["file"]) for one in numbers.get("read_as") or ()} - {name}
-    title = original_name(name)
-    return name if title in map(original_name, names) else title
+    title = short_name(name)
+    return name if title in map(short_name, names) else title

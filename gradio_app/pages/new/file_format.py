@@ -13,8 +13,8 @@ from gradio_app.recipe.content import MISSING, value_at, with_value
 from gradio_app.recipe.fields import BY_PATH
 from gradio_app.recipe.form import parse_value
 from gradio_app.recipe.preview import DataReport
+from gradio_app.redaction import short_name
 from gradio_app.texts import Texts
-from gradio_app.uploads import original_name
 
 _DATA = "data.init_args."
 OPTIONS = ("encoding", "delimiter", "sheet")
@@ -84,6 +84,4 @@ def _describe(one: dict[str, Any], t: Texts) -> str:
     if one.get("sheet"):
         parts.append(t("new.read_sheet", name=one["sheet"]))
     notes = [str(note) for note in one.get("notes") or ()]
-    return (
-        f"{original_name(str(one['file']))}: {'; '.join([', '.join(filter(None, parts)), *notes])}"
-    )
+    return f"{short_name(one['file'])}: {'; '.join([', '.join(filter(None, parts)), *notes])}"

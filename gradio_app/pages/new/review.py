@@ -22,7 +22,7 @@ from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.pages.new.starting_point import validate_pasted
 from gradio_app.pages.templating import message, render
 from gradio_app.recipe.commands import COMMAND, FILE, python_code
-from gradio_app.recipe.content import count_at, data_of, short_name, value_at
+from gradio_app.recipe.content import count_at, data_of, value_at
 from gradio_app.recipe.edits import limit_steps
 from gradio_app.recipe.fields import BY_PATH
 from gradio_app.recipe.form import format_value, method_of
@@ -30,6 +30,7 @@ from gradio_app.recipe.presets import DEMO_BASE
 from gradio_app.recipe.preview import DataReport, parser_error
 from gradio_app.recipe.validation import validate_content
 from gradio_app.recipe.yaml_text import dump_yaml, parse_yaml
+from gradio_app.redaction import short_name
 from gradio_app.runs.formatting import format_duration
 from gradio_app.settings import Settings
 from gradio_app.texts import Texts
@@ -74,8 +75,7 @@ def build(editor: Editor) -> None:
         handler = _start_handler(editor, steps)
         on_event(t, button.click, handler, [editor.session, name], [gone, *buttons])
     editor.after_change(_refresh_handler(editor), [], [overview, facts, text, forms, *buttons])
-    if not editor.studio.settings.space:
-        sweep.build(editor, name, gone, startable)
+    sweep.build(editor, name, gone, startable)
     hub_job.build(editor.studio, t, text, name, gone)
     url = t.url("run", run="")
     gone.change(None, gone, None, js=_OPEN_RUN.replace("{url}", url))
@@ -303,7 +303,7 @@ def summary_text(session: Session, t: Texts) -> str:
     model = value_at(content, "model.init_args.model", None)
     name = t("new.demo_base") if model == DEMO_BASE else Path(str(model or "-")).name
     splits = session.report.numbers.get("splits", {}) if session.report else {}
-    place = data_of(content).rpartition("/")[2]
+    place = short_name(data_of(content))
     words = [t("new.words_what", task=t(f"new.task_{task.name}") if task else "", model=name)]
     if splits:
         train, held = splits["train"]["rows"], splits["validation"]["rows"]

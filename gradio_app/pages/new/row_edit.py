@@ -12,9 +12,9 @@ from gradio_app.errors import UserError
 from gradio_app.pages.components import field, on_event
 from gradio_app.pages.new.data_check import data_path, keep_upload, recipes_in_use
 from gradio_app.pages.new.editor import Editor, Session
-from gradio_app.recipe.content import MISSING, data_of, short_name, with_value
+from gradio_app.recipe.content import MISSING, data_of, with_value
 from gradio_app.recipe.row_edits import LONGEST_ROW, row_text, write_edited
-from gradio_app.redaction import UPLOAD
+from gradio_app.redaction import UPLOAD, short_name
 
 _EDITED, _DATA = "-edited", "data.init_args.data"
 

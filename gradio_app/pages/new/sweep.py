@@ -42,6 +42,10 @@ def build(editor: Editor, name: Any, gone: Any, startable: Startable) -> None:
     """
     t = editor.t
     with gr.Accordion(t("new.sweep"), open=False, elem_id="sweep"):
+        if editor.studio.settings.space:
+            minutes = t.localized(f"{editor.studio.settings.limits.minutes:g}")
+            html(message("note", t("new.sweep_space", minutes=minutes), t))
+            return
         rows = [_build_row(number, t) for number in range(1, ROWS + 1)]
         with gr.Row(elem_classes="settings"):
             samplers, pruners = ("new.sampler_", SAMPLERS), ("new.pruner_", PRUNERS)
