@@ -9,6 +9,7 @@ from gradio_app.chat.sessions import ChatSessions
 from gradio_app.experiments.summaries import Summaries
 from gradio_app.experiments.sweeps import SweepRequest, prepare_sweep
 from gradio_app.export.manager import ExportManager
+from gradio_app.recipe.answer_cache import AnswerCache
 from gradio_app.recipe.command_worker import CommandWorker
 from gradio_app.recipe.yaml_text import dump_yaml
 from gradio_app.runs import hf_jobs, zero_gpu
@@ -44,6 +45,7 @@ class Studio:
         exports: What is taken along of runs.
         worker: A process that answers commands at once, once somebody has asked for one.
         planning_worker: Another one for memory plans, which take long; checks do not wait for them.
+        answers: What both have answered lately.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -57,6 +59,7 @@ class Studio:
         self.exports = ExportManager(settings, self.store, self.queue.active)
         self.worker = CommandWorker(settings)
         self.planning_worker = CommandWorker(settings)
+        self.answers = AnswerCache()
 
     def owner(self, request: Any) -> str:
         """Returns who owns what this request starts."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gradio_app.errors import UserError
 from gradio_app.guards import shortened
-from gradio_app.recipe.command_worker import CommandResult, CommandWorker
+from gradio_app.recipe.command_worker import CommandResult
 from gradio_app.recipe.content import value_at, with_value
 from gradio_app.recipe.edits import with_method
 from gradio_app.recipe.form import method_of
@@ -23,8 +22,6 @@ from lightning_peft.task_registry import task_of_config
 SECONDS = 120.0
 # Where neither the recipe nor the data determines the length of rows.
 DEFAULT_LENGTH = 512
-# How long a plan is kept: what is free of this machine changes.
-CACHE_SECONDS = 300.0
 _AMOUNT = re.compile(r"\d{1,4}(\.\d{1,3})?\s?[GM]i?B", re.IGNORECASE)
 _STRATEGY = "trainer.strategy.init_args."
 _LENGTH = "data.init_args.max_length"
@@ -63,29 +60,6 @@ class Plan:
         """Whether it fits for sure; ``None`` where that is not known."""
         found = self.numbers.get("fits")
         return None if found is None else bool(found)
-
-
-@dataclass
-class PlanCache:
-    """The plans of one page, so that a change that does not affect memory reuses them."""
-
-    answers: dict[tuple[str, ...], tuple[float, CommandResult]] = field(default_factory=dict)
-
-    def ask(
-        self,
-        words: list[str],
-        worker: CommandWorker,
-        still_needed: Callable[[], bool] | None = None,
-    ) -> CommandResult:
-        """Returns the answer of ``lightning-peft plan``, an earlier one if it is not old."""
-        now = time.monotonic()
-        self.answers = {k: one for k, one in self.answers.items() if now - one[0] < CACHE_SECONDS}
-        if tuple(words) not in self.answers:
-            answer = worker.run(words, SECONDS, still_needed)
-            if answer.code != 0:
-                return answer
-            self.answers[tuple(words)] = (now, answer)
-        return self.answers[tuple(words)][1]
 
 
 @dataclass(frozen=True)

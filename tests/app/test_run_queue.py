@@ -200,6 +200,34 @@ def test_visitors_runs_are_deleted_after_some_hours(store, lines):
     assert {run.id for run in store.all()} == {mine.id, new.id}
 
 
+def test_visitors_uploads_are_deleted_after_some_hours_unless_a_run_names_them(store, lines):
+    names = [f"20261126-0000000{n}-rows.jsonl" for n in range(4)]
+    unused, named, of_deleted, new = names
+    folder, gone = (store.settings.uploads / owner for owner in ("v-a", "v-gone"))
+    files = [folder / name for name in names] + [store.settings.uploads / "local" / unused]
+    for file in [*files, gone / unused]:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+    old = time.time() - 25 * 3600
+    for file in [*files, gone / unused]:
+        if file.name != new:
+            os.utime(file, (old, old))
+    # A run that waits keeps its file; so does one that can still be restored.
+    run = store.create("v-a", f"data: {folder / named}\n", "waits")
+    store.update_metadata(run, waiting=time.time() + 3600, created=old)
+    store.delete("v-a", store.create("v-a", f"data: {folder / of_deleted}\n", "deleted").id)
+    # Another visitor's recipe keeps nothing.
+    store.create("v-b", f"data: {folder / unused}\n", "theirs")
+    line = lines(limits=Limits(keep_hours=24), max_concurrent_runs=0)
+    line.process_pending()
+    assert {file for file in files if file.exists()} == set(files[1:])
+    assert not any(gone.iterdir())
+    os.utime(gone, (old, old))
+    line._sweep()
+    assert folder.is_dir()
+    assert not gone.exists()
+
+
 def test_a_run_that_cannot_wait_is_not_kept(tmp_path):
     studio = Studio(settings(tmp_path, limits=Limits(waiting=0)))
     with pytest.raises(UserError, match="refused_waiting"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,16 @@ from gradio_app.recipe.edits import base_recipe
 from gradio_app.recipe.model_files import is_cached
 from gradio_app.recipe.preview import DataReport, local_path, preview_data
 from gradio_app.recipe.validation import validate_content, with_revision
+from gradio_app.recipe.yaml_text import dump_yaml
+from gradio_app.redaction import bundled_folders
 from gradio_app.uploads import Upload, Uploads
 from lightning_peft.task_registry import task_of_config
 
 _POLL_SECONDS = 0.5
 # Of a file of more bytes, so many rows are looked at and shown before all of them.
 _LARGE_BYTES, EARLY_ROWS = 2_000_000, 1_000
+# What else a report depends on besides the settings of the data.
+_PLACES = ("data", "validation_data", "test_data", "tokenizer", "processor", "feature_extractor")
 
 
 def is_offline() -> bool:
@@ -107,15 +111,29 @@ def _check(editor: Editor, session: Session, data: Any) -> DataReport:
     try:
         content = {**base_recipe("sft"), "data": data}
         content = validate_content(content, settings, session.owner)
-        given = (editor.studio.worker, settings.space, still_needed, on_rows)
-        if _is_large(content):
-            first = with_value(content, "data.init_args.limit", EARLY_ROWS)
-            session.early_report = preview_data(first, *given)
-        return preview_data(content, *given)
+
+        def find(needed: Callable[[], bool]) -> DataReport:
+            given = (editor.studio.worker, settings.space, needed, on_rows)
+            if _is_large(content):
+                first = with_value(content, "data.init_args.limit", EARLY_ROWS)
+                session.early_report = preview_data(first, *given)
+            return preview_data(content, *given)
+
+        if not is_bundled(content):
+            return find(still_needed)
+        question = ("preview", dump_yaml(content["data"]))
+        return editor.studio.answers.ask(question, find, lambda one: one.ok, still_needed)
     except UserError as refused:
         return DataReport(refusal=localized_message(refused, t))
     except Exception as error:
         return DataReport(refusal=str(as_gradio_error(error, t).message))
+
+
+def is_bundled(content: dict[str, Any]) -> bool:
+    """Whether the data of a checked recipe comes with the package, and so never changes."""
+    marks = tuple(bundled_folders())
+    found = [value_at(content, f"data.init_args.{key}", None) for key in _PLACES]
+    return all(str(place).startswith(marks) for place in found if place is not None)
 
 
 def data_path(editor: Editor, session: Session) -> Path:

@@ -15,7 +15,6 @@ from gradio_app.pages.templating import message
 from gradio_app.recipe.edits import base_recipe
 from gradio_app.recipe.form import rebase_defaults
 from gradio_app.recipe.paths import AllowedPaths, DataFiles, data_files
-from gradio_app.recipe.planner import PlanCache
 from gradio_app.recipe.yaml_text import dump_yaml
 from gradio_app.redaction import UPLOAD
 from gradio_app.runs.formatting import format_bytes
@@ -55,7 +54,6 @@ class Session:
         undo: Recipe and what it was made of before the task was changed; ``None`` for none.
         starting: Whether a run is being started.
         edited_copy: Name of the upload with a row edited here; empty for none.
-        plans: Memory plans that are known.
         data_files: The files below the data root, as they were at the last change.
     """
 
@@ -78,7 +76,6 @@ class Session:
     undo: Any = None
     starting: bool = False
     edited_copy: str = ""
-    plans: PlanCache = field(default_factory=PlanCache)
     data_files: DataFiles = field(default_factory=DataFiles)
 
     def while_current(

@@ -17,10 +17,12 @@ from gradio_app.pages.error_reporting import localized_message
 from gradio_app.pages.new.data_check import unavailable_model
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.pages.templating import message, render
+from gradio_app.recipe.command_worker import CommandResult
 from gradio_app.recipe.content import value_at
 from gradio_app.recipe.edits import base_recipe
 from gradio_app.recipe.model_files import cache_disk, free_bytes, is_cached
 from gradio_app.recipe.planner import (
+    SECONDS,
     Fix,
     Plan,
     find_fixes,
@@ -99,9 +101,12 @@ def _plan_updates(
     except UserError as refused:
         yield [message("careful", localized_message(refused, t), t), unknown]
         return
-    ask = partial(
-        session.plans.ask, worker=editor.studio.planning_worker, still_needed=still_needed
-    )
+    studio = editor.studio
+
+    def ask(words: list[str]) -> CommandResult:
+        find = partial(studio.planning_worker.run, words, SECONDS)
+        return studio.answers.ask(tuple(words), find, lambda one: one.code == 0, still_needed)
+
     plan = plan_memory(content, name, ask, longest)
     needs = needs_html(editor, session, plan=plan)
     if plan.fits is not False:

@@ -137,7 +137,7 @@ def _refresh_handler(editor: Editor) -> Any:
             content = runnable_recipe(editor, session)
         except UserError:
             return
-        problem = parser_error(content, editor.studio.worker, still_needed)
+        problem = _parser_error(editor, content, still_needed)
         yield shown(session, problem, kept)
 
     def shown(session: Session, problem: str | None, forms: list[Any]) -> list[Any]:
@@ -174,6 +174,14 @@ def _blockers(editor: Editor, session: Session, problem: str | None) -> list[tup
     if problem:
         blocking.append(("all", problem))
     return blocking
+
+
+def _parser_error(
+    editor: Editor, content: dict[str, Any], still_needed: Callable[[], bool] | None = None
+) -> str:
+    studio, question = editor.studio, ("fit", dump_yaml(content))
+    find = partial(parser_error, content, studio.worker)
+    return studio.answers.ask(question, find, lambda problem: not problem, still_needed)
 
 
 def _start_handler(editor: Editor, steps: int | None) -> Any:
@@ -219,7 +227,7 @@ def startable(
     report = require_report(editor, session)
     if not report.ok:
         raise _data_error(report)
-    problem = parser_error(content, editor.studio.worker)
+    problem = _parser_error(editor, content)
     if problem:
         raise UserError("new.blocked_recipe", reason=shortened(problem, 400))
     return content, str(name or "").strip() or _default_title(content)
