@@ -19,6 +19,8 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,19 @@ def _count(folder: Path) -> dict[str, dict[str, int]]:
     about = {"owner": "local", "name": "A run", "created": time.time()}
     (run / "app.json").write_text(json.dumps(about), encoding="utf-8")
     (run / "recipe.yaml").write_text("model: {}\n", encoding="utf-8")
+    with page_server(folder) as (url, _), browser() as opened:
+        return {
+            language: {
+                view: _words(opened, f"{url}/{_address(prefix, place)}")
+                for view, place in VIEWS.items()
+            }
+            for language, prefix in LANGUAGES.items()
+        }
+
+
+@contextmanager
+def page_server(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Starts the page with runs and data below ``folder``; yields its address and process."""
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
         port = opened.getsockname()[1]
@@ -79,20 +94,19 @@ def _count(folder: Path) -> dict[str, dict[str, int]]:
     try:
         url = f"http://127.0.0.1:{port}"
         _wait(url, server)
-        names = ("chromium", "chromium-browser", "google-chrome")
-        found = next(filter(None, map(shutil.which, names)))
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-            return {
-                language: {
-                    view: _words(browser, f"{url}/{_address(prefix, place)}")
-                    for view, place in VIEWS.items()
-                }
-                for language, prefix in LANGUAGES.items()
-            }
+        yield url, server
     finally:
         server.terminate()
         server.wait(60)
+
+
+@contextmanager
+def browser() -> Iterator[Any]:
+    """Yields a Chromium."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)))
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
 
 
 def _address(prefix: str, place: str) -> str:
@@ -110,6 +124,15 @@ def _wait(url: str, server: subprocess.Popen[bytes]) -> None:
     raise RuntimeError("the page did not start")
 
 
+def words_shown(page: Any) -> int:
+    """Returns the words of a page that somebody sees, once their number stays."""
+    before, count = -1, int(page.evaluate(_COUNT))
+    while count != before:
+        page.wait_for_timeout(2_000)
+        before, count = count, int(page.evaluate(_COUNT))
+    return count
+
+
 def _words(browser: Any, url: str) -> int:
     """Returns the words of a view once it has what it asks the server for."""
     page = browser.new_page(viewport={"width": 1280, "height": 900})
@@ -120,10 +143,7 @@ def _words(browser: Any, url: str) -> int:
         page.locator("#model-facts .chosen").wait_for(state="attached")
         page.locator("#overview .fine").wait_for(state="attached")
         page.locator("#memory .memory").wait_for(state="attached")
-    before, count = -1, int(page.evaluate(_COUNT))
-    while count != before:
-        page.wait_for_timeout(2_000)
-        before, count = count, int(page.evaluate(_COUNT))
+    count = words_shown(page)
     page.close()
     return count
 

@@ -33,6 +33,7 @@ from tests.app.browsing import (
     violations,
 )
 from tests.app.runs import settings
+from tools.first_run import COUNT_CLICKS
 
 STEPS = ("model", "data", "method", "review")
 GOOD = [{"question": f"What is {n} and {n}?", "reply": f"It is {2 * n}."} for n in range(60)]
@@ -312,9 +313,6 @@ def test_a_new_run_begins_with_a_model_that_is_here_and_takes_none_that_cannot_b
 
 # What the way from the first page to the start may take.
 MOST_CLICKS, MOST_WORDS = 6, 250
-COUNT_CLICKS = """addEventListener('pointerdown', () => {
-  sessionStorage.clicks = Number(sessionStorage.clicks ?? 0) + 1;
-}, { capture: true })"""
 
 
 def words_on(page) -> int:

@@ -234,6 +234,10 @@ def test_a_visitor_trains_smollm2_on_a_space_of_the_folder_alone(tmp_path, free_
     python = venv / "bin/python"
     install = [str(python), "-m", "pip", "install", "--quiet", "-r", "requirements.txt"]
     subprocess.run(install, cwd=folder, check=True, timeout=2700)
+    # That a busy machine needs longer than a Space allows is no fault of the folder.
+    limits = (folder / "settings.py").read_text(encoding="utf-8")
+    assert limits.count("minutes=10,") == 1
+    (folder / "settings.py").write_text(limits.replace("minutes=10,", "minutes=50,"), "utf-8")
     # Nothing of this checkout or its environment.
     with started(folder, tmp_path, free_port, python, PYTHONPATH="") as process:
         try:
@@ -242,11 +246,9 @@ def test_a_visitor_trains_smollm2_on_a_space_of_the_folder_alone(tmp_path, free_
             page = visit(f"http://127.0.0.1:{free_port}", HERS)
             page.get_by_role("button", name="Start demo").click()
             page.wait_for_url(re.compile(r"/run\?run="))
-            ended = page.get_by_role("status").get_by_text(re.compile("Finished|Stopped"))
-            ended.first.wait_for(timeout=30 * 60_000)
+            status = page.get_by_role("status")
+            status.get_by_text("Finished").first.wait_for(timeout=50 * 60_000)
             run = folder / "storage/studio/runs" / page.url.partition("run=")[2]
-            if json.loads((run / "status.json").read_text())["state"] == "stopped":
-                pytest.skip("this machine was too busy for the 10 minutes of a Space")
             page.get_by_text("step 24 of 24").wait_for()
         finally:
             process.terminate()
