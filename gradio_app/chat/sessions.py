@@ -125,10 +125,7 @@ class ChatSessions:
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        using: Callable[[], Run | None],
-        timeouts: Timeouts | None = None,
+        self, settings: Settings, using: Callable[[], Run | None], timeouts: Timeouts | None = None
     ) -> None:
         self.settings, self.timeouts = settings, timeouts or Timeouts()
         self._using = using

@@ -9,13 +9,7 @@ import gradio as gr
 
 from gradio_app.assets import script
 from gradio_app.compare.recipe_diff import differences
-from gradio_app.compare.results import (
-    AXES,
-    LOSSES,
-    comparable,
-    compare_answers,
-    loss_curve,
-)
+from gradio_app.compare.results import AXES, LOSSES, comparable, compare_answers, loss_curve
 from gradio_app.compare.selection import MAX_RUNS, RunSelection, parse_ids, select_runs
 from gradio_app.pages.components import field, html, on_event, on_load
 from gradio_app.pages.layout import heading

@@ -8,13 +8,7 @@ from typing import Any
 import gradio as gr
 
 from gradio_app.assets import CLICK_DELEGATE
-from gradio_app.pages.components import (
-    changed_updates,
-    markup,
-    on_event,
-    on_load,
-    timer_options,
-)
+from gradio_app.pages.components import changed_updates, markup, on_event, on_load, timer_options
 from gradio_app.pages.layout import heading
 from gradio_app.pages.run_state import percent_done, phase_text, state_badge, time_left
 from gradio_app.pages.run_table import RunTable

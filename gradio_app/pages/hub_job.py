@@ -76,9 +76,7 @@ def _hardware_handler(t: Texts) -> Any:
 
 def _hardware_label(t: Texts, machine: hf_jobs.Hardware) -> str:
     return t(
-        "hub_job.machine_row",
-        title=machine.title,
-        dollars=t.number(machine.dollars_per_hour, 2),
+        "hub_job.machine_row", title=machine.title, dollars=t.number(machine.dollars_per_hour, 2)
     )
 
 

@@ -166,10 +166,7 @@ def _pointer_labels(drawn: Sequence[Series], across: Axis, x_title: str, t: Text
         for x, y in one.points:
             rows.setdefault(x, []).append(f"{one.name} {format_number(y, t)}")
     found = [
-        [
-            round(across.place(x), 4),
-            f"{x_title} {_format_x(x, t)}: {', '.join(rows[x])}",
-        ]
+        [round(across.place(x), 4), f"{x_title} {_format_x(x, t)}: {', '.join(rows[x])}"]
         for x in sorted(rows)
     ]
     return json.dumps(found, ensure_ascii=False)

@@ -14,13 +14,7 @@ from gradio_app.pages.error_reporting import localized_message
 from gradio_app.pages.new import memory
 from gradio_app.pages.new.editor import Editor, Session, draft_of
 from gradio_app.pages.templating import render
-from gradio_app.recipe.edits import (
-    amount_of,
-    base_recipe,
-    precision_of,
-    with_amount,
-    with_method,
-)
+from gradio_app.recipe.edits import amount_of, base_recipe, precision_of, with_amount, with_method
 from gradio_app.recipe.fields import BASIC, BY_PATH, FIELDS, GROUPS, Field
 from gradio_app.recipe.form import (
     applies,

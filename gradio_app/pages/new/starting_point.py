@@ -15,13 +15,7 @@ from gradio_app.pages.error_reporting import localized_message
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.pages.templating import message, render
 from gradio_app.recipe.content import MISSING, value_at, with_value
-from gradio_app.recipe.edits import (
-    first_recipe,
-    load_recipe,
-    recipe_of_run,
-    with_method,
-    with_task,
-)
+from gradio_app.recipe.edits import first_recipe, load_recipe, recipe_of_run, with_method, with_task
 from gradio_app.recipe.validation import validate_content
 from gradio_app.recipe.yaml_text import MAX_CHARACTERS, parse_yaml
 from gradio_app.runs.store import next_name

@@ -83,7 +83,7 @@ class ExportTab:
         self._list = html(elem_id="export-list", js_on_load=CLICK_DELEGATE)
         self._file = gr.DownloadButton(visible=False)
         self._chosen: list[Any] = [
-            *(self._kind, self._checkpoint, self._bits, self._outtype, self._measure),
+            *(self._kind, self._checkpoint, self._bits, self._outtype, self._measure)
         ]
         self._inputs = [run_id, self._seen, *self._chosen]
         self._outputs = [

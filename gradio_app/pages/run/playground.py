@@ -11,13 +11,7 @@ import gradio as gr
 
 from gradio_app.chat import votes
 from gradio_app.chat.command import sees_images, unsupported_task
-from gradio_app.chat.prompts import (
-    MAX_PROMPTS,
-    MAX_SCORED,
-    held_out_prompts,
-    labels,
-    system_prompt,
-)
+from gradio_app.chat.prompts import MAX_PROMPTS, MAX_SCORED, held_out_prompts, labels, system_prompt
 from gradio_app.chat.request import PRESETS, validate_images
 from gradio_app.errors import UserError
 from gradio_app.pages.components import Update, changed_updates, on_event, timer_options
