@@ -234,7 +234,7 @@ def test_a_visitor_trains_smollm2_on_a_space_of_the_folder_alone(tmp_path, free_
     python = venv / "bin/python"
     install = [str(python), "-m", "pip", "install", "--quiet", "-r", "requirements.txt"]
     subprocess.run(install, cwd=folder, check=True, timeout=2700)
-    # That a busy machine needs longer than a Space allows is no fault of the folder.
+    # A busy machine needs longer than a Space allows.
     limits = (folder / "settings.py").read_text(encoding="utf-8")
     assert limits.count("minutes=10,") == 1
     (folder / "settings.py").write_text(limits.replace("minutes=10,", "minutes=50,"), "utf-8")

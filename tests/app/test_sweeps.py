@@ -124,6 +124,12 @@ def test_a_sweep_of_the_command_line_is_one_here_and_goes_on_where_it_was_begun(
     assert until(log.read_text) == f"{begun} sweep --resume={folder.path}\n"
 
 
+def test_on_a_space_the_form_says_why_there_are_no_sweeps(space):
+    config = space.client().get("/config").text
+    assert "Not on a Space, where a run has 10 minutes" in config
+    assert "sweep-start" not in config
+
+
 def test_of_a_sweep_that_cannot_be_prepared_no_run_is_left(tmp_path, monkeypatch):
     studio = Studio(settings(tmp_path))
     try:
