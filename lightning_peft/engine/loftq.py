@@ -2,7 +2,8 @@
 
 The weight is split into what its codes stand for and a low-rank product, by quantizing and singular
 value decomposition in turns. The numbers are PEFT's where the quantizer is its own, NF4 without
-double quantization; where the layer is quantized afterwards, its own quantizer is used.
+double quantization; where the layer is quantized afterwards, its own quantizer is used. The factors
+are divided by the scaling of the adapter, which PEFT leaves out: its numbers are for a scaling of one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_peft.engine.backends.registry import backend_for, quantization_config
 from lightning_peft.engine.layers.kinds import as_rows, from_rows
@@ -40,13 +42,18 @@ def loftq(layer: Any, made: Any, name: str, settings: dict[str, int], quantizati
     for step in range(settings["loftq_iter"]):
         codes = backend.quantize(rest.contiguous(), config, device)
         stands_for = backend.dequantize(codes, torch.float32)
-        u, s, v = torch.linalg.svd(dense.float() - stands_for, full_matrices=False)
-        root = s[:rank].sqrt()
-        a, b = root[:, None] * v[:rank], u[:, :rank] * root
+        a, b = balanced(*torch.linalg.svd(dense.float() - stands_for, full_matrices=False), rank)
         if step + 1 < settings["loftq_iter"]:
             rest = (dense.float() - b @ a).to(dense.dtype)
     factors = [getattr(made, kind)[name].weight for kind in ("lora_A", "lora_B")]
     for factor, value in zip(factors, (a, b), strict=True):
+        value = value / made.scaling[name] ** 0.5
         factor.data = value.to(factor.device, torch.float32).contiguous()
     left = from_rows(layer, stands_for if quantization is None else rest)
     weight.data = left.to(weight.device, weight.dtype).contiguous()
+
+
+def balanced(u: Tensor, s: Tensor, v: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """``A`` and ``B``, which share the first singular values ``s``; ``v`` has vectors as rows."""
+    root = s[:rank].sqrt()
+    return root[:, None] * v[:rank], u[:, :rank] * root

@@ -72,12 +72,6 @@ LINEAR_ONLY = {
     "eva": {"init_lora_weights": "eva", "refused": "training data of a Trainer"},
     "corda": {"init_lora_weights": "corda", "refused": "prepares it from data"},
     "lora_ga": {"init_lora_weights": "lora_ga", "refused": "prepares it from data"},
-    "loftq": {
-        "init_lora_weights": "loftq",
-        "lora_alpha": 16,
-        "loftq_config": {"loftq_bits": 4},
-        "refused": "set lora_alpha to r",
-    },
     "unknown init": {"init_lora_weights": "xavier", "refused": "init_lora_weights='xavier'"},
     "rank 0": {"rank_pattern": {"two": 0}, "refused": "the rank is a positive integer"},
     "negative alpha": {"lora_alpha": -1, "refused": "trains nothing"},

@@ -66,7 +66,6 @@ def test_all_problems_are_reported_at_once() -> None:
         ({"lora_alpha": 0}, "trains nothing"),
         ({"init_lora_weights": "corda"}, "prepares it from data"),
         ({"init_lora_weights": "pissa_niter_x"}, "one of gaussian, orthogonal, pissa"),
-        ({"init_lora_weights": "loftq"}, "set lora_alpha to r"),
         ({"target_modules": ".*_proj", "layers_to_transform": [0]}, "put the indices into"),
         ({"target_modules": "*_proj"}, "not a regular expression"),
         ({"rank_pattern": {"[": 4}}, "rank_pattern: '\\['"),

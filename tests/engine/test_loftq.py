@@ -58,12 +58,20 @@ def steps(model: nn.Module, batch: Any) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize(("bits", "iterations"), [(4, 1), (4, 3), (8, 1)])
+SCALED_BY_ONE = {"use_rslora": True, "lora_alpha": 2}
+
+
+@pytest.mark.parametrize(
+    ("bits", "iterations", "settings"),
+    [(4, 1, {}), (4, 3, SCALED_BY_ONE), (8, 1, {}), (4, 1, {"use_dora": True})],
+)
 @pytest.mark.usefixtures("peft_on_cpu")
-def test_ten_steps_on_a_dense_base_are_those_of_peft(bits: int, iterations: int) -> None:
+def test_ten_steps_on_a_dense_base_are_those_of_peft(
+    bits: int, iterations: int, settings: dict[str, Any]
+) -> None:
     base = tiny_llama()
-    theirs = get_peft_model(copy.deepcopy(base), config(bits, iterations)).eval()
-    mine = injected(copy.deepcopy(base), config(bits, iterations)).eval()
+    theirs = get_peft_model(copy.deepcopy(base), config(bits, iterations, **settings)).eval()
+    mine = injected(copy.deepcopy(base), config(bits, iterations, **settings)).eval()
     name = f"base_model.model.{TARGET}"
     rewritten = theirs.get_submodule(name).base_layer.weight
     stored = mine.get_submodule(TARGET).weight.stored
@@ -116,6 +124,16 @@ def test_a_checkpoint_makes_the_same_base_again(iterations: int, tmp_path: Path)
             lightning_peft.load_adapter(copy.deepcopy(base), folder, quantization_config=NF4)
 
 
+@pytest.mark.parametrize("settings", [{"lora_alpha": 16}, {"use_rslora": True}])
+def test_it_starts_at_the_same_weights_whatever_the_scaling(settings: dict[str, Any]) -> None:
+    base, batch = tiny_llama(), token_batch()
+    one, other = (
+        output_of(injected(copy.deepcopy(base), config(**given), quantization_config=NF4), batch)
+        for given in ({}, settings)
+    )
+    torch.testing.assert_close(other, one)
+
+
 def test_more_iterations_lose_less() -> None:
     base, batch = tiny_llama(), token_batch()
     exact = output_of(base, batch)
@@ -130,10 +148,7 @@ def test_more_iterations_lose_less() -> None:
 
 
 REFUSED = {
-    "alpha": (ConfigError, lambda: config(lora_alpha=8), "set lora_alpha to r"),
-    "rslora": (ConfigError, lambda: config(use_rslora=True), "leave the patterns and use_rslora"),
     "bits": (ConfigError, lambda: config(bits=3), "4 or 8 bits"),
-    "dora": (ConfigError, lambda: config(use_dora=True), "its magnitudes are of the weight"),
     "lora_bias": (UnsupportedError, lambda: config(lora_bias=True), "is for plain LoRA"),
     "int8": (UnsupportedError, lambda: config(bits=8), "is not for a base of 4 bits"),
 }

@@ -91,19 +91,10 @@ def _init_problems(fields: Mapping[str, Any]) -> list[str]:
 
 
 def _loftq_problems(fields: Mapping[str, Any]) -> list[str]:
-    scalings = {**_entries(fields, "alpha_pattern"), **_entries(fields, "rank_pattern")}
-    problems = []
-    if scalings or fields["lora_alpha"] != fields["r"] or fields["use_rslora"]:
-        problems.append(
-            f"init_lora_weights='loftq' with lora_alpha={fields['lora_alpha']!r}: LoftQ is for a "
-            "scaling of one, so set lora_alpha to r, and leave the patterns and use_rslora out"
-        )
-    if fields["use_dora"]:
-        problems.append("init_lora_weights='loftq' with use_dora: its magnitudes are of the weight")
     settings = loftq_settings(fields) or {}
-    if settings["loftq_bits"] not in (4, 8) or settings["loftq_iter"] < 1:
-        problems.append(f"loftq_config={settings}: 4 or 8 bits, and one iteration or more")
-    return problems
+    if settings["loftq_bits"] in (4, 8) and settings["loftq_iter"] >= 1:
+        return []
+    return [f"loftq_config={settings}: 4 or 8 bits, and one iteration or more"]
 
 
 def _token_problems(value: Any) -> list[str]:
