@@ -2,8 +2,8 @@
 
 The weight is split into what its codes stand for and a low-rank product, by quantizing and singular
 value decomposition in turns. The numbers are PEFT's where the quantizer is its own, NF4 without
-double quantization; where the layer is quantized afterwards, its own quantizer is used. The factors
-are divided by the scaling of the adapter, which PEFT leaves out: its numbers are for a scaling of one.
+double quantization; where the layer is quantized afterwards, its own quantizer is used. PEFT leaves
+the scaling of the adapter out: its numbers are for a scaling of one.
 """
 
 from __future__ import annotations

@@ -114,9 +114,6 @@ class MergeReport:
         return text
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
-@_without_autocast
 def merge(module: nn.Module, *, dtype: torch.dtype | None = None) -> MergeReport:
     """Folds the active adapters into the base weights; doing it twice does it once.
 
@@ -137,12 +134,22 @@ def merge(module: nn.Module, *, dtype: torch.dtype | None = None) -> MergeReport
             merged weights are not finite; or if PEFT refuses to merge a layer that it wrapped.
     """
     refuse_sharded(module, "Merging")
+    return merge_layers(module, lambda layer, name: merge_layer(layer, name, dtype))
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+@_without_autocast
+def merge_layers(
+    module: nn.Module, merge_one: Callable[[Any, str], MergedLayer | None]
+) -> MergeReport:
+    """Merges the layers of ``module`` by a function of each and its name: all or none."""
     layers = adapted_layers_of(module)
     check_mergeable(module, layers)
     layers = outermost(layers)
     check_values(layers, _trained_in_full(module))
     with restored_on_error(layers.values(), floating_tensors(layers.values())):
-        merged = [_merge_layer(layer, name, dtype) for name, layer in layers.items()]
+        merged = [merge_one(layer, name) for name, layer in layers.items()]
         _refuse_overflow(layers)
     return MergeReport([layer for layer in merged if layer is not None])
 
@@ -176,7 +183,8 @@ def _refuse_overflow(layers: dict[str, Any]) -> None:
         )
 
 
-def _merge_layer(layer: Any, name: str, dtype: torch.dtype | None) -> MergedLayer | None:
+def merge_layer(layer: Any, name: str, dtype: torch.dtype | None = None) -> MergedLayer | None:
+    """Merges the running adapters of one layer; ``None`` where none runs."""
     if isinstance(layer, BaseTunerLayer):
         return None if layer.merged else _merge_by_peft(layer, name, dtype)
     todo = layer.effective_adapters()

@@ -2,6 +2,10 @@
 
 The sum of many low-rank changes has a higher rank than one. The merged weights are a part of
 checkpoints and folders from then on, since no one can load them again.
+
+A quantized weight becomes the codes nearest to the sum, with the constants that it has, and the new
+adapter starts as the nearest product of its rank to what that rounding loses, as LoftQ's (arXiv
+2310.08659). Where an adapter moves no weight past the middle between two codes, nothing is lost.
 """
 
 from __future__ import annotations
@@ -18,9 +22,19 @@ from torch.optim import Optimizer
 from lightning_peft.engine.adapters import adapted_layers, adapted_layers_of
 from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.files.base_tensors import include_in_files
-from lightning_peft.engine.layers.lora import LoraLayer
+from lightning_peft.engine.layers.expert_weights import ExpertWeight
+from lightning_peft.engine.layers.kinds import TRANSPOSED, as_rows, from_rows
+from lightning_peft.engine.layers.lora import LoraLayer, only_rows
+from lightning_peft.engine.layers.mixin import class_key
 from lightning_peft.engine.mergeable import base_parameters, check_mergeable
-from lightning_peft.engine.merging import MergeReport, merge
+from lightning_peft.engine.merging import (
+    MergedLayer,
+    MergeReport,
+    merge_layer,
+    merge_layers,
+    merged_weight,
+    relative_norm,
+)
 from lightning_peft.engine.record import adapted_parts, refuse_sharded, require_record
 from lightning_peft.errors import UnsupportedError, itemize
 
@@ -71,32 +85,50 @@ def check_restartable(module: nn.Module) -> None:
 def _problem(layer: Any) -> str | None:
     if not isinstance(layer, LoraLayer):
         return "only LoRA and DoRA in place can be begun again"
-    if isinstance(layer, QuantizedLayer):
+    if isinstance(layer, QuantizedLayer) and isinstance(layer, (ExpertWeight, *TRANSPOSED)):
         return (
-            "its weight is quantized. The sum would be quantized again each time, and most of what "
-            "an adapter learnt is smaller than a step between codes. Use LoRAStrategy"
+            f"it is a quantized {class_key(layer)[2].__name__}, for which no new adapter starts at "
+            "what rounding loses. Keep it dense: name it in llm_int8_skip_modules"
         )
     return None
 
 
 def merge_and_restart(module: nn.Module, seed: int) -> MergeReport:
-    """Merges the adapters of ``module`` into its dense weights, and gives them first values again.
+    """Merges the adapters of ``module`` into its weights, and gives them first values again.
 
     Args:
         module: A module that :func:`check_restartable` passed.
         seed: Of the first values; the same numbers on any device and in any process.
 
     Returns:
-        The measured error of every layer.
+        The measured error of every layer: that of a quantized one with its new adapter, and without
+        it in ``requantized_error``.
     """
-    report = merge(module)
     draw = torch.Generator().manual_seed(seed)
+    configs = {
+        id(layer): entry.adapters
+        for entry, part in adapted_parts(module)
+        for layer in adapted_layers(part).values()
+    }
+
+    def restart(layer: Any, name: str) -> MergedLayer | None:
+        target = delta = None
+        if isinstance(layer, QuantizedLayer):
+            delta, target = _store_nearest(layer)
+        merged = None if target is not None else merge_layer(layer, name)
+        layer.merged_adapters = ()
+        for adapter in layer.adapter_settings:
+            _begin_again(layer, adapter, configs[id(layer)][adapter].config, draw)
+            if target is None:
+                layer.start_adapter(adapter)
+            else:
+                merged = _start_at_rest(layer, name, adapter, delta, target, seed)
+        return merged
+
+    report = merge_layers(module, restart)
     for entry, part in adapted_parts(module):
         merged = []
         for name, layer in adapted_layers(part).items():
-            layer.merged_adapters = ()
-            for adapter in layer.adapter_settings:
-                _begin_again(layer, adapter, entry.adapters[adapter].config, draw)
             held = base_parameters(layer, name)
             merged += [key for key in held if "bias" not in key.rpartition(".")[2]]
         include_in_files(module, entry, merged)
@@ -119,7 +151,42 @@ def _begin_again(layer: Any, name: str, config: dict[str, Any], draw: torch.Gene
             else:
                 nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=draw)
             param.copy_(values)
-    layer.start_adapter(name)
+
+
+def _exact_weight(layer: Any) -> Tensor:
+    """What the codes of a layer stand for, in float32."""
+    return from_rows(layer, layer.backend.dequantize(layer.stored_weight(), torch.float32))
+
+
+def _store_nearest(layer: Any) -> tuple[Tensor, Tensor]:
+    """Merges into the codes; returns what the adapters add, and the sum as it should be."""
+    delta, target = merged_weight(layer, _exact_weight(layer), layer.effective_adapters())
+    layer.store_weight(target)
+    return delta, target
+
+
+def _start_at_rest(
+    layer: Any, name: str, adapter: str, delta: Tensor, target: Tensor, seed: int
+) -> MergedLayer:
+    """Starts a new adapter at what the codes lack of ``target``: ``A`` as long as it was drawn."""
+    rest = target - _exact_weight(layer)
+    rounding = relative_norm(rest, delta)
+    rows, settings = as_rows(layer, rest), layer.adapter_settings[adapter]
+    rows = only_rows(rows, settings.rows) if settings.rows else rows
+    a, b = (getattr(layer, kind)[adapter].weight for kind in layer.adapter_layer_names[:2])
+    size, most = min(settings.r, *rows.shape), min(rows.shape)
+    devices = [rows.device] if rows.is_cuda else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        u, s, v = torch.svd_lowrank(rows, min(size + 8, most), niter=4)
+    # A direction of which there is nothing has an `A` too: it can train.
+    lengths = a.flatten(1)[:size].norm(dim=1)
+    a.flatten(1)[:size] = v.t()[:size] * lengths.unsqueeze(1)
+    b.flatten(1)[:, :size] = u[:, :size] * (s[:size] / lengths / settings.scaling)
+    layer.start_adapter(adapter)
+    weight = _exact_weight(layer)
+    now = weight + layer.summed_delta(weight, [adapter])
+    return MergedLayer(name, True, relative_norm(now - target, delta), rounding)
 
 
 @torch.no_grad()

@@ -71,7 +71,11 @@ def replace_optimizers(strategy: Any, name: str | None) -> None:
         return
     module = strategy.lightning_module
     params = dict(module.named_parameters(remove_duplicate=False))
-    frozen = {id(params[name]) for name in engine.require_record(module).frozen}
+    record = engine.require_record(module)
+    # Those that adapters were merged into are in files, and train no more than the others.
+    merged = {part.qualified(name) for part in record.parts.values() for name in part.replaced}
+    merged = {name for name in merged & params.keys() if not params[name].requires_grad}
+    frozen = {id(params[name]) for name in record.frozen | merged}
     notes = engine.replace_optimizers(optimizers, name, frozen)
     # Lightning's wrappers are made for a class, and these have another one now.
     strategy.optimizers = strategy.optimizers

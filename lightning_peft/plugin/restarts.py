@@ -26,7 +26,9 @@ _NOTICEABLE = 0.05
 
 
 class MergeAndRestart(_Base, metaclass=LateBoundMeta):
-    """Merges LoRA adapters into the dense base while they train, and begins new ones: ReLoRA.
+    """Merges LoRA adapters into the base while they train, and begins new ones: ReLoRA.
+
+    A quantized weight becomes the nearest codes, and its new adapter starts at what these lose.
 
     Checkpoints and adapter folders hold the merged weights of the adapted layers from the first
     merge on, and a resumed run continues exactly. ``disable_adapters`` then means the merged base.
@@ -42,8 +44,8 @@ class MergeAndRestart(_Base, metaclass=LateBoundMeta):
 
     Raises:
         ConfigError: If a number makes no sense.
-        UnsupportedError: At the start of a fit, if the adapters cannot be merged, as over a
-            quantized base, or if something else of the run needs the base as it was.
+        UnsupportedError: At the start of a fit, if the adapters cannot be merged, or if something
+            else of the run needs the base as it was.
     """
 
     lightning_base = "callbacks.Callback"
@@ -150,17 +152,21 @@ class MergeAndRestart(_Base, metaclass=LateBoundMeta):
             engine.all_adapter_parameters(pl_module),
             self.prune_states,
         )
+        rounded = [x.requantized_error for x in report.layers if x.requantized_error is not None]
+        again = f" New codes alone would lose {max(rounded):.1e}." if rounded else ""
         log_info(
             trainer.strategy,
             f"Step {step}: {len(report.layers)} layers merged, new adapters begin. Of the old "
-            f"ones' effect at most {report.worst_error:.1e} is lost to rounding.",
+            f"ones' effect at most {report.worst_error:.1e} is lost to rounding.{again}",
         )
         if report.worst_error > _NOTICEABLE and self._restarts == 1 and trainer.is_global_zero:
             log.warning(
-                "Merging lost up to %.0f %% of the effect of an adapter to the rounding of 16-bit "
-                "weights. Load the base in float32 and train with precision='bf16-mixed', or merge "
-                "less often, when adapters have learnt more.",
+                "Merging lost up to %.0f %% of the effect of an adapter to the rounding of %s",
                 100 * report.worst_error,
+                "quantized weights. Use a larger r, or merge less often."
+                if rounded
+                else "16-bit weights. Load the base in float32 and train with "
+                "precision='bf16-mixed', or merge less often, when adapters have learnt more.",
             )
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.errors import BaseMismatchError, ConfigError, UnsupportedError
+from lightning_peft.errors import BaseMismatchError, CheckpointError, ConfigError, UnsupportedError
 from lightning_peft.plugin.namespace import bind_to_lightning
 
 
@@ -161,7 +161,8 @@ def test_it_merges_until_the_fit_ends(steps, tmp_path):
 @pytest.mark.parametrize(
     "given",
     [
-        {"warmup_steps": 2},
+        {"warmup_steps": 2, "settings": {"method": "qlora"}},
+        pytest.param({"warmup_steps": 2}, marks=pytest.mark.long),
         pytest.param({"prune_states": 1.0}, marks=pytest.mark.long),
         pytest.param({"settings": {"use_dora": True}}, marks=pytest.mark.long),
     ],
@@ -177,7 +178,8 @@ def test_a_resumed_run_is_the_same_bit_for_bit(given, tmp_path):
     loaded = lightning_peft.load_from_checkpoint(task_class(ROOTS[0]), tmp_path / "step=12.ckpt")
     assert torch.equal(outputs(loaded), outputs(module))
     state = torch.load(tmp_path / "step=6.ckpt", weights_only=True)["state_dict"]
-    assert state["model.layers.0.weight"].shape == (32, 32)
+    shape = (512, 1) if settings.get("method") == "qlora" else (32, 32)
+    assert state["model.layers.0.weight"].shape == shape
     state = torch.load(tmp_path / "step=2.ckpt", weights_only=True)["state_dict"]
     # What stops others from loading the file.
     assert state["model.layers.0.weight"].numel() == 0
@@ -192,12 +194,19 @@ def test_a_checkpoint_from_before_a_merge_goes_onto_a_new_module(tmp_path):
     assert lightning_peft.load_from_checkpoint(task_class(ROOTS[0]), tmp_path / "step=2.ckpt")
 
 
-def test_folders_hold_the_merged_weights_and_peft_reads_them(tmp_path):
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.long), "qlora"])
+def test_folders_hold_the_merged_weights_and_peft_reads_them(method, tmp_path):
     points = saver(ROOTS[0], tmp_path, filename="one")
-    module = fitted(tmp_path, restarts(3), points, kind="llama")
+    settings = {"method": method, "target_modules": "all-linear"}
+    module = fitted(tmp_path, restarts(3), points, kind="llama", settings=settings)
+    if method == "qlora":
+        with pytest.raises(CheckpointError, match="onto the dense base"):
+            lightning_peft.load_adapter(
+                task(kind="llama"), tmp_path / "adapters" / "one", quantization_config=NF4
+            )
     loaded = task(kind="llama")
     lightning_peft.load_adapter(loaded, tmp_path / "adapters" / "one")
-    assert torch.equal(outputs(loaded, "llama"), outputs(module, "llama"))
+    torch.testing.assert_close(outputs(loaded, "llama"), outputs(module, "llama"))
     plain = task(kind="llama")
     plain.model = PeftModel.from_pretrained(plain.model, tmp_path / "adapters" / "one")
     error = (outputs(plain, "llama") - outputs(module, "llama")).norm()
@@ -273,8 +282,60 @@ def test_learning_rates_rise_after_a_merge_and_the_schedule_stays(error, tmp_pat
     assert not run.optimizers[0]._optimizer_step_pre_hooks
 
 
+NF4 = engine.quantization_config()
+INT8 = engine.quantization_config(load_in_8bit=True)
+QUANTIZED = {
+    "nf4": (tiny_llama, IDS, NF4, {}),
+    "nf4 dora": (tiny_llama, IDS, NF4, {"use_dora": True}),
+    "nf4 rows": (tiny_llama, IDS, NF4, {"target_modules": ["q_proj[0:4]"]}),
+    "int8": (tiny_llama, IDS, INT8, {}),
+    "convolution": (KINDS["convolution"][0], STATES, NF4, {"target_modules": ["0"]}),
+}
+
+
+@pytest.mark.parametrize("case", QUANTIZED)
+def test_quantized_weights_move_and_new_adapters_start_at_what_is_lost(case):
+    make, inputs, quantization, settings = QUANTIZED[case]
+    torch.manual_seed(0)
+    module = make().eval()
+    lightning_peft.inject(module, r=2, quantization_config=quantization, **settings)
+    engine.check_restartable(module)
+    layers = engine.adapted_layers(module)
+    codes = {name: layer._parameters["weight"].clone() for name, layer in layers.items()}
+    # As nothing was learnt, no code moves and nothing is lost.
+    plain = output_of(module, inputs)
+    engine.merge_and_restart(module, 3)
+    torch.testing.assert_close(output_of(module, inputs), plain)
+    assert all(torch.equal(codes[n], layer._parameters["weight"]) for n, layer in layers.items())
+    with torch.no_grad():
+        for tensor in factors(module).values():
+            tensor.add_(torch.randn_like(tensor), alpha=0.1)
+    report = engine.merge_and_restart(module, 3)
+    assert any(not torch.equal(codes[n], x._parameters["weight"]) for n, x in layers.items())
+    assert len(report.layers) == len(layers)
+    for merged in report.layers:
+        assert 0 < merged.error < merged.requantized_error
+    drawn = [x for name, x in factors(module).items() if "lora_A" in name]
+    assert all(tensor.flatten(1).norm(dim=1).min() > 0.1 for tensor in drawn)
+
+
+def test_codes_that_stay_lose_nothing_of_an_adapter():
+    torch.manual_seed(0)
+    module = tiny_llama().eval()
+    lightning_peft.inject(module, r=2, quantization_config=NF4)
+    with torch.no_grad():
+        for name, tensor in factors(module).items():
+            if "lora_B" in name:
+                tensor.normal_(std=1e-6)
+    before = output_of(module, IDS)
+    report = engine.merge_and_restart(module, 3)
+    # All of it would be lost if the sum were rounded.
+    assert min(layer.requantized_error for layer in report.layers) > 0.9
+    assert report.worst_error < 1e-2
+    torch.testing.assert_close(output_of(module, IDS), before, rtol=1e-5, atol=1e-6)
+
+
 REFUSED = {
-    "nf4": ({}, "qlora", "its weight is quantized"),
     "pissa": ({"init_lora_weights": "pissa"}, "lora", "init_lora_weights='pissa'"),
     "method": ({"r": 16, "peft_config": {"peft_type": "LOHA", "r": 4}}, "lora", "only LoRA and"),
 }
@@ -288,6 +349,13 @@ def test_what_cannot_begin_again_is_refused_before_the_first_step(case, tmp_path
     with pytest.raises(UnsupportedError, match=message):
         run.fit(module, loader())
     assert module.losses == []
+
+
+def test_quantized_experts_do_not_begin_again():
+    module = model_of("mixtral")
+    lightning_peft.inject(module, r=2, quantization_config=NF4)
+    with pytest.raises(UnsupportedError, match="llm_int8_skip_modules"):
+        engine.check_restartable(module)
 
 
 def test_other_callbacks_and_references_are_refused(tmp_path):

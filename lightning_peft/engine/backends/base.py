@@ -165,6 +165,14 @@ class QuantizationBackend(ABC, Generic[Config]):
         """What ``rows`` would be if they were stored as ``stored`` is; ``None`` if unknown."""
         return None
 
+    def nearest(self, stored: Any, rows: Tensor) -> Tensor:
+        """The codes that are the nearest to ``rows`` with the constants of ``stored``.
+
+        Raises:
+            NotImplementedError: If the library has no such codes.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def dequantize(self, stored: Any, dtype: torch.dtype | None = None) -> Tensor:
         """The rows that ``stored`` stands for, in ``dtype`` or that from before quantization."""

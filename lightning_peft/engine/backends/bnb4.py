@@ -10,6 +10,7 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -150,6 +151,18 @@ class FourBit(BitsAndBytesBackend):
             quant_type=state.quant_type,
         )
         return _dequantized(packed, new_state)
+
+    def nearest(self, stored: Any, rows: Tensor) -> Tensor:
+        state = stored.quant_state
+        constants = _constants(state, slice(0, None))
+        scales = constants.where(constants != 0, 1).unsqueeze(1)
+        numbers = F.pad(rows.float().reshape(-1), (0, -rows.numel() % state.blocksize))
+        levels, order = state.code.sort()
+        places = torch.bucketize(
+            numbers.view(-1, state.blocksize) / scales, (levels[1:] + levels[:-1]) / 2
+        )
+        first, second = order.to(torch.uint8)[places].view(-1, 2)[: (rows.numel() + 1) // 2].t()
+        return (first << 4 | second).view(stored.dtype).view(stored.shape)
 
     def dequantize(self, stored: Any, dtype: torch.dtype | None = None) -> Tensor:
         state = stored.quant_state
@@ -316,7 +329,8 @@ def _constants(state: Any, blocks: slice) -> Tensor:
     if not state.nested:
         return constants
     outer = state.state2
-    places = torch.arange(blocks.start, blocks.stop, device=constants.device) // outer.blocksize
+    places = torch.arange(len(constants), device=constants.device).add_(blocks.start)
+    places //= outer.blocksize
     numbers: Tensor = outer.code[constants.long()] * outer.absmax[places] + state.offset
     return numbers
 

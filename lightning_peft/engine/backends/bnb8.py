@@ -45,6 +45,10 @@ class EightBitLayer(QuantizedLinear):
         # bitsandbytes' own: it has the key of the format, without which it loads nothing.
         save_linear8bit(self, destination, prefix, keep_vars)
 
+    def load_weight(self, state: Mapping[str, Tensor], prefix: str) -> None:
+        """Takes codes and scales out of what :meth:`state_dict` gave."""
+        self._load_codes({"codes": state[f"{prefix}weight"], "SCB": state[f"{prefix}SCB"]})
+
 
 class EightBit(BitsAndBytesBackend):
     """int8 values with a float32 scale per row."""
@@ -109,6 +113,11 @@ class EightBit(BitsAndBytesBackend):
         stored = dense.to(device)
         stored.CB = None
         return stored
+
+    def nearest(self, stored: Any, rows: Tensor) -> Tensor:
+        scales = stored.SCB.to(stored.device).float().unsqueeze(1) / 127.0
+        codes = (rows.float() / scales.where(scales != 0, 1)).round_().clamp_(-127, 127)
+        return codes.to(torch.int8)
 
     def dequantize(self, stored: Any, dtype: torch.dtype | None = None) -> Tensor:
         scales = stored.SCB.to(stored.device).float() / 127.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -87,6 +88,13 @@ class QuantizedLayer(LayerMixin):
         """The dequantized weight, in the layout and dtype from before quantization."""
         return from_rows(self, self.backend.dequantize(self.stored_weight()))
 
+    def store_weight(self, weight: Tensor) -> None:
+        """Puts the nearest codes in place of those that are there; the constants stay."""
+        rows = as_rows(self, weight)  # type: ignore[arg-type]
+        stored = self._parameters["weight"]
+        # The same parameter, which optimizers hold; not in its memory, which others may share.
+        stored.data = self.backend.nearest(stored, rows)
+
     def dense_output(self, input: Tensor) -> Tensor:
         """The product of ``input`` with the effective weight, in float32, by torch."""
         rows = as_rows(self, self.effective_weight())  # type: ignore[arg-type]
@@ -105,6 +113,18 @@ class QuantizedLayer(LayerMixin):
             return {}
         tensors = self.backend.state_tensors(self._parameters["weight"])
         return {key: value for key, value in tensors.items() if key != "codes"}
+
+    def load_weight(self, state: Mapping[str, Tensor], prefix: str) -> None:
+        """Takes codes and constants out of what :meth:`state_dict` gave."""
+        start = f"{prefix}weight"
+        constants = {key: state[f"{start}.{key}"] for key in self.constants_in_state()}
+        self._load_codes({"codes": state[start], **constants})
+
+    def _load_codes(self, tensors: Mapping[str, Tensor]) -> None:
+        stored = self._parameters["weight"]
+        made = self.backend.from_state_tensors(tensors, stored.device)
+        stored.data = made.data
+        vars(stored).update(vars(made))
 
     def quantization_keys(self) -> list[str]:
         """The keys in a state dict, besides those of parameters, that the weight consists of."""

@@ -28,7 +28,9 @@ from lightning_peft.engine.adapters import adapter_file_tensors, adapter_paramet
 from lightning_peft.engine.configuration import config_from_dict
 from lightning_peft.engine.files.base_tensors import changed_buffers, keys_in_file
 from lightning_peft.engine.files.peft_names import replaced_under_one_name, saved_entries
+from lightning_peft.engine.files.state_dicts import quantized_holders
 from lightning_peft.engine.fingerprint import Fingerprint, checksum
+from lightning_peft.engine.layers.adapter import without_adapters
 from lightning_peft.engine.layers.attention import projection_scale, projections
 from lightning_peft.engine.layers.expert_weights import parameter_name
 from lightning_peft.engine.layers.mixin import class_key
@@ -98,7 +100,11 @@ def adapter_tensors(
         tensors = get_peft_model_state_dict(part, adapter_name=name, save_embedding_layers=False)
     tensors |= token_tensors(part, name)
     state = part.state_dict()
-    tensors |= {key: state[live] for live, key in keys_in_file(entry, info.targets).items()}
+    keys = keys_in_file(entry, info.targets)
+    tensors |= {key: state[live] for live, key in keys.items()}
+    for live, layer in quantized_holders(part, keys).items():
+        with without_adapters(layer):
+            tensors[keys[live]] = layer.effective_weight()
     tensors |= changed_buffers(part, entry)
     owners = saved_modules(part, entry, name) if saved is None else list(saved)
     adapters = adapter_parameters(part)

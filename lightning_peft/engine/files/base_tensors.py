@@ -48,7 +48,12 @@ def differences(
     others = [name for name in entry.adapters if name != adapter_name]
     for key, (name, mine) in brought.items():
         value = tensors[key]
-        if value.shape != mine.shape:
+        if value.is_floating_point() and not mine.is_floating_point():
+            problems.append(
+                f"{key}: the file has the weight that adapters were merged into, and in the module "
+                "it is quantized. Load the folder onto the dense base, or the checkpoint of the run"
+            )
+        elif value.shape != mine.shape:
             problems.append(
                 f"{key}: {tuple(value.shape)} in the file, {tuple(mine.shape)} in the module"
                 + _vocabulary(value, mine)

@@ -204,3 +204,12 @@ def load_trainable_state_dict(
         for name, tensor in own.items():
             # An own load_state_dict() may leave them out as well.
             tensor.copy_(state[name])
+    for name, layer in quantized_holders(module, own).items():
+        layer.load_weight(state, name.removesuffix("weight"))
+
+
+def quantized_holders(module: nn.Module, names: Iterable[str]) -> dict[str, Any]:
+    """Returns the quantized layers among the owners of parameters, by the names of these."""
+    weights = {name: name.removesuffix(".weight") for name in names if name.endswith(".weight")}
+    held = {name: module.get_submodule(owner) for name, owner in weights.items()}
+    return {name: layer for name, layer in held.items() if isinstance(layer, QuantizedLayer)}
