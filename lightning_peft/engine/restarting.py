@@ -159,7 +159,7 @@ def _exact_weight(layer: Any) -> Tensor:
 
 
 def _store_nearest(layer: Any) -> tuple[Tensor, Tensor]:
-    """Merges into the codes; returns what the adapters add, and the sum as it should be."""
+    """Merges into the codes; the sum of the adapters, and the weight as it should be."""
     delta, target = merged_weight(layer, _exact_weight(layer), layer.effective_adapters())
     layer.store_weight(target)
     return delta, target
