@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from pathlib import Path
 
 # EFBIG comes from a limit on the size of a file.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+# Reading never gives these, so they are of a file that is written, wherever that is.
+_OF_WRITING = {*_FULL, errno.EROFS}
 
 
 def write_problem(path: Path, error: BaseException) -> str | None:
@@ -30,3 +33,16 @@ def write_problem(path: Path, error: BaseException) -> str | None:
     if code == errno.EIO:
         return "the disk reports an error"
     return None
+
+
+def storage_problem(folder: Path, error: OSError) -> str | None:
+    """Returns why a file cannot be written, and what to do, for work that writes into ``folder``.
+
+    ``None`` for a file that is read.
+    """
+    named = isinstance(error.filename, (str, os.PathLike))
+    path = Path(os.path.abspath(error.filename if named else folder / "file"))
+    if named and path.is_relative_to(os.path.abspath(folder)):
+        return write_problem(path, error)
+    problem = write_problem(path, error) if error.errno in _OF_WRITING else None
+    return f"{str(path)!r}: {problem}" if problem and named else problem

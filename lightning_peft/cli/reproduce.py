@@ -48,6 +48,7 @@ def _rerun(path: Path) -> tuple[Path | None, Any]:
 
     first = folder.RunFolder(path)
     threads = reproduction.finished_result(first)["hardware"]["threads"]
+    first.check_directory()
     # Sums are parted among threads, and their last bits depend on how.
     set_num_threads(threads)
     second = folder.RunFolder.create(path.resolve().parent, f"again {path.name[16:]}")

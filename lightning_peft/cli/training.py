@@ -134,6 +134,7 @@ def _resumed(path: str, words: list[str]) -> list[str]:
             f"--resume {path!r}: that is not a run folder that can be resumed: it has "
             f"no {lacking}. Name a folder below `runs`, or start a new run with --config."
         )
+    folder.check_directory(words)
     own = [f"--config={folder.recipe}", *words]
     return [*own, f"--run_dir={folder.path}", "--ckpt_path=last"]
 

@@ -74,6 +74,7 @@ def _verify(
         detail = "there is no run folder around the adapter, so no recipe to build them from"
         checks.append(engine.Check("base, data and the checks of the engine", None, detail))
         return path.name, engine.Verification(checks)
+    run.check_directory(rest)
     checkpoint = run.newest_checkpoint()
     best = run.checkpoints / "best.ckpt"
     words = [f"--config={run.recipe}", f"--ckpt_path={best if best.is_file() else checkpoint}"]

@@ -266,7 +266,8 @@ def _no_such_file(path: Path) -> str:
     there = os.listdir(path.parent) if path.parent.is_dir() else []
     near = get_close_matches(path.name, there, n=3)
     hint = f" Nearest names there: {', '.join(near)}." if near else ""
-    return f"There is no file or folder {str(path)!r}.{hint} Check the path."
+    start = "" if path.is_absolute() else f", which begins at {os.getcwd()!r}"
+    return f"There is no file or folder {str(path)!r}.{hint} Check the path{start}."
 
 
 def describe_formats(source: Source) -> list[dict[str, Any]]:

@@ -146,7 +146,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
         raise ConfigError(
             f"The base {name!r} is not a folder here, and the hub did not give it "
             f"({first_line(error)}). Check the name and the network (HF_HUB_OFFLINE must not be "
-            "set), or give a folder by --base."
+            "set), or name a folder."
         ) from error
     return Path(folder)
 

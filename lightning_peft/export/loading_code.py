@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from lightning_peft.model_reference import written_reference
 from lightning_peft.task_registry import TASKS, TaskSpec
@@ -119,7 +120,8 @@ def labels_of(folder: Path) -> int | None:
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         return None
-    with safe_open(file, framework="numpy") as weights:
+    # Loading the adapter says what is wrong with it.
+    with suppress(SafetensorError), safe_open(file, framework="numpy") as weights:
         for name in weights.keys():  # noqa: SIM118
             if name.endswith(_HEADS):
                 return int(weights.get_slice(name).get_shape()[0])

@@ -99,7 +99,15 @@ def base_of(adapter: Adapter, base: str | None = None, revision: str | None = No
             f"The adapter in {str(adapter.folder)!r} does not record what it was trained on. Name "
             "the base by --base, as a folder or by its name on the hub."
         )
-    return find_base(name, revision or (None if base else adapter.base_revision))
+    try:
+        return find_base(name, revision or (None if base else adapter.base_revision))
+    except ConfigError as error:
+        if base:
+            raise
+        raise ConfigError(
+            f"{error} The adapter in {str(adapter.folder)!r} records it as its base; name where "
+            "that is now by --base."
+        ) from error
 
 
 def prepare(

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, StorageError
 from lightning_peft.export.base import COMPANIONS, DTYPES
 from lightning_peft.export.file_layout import StoredTensor
+from lightning_peft.file_errors import storage_problem
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -37,17 +38,35 @@ def atomic_folder(output: Path) -> Iterator[Path]:
     """Yields an unfinished folder that becomes ``output`` if the body succeeds.
 
     What processes left that were killed while they wrote the same folder is removed.
+
+    Raises:
+        ConfigError: If there can be no such folder, or something is there.
+        StorageError: If it cannot be written to, or the disk is full.
     """
     check_output_free(output)
     unfinished = output.with_name(f".incomplete-{os.getpid()}-{output.name}")
     for left in output.parent.glob(f".incomplete-*-{output.name}"):
         shutil.rmtree(left, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    try:
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(
+            f"The output {str(output)!r} cannot be made: {error.strerror}. Name a folder that can "
+            "be written to."
+        ) from error
     try:
         yield unfinished
         if output.is_dir():
             output.rmdir()
         os.replace(unfinished, output)
+    except OSError as error:
+        problem = storage_problem(unfinished, error)
+        if problem is None:
+            raise
+        raise StorageError(
+            f"The output {str(output)!r} was not written: {problem}. Then run the same command "
+            "again."
+        ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import re
 import secrets
+import shlex
 import shutil
 import time
 import traceback
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.errors import ConfigError
+import yaml
+
+from lightning_peft.errors import ConfigError, itemize
 from lightning_peft.runs.status import Status, read_status, write_json
 
 try:
@@ -111,11 +115,47 @@ class RunFolder:
 
     def decided(self) -> dict[str, Any]:
         """Returns the decisions of the run for arguments that are ``"auto"``, by their names."""
+        return dict(self._facts().get("decided") or {})
+
+    def _facts(self) -> dict[str, Any]:
         try:
             content = json.loads(self.provenance.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return dict(content.get("decided") or {})
+        return content if isinstance(content, dict) else {}
+
+    def check_directory(self, overrides: Sequence[str] = ()) -> None:
+        """Refuses to run the recipe where relative paths in it do not lead to its files.
+
+        ``overrides`` are arguments of the command line, which may name others.
+
+        Raises:
+            ConfigError: If the run began in another folder, which has files that are not found
+                from the current one.
+        """
+        begun = self._facts().get("directory")
+        if not isinstance(begun, str) or not os.path.isdir(begun):
+            return
+        try:
+            recipe = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            # Reading it for the run says what is wrong.
+            return
+        keys = {word.partition("=")[0] for word in overrides}
+        lost = [
+            f"{key}: {value!r}"
+            for key, value in _texts(recipe)
+            if f"--{key}" not in keys
+            and not os.path.exists(value)
+            and os.path.exists(os.path.join(begun, value))
+        ]
+        if lost:
+            raise ConfigError(
+                f"The run began in {begun!r}, and paths in its recipe begin there; from "
+                f"{os.getcwd()!r} they lead nowhere:"
+                + itemize(lost)
+                + f"\nGo there first: cd {shlex.quote(begun)}"
+            )
 
     def newest_checkpoint(self) -> Path | None:
         """Returns the checkpoint to go on from: the one that was written last.
@@ -191,6 +231,18 @@ class RunFolder:
                 shutil.rmtree(left, ignore_errors=True)
             else:
                 left.unlink(missing_ok=True)
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yields the texts in a recipe with their dotted keys; in a list, with the key of the list."""
+    if isinstance(value, str) and value:
+        yield key, value
+    elif isinstance(value, dict):
+        for name, one in value.items():
+            yield from _texts(one, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for one in value:
+            yield from _texts(one, key)
 
 
 def _age(path: Path) -> int:

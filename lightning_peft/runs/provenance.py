@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from typing import Any
 
@@ -21,6 +22,8 @@ def provenance(module: Any, datamodule: Any, recipe: str, seed: int | None) -> d
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "recipe_sha256": text_digest(recipe),
+        # Where relative paths of the recipe begin.
+        "directory": os.getcwd(),
         "seed": seed,
         "task": _name(module),
         "base": _base(module),

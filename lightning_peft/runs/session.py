@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ import torch
 from jsonargparse import Namespace
 
 from lightning_peft.errors import ConfigError, LightningPeftError, StorageError
-from lightning_peft.file_errors import write_problem
+from lightning_peft.file_errors import storage_problem
 from lightning_peft.plugin.interruption import SaveOnInterrupt
 from lightning_peft.plugin.launch import (
     check_restarts,
@@ -35,8 +34,6 @@ log = logging.getLogger(__name__)
 
 # Processes that the first one starts, by DDP, inherit it and leave the record alone.
 _VARIABLE = "LIGHTNING_PEFT_RUN"
-# Reading never gives these, so they are of a file that the run writes, wherever that is.
-_OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 class RunSession:
@@ -188,21 +185,11 @@ class RunSession:
             resume = f"`lightning-peft fit --resume {place or 'RUN'}`"
             again = f"Then {resume} continues from the newest checkpoint."
         if isinstance(error, OSError) and place is not None:
-            problem = _storage_problem(place, error)
+            problem = storage_problem(place, error)
             if problem is not None:
                 return StorageError(f"The run in {str(place)!r} ended: {problem}. {again}")
         process = ended_process(error)
         return None if process is None else LightningPeftError(f"The run ended: {process}. {again}")
-
-
-def _storage_problem(folder: Path, error: OSError) -> str | None:
-    """Returns why a file cannot be written, in words; ``None`` for one that the run reads."""
-    named = isinstance(error.filename, (str, os.PathLike))
-    path = Path(os.path.abspath(error.filename if named else folder / "status.json"))
-    if named and path.is_relative_to(os.path.abspath(folder)):
-        return write_problem(path, error)
-    problem = write_problem(path, error) if error.errno in _OF_WRITING else None
-    return f"{str(path)!r}: {problem}" if problem and named else problem
 
 
 def _choose_checkpoint(config: Namespace, kind: str, warn: bool) -> None:

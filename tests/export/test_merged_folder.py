@@ -21,12 +21,14 @@ from lightning_peft.errors import (
     BaseMismatchError,
     CheckpointError,
     ConfigError,
+    StorageError,
     UnsupportedError,
 )
 from lightning_peft.export.adapters import find_adapter
 from lightning_peft.export.base import find_base
 from lightning_peft.export.measuring import measure_merge, measured
 from lightning_peft.export.merged_folder import MergedFolder, base_of, merge_into_folder, prepare
+from lightning_peft.export.output import atomic_folder
 
 NF4 = engine.quantization_config()
 FP4 = engine.quantization_config(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False)
@@ -348,6 +350,8 @@ BROKEN = {
     "pickled": ("model", "Pickled weights"),
     "quantized": ("config", "are quantized already"),
     "unknown": ("config", "not a transformers model that can be read"),
+    "moved": ("config", "name where that is now by --base"),
+    "adapter cut short": ("config", "adapter_model.safetensors' is not a complete"),
 }
 
 
@@ -366,9 +370,13 @@ def test_a_base_that_cannot_be_used(fault: str, tmp_path: Path) -> None:
             file.unlink()
     elif fault == "quantized":
         config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-    else:
+    elif fault == "unknown":
         config = {"model_type": "nothing-known"}
+    elif fault == "adapter cut short":
+        os.truncate(adapter / "adapter_model.safetensors", 1000)
     (base / "config.json").write_text(json.dumps(config))
+    if fault == "moved":
+        base.rename(tmp_path / "elsewhere")
     with pytest.raises((ConfigError, UnsupportedError, CheckpointError), match=message):
         merged(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -381,6 +389,18 @@ def test_a_place_that_is_taken(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is there already"):
         merged(adapter, tmp_path / "out")
     assert (tmp_path / "out" / "mine").read_text() == "mine"
+    with pytest.raises(ConfigError, match="cannot be made: Not a directory"):
+        merged(adapter, tmp_path / "out" / "mine" / "below")
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(StorageError, match="the disk is full"), atomic_folder(out):
+        Path("/dev/full").write_bytes(b"weights")
+    # An error of what is read is its own.
+    with pytest.raises(FileNotFoundError), atomic_folder(out):
+        (tmp_path / "base").read_bytes()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")

@@ -45,6 +45,29 @@ def test_a_file_is_replaced_as_a_whole(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "result.json"}
 
 
+def test_a_recipe_runs_where_its_paths_lead_to_its_files(tmp_path, monkeypatch):
+    begun, elsewhere = tmp_path / "über hier", tmp_path / "elsewhere"
+    begun.mkdir(), elsewhere.mkdir()
+    (begun / "rows.jsonl").touch()
+    run = RunFolder.at(begun / "run")
+    run.recipe.write_text("data: {init_args: {data: rows.jsonl, name: org/name}}", "utf-8")
+    monkeypatch.chdir(elsewhere)
+    # Runs of before do not say where they began.
+    run.check_directory()
+    run.write(run.provenance, {"directory": str(begun)})
+    with pytest.raises(ConfigError, match="lead nowhere") as refused:
+        run.check_directory()
+    assert "data.init_args.data: 'rows.jsonl'" in str(refused.value)
+    assert "org/name" not in str(refused.value)
+    assert f"cd '{begun}'" in str(refused.value)
+    run.check_directory(["--data.init_args.data=/other.jsonl"])
+    monkeypatch.chdir(begun)
+    run.check_directory()
+    (begun / "rows.jsonl").rename(elsewhere / "rows.jsonl")
+    monkeypatch.chdir(elsewhere)
+    run.check_directory()
+
+
 def test_the_checkpoint_to_go_on_from(tmp_path):
     folder = RunFolder.at(tmp_path)
     assert folder.newest_checkpoint() is None
