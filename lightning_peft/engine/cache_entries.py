@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -65,7 +66,7 @@ def discard(final: Path, kind: str, damage: str) -> None:
 
 def remove(final: Path) -> None:
     """Removes an entry; who reads it at that moment sees the whole of it, or none."""
-    aside = final.with_name(f".{final.name}-{os.getpid()}-removed")
+    aside = final.with_name(f".{final.name}-{secrets.token_hex(4)}-removed")
     try:
         final.rename(aside)
     except FileNotFoundError:

@@ -212,6 +212,11 @@ def prune_states(
                 _MOMENTS.fullmatch(key) and x.shape == param.shape and x.is_floating_point()
                 for key, x in held.items()
             )
+            if isinstance(optimizer, torch.optim.Adagrad) and share == 1:
+                # It makes its sums when it is made itself.
+                state["step"].zero_()
+                state["sum"].fill_(optimizer.defaults["initial_accumulator_value"])
+                continue
             if share == 1 or not moments:
                 optimizer.state.pop(param)
                 continue

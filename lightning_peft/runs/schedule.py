@@ -14,13 +14,15 @@ class Schedule:
     # Training batches of an epoch, and of an optimizer step.
     batches: int
     accumulated: int = 1
-    # Batches between two validations; None for one at the end of an epoch.
+    # Batches between two validations; None for as many in an epoch as below.
     every: int | None = None
     # Validations come in every so many epochs; None where batches are counted over the ends of
     # epochs.
     epochs: int | None = 1
     # The optimizer step with which training ends, where that is always validated.
     last: int | None = None
+    # Validations in an epoch, the last one at its end.
+    per_epoch: int = 1
 
     def until(self, step: int) -> int:
         """Returns how many validations there are until optimizer step ``step``, with its own."""
@@ -32,11 +34,16 @@ class Schedule:
         steps = math.ceil(self.batches / self.accumulated)
         whole, rest = divmod(step, steps)
         batches = min(rest * self.accumulated, self.batches)
-        every = self.every or self.batches
         if self.epochs is None:
-            return (whole * self.batches + batches) // every
-        validations = whole // self.epochs * (self.batches // every)
-        return validations + (batches // every if (whole + 1) % self.epochs == 0 else 0)
+            return (whole * self.batches + batches) // (self.every or self.batches)
+        validations = whole // self.epochs * self.inside(self.batches)
+        return validations + (self.inside(batches) if (whole + 1) % self.epochs == 0 else 0)
+
+    def inside(self, batches: int) -> int:
+        """Returns how many validations there are in so many batches of an epoch."""
+        if self.every is not None:
+            return batches // self.every
+        return batches * self.per_epoch // self.batches
 
 
 def schedule_of(trainer: Any) -> Schedule | None:

@@ -195,6 +195,11 @@ class RunSession:
 def _choose_checkpoint(config: Namespace, kind: str, warn: bool) -> None:
     """Continues a run that torchrun started again, or where ``ckpt_path`` is ``"last"``."""
     run_dir, given = config.get("run_dir"), config.get("ckpt_path")
+    if run_dir and RunFolder(Path(run_dir)).sweep.is_file():
+        raise ConfigError(
+            f"--run_dir {run_dir} is the folder of a sweep, whose record this run would overwrite. "
+            f"Name another one; `lightning-peft sweep --resume {run_dir}` continues the sweep."
+        )
     if kind == "fit":
         check_restarts(has_folder=bool(run_dir))
     # What is evaluated is what was asked for, also after a restart.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
+import secrets
 import threading
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -70,7 +70,7 @@ class Status:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file that readers see whole: the old one, or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         temporary.replace(path)

@@ -122,7 +122,8 @@ class ValidationBudget(_Base, metaclass=LateBoundMeta):
         self._apply(trainer, known or self._undecided)
         self._set_next(trainer)
         epoch_loop = trainer.fit_loop.epoch_loop
-        if self._validated_at == epoch_loop.total_batch_idx:
+        validated = self._validated_at == epoch_loop.total_batch_idx
+        if validated or self._is_due(trainer, epoch_loop.batch_idx):
             # Lightning has to know that it resumes behind a validation.
             trainer.val_check_batch = max(1, epoch_loop.batch_idx + 1)
 
@@ -196,7 +197,7 @@ class ValidationBudget(_Base, metaclass=LateBoundMeta):
         self.schedule = Schedule(
             batches,
             trainer.accumulate_grad_batches,
-            every=math.ceil(batches / choice["per_epoch"]),
+            per_epoch=min(choice["per_epoch"], batches),
             epochs=choice["every_epochs"],
             last=None if math.isinf(total) else int(total),
         )
@@ -210,13 +211,15 @@ class ValidationBudget(_Base, metaclass=LateBoundMeta):
         if self.schedule.accumulated != trainer.accumulate_grad_batches:
             # Memory was short, and batches are smaller.
             self._apply(trainer, self.decided.get(NAME) or self._undecided)
-        batches = trainer.num_training_batches
-        if _is_end(trainer, batch, steps):
-            trainer.val_check_batch = batch + 1
-        elif (trainer.current_epoch + 1) % (self.schedule.epochs or 1) == 0:
-            trainer.val_check_batch = self.schedule.every
-        else:
-            trainer.val_check_batch = batches + 1
+        due = _is_end(trainer, batch, steps) or self._is_due(trainer, batch)
+        trainer.val_check_batch = batch + 1 if due else trainer.num_training_batches + 1
+
+    def _is_due(self, trainer: Any, batch: int) -> bool:
+        """Whether a validation comes after a batch of the epoch; -1 is none."""
+        assert self.schedule is not None
+        in_epoch = (trainer.current_epoch + 1) % (self.schedule.epochs or 1) == 0
+        inside = self.schedule.inside
+        return in_epoch and batch >= 0 and inside(batch + 1) > inside(batch)
 
     def choose(self, epochs: float, epoch: float) -> dict[str, Any]:
         """Returns how often a run of ``epochs`` of so many seconds validates and samples.

@@ -211,6 +211,9 @@ def test_last_is_for_the_run_and_a_restart_keeps_what_is_evaluated(tmp_path, mon
     assert chosen("fit", ckpt_path="best.ckpt") == str(newest)
     for kind in ("validate", "test", "predict"):
         assert chosen(kind, ckpt_path="best.ckpt") == "best.ckpt"
+    folder.write(folder.sweep, {})
+    with pytest.raises(ConfigError, match="mine is the folder of a sweep, whose record"):
+        chosen("fit", ckpt_path=None)
 
 
 def test_the_last_checkpoint_is_cut_short(tmp_path, caplog):

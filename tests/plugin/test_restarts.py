@@ -245,6 +245,18 @@ def test_what_optimizers_keep_besides_moments_begins_again(kind):
     optimizer.step()
 
 
+def test_sums_that_an_optimizer_makes_at_first_begin_again():
+    param = torch.nn.Parameter(torch.ones(8))
+    optimizer = torch.optim.Adagrad([param], initial_accumulator_value=0.5)
+    first = copy.deepcopy(optimizer.state[param])
+    for _ in range(2):
+        param.grad = torch.ones(8)
+        optimizer.step()
+        engine.prune_states([optimizer], [param], 1.0)
+        assert optimizer.state[param].keys() == first.keys() == {"step", "sum"}
+        assert all(torch.equal(value, first[key]) for key, value in optimizer.state[param].items())
+
+
 @pytest.mark.parametrize("error", [None, torch.OutOfMemoryError, RuntimeError])
 def test_learning_rates_rise_after_a_merge_and_the_schedule_stays(error, tmp_path):
     used: list[float] = []

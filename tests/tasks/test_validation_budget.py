@@ -169,6 +169,7 @@ def decided(per_epoch, every, samples="at the end"):
         (1, 2, {"max_epochs": 3}, [24, 36]),
         (2, 1, {"max_steps": 3, "accumulate_grad_batches": 5}, [1, 3]),
         (4, 1, {"max_epochs": 1, "rows": ROWS[:7]}, [2, 4, 6, 7]),
+        (2, 1, {"rows": ROWS[:11]}, [6, 11, 17, 22]),
     ],
 )
 def test_a_run_ends_with_a_validation(tmp_path, per_epoch, every, options, expected):

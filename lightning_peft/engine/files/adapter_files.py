@@ -7,6 +7,7 @@ A folder holds ``adapter_config.json``, ``adapter_model.safetensors`` and ``prov
 from __future__ import annotations
 
 import os
+import secrets
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -112,7 +113,8 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def write_file(path: Path, content: bytes) -> None:
     """Writes a file to a temporary name, flushes it to disk and renames it."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
+    # Not the number of the process, which one on another machine may have too.
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.incomplete")
     with open(unfinished, "wb") as file:
         file.write(content)
         file.flush()
