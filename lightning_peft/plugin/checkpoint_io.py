@@ -157,11 +157,27 @@ def write_adapter_folder(checkpoint: Any, files: dict[str, bytes]) -> None:
     with _whole_or_absent(folder) as unfinished:
         _write_files(unfinished, files)
         # A folder cannot be renamed onto another one.
-        old = _unfinished(folder, f"{os.getpid()}-old")
         if folder.exists():
-            os.replace(folder, old)
+            _remove(_replaced(folder))
+            os.replace(folder, _replaced(folder))
         os.replace(unfinished, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(_replaced(folder))
+
+
+def put_back_adapter_folder(checkpoint: Any) -> None:
+    """Gives a checkpoint the adapter folder that a process was replacing when it was killed.
+
+    It is that of the file, which is written after the folder. Called where a run is resumed, since
+    a process at work on the folder would not find its own.
+    """
+    folder = adapter_folder(checkpoint)
+    if is_local(checkpoint) and _replaced(folder).is_dir() and not folder.exists():
+        os.replace(_replaced(folder), folder)
+
+
+def _replaced(folder: Path) -> Path:
+    """Where an adapter folder is while another one takes its place."""
+    return folder.with_name(f".replaced-{_code(folder)}")
 
 
 def _write_files(unfinished: Path, files: dict[str, bytes]) -> None:
@@ -177,7 +193,8 @@ def _write_files(unfinished: Path, files: dict[str, bytes]) -> None:
 def remove_adapter_folder(checkpoint: Any) -> None:
     """Removes the adapter folder of a checkpoint, and the folder of folders with the last one."""
     folder = adapter_folder(checkpoint)
-    shutil.rmtree(folder, ignore_errors=True)
+    for one in (folder, _replaced(folder)):
+        shutil.rmtree(one, ignore_errors=True)
     if folder.parent.is_dir() and not any(folder.parent.iterdir()):
         folder.parent.rmdir()
 
@@ -203,9 +220,12 @@ def _whole_or_absent(target: Path) -> Iterator[Path]:
 
 
 def _unfinished(target: Path, process: str | None = None) -> Path:
-    # Without the target's name, by which Lightning and others recognise checkpoints.
-    code = zlib.crc32(target.name.encode())
-    return target.with_name(f".incomplete-{process or os.getpid()}-{code:08x}")
+    return target.with_name(f".incomplete-{process or os.getpid()}-{_code(target)}")
+
+
+def _code(target: Path) -> str:
+    # Instead of its name, by which Lightning and others recognise checkpoints.
+    return f"{zlib.crc32(target.name.encode()):08x}"
 
 
 def _remove_abandoned(target: Path) -> None:

@@ -120,6 +120,27 @@ def test_the_folder_is_in_the_format_of_peft(tmp_path):
     assert not list(tmp_path.rglob(".incomplete-*"))
 
 
+def test_a_folder_that_was_moved_aside_is_put_back(tmp_path, monkeypatch):
+    """By a process that was killed before the new one had its name."""
+    _, run, file = fitted(tmp_path)
+    folder, rename = tmp_path / "adapters" / "one", os.replace
+    before = (folder / "adapter_model.safetensors").read_bytes()
+
+    def killed(source, target):
+        if target == folder:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.save_checkpoint(file)
+    assert not folder.exists()
+    trainer(tmp_path).fit(task(), loader(), ckpt_path=file)
+    assert (folder / "adapter_model.safetensors").read_bytes() == before
+    assert not list(folder.parent.glob(".replaced-*"))
+
+
 def test_names_with_dots_and_without_suffix(tmp_path):
     module, run, _ = fitted(tmp_path)
     for name in ("val=0.51", "val=0.52", "plain"):
