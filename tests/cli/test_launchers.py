@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -12,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import yaml
+from torch.distributed.run import get_args_parser
 from trials import QUIET
 
 from lightning_peft.runs.folder import RunFolder
@@ -59,6 +63,33 @@ def test_short_options_win_over_recipes(in_process):
     assert "\n  devices: 2\n" in done.stdout.replace("'", "")
     assert "\n  num_nodes: 3\n" in done.stdout
     assert "\n      sharding: fsdp2\n" in done.stdout
+
+
+def test_the_files_of_the_docs_can_be_read():
+    """By bash, YAML and torchrun; numbers of processes in one file are the same."""
+    page = (ROOT / "docs" / "devices.md").read_text(encoding="utf-8")
+    scripts = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    for script in scripts:
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    (agent,) = [one for one in scripts if "--nnodes" in one]
+    (batch,) = [one for one in scripts if "#SBATCH" in one]
+    service, job = yaml.safe_load_all(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1])
+    pod = job["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    words = shlex.split(agent.partition("torchrun")[2].replace("\\\n", " "))
+    for command in (words, container["command"][1:]):
+        given = get_args_parser().parse_args(command)
+        assert given.training_script == "lightning_peft.cli"
+        assert given.training_script_args[0] == "fit"
+        assert (given.nnodes, given.nproc_per_node, given.max_restarts) == ("2", "8", 3)
+    assert job["spec"]["completions"] == job["spec"]["parallelism"] == 2
+    assert service["spec"]["selector"] == pod["metadata"]["labels"]
+    assert pod["spec"]["subdomain"] == service["metadata"]["name"]
+    assert given.rdzv_endpoint == f"mine-0.mine:{service['spec']['ports'][0]['port']}"
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+    options = dict(re.findall(r"#SBATCH --([\w-]+)=(\S+)", batch))
+    assert f"--devices {options['ntasks-per-node']} --num_nodes {options['nodes']} " in batch
+    assert options["gres"] == "gpu:8"
 
 
 @pytest.fixture
