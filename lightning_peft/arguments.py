@@ -100,7 +100,8 @@ class LoRAArguments(LoRAFields):
             are gathered.
         halve_batch_on_oom: Where a training step runs out of memory, go on from the last optimizer
             step with half the rows in each batch and twice ``accumulate_grad_batches``: the same
-            rows in each step. In one process, with a ``DataLoader`` that has a ``batch_size``.
+            rows in each step, in all processes. With a ``DataLoader`` that has a ``batch_size``;
+            with ``sharding``, by a restart of torchrun.
         async_save: Write checkpoints to local disks in the background. A save waits for the one
             before, the end of a run for the last one.
         exclude_from_checkpoint: Names of frozen submodules outside of the adapted parts, such as a

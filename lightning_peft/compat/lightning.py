@@ -246,3 +246,8 @@ def uploads_each(logger: Any, checkpoint: Any) -> bool:
 def averages_models(strategy: Any) -> bool:
     """Whether processes average their weights now and then, and not their gradients each time."""
     return getattr(strategy, "_model_averaging_period", None) is not None
+
+
+def averages_by_hook(strategy: Any) -> bool:
+    """Whether DDP averages gradients by a function of the user."""
+    return getattr(strategy, "_ddp_comm_hook", None) is not None

@@ -294,6 +294,23 @@ def leave_out_of_ddp(module: nn.Module, names: list[str]) -> None:
     module._ddp_params_and_buffers_to_ignore = [*dict.fromkeys([*chosen, *names])]  # type: ignore[assignment]
 
 
+def exchanges_of(group: Any) -> int:
+    """Returns how many collective operations of a process group this process began.
+
+    Public alternative: none.
+    """
+    return int(group._get_sequence_number_for_group())
+
+
+def broadcast_buffers(ddp: Any) -> None:
+    """Gives the buffers of the first process to all, where DDP does before a forward pass.
+
+    Public alternative: none outside of its forward pass.
+    """
+    if ddp.broadcast_buffers and len(ddp.modules_buffers) > 0:
+        ddp._sync_buffers()
+
+
 @contextmanager
 def left_in_place(module: nn.Module, stays: Callable[[Tensor], bool]) -> Iterator[None]:
     """Within the body, tensors for which ``stays`` is true do not move when ``module`` does.

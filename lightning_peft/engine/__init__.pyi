@@ -105,6 +105,7 @@ from .sharding import check_shardable as check_shardable
 from .sharding import early_share as early_share
 from .sharding import is_sharded as is_sharded
 from .sharding import keep_own_part as keep_own_part
+from .sharding import leave_step as leave_step
 from .sharding import parts_left_in_place as parts_left_in_place
 from .sharding import reshard_base as reshard_base
 from .sharding import shard_base as shard_base

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from importlib import import_module
 from typing import Any
 
@@ -208,6 +208,18 @@ def reshard_base(module: nn.Module) -> None:
     for child in module.modules():
         if isinstance(child, import_module("torch.distributed.fsdp").FSDPModule):
             child.reshard()
+
+
+def leave_step(module: nn.Module) -> None:
+    """Makes the module what it is between two steps, after an error inside of one.
+
+    Else it could not be moved, and the error of that would hide the first one. As of torch 2.13.
+    """
+    reset = getattr(module, "reset_iter_state", None)
+    if reset is not None:
+        # Of what waits for another process that is gone.
+        with suppress(RuntimeError):
+            reset()
 
 
 def check_shardable(module: nn.Module) -> None:

@@ -29,12 +29,14 @@ from lightning_peft.plugin.checkpoint_content import (
 from lightning_peft.plugin.checkpoint_io import (
     WholeFileCheckpointIO,
     is_local,
+    put_back_adapter_folder,
     read_checkpoint,
     remove_adapter_folder,
     write_adapter_folder,
 )
 from lightning_peft.plugin.data_initialization import initialize_from_data
 from lightning_peft.plugin.loops import TrainingLoops
+from lightning_peft.plugin.mid_epoch import resumes_mid_epoch
 from lightning_peft.plugin.namespace import bind_to_lightning, namespace_of
 from lightning_peft.plugin.optimization import (
     add_adapters_to_optimizers,
@@ -219,9 +221,6 @@ class AdapterStrategy(_Base):
         super().on_exception(exception)
         self._saves.wait_after(exception)
 
-    def _gather_process_states(self) -> list[Any]:
-        return engine.gathered(self._loops.state(), self.world_size)
-
     @property
     def checkpoint_io(self) -> Any:
         """The CheckpointIO in use: the user's own, else one that writes whole files."""
@@ -286,7 +285,8 @@ class AdapterStrategy(_Base):
         described = engine.describe(self._module)
         # Files of weights only are not resumed from.
         whole = "optimizer_states" in checkpoint
-        described["processes"] = self._gather_process_states() if whole else []
+        processes = engine.gathered(self._loops.state(), self.world_size) if whole else []
+        described["processes"] = processes
         described["optimizers"] = engine.optimizer_names(self.optimizers) if whole else None
         described["rank_budget"] = self._budget.state() if self._budget and whole else None
         checkpoint, _ = strip_objects(checkpoint, DATAMODULE_KEY)
@@ -326,8 +326,14 @@ class AdapterStrategy(_Base):
         if self.world_size > 1:
             # Which one is newest, processes may see differently while the first begins its record.
             checkpoint_path = self.broadcast(checkpoint_path)
+        fits = self._module.trainer.state.fn == "fit"
+        if self.is_global_zero and fits:
+            put_back_adapter_folder(checkpoint_path)
         checkpoint = read_checkpoint(super().load_checkpoint, checkpoint_path, weights_only)
-        return unpack_checkpoint(self._module, checkpoint)
+        checkpoint = unpack_checkpoint(self._module, checkpoint)
+        if fits and self._loops.batches.restart is not None:
+            self._loops.batches.restart.divide(checkpoint)
+        return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Loads adapters strictly, whatever ``strict`` says, on the base they were trained on.
@@ -391,10 +397,3 @@ class AdapterStrategy(_Base):
         self.lifecycle.checks.stop()
         super().teardown()
         self._saves.close()
-
-
-def resumes_mid_epoch(trainer: Any, checkpoint: Mapping[str, Any]) -> bool:
-    """Says whether Lightning will go on inside the epoch of a checkpoint, or with the next one."""
-    progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
-    begun = progress["ready"], progress["started"]
-    return trainer.max_steps != -1 or any(value != progress["processed"] for value in begun)

@@ -32,9 +32,14 @@ def is_started_by_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def can_restart() -> bool:
+    """Whether torchrun may start the processes again."""
+    return is_started_by_torchrun() and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+
+
 def check_restarts(has_folder: bool) -> None:
     """Checks that the run can continue when torchrun starts its processes again."""
-    if not is_started_by_torchrun() or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+    if not can_restart():
         return
     problems = []
     if not has_folder:

@@ -8,6 +8,7 @@ What cannot be restored is logged when the run is resumed.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +34,13 @@ class _Loops(Protocol):
     ending_epoch: bool
     training_random: dict[str, Any] | None
     sums: dict[str, Any]
+
+
+def resumes_mid_epoch(trainer: Any, checkpoint: Mapping[str, Any]) -> bool:
+    """Says whether Lightning will go on inside the epoch of a checkpoint, or with the next one."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+    begun = progress["ready"], progress["started"]
+    return trainer.max_steps != -1 or any(value != progress["processed"] for value in begun)
 
 
 def mid_epoch_state(loops: _Loops) -> dict[str, Any]:

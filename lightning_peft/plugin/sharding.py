@@ -114,6 +114,13 @@ class ShardedBaseStrategy(_Base):
         with context():
             return self._forward_redirection(module, module, step, *args, **kwargs)
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Ends the step that the error was in."""
+        super().on_exception(exception)
+        module: Any = self.lightning_module
+        if self.shards_base and module is not None:
+            engine.leave_step(module)
+
     def teardown(self) -> None:
         """Gives the loops their own methods back."""
         if self.shards_base and self.lightning_module is not None:

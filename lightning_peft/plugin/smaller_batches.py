@@ -27,6 +27,8 @@ from lightning_peft.compat.torch import set_batch_size
 from lightning_peft.errors import LifecycleError, UnsupportedError, itemize
 from lightning_peft.plugin.mid_epoch import epoch_sums, put_back_sums
 from lightning_peft.plugin.random_state import random_state, set_random_state
+from lightning_peft.plugin.restart_record import RestartRecord
+from lightning_peft.plugin.step_agreement import StepAgreement, process_problems
 from lightning_peft.plugin.tracked_loader import is_stateful, length_of
 
 log = logging.getLogger(__name__)
@@ -85,6 +87,10 @@ class SmallerBatches:
         self._frequencies: list[int] = []
         self._start: _StepStart | None = None
         self._may_have_stepped = False
+        self._agreement: StepAgreement | None = None
+        # Of a sharded base, where processes cannot leave a batch together.
+        sharded = halves and self.trainer.strategy.shards_base
+        self.restart = RestartRecord(self.trainer) if sharded else None
 
     def state(self) -> dict[str, int] | None:
         """Returns the entry of a checkpoint; ``None`` where batches are as the user wants."""
@@ -102,6 +108,8 @@ class SmallerBatches:
         if saved and self._accumulate * saved["division"] == saved["accumulate"]:
             # Else the run that is resumed was given the smaller batches.
             self.division = saved["division"]
+        if self.restart is not None:
+            self.division = max(self.division, self.restart.division)
         if not self._halves and self.division == 1:
             return
         problems = self._problems()
@@ -127,10 +135,16 @@ class SmallerBatches:
         self._frequencies = [config.frequency for config in self.trainer.lr_scheduler_configs]
         if self._full is not None and self.division > 1:
             self._scale(self.division)
+        several = self.trainer.world_size > 1 and self.restart is None
+        if self._halves and several and not self._loops.is_trial:
+            self._agreement = StepAgreement(self.trainer)
 
     def stop(self) -> None:
         """Gives Trainer and loader what the user gave them."""
         self._start = None
+        if self._agreement is not None:
+            self._agreement.stop()
+            self._agreement = None
         if self._full is not None and self.division > 1:
             self._scale(1)
         self._full = None
@@ -144,10 +158,16 @@ class SmallerBatches:
         epoch = self._loops.epoch
         current = epoch.batch_progress.current
         halves = self._halves and not self._loops.is_trial
-        if halves and current.ready % self.trainer.accumulate_grad_batches == 0:
+        if (
+            halves
+            and self.restart is None
+            and current.ready % self.trainer.accumulate_grad_batches == 0
+        ):
             self._start = self._step_start()
         while True:
             self._may_have_stepped = False
+            if self._agreement is not None:
+                self._agreement.begin()
             if self.division > 1:
                 last = current.ready + 1 >= self._loops.fit.max_batches
                 self._set_intervals(self.division, last)
@@ -159,6 +179,8 @@ class SmallerBatches:
                     raise
                 factor = self._factor(error)
                 reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else ""
+                if self.restart is not None:
+                    raise self.restart.end(self.division * factor, reason) from error
             # Not before: the traceback holds what the step computed.
             self._go_back(factor, reason)
 
@@ -176,11 +198,9 @@ class SmallerBatches:
         trainer, module = self.trainer, self.trainer.lightning_module
         loaders = combined_loader(self._loops.fit).flattened
         problems = []
-        if trainer.world_size > 1:
-            problems.append(
-                f"{trainer.world_size} processes: those with enough memory would wait for the one "
-                "without. Give a smaller batch_size and a larger accumulate_grad_batches"
-            )
+        if trainer.world_size > 1 and self._halves:
+            limits = combined_loader(self._loops.fit).limits
+            problems += process_problems(trainer, (getattr(loaders[0], "batch_size", 0), limits[0]))
         if not module.automatic_optimization:
             problems.append("manual optimization, whose steps only training_step knows")
         if not fetches_batches(data_fetcher(self._loops.fit)):
@@ -234,15 +254,22 @@ class SmallerBatches:
         assert self._full is not None
         size = self._full.batch_size // self.division
         problem = None
-        if size == 1:
+        # First, so that all processes end with an error where this one does.
+        if self._agreement is not None and not self._agreement.leaves(error):
+            problem = (
+                "the other processes have had memory for the batch and go on. It was short where "
+                "gradients are averaged, in the optimizer's step, or in a hook after it. Continue "
+                "from the newest checkpoint with a smaller batch_size"
+            )
+        elif size == 1:
             problem = "the batch is one row. Shorten rows (max_length), or plan for less memory"
-        elif self._may_have_stepped:
+        elif self._may_have_stepped and self.restart is None:
             problem = (
                 "it was the optimizer's step, which may have changed some parameters and not "
                 "others. Continue from the newest checkpoint with another optimizer, such as "
                 "optimizer='paged_adamw_8bit', or a smaller r"
             )
-        elif self._start is None:
+        elif self._start is None and self.restart is None:
             problem = (
                 "the run was resumed between two batches of an optimizer step, whose first rows "
                 "are gone. Continue from a checkpoint of an optimizer step"

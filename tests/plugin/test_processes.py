@@ -63,6 +63,24 @@ def test_a_layer_that_the_loss_does_not_reach(ranks):
         assert rank["idle allowed"] == ("", 3)
 
 
+@pytest.mark.parametrize("case", ["asked", "step", "backward"])
+def test_a_process_without_memory_has_all_take_smaller_batches(case, ranks):
+    for rank in ranks:
+        found, expected = rank["short"][case], rank["short"]["ddp"]
+        assert found["rows"][-12:] == expected["rows"] == [2] * 12
+        assert not differing(found["weights"], expected["weights"])
+        assert found["means"] == expected["means"]
+
+
+def test_processes_without_memory_that_all_end(ranks):
+    for rank in ranks:
+        assert "a smaller batch does not help: the batch is one row" in rank["short"]["one row"]
+        assert (
+            "training_step, or its backward pass, exchanges something"
+            in (rank["short"]["unserved"])
+        )
+
+
 @pytest.mark.parametrize("sharding", [None, "fsdp2"])
 def test_a_frozen_layer_that_the_checkpoint_leaves_out(sharding, ranks, folder):
     file = torch.load(folder / f"guided-{sharding}.ckpt", weights_only=True)

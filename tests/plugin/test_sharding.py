@@ -424,3 +424,36 @@ def test_modules_that_cannot_be_sharded(method, given, message, tmp_path):
     run.fit(module, loader("llama"))
     with pytest.raises(UnsupportedError, match=message):
         lightning_peft.engine.check_shardable(module)
+
+
+@pytest.mark.long
+def test_processes_out_of_memory_are_started_again_with_smaller_batches(tmp_path):
+    """At the first step, and at the fifth of six, for which there is a checkpoint of the fourth."""
+    options = ["--standalone", "--nproc-per-node=2", "--max-restarts=2"]
+    script = [str(HERE / "restarted_processes.py"), str(tmp_path)]
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *options, *script],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(PATHS)},
+        timeout=1200,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    for line in ("after optimizer step 0", "after optimizer step 4"):
+        assert f"Out of memory {line} (CUDA out of memory.). torchrun starts all" in run.stderr
+    for rank in (0, 1):
+        first, later, smaller = (
+            torch.load(tmp_path / f"{case}-{rank}.pt") for case in ("0", "4", "smaller")
+        )
+        assert first["rows"] == smaller["rows"] == [2] * 24
+        assert not differing(first["weights"], smaller["weights"])
+        assert (later["rows"], later["steps"]) == ([2] * 8, 6)
+
+
+@pytest.mark.long
+def test_adalora_and_averages_train_the_same(tmp_path):
+    ranks = run_processes(tmp_path, 2, script="sharded_training.py")
+    assert ranks[0].keys() == ranks[1].keys()
+    assert len(ranks[0]) == 5
+    assert not any(differing for rank in ranks for differing in rank.values())

@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import torch
-from modules import lightning, loader, saver, strategy, task, trainer, weights
+from modules import lightning, loader, rows, saver, strategy, task, trainer, weights
 from torch import distributed
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_peft import MergeAndRestart, QLoRACallback, engine, inject
 from lightning_peft.engine.layers.lora import LoraLayer
-from lightning_peft.errors import BaseMismatchError, LifecycleError
+from lightning_peft.errors import BaseMismatchError, LifecycleError, LightningPeftError
 from lightning_peft.plugin import automatic_checkpointing
 from lightning_peft.plugin.namespace import bind_to_lightning
 
@@ -47,6 +47,61 @@ def fit_residuals(folder, wanted):
     torch.manual_seed(8 + run.global_rank)
     run.fit(module, DataLoader(loader("residuals").dataset, batch_size=4), loader("residuals"))
     return {"losses": module.losses, "weights": weights(module)}
+
+
+def fit_short(folder, size, most=99, where="", victim=1, **given):
+    """Trains with half the rows where one process has no memory.
+
+    Where: in ``training_step`` around a value that all processes log, in the backward pass, before
+    the step, or always. ``"unserved"`` exchanges something in the step.
+    """
+    torch.manual_seed(5)
+    module, seen = task(ROOT, kind="residuals"), []
+    usual = module.training_step
+
+    def is_short(batch):
+        return module.trainer.global_rank == victim and len(batch[0]) > most
+
+    def fail(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def step(batch, batch_idx):
+        seen.append(len(batch[0]))
+        loss = usual(batch, batch_idx)
+        module.log("loss", loss, sync_dist=True)
+        if where == "unserved":
+            distributed.all_reduce(loss.detach())
+        if is_short(batch) and where == "step":
+            fail()
+        if is_short(batch) and where == "backward":
+            loss.register_hook(fail)
+        return loss
+
+    def start(batch, batch_idx):
+        if is_short(batch) and where == "start":
+            fail()
+
+    module.training_step, module.on_train_batch_start = step, start
+    ours = strategy("lora", ROOT, target_modules=["up", "down"], halve_batch_on_oom=bool(where))
+    given = {"accumulate_grad_batches": 8 // size, "gradient_clip_val": 0.5, **given}
+    run = trainer(folder / "root", ours, ROOT, devices=2, **given)
+    data = DataLoader(rows("residuals", 48), batch_size=size, shuffle=True)
+    try:
+        run.fit(module, data)
+    except LightningPeftError as error:
+        return str(error)
+    adapters = {n: t for n, t in weights(module).items() if "lora_" in n}
+    means = {name: float(value) for name, value in run.callback_metrics.items()}
+    return {"rows": seen, "weights": adapters, "means": means}
+
+
+SHORT = {
+    "asked": {"size": 2, "where": "nowhere"},
+    "step": {"size": 4, "most": 2, "where": "step"},
+    "backward": {"size": 4, "most": 2, "where": "backward", "victim": 0},
+    "one row": {"size": 1, "most": 0, "where": "start"},
+    "unserved": {"size": 4, "where": "unserved"},
+}
 
 
 def fit_idle(folder, **given):
@@ -171,6 +226,9 @@ def main(folder: Path) -> None:
     seen["alone"] = fit_alone(folder) if rank == 0 else []
 
     seen["guided"] = [fit_guided(folder, rank, sharding) for sharding in (None, "fsdp2")]
+
+    seen["short"] = {case: fit_short(folder, **given) for case, given in SHORT.items()}
+    seen["short"]["ddp"] = fit_short(folder, 2)
 
     seen["left out"] = left_out(rank)
 
