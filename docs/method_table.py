@@ -27,7 +27,7 @@ _INITS = """
 ## Initialisations of LoRA
 
 `init_lora_weights` is `True`, `False` or one of {served}.
-Refused: {refused}. PEFT prepares these from data with its own model class.
+Refused: {refused}. PEFT freezes one of its factors in a variant of its layers.
 
 ## Fields of LoraConfig that are refused
 

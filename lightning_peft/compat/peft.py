@@ -17,7 +17,10 @@ with compiled_late():
 from peft.tuners.lora import LoraModel
 
 # Public alternative: none. `peft.tuners` exports the tuners alone.
+from peft.tuners.lora.corda import CordaEigens as CordaEigens
+from peft.tuners.lora.corda import collect_eigens_for_layer as collect_eigens_for_layer
 from peft.tuners.lora.eva import get_eva_state_dict as get_eva_state_dict
+from peft.tuners.lora.layer import Linear as Linear
 from peft.tuners.lora.layer import MultiheadAttention as MultiheadAttention
 from peft.tuners.lora.layer import ParamWrapper as ParamWrapper
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer as TrainableTokensLayer

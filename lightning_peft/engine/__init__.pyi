@@ -22,9 +22,9 @@ from .configuration import as_peft_config as as_peft_config
 from .configuration import config_differences as config_differences
 from .configuration import config_to_dict as config_to_dict
 from .configuration import lora_config as lora_config
-from .eva import initialize_eva as initialize_eva
+from .eva import initialize_from_batches as initialize_from_batches
 from .eva import lacks_data as lacks_data
-from .eva import restore_eva as restore_eva
+from .eva import restore_from_batches as restore_from_batches
 from .files.adapter_checks import experts_were_dense as experts_were_dense
 from .files.adapter_files import packed_adapters as packed_adapters
 from .files.adapter_files import save_adapter as save_adapter

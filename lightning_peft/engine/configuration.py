@@ -12,7 +12,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, EvaConfig, LoraConfig, PeftConfig
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, EvaConfig, LoraConfig, LoraGAConfig, PeftConfig
+from peft.tuners.lora.config import CordaConfig
 
 from lightning_peft.arguments import LoRAFields
 from lightning_peft.engine.methods.lora_config import (
@@ -25,6 +26,11 @@ from lightning_peft.engine.methods.registry import METHODS, method_of, not_injec
 from lightning_peft.engine.primitives import to_primitives
 from lightning_peft.errors import ConfigError, itemize
 
+_DATA_CONFIGS: dict[Any, tuple[str, Any]] = {
+    "eva": ("eva_config", EvaConfig),
+    "corda": ("corda_config", CordaConfig),
+    "lora_ga": ("lora_ga_config", LoraGAConfig),
+}
 # Of methods that list no decisive fields: where adapters go, how they are read, and what they
 # started from.
 _NOT_DECISIVE = (
@@ -78,10 +84,10 @@ def _make_config(cls: Any, fields: Mapping[str, Any]) -> Any:
         named = ("layers_to_transform", "layers_pattern")
         later = {name: fields[name] for name in named if name in fields}
         fields = {**fields, **dict.fromkeys(later)}
-    if fields.get("init_lora_weights") == "eva":
-        given = fields.get("eva_config") or {}
-        ready = EvaConfig(**given) if isinstance(given, Mapping) else given
-        fields = {**fields, "eva_config": ready}
+    if fields.get("init_lora_weights") in _DATA_CONFIGS:
+        name, kind = _DATA_CONFIGS[fields["init_lora_weights"]]
+        given = fields.get(name) or {}
+        fields = {**fields, name: kind(**given) if isinstance(given, Mapping) else given}
     if fields.get("init_lora_weights") == "loftq":
         # PEFT wants scipy for it, and does not use it.
         later |= {"init_lora_weights": "loftq", "loftq_config": loftq_settings(fields)}

@@ -17,10 +17,15 @@ from torch import Tensor, nn
 
 from lightning_peft.compat.peft import get_eva_state_dict
 from lightning_peft.engine.adapters import disable_adapters
+from lightning_peft.engine.batch_inits import (
+    factors_from_batches,
+    restore_residual,
+    start_residual,
+)
 from lightning_peft.engine.configuration import config_from_dict
 from lightning_peft.engine.layers.adapter import detach
 from lightning_peft.engine.methods.lora_config import alpha_of, rank_of
-from lightning_peft.engine.record import AdapterInfo, adapted_parts
+from lightning_peft.engine.record import AdaptedModuleRecord, AdapterInfo, adapted_parts
 from lightning_peft.engine.verification.probe import preserved_state
 from lightning_peft.errors import ConfigError, UnsupportedError
 
@@ -33,7 +38,7 @@ def lacks_data(module: nn.Module) -> bool:
     return any(i.needs_data for e, _ in adapted_parts(module) for i in e.adapters.values())
 
 
-def initialize_eva(
+def initialize_from_batches(
     module: nn.Module, batches: Callable[[], Iterable[Any]], run: Callable[[Any], Any]
 ) -> list[str]:
     """Initialises the adapters that ask for it, and changes nothing else of ``module``.
@@ -41,7 +46,7 @@ def initialize_eva(
     Args:
         module: A module with adapters, on the device of the batches.
         batches: Returns the batches from the first; called again where more are needed.
-        run: Runs the module on one batch.
+        run: Returns the loss of the module on one batch, with gradients where they are enabled.
 
     Returns:
         A sentence for each adapted part.
@@ -55,24 +60,57 @@ def initialize_eva(
         for name, info in entry.adapters.items():
             if not info.needs_data:
                 continue
-            config = config_from_dict(info.config)
+            config: Any = config_from_dict(info.config)
+            start = _start_eva if config.init_lora_weights == "eva" else _start_residual
             with preserved_state(module), disable_adapters(module):
                 module.eval()
-                drawn = _Batches(batches, config)
-                directions = _directions(part, info, config, drawn, run)
-            changed = _changed_config(info, config, directions)
-            apply_ranks(part, info, name, changed)
-            for target in info.targets:
-                layer: Any = part.get_submodule(target)
-                weight = layer.lora_A[name].weight
-                weight.data.copy_(directions[target])
+                finish = start(part, entry, name, config, batches, run)
+            sentences.append(f"{finish()} of {entry.name or 'the module'}")
             info.needs_data = False
-            ranks = [len(directions[target]) for target in info.targets]
-            sentences.append(
-                f"EVA: {drawn.count} batches; ranks {min(ranks)} to {max(ranks)} on "
-                f"{len(ranks)} of {len(directions)} layers of {entry.name or 'the module'}"
-            )
     return sentences
+
+
+def _start_eva(
+    part: nn.Module,
+    entry: AdaptedModuleRecord,
+    name: str,
+    config: Any,
+    batches: Callable[[], Iterable[Any]],
+    run: Callable[[Any], Any],
+) -> Callable[[], str]:
+    info, drawn = entry.adapters[name], _Batches(batches, config)
+    directions = _directions(part, info, config, drawn, torch.no_grad()(run))
+
+    def finish() -> str:
+        apply_ranks(part, info, name, _changed_config(info, config, directions))
+        for target in info.targets:
+            layer: Any = part.get_submodule(target)
+            layer.lora_A[name].weight.data.copy_(directions[target])
+        ranks = [len(directions[target]) for target in info.targets]
+        return (
+            f"EVA: {drawn.count} batches; ranks {min(ranks)} to {max(ranks)} on {len(ranks)} of "
+            f"{len(directions)} layers"
+        )
+
+    return finish
+
+
+def _start_residual(
+    part: nn.Module,
+    entry: AdaptedModuleRecord,
+    name: str,
+    config: Any,
+    batches: Callable[[], Iterable[Any]],
+    run: Callable[[Any], Any],
+) -> Callable[[], str]:
+    layers = {target: part.get_submodule(target) for target in entry.adapters[name].targets}
+    factors, count = factors_from_batches(layers, config, batches, run, _rows, _mask)
+
+    def finish() -> str:
+        start_residual(part, entry, name, factors)
+        return f"{config.init_lora_weights}: {count} batches; {len(layers)} layers"
+
+    return finish
 
 
 class _Batches:
@@ -118,7 +156,7 @@ def _directions(
             batches,
             exact,
             forward_fn=lambda _, batch: run(batch),
-            prepare_model_inputs_fn=_mask,
+            prepare_model_inputs_fn=_trained_mask,
             prepare_layer_inputs_fn=_rows,
             gather_distributed_inputs=False,
             show_progress_bar=False,
@@ -134,16 +172,21 @@ def _directions(
     return found
 
 
-def _mask(batch: Any, config: Any) -> Tensor | None:
-    """Which tokens count: those that are attended to, and by default trained on."""
+def _mask(batch: Any) -> Tensor | None:
+    """Which tokens are attended to, ``(rows, tokens)``; ``None`` where a batch has no tokens."""
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(ids, Tensor):
         return None
     mask = batch.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None or mask.shape != ids.shape else mask
-    labels, settings = batch.get("labels"), config.eva_config
-    kept = mask.bool()
-    if settings.use_label_mask and isinstance(labels, Tensor) and labels.shape == ids.shape:
+    return mask.bool()
+
+
+def _trained_mask(batch: Any, config: Any) -> Tensor | None:
+    """The same, and by default those that are trained on alone."""
+    kept, settings = _mask(batch), config.eva_config
+    labels = None if kept is None else batch.get("labels")
+    if settings.use_label_mask and isinstance(labels, Tensor) and labels.shape == kept.shape:
         kept = kept & (labels != settings.label_mask_value)
     return kept
 
@@ -215,17 +258,22 @@ def _resize(layer: Any, name: str, rank: int, alpha: float, config: Any) -> None
     settings.scaling = alpha / (rank**0.5 if config.use_rslora else rank)
 
 
-def restore_eva(module: nn.Module, described: Mapping[str, Any]) -> None:
-    """Gives adapters the ranks that a checkpoint describes, before its values are loaded."""
+def restore_from_batches(module: nn.Module, described: Mapping[str, Any]) -> None:
+    """Gives adapters the ranks, and the base the changes, of a checkpoint before it is loaded."""
     for entry, part in adapted_parts(module):
         saved = described["parts"].get(entry.name, {"adapters": {}})["adapters"]
         for name, info in entry.adapters.items():
             fields = saved.get(name, {}).get("config", {})
-            if info.needs_data and fields.get("init_lora_weights") == "eva":
-                # The rest of the config is compared afterwards.
-                names = ("rank_pattern", "alpha_pattern", "target_modules")
-                changed = {key: fields[key] for key in names}
-                if {*saved[name]["targets"]} == {*info.targets}:
-                    changed["target_modules"] = info.config["target_modules"]
-                apply_ranks(part, info, name, {**info.config, **changed})
-                info.needs_data = False
+            same = fields.get("init_lora_weights") == info.config.get("init_lora_weights")
+            if not (info.needs_data and same):
+                continue
+            if fields["init_lora_weights"] != "eva":
+                restore_residual(part, entry, name, saved[name]["initial"])
+                continue
+            # The rest of the config is compared afterwards.
+            names = ("rank_pattern", "alpha_pattern", "target_modules")
+            changed = {key: fields[key] for key in names}
+            if {*saved[name]["targets"]} == {*info.targets}:
+                changed["target_modules"] = info.config["target_modules"]
+            apply_ranks(part, info, name, {**info.config, **changed})
+            info.needs_data = False

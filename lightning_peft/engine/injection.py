@@ -23,7 +23,7 @@ from lightning_peft.engine.configuration import as_peft_config, config_to_dict, 
 from lightning_peft.engine.files.base_tensors import include_in_files
 from lightning_peft.engine.files.excluded_weights import agree_on_excluded, note_excluded
 from lightning_peft.engine.files.model_saving import replace_save_pretrained
-from lightning_peft.engine.fingerprint import buffer_checksums, fingerprint
+from lightning_peft.engine.fingerprint import Fingerprint, buffer_checksums, fingerprint
 from lightning_peft.engine.freezing import freeze_base
 from lightning_peft.engine.gathering import group_size
 from lightning_peft.engine.layers.attention import projections
@@ -300,17 +300,22 @@ def _inject_part(
     info = AdapterInfo(config_to_dict(request.config), plan.targets, plan.in_place is not None)
     info.heads, info.rows = plan.heads, plan.rows
     info.needs_data = needs_data(request.config)
-    if plan.in_place is not None and plan.in_place.subtracts_from_base(request.config):
+    subtracts = plan.in_place is not None and plan.in_place.subtracts_from_base(request.config)
+    if subtracts and not info.needs_data:
         made = adapter_file_tensors(plan.part, plan.targets, request.adapter_name)
         info.initial = {key: tensor.detach().cpu().clone() for key, tensor in made.items()}
     entry.adapters[request.adapter_name] = info
-    if changes_base(request.config):
-        owners = [(name, *name.rpartition(".")[::2]) for name in entry.base.names]
-        entry.changed_base = fingerprint(
-            (name, stored_parameter(plan.part.get_submodule(owner), leaf))
-            for name, owner, leaf in owners
-        )
+    if changes_base(request.config) and not info.needs_data:
+        entry.changed_base = rewritten_base(plan.part, entry)
     return entry
+
+
+def rewritten_base(part: nn.Module, entry: AdaptedModuleRecord) -> Fingerprint:
+    """The fingerprint of the frozen weights of ``part`` as they are now."""
+    owners = [(name, *name.rpartition(".")[::2]) for name in entry.base.names]
+    return fingerprint(
+        (name, stored_parameter(part.get_submodule(owner), leaf)) for name, owner, leaf in owners
+    )
 
 
 def _new_part_record(

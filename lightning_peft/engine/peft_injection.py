@@ -18,7 +18,7 @@ from lightning_peft.engine.layers.sizes import weight_sizes
 from lightning_peft.engine.loading.streamed_quantizer import deferred_dtype
 from lightning_peft.engine.loftq import loftq
 from lightning_peft.engine.methods.base import InPlaceMethod
-from lightning_peft.engine.methods.lora_config import changes_base, loftq_settings
+from lightning_peft.engine.methods.lora_config import changes_base, loftq_settings, needs_data
 from lightning_peft.engine.methods.registry import method_of
 from lightning_peft.engine.model_types import hidden_model_type
 from lightning_peft.engine.rollback import floating_tensors, restored_on_error
@@ -39,9 +39,9 @@ def inject_in_place(
     rows = {id(plan.part.get_submodule(target)): rows for target, rows in plan.rows.items()}
 
     by_loftq = loftq_settings(config)
-    if by_loftq is not None:
-        # As it is with PEFT: random numbers that are written over.
-        config.init_lora_weights = False  # type: ignore[attr-defined]
+    if by_loftq is not None or (needs_data(config) and changes_base(config)):
+        # Values that are written over, here or when there are batches.
+        config.init_lora_weights = by_loftq is None  # type: ignore[attr-defined]
 
     def create(original: Any, layer: nn.Module, options: dict[str, Any]) -> Any:
         with weight_sizes(layer):

@@ -350,7 +350,7 @@ class AdapterStrategy(_Base):
                 "which adapters it is for. If it holds the base model's weights, load it into the "
                 "module first (load_from_checkpoint), and give that module to the Trainer."
             )
-        engine.restore_eva(self._module, checkpoint[CHECKPOINT_KEY])
+        engine.restore_from_batches(self._module, checkpoint[CHECKPOINT_KEY])
         engine.check_description(self._module, checkpoint[CHECKPOINT_KEY])
         load_tensors(self._module, checkpoint, strict)
         if self.world_size > 1:

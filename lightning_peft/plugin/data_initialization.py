@@ -1,11 +1,11 @@
-"""Initialization of adapters from the first training batches (EVA)."""
+"""Initialization of adapters from the first training batches (EVA, CorDA, LoRA-GA)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from lightning_peft import engine
 from lightning_peft.compat.lightning import trainer_of, training_data
@@ -36,11 +36,11 @@ def initialize_from_data(strategy: Any) -> None:
         for batch in loader:
             yield strategy.batch_to_device(batch, strategy.root_device)
 
-    def run(batch: Any) -> None:
-        with torch.no_grad(), strategy.precision_plugin.train_step_context():
-            engine.default_step(module, batch)
+    def run(batch: Any) -> Tensor:
+        with strategy.precision_plugin.train_step_context():
+            return engine.default_step(module, batch)
 
-    for sentence in engine.initialize_eva(module, batches, run):
+    for sentence in engine.initialize_from_batches(module, batches, run):
         log_info(strategy, f"{sentence}.")
     set_generator_states([loader], before)
 
@@ -58,4 +58,6 @@ def _check(strategy: Any, module: Any) -> None:
     if engine.require_record(module).momentum_copies:
         problems.append("momentum copies, which need adapters of the same ranks")
     if problems:
-        raise UnsupportedError("init_lora_weights='eva' does not work with:" + itemize(problems))
+        raise UnsupportedError(
+            "An init_lora_weights that is made from data does not work with:" + itemize(problems)
+        )

@@ -64,7 +64,7 @@ def test_all_problems_are_reported_at_once() -> None:
         ({"r": "16"}, "r='16'"),
         ({"lora_dropout": "0.1"}, "lora_dropout='0.1'"),
         ({"lora_alpha": 0}, "trains nothing"),
-        ({"init_lora_weights": "corda"}, "prepares it from data"),
+        ({"init_lora_weights": "mica"}, "freezes B"),
         ({"init_lora_weights": "pissa_niter_x"}, "one of gaussian, orthogonal, pissa"),
         ({"target_modules": ".*_proj", "layers_to_transform": [0]}, "put the indices into"),
         ({"target_modules": "*_proj"}, "not a regular expression"),

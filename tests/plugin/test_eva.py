@@ -1,4 +1,4 @@
-"""EVA: adapters that start from the training data, as PEFT makes them by hand."""
+"""EVA, CorDA and LoRA-GA: adapters that start from the training data, as PEFT makes them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,12 @@ from modules import (
     task,
     task_class,
 )
+from modules import rows as some_rows
 from modules import trainer as make_trainer
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.loraga import preprocess_loraga
+from torch.utils.data import DataLoader
 
 import lightning_peft
 from lightning_peft import engine
@@ -54,8 +58,9 @@ def fitted(folder: Any, method: str = "lora", settings: Any = SETTINGS, **given:
     torch.manual_seed(5)
     module = given.pop("module", None) or task(kind="llama")
     ours = strategy(method, r=16, peft_config=copy.deepcopy(settings))
+    data = given.pop("data", None) or loader("llama")
     run = make_trainer(folder, ours, **{"max_epochs": 2, "max_steps": 10, **given})
-    run.fit(module, loader("llama"))
+    run.fit(module, data)
     return module
 
 
@@ -79,36 +84,93 @@ def test_ten_steps_are_those_of_peft(tmp_path):
         prepare_layer_inputs_fn=rows,
         show_progress_bar=False,
     )
+    mine = as_after_ten_steps(module, theirs, [*loader("llama"), *loader("llama")])
+    ranks = {len(p) for n, p in mine.items() if "lora_A" in n}
+    assert len(ranks) > 1, "no rank was moved"
+
+
+def as_after_ten_steps(module: Any, theirs: Any, batches: Any) -> dict[str, torch.Tensor]:
+    """Trains ``theirs`` and compares the adapters, which are returned."""
     optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=0.01)
-    batches = [*loader("llama"), *loader("llama")]
-    for batch in batches[:10]:
+    for batch in list(batches)[:10]:
         optimizer.zero_grad()
         theirs(input_ids=batch["ids"], labels=batch["ids"]).loss.backward()
         optimizer.step()
     expected = {n.removeprefix("base_model.model."): p for n, p in theirs.named_parameters()}
     mine = {n: p for n, p in module.model.named_parameters() if "lora_" in n}
     assert mine.keys() == {n for n in expected if "lora_" in n}
-    ranks = {len(p) for n, p in mine.items() if "lora_A" in n}
-    assert len(ranks) > 1, "no rank was moved"
     for name, value in mine.items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+    return mine
 
 
-@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.long), "qlora"])
-def test_a_resumed_run_does_not_do_it_again(method, tmp_path, monkeypatch):
+RESIDUAL = {
+    "corda": {"corda_config": {"corda_method": "kpm"}},
+    "lora_ga": {"lora_ga_config": {"direction": "ArBr"}},
+}
+
+
+def residual(init: str) -> dict[str, Any]:
+    """Settings of an initialisation that takes the first factors off the base."""
+    settings = {**SETTINGS, **RESIDUAL[init], "init_lora_weights": init}
+    del settings["eva_config"]
+    return settings
+
+
+@pytest.mark.parametrize("init", RESIDUAL)
+def test_ten_steps_on_a_residual_are_those_of_peft(init, tmp_path):
+    torch.manual_seed(5)
+    module = WithLoss()
+    model = copy.deepcopy(module.model)
+    before = outputs(module, "llama")
+    # PEFT's covariance is of one row at a time.
+    data = DataLoader(some_rows("llama"), batch_size=1)
+    points = saver(ROOTS[0], tmp_path, filename="one")
+    fitted(tmp_path, settings=residual(init), module=module, data=data, callbacks=[points])
+    config = engine.as_peft_config(residual(init))
+    if init == "corda":
+        preprocess_corda(model, config, lambda: [model(input_ids=x["ids"]) for x in data])
+    else:
+        first = list(data)[:8]
+        preprocess_loraga(
+            model,
+            config,
+            lambda: [model(input_ids=x["ids"], labels=x["ids"]).loss.backward() for x in first],
+        )
+    torch.manual_seed(0)
+    theirs = get_peft_model(model, config)
+    torch.testing.assert_close(theirs(input_ids=next(iter(loader("llama")))["ids"]).logits, before)
+    as_after_ten_steps(module, theirs, data)
+    # The folder is plain LoRA for the base as it was.
+    read = PeftModel.from_pretrained(build("llama"), tmp_path / "adapters" / "one").eval()
+    with torch.no_grad():
+        found = read(input_ids=next(iter(loader("llama")))["ids"]).logits
+    torch.testing.assert_close(found, outputs(module, "llama"), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        pytest.param("lora", SETTINGS, marks=pytest.mark.long),
+        ("qlora", SETTINGS),
+        ("lora", {**residual("corda"), "use_dora": True}),
+        pytest.param("lora", residual("lora_ga"), marks=pytest.mark.long),
+    ],
+)
+def test_a_resumed_run_does_not_do_it_again(method, settings, tmp_path, monkeypatch):
     calls: list[int] = []
-    original = engine.initialize_eva
+    original = engine.initialize_from_batches
 
     def counted(*args: Any) -> Any:
         calls.append(1)
         return original(*args)
 
-    monkeypatch.setattr(engine, "initialize_eva", counted)
+    monkeypatch.setattr(engine, "initialize_from_batches", counted)
 
     def fit(ckpt_path=None, callbacks=()):
         torch.manual_seed(5 if ckpt_path is None else 1000)
         module = task(kind="llama")
-        ours = strategy(method, r=16, peft_config=copy.deepcopy(SETTINGS))
+        ours = strategy(method, r=16, peft_config=copy.deepcopy(settings))
         run = make_trainer(tmp_path / "root", ours, max_epochs=2, callbacks=list(callbacks))
         run.fit(module, loader("llama", shuffle=True), ckpt_path=ckpt_path)
         return module
@@ -169,6 +231,8 @@ def test_what_it_cannot_do_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_peft.engine.eva._MOST_BATCHES", 8)
     with pytest.raises(UnsupportedError, match="made from the training data of a Trainer"):
         lightning_peft.inject(build("llama"), SETTINGS)
+    with pytest.raises(UnsupportedError, match="the layers are quantized before"):
+        fitted(tmp_path, method="qlora", settings=residual("corda"))
     few = {**SETTINGS, "r": 64, "lora_alpha": 64}
     with pytest.raises(ConfigError, match=r"needs at least r \* rho = 128 tokens"):
         fitted(tmp_path, settings=few)

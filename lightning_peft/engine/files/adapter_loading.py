@@ -294,12 +294,12 @@ def _inject_for_file(
 
 def _refuse_random_base(fields: Mapping[str, Any], path: Path) -> None:
     init = str(fields.get("init_lora_weights"))
-    if init.lower().startswith("pissa_niter"):
+    if init.lower().startswith(("pissa_niter", "corda", "lora_ga")):
         raise CheckpointError(
             f"The adapter in {str(path)!r} has init_lora_weights={init!r}: it is for a base that "
-            "was rewritten with random numbers which the folder does not hold. Write it with "
-            "PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), which makes it "
-            "one for the base as it was loaded."
+            "was rewritten with random numbers or data that the folder does not hold. Write it "
+            "with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), which "
+            "makes it one for the base as it was loaded."
         )
 
 

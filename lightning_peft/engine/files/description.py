@@ -10,7 +10,9 @@ from torch import nn
 
 from lightning_peft.engine.adapters import set_adapter
 from lightning_peft.engine.backends.registry import backend_for, backends, quantization_from_dict
+from lightning_peft.engine.batch_inits import recorded_initial
 from lightning_peft.engine.configuration import config_differences, config_from_dict
+from lightning_peft.engine.eva import restore_from_batches
 from lightning_peft.engine.files.adapter_checks import stored_as
 from lightning_peft.engine.files.base_tensors import include_in_files
 from lightning_peft.engine.injection import EXPERTS, inject_config
@@ -61,6 +63,7 @@ def _describe_part(part: AdaptedModuleRecord, module: nn.Module) -> dict[str, An
                 "targets": list(info.targets),
                 "rows": to_primitives(info.rows),
                 "projection_scale": projection_scale(module, info.targets),
+                "initial": recorded_initial(info),
             }
             for name, info in part.adapters.items()
         },
@@ -252,10 +255,7 @@ def inject_as_described(
     finally:
         if not require_record(module).parts:
             set_record(module, None)
-    for part in require_record(module).parts.values():
-        for info in part.adapters.values():
-            # The checkpoint has the values.
-            info.needs_data = False
+    restore_from_batches(module, described)
     set_adapter(module, described["active"])
     check_description(module, described)
 

@@ -64,7 +64,10 @@ class Lora(InPlaceMethod):
     def reason_for_trainer(self, config: Any) -> str | None:
         if not needs_data(config):
             return None
-        return "init_lora_weights='eva' is made from the training data of a Trainer"
+        return (
+            f"init_lora_weights={config.init_lora_weights!r} is made from the training data of a "
+            "Trainer"
+        )
 
     def limits_rows(self, config: Any) -> bool:
         return self.is_in_place(config) and not changes_base(config)

@@ -17,12 +17,17 @@ from lightning_peft.errors import UnsupportedError
 # Inits that write into the base weight: what is trained is then not the base that was loaded.
 _CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Those of them that only take the product of the first factors off the base.
-_SUBTRACTING_INITS = ("pissa", "olora")
+_SUBTRACTING_INITS = ("pissa", "olora", "corda", "lora_ga")
+# Those that are made from batches.
+_DATA_INITS = ("eva", "corda", "lora_ga")
 # PEFT's own defaults.
 LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}
-INITS = ("gaussian", "orthogonal", "pissa", "pissa_niter_<number>", "olora", "loftq", "eva")
-# These need data, or a preprocessed model, on every start: PEFT keeps that to its own model class.
-REFUSED_INITS = ("mica", "corda", "lora_ga")
+INITS = (
+    *("gaussian", "orthogonal", "pissa", "pissa_niter_<number>", "olora", "loftq"),
+    *_DATA_INITS,
+)
+# It freezes one of the factors, in a variant of PEFT's layers.
+REFUSED_INITS = ("mica",)
 
 # Extensions of LoRA that go through PEFT's model class or change the model around the layers.
 REFUSED_FIELDS = (
@@ -82,11 +87,16 @@ def _init_problems(fields: Mapping[str, Any]) -> list[str]:
     known = "|".join((*INITS[:3], r"pissa_niter_\d+", *INITS[4:]))
     if init in REFUSED_INITS:
         return [
-            f"init_lora_weights={init!r}: PEFT prepares it from data with its own model class, "
-            f"which a module that is adapted in place does not have; use one of {', '.join(INITS)}"
+            f"init_lora_weights={init!r}: PEFT freezes B, in a variant of its layers that "
+            f"adapters in place do not have; use one of {', '.join(INITS)}"
         ]
     if not re.fullmatch(known, str(init)):
         return [f"init_lora_weights={init!r}: True, False or one of {', '.join(INITS)}"]
+    if init == "corda":
+        given = fields.get("corda_config")
+        settings = given if isinstance(given, Mapping) else vars(given or object)
+        files = [name for name in ("cache_file", "covariance_file") if settings.get(name)]
+        return [f"corda_config with {', '.join(files)}: leave files out" for _ in files[:1]]
     return _loftq_problems(fields) if init == "loftq" else []
 
 
@@ -179,7 +189,7 @@ def alpha_of(config: Any, name: str) -> float:
 
 def needs_data(config: PeftConfig | Mapping[str, Any]) -> bool:
     """Whether the initialisation is made from batches."""
-    return _initialization(config) == "eva"
+    return _initialization(config) in _DATA_INITS
 
 
 def changes_base(config: PeftConfig | Mapping[str, Any]) -> bool:

@@ -12,7 +12,12 @@ from transformers.pytorch_utils import Conv1D
 from lightning_peft.engine.backends.registry import backend_for, is_quantized
 from lightning_peft.engine.layers.kinds import LINEAR_LIKE
 from lightning_peft.engine.layers.mixin import stored_parameter
-from lightning_peft.engine.methods.lora_config import changes_base, loftq_settings, rank_of
+from lightning_peft.engine.methods.lora_config import (
+    changes_base,
+    loftq_settings,
+    needs_data,
+    rank_of,
+)
 
 
 def initialization_problems(
@@ -37,6 +42,11 @@ def initialization_problems(
         if changes_base(config):
             problem = _rewriting_problem(layer, init, rank_of(config, name), holders, in_place)
             problems += [f"{name}: {init!r} {problem}"] if problem else []
+    if needs_data(config) and changes_base(config) and quantization is not None:
+        problems.append(
+            f"{init!r} rewrites the dense weight once there are batches, and the layers are "
+            "quantized before. Use LoRAStrategy, or 'eva', which leaves the base as it is"
+        )
     settings = loftq_settings(config)
     if settings and quantization is not None:
         bits = backend_for(quantization).bits
@@ -53,12 +63,13 @@ def _rewriting_problem(
         return "decomposes the dense weight, and the layer is quantized already. Load it dense"
     if weight.is_meta:
         return "decomposes the weight, which has no values on the meta device"
-    if rank > min(weight.shape):
-        return f"takes {rank} singular vectors of a weight that has {min(weight.shape)}"
-    if isinstance(layer, Conv1D) and not init.startswith(("pissa", "loftq")):
+    taken = 2 * rank if init == "lora_ga" else rank
+    if taken > min(weight.shape):
+        return f"takes {taken} singular vectors of a weight that has {min(weight.shape)}"
+    if isinstance(layer, Conv1D) and init == "olora":
         return "takes a Conv1D weight transposed. Use 'pissa'"
     if len(holders[id(weight)]) > 1:
         return "would rewrite a weight that other layers share"
-    if init == "loftq" and not in_place:
+    if init in ("loftq", "corda", "lora_ga") and not in_place:
         return "is for plain LoRA, on the layers themselves. Leave lora_bias out"
     return None

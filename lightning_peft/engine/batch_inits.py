@@ -1,0 +1,200 @@
+"""CorDA and LoRA-GA: adapters made from batches, whose first product is taken off the base.
+
+CorDA (Yang et al. 2024, arXiv 2406.05223) takes singular vectors of a weight times the covariance
+of its inputs, LoRA-GA (Wang et al. 2024, arXiv 2407.05000) those of the gradient of a weight. PEFT
+computes the factors; here it gets the covariance or the gradient from layers with adapters.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from lightning_peft.compat.peft import CordaEigens, Linear, collect_eigens_for_layer
+from lightning_peft.engine.adapters import adapter_file_tensors
+from lightning_peft.engine.injection import rewritten_base
+from lightning_peft.engine.layers.kinds import as_rows, from_rows
+from lightning_peft.engine.layers.mixin import stored_parameter
+from lightning_peft.engine.methods.lora_config import alpha_of, rank_of
+from lightning_peft.engine.record import AdaptedModuleRecord, AdapterInfo
+from lightning_peft.errors import ConfigError, UnsupportedError, itemize
+
+# PEFT advises 128 tokens for each input of a layer.
+_TOKENS_PER_INPUT = 128
+# Of whose gradients LoRA-GA takes the mean.
+_GRADIENT_BATCHES = 8
+
+Rows = Callable[[Any, Tensor | None, str], Tensor]
+Mask = Callable[[Any], Tensor | None]
+
+
+def _covariances(
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    run: Callable[[Any], Any],
+    rows: Rows,
+    mask: Mask,
+) -> tuple[dict[str, Tensor], int]:
+    """The means of ``x^T x`` of what layers get, as PEFT takes them; and how many batches ran."""
+    sums: dict[str, Tensor] = {}
+    calls, tokens, kept = Counter[str](), Counter[str](), [None]
+
+    def add(name: str, _: nn.Module, inputs: Any) -> None:
+        x = rows(inputs, kept[0], name).float()
+        if len(x):
+            x = x / x.max().abs()
+            sums[name] = sums.get(name, 0) + x.t() @ x
+            calls[name] += 1
+            tokens[name] += len(x)
+
+    hooks = [layer.register_forward_pre_hook(partial(add, name)) for name, layer in layers.items()]
+    count = 0
+    try:
+        for batch in batches:
+            kept[0] = mask(batch)
+            run(batch)
+            count += 1
+            enough = [tokens[name] >= _TOKENS_PER_INPUT * len(x) for name, x in sums.items()]
+            if len(sums) == len(layers) and all(enough):
+                break
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: total / calls[name] for name, total in sums.items()}, count
+
+
+def _gradients(
+    layers: Mapping[str, nn.Module], batches: Iterable[Any], run: Callable[[Any], Any]
+) -> tuple[dict[str, Tensor], int]:
+    """The mean gradients of the weights of ``layers``, as rows; and how many batches ran."""
+    weights = {name: stored_parameter(layer, "weight") for name, layer in layers.items()}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    count = 0
+    for count, batch in enumerate(batches, 1):
+        run(batch).backward()
+        if count == _GRADIENT_BATCHES:
+            break
+    found = {
+        n: as_rows(layers[n], w.grad) / count for n, w in weights.items() if w.grad is not None
+    }
+    return found, count
+
+
+def factors_from_batches(
+    layers: Mapping[str, nn.Module],
+    config: LoraConfig,
+    batches: Callable[[], Iterable[Any]],
+    run: Callable[[Any], Any],
+    rows: Rows,
+    mask: Mask,
+) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
+    """``A`` and ``B`` of each layer, and how many batches ran.
+
+    Args:
+        layers: Linear layers with dense weights, by name, whose adapters are switched off.
+        config: With ``init_lora_weights`` ``"corda"`` or ``"lora_ga"``.
+        batches: Returns the batches of an epoch.
+        run: Returns the loss of a batch.
+        rows: Takes the rows that count out of a layer's input.
+        mask: Returns which tokens of a batch count.
+
+    Raises:
+        ConfigError: If there are no batches.
+        UnsupportedError: If a layer is not called, or a decomposition has no numbers.
+    """
+    if config.init_lora_weights == "corda":
+        found, count = _covariances(layers, batches(), torch.no_grad()(run), rows, mask)
+    else:
+        found, count = _gradients(layers, batches(), run)
+    init = config.init_lora_weights
+    if not count:
+        raise ConfigError(f"init_lora_weights={init!r}: the training data has no batches.")
+    problems = [
+        f"{name}: a training step does not call it" for name in layers.keys() - found.keys()
+    ]
+    problems += [
+        f"{n}: not all numbers are finite" for n, x in found.items() if not x.isfinite().all()
+    ]
+    if problems:
+        raise UnsupportedError(
+            f"PEFT cannot initialise the adapters by init_lora_weights={init!r}:"
+            + itemize(sorted(problems), 5)
+            + "\nLeave these layers out by `exclude_modules`."
+        )
+    made = {}
+    with torch.random.fork_rng():
+        # PEFT draws directions for the decomposition of gradients.
+        torch.manual_seed(0)
+        for name, layer in layers.items():
+            made[name] = _factors(layer, name, config, found[name])
+    return made, count
+
+
+def _factors(layer: Any, name: str, config: Any, data: Tensor) -> tuple[Tensor, Tensor]:
+    """``A`` and ``B`` as PEFT's layer makes them from a covariance or gradient."""
+    weight = as_rows(layer, stored_parameter(layer, "weight").detach())
+    plain: Any = skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=False, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    config, rank = copy.copy(config), rank_of(config, name)
+    config.use_dora = config.fan_in_fan_out = False
+    if config.init_lora_weights == "corda":
+        plain.covariance_matrix = data
+        whole = collect_eigens_for_layer(plain, config)
+        first = config.corda_config.corda_method == "ipm"
+        cut = slice(rank) if first else slice(len(whole.S_WC) - rank, None)
+        u, v = (x[:, cut].to(weight.device) for x in (whole.U_WC, whole.V_WC))
+        plain.eigens = CordaEigens(S_WC=whole.S_WC[cut].clone(), U_WC=u, V_WC=v)
+    else:
+        plain._peft_loraga_grad = data
+    made = Linear(plain, "default", config, r=rank, lora_alpha=alpha_of(config, name))
+    a, b = (getattr(made, kind)["default"].weight.detach() for kind in ("lora_A", "lora_B"))
+    return a.float(), b.float()
+
+
+@torch.no_grad()
+def start_residual(
+    part: nn.Module,
+    entry: AdaptedModuleRecord,
+    name: str,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+) -> None:
+    """Gives the adapter ``name`` its factors, and takes their product off the base."""
+    info = entry.adapters[name]
+    for target, values in factors.items():
+        layer: Any = part.get_submodule(target)
+        for kind, value in zip(("lora_A", "lora_B"), values, strict=True):
+            getattr(layer, kind)[name].weight.copy_(value)
+        a, b = layer.upcast_factors(name)
+        weight = stored_parameter(layer, "weight")
+        weight.copy_(weight.to(a.dtype) - from_rows(layer, b @ a))
+        layer.start_adapter(name)
+    made = adapter_file_tensors(part, info.targets, name)
+    info.initial = {key: tensor.detach().cpu().clone() for key, tensor in made.items()}
+    info.needs_data = False
+    entry.changed_base = rewritten_base(part, entry)
+
+
+def restore_residual(
+    part: nn.Module, entry: AdaptedModuleRecord, name: str, initial: Mapping[str, Tensor]
+) -> None:
+    """Takes the factors that a checkpoint has off the base."""
+    kinds = ("lora_A", "lora_B")
+    factors = {
+        target: tuple(initial[f"{target}.{kind}.weight"] for kind in kinds)
+        for target in entry.adapters[name].targets
+    }
+    start_residual(part, entry, name, factors)  # type: ignore[arg-type]
+
+
+def recorded_initial(info: AdapterInfo) -> dict[str, Tensor]:
+    """The first factors, where only batches could make them again; else nothing."""
+    return info.initial if info.config.get("init_lora_weights") in ("corda", "lora_ga") else {}
