@@ -45,7 +45,8 @@ def _covariances(
 ) -> tuple[dict[str, Tensor], int]:
     """The means of ``x^T x`` of what layers get, as PEFT takes them; and how many batches ran."""
     sums: dict[str, Tensor] = {}
-    calls, tokens, kept = Counter[str](), Counter[str](), [None]
+    calls, tokens = Counter[str](), Counter[str]()
+    kept: list[Tensor | None] = [None]
 
     def add(name: str, _: nn.Module, inputs: Any) -> None:
         x = rows(inputs, kept[0], name).float()
@@ -155,7 +156,8 @@ def _factors(layer: Any, name: str, config: Any, data: Tensor) -> tuple[Tensor, 
         plain.eigens = CordaEigens(S_WC=whole.S_WC[cut].clone(), U_WC=u, V_WC=v)
     else:
         plain._peft_loraga_grad = data
-    made = Linear(plain, "default", config, r=rank, lora_alpha=alpha_of(config, name))
+    alpha: Any = alpha_of(config, name)
+    made = Linear(plain, "default", config, r=rank, lora_alpha=alpha)
     a, b = (getattr(made, kind)["default"].weight.detach() for kind in ("lora_A", "lora_B"))
     return a.float(), b.float()
 

@@ -185,8 +185,10 @@ def _mask(batch: Any) -> Tensor | None:
 def _trained_mask(batch: Any, config: Any) -> Tensor | None:
     """The same, and by default those that are trained on alone."""
     kept, settings = _mask(batch), config.eva_config
-    labels = None if kept is None else batch.get("labels")
-    if settings.use_label_mask and isinstance(labels, Tensor) and labels.shape == kept.shape:
+    if kept is None or not settings.use_label_mask:
+        return kept
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.shape == kept.shape:
         kept = kept & (labels != settings.label_mask_value)
     return kept
 

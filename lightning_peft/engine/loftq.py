@@ -42,7 +42,8 @@ def loftq(layer: Any, made: Any, name: str, settings: dict[str, int], quantizati
     for step in range(settings["loftq_iter"]):
         codes = backend.quantize(rest.contiguous(), config, device)
         stands_for = backend.dequantize(codes, torch.float32)
-        a, b = balanced(*torch.linalg.svd(dense.float() - stands_for, full_matrices=False), rank)
+        u, s, v = torch.linalg.svd(dense.float() - stands_for, full_matrices=False)
+        a, b = balanced(u, s, v, rank)
         if step + 1 < settings["loftq_iter"]:
             rest = (dense.float() - b @ a).to(dense.dtype)
     factors = [getattr(made, kind)[name].weight for kind in ("lora_A", "lora_B")]

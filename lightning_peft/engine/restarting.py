@@ -119,7 +119,7 @@ def merge_and_restart(module: nn.Module, seed: int) -> MergeReport:
         layer.merged_adapters = ()
         for adapter in layer.adapter_settings:
             _begin_again(layer, adapter, configs[id(layer)][adapter].config, draw)
-            if target is None:
+            if delta is None or target is None:
                 layer.start_adapter(adapter)
             else:
                 merged = _start_at_rest(layer, name, adapter, delta, target, seed)
