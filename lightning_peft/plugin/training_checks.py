@@ -65,7 +65,6 @@ class TrainingChecks:
         """Compares processes after their first step; verifies in full before the first batch."""
         self._compare_processes()
         if self._full_is_due:
-            self._full_is_due = False
             if batch is None:
                 log.warning(
                     "verify='full': training_step fetches its batches itself (dataloader_iter), so "
@@ -73,6 +72,8 @@ class TrainingChecks:
                 )
             else:
                 _verify_on_all_ranks(strategy, batch)
+            # After it: where memory is short, a smaller batch is checked.
+            self._full_is_due = False
 
     def _compare_processes(self, last: bool = False) -> None:
         first = self._first_step
@@ -113,6 +114,8 @@ def verify_in(strategy: Any, batch: Any) -> engine.Verification:
 def _verify_on_all_ranks(strategy: Any, batch: Any) -> None:
     verification = verify_in(strategy, batch)
     mine = [c for c in verification.checks if c.passed is False]
+    # Here processes leave the batch together where one of them is out of memory.
+    strategy.barrier("verify")
     # One rank that stops alone leaves the others waiting for it.
     everyone = engine.gathered(mine, strategy.world_size)
     verification.raise_if_failed()

@@ -15,6 +15,7 @@ import traceback
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,12 @@ class RunFolder:
 
     def _remove_unfinished(self) -> None:
         """Removes what a run that was killed had begun to save, and no save takes the place of."""
-        for left in [*self.checkpoints.rglob(".incomplete-*")]:
+        # Imported here, since others only look at folders.
+        saving = import_module("lightning_peft.plugin.checkpoint_io")
+        for checkpoint in self.checkpoints.glob("*.ckpt"):
+            saving.put_back_adapter_folder(checkpoint)
+        names = (".incomplete-*", ".replaced-*")
+        for left in [path for name in names for path in self.checkpoints.rglob(name)]:
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
             else:

@@ -210,7 +210,10 @@ def run_cycles(processes: int, cycles: list[int], seed: int, root: Path) -> dict
         found = result(folder)
         check(found.keys() == expected.keys(), name, folder)
         check(not differing(found, expected), name, folder)
-        check(not list(folder.rglob(".incomplete-*")), name, folder)
+        check(not [*folder.rglob(".incomplete-*"), *folder.rglob(".replaced-*")], name, folder)
+        checkpoints = folder / "checkpoints"
+        saved = {path.stem for path in checkpoints.glob("*.ckpt")}
+        check({path.name for path in (checkpoints / "adapters").iterdir()} == saved, name, folder)
         shutil.rmtree(folder)
     return sent
 

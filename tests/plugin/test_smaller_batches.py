@@ -50,10 +50,10 @@ def fit(tmp_path, size=8, accumulate=2, most=99, start=0, count=46, on=True, mod
     module = give_memory(module or task(kind="residuals"), most, start)
     data = DataLoader(rows("residuals", count), batch_size=size, shuffle=True)
     settings = {"max_epochs": 2, "gradient_clip_val": 0.5, "val_check_interval": 0.5}
-    path = given.pop("ckpt_path", None)
+    path, checks = given.pop("ckpt_path", None), {"verify": given.pop("verify", "cheap")}
     run = trainer(
         tmp_path,
-        strategy(target_modules=["up", "down"], halve_batch_on_oom=on),
+        strategy(target_modules=["up", "down"], halve_batch_on_oom=on, **checks),
         accumulate_grad_batches=accumulate,
         **{**settings, **given},
     )
@@ -165,6 +165,13 @@ def test_a_trainer_without_callbacks(tmp_path):
     run, module = fit(tmp_path, most=4, enable_checkpointing=False, max_epochs=1)
     assert not run.callbacks
     assert set(module.seen[1:]) == {4, 2}
+
+
+def test_what_is_verified_is_a_batch_that_fits(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "lightning_peft"):
+        fit(tmp_path, most=4, verify="full", max_epochs=1)
+    lines = [text for text in caplog.messages if text.startswith(("verify=", "Out of memory"))]
+    assert [text[:6] for text in lines] == ["Out of", "verify"]
 
 
 def test_a_trial_of_the_tuner_is_left_to_it(tmp_path):
