@@ -20,7 +20,8 @@ from torch.nn.utils import skip_init
 
 from lightning_peft.compat.peft import CordaEigens, Linear, collect_eigens_for_layer
 from lightning_peft.engine.adapters import adapter_file_tensors
-from lightning_peft.engine.injection import rewritten_base
+from lightning_peft.engine.fingerprint import stored_fingerprint
+from lightning_peft.engine.gathering import from_first
 from lightning_peft.engine.layers.kinds import as_rows, from_rows
 from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.methods.lora_config import alpha_of, rank_of
@@ -42,6 +43,7 @@ def _covariances(
     run: Callable[[Any], Any],
     rows: Rows,
     mask: Mask,
+    processes: int,
 ) -> tuple[dict[str, Tensor], int]:
     """The means of ``x^T x`` of what layers get, as PEFT takes them; and how many batches ran."""
     sums: dict[str, Tensor] = {}
@@ -64,7 +66,7 @@ def _covariances(
             run(batch)
             count += 1
             enough = [tokens[name] >= _TOKENS_PER_INPUT * len(x) for name, x in sums.items()]
-            if len(sums) == len(layers) and all(enough):
+            if from_first(len(sums) == len(layers) and all(enough), processes):
                 break
     finally:
         for hook in hooks:
@@ -97,6 +99,7 @@ def factors_from_batches(
     run: Callable[[Any], Any],
     rows: Rows,
     mask: Mask,
+    processes: int,
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
     """``A`` and ``B`` of each layer, and how many batches ran.
 
@@ -107,13 +110,15 @@ def factors_from_batches(
         run: Returns the loss of a batch.
         rows: Takes the rows that count out of a layer's input.
         mask: Returns which tokens of a batch count.
+        processes: How many processes run this, each on batches of its own; the factors are those
+            of the first.
 
     Raises:
         ConfigError: If there are no batches.
         UnsupportedError: If a layer is not called, or a decomposition has no numbers.
     """
     if config.init_lora_weights == "corda":
-        found, count = _covariances(layers, batches(), torch.no_grad()(run), rows, mask)
+        found, count = _covariances(layers, batches(), torch.no_grad()(run), rows, mask, processes)
     else:
         found, count = _gradients(layers, batches(), run)
     init = config.init_lora_weights
@@ -137,7 +142,7 @@ def factors_from_batches(
         torch.manual_seed(0)
         for name, layer in layers.items():
             made[name] = _factors(layer, name, config, found[name])
-    return made, count
+    return from_first(made, processes), count
 
 
 def _factors(layer: Any, name: str, config: Any, data: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +164,7 @@ def _factors(layer: Any, name: str, config: Any, data: Tensor) -> tuple[Tensor, 
     alpha: Any = alpha_of(config, name)
     made = Linear(plain, "default", config, r=rank, lora_alpha=alpha)
     a, b = (getattr(made, kind)["default"].weight.detach() for kind in ("lora_A", "lora_B"))
-    return a.float(), b.float()
+    return a.float().cpu(), b.float().cpu()
 
 
 @torch.no_grad()
@@ -182,7 +187,7 @@ def start_residual(
     made = adapter_file_tensors(part, info.targets, name)
     info.initial = {key: tensor.detach().cpu().clone() for key, tensor in made.items()}
     info.needs_data = False
-    entry.changed_base = rewritten_base(part, entry)
+    entry.changed_base = stored_fingerprint(part, entry.base.names)
 
 
 def restore_residual(

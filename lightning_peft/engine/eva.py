@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import Tensor, nn
 
 from lightning_peft.compat.peft import get_eva_state_dict
@@ -23,8 +24,10 @@ from lightning_peft.engine.batch_inits import (
     start_residual,
 )
 from lightning_peft.engine.configuration import config_from_dict
+from lightning_peft.engine.gathering import from_first
 from lightning_peft.engine.layers.adapter import detach
-from lightning_peft.engine.methods.lora_config import alpha_of, rank_of
+from lightning_peft.engine.methods.lora_config import alpha_of, needs_data, rank_of
+from lightning_peft.engine.methods.registry import method_of
 from lightning_peft.engine.record import AdaptedModuleRecord, AdapterInfo, adapted_parts
 from lightning_peft.engine.verification.probe import preserved_state
 from lightning_peft.errors import ConfigError, UnsupportedError
@@ -39,7 +42,10 @@ def lacks_data(module: nn.Module) -> bool:
 
 
 def initialize_from_batches(
-    module: nn.Module, batches: Callable[[], Iterable[Any]], run: Callable[[Any], Any]
+    module: nn.Module,
+    batches: Callable[[], Iterable[Any]],
+    run: Callable[[Any], Any],
+    processes: int = 1,
 ) -> list[str]:
     """Initialises the adapters that ask for it, and changes nothing else of ``module``.
 
@@ -47,6 +53,7 @@ def initialize_from_batches(
         module: A module with adapters, on the device of the batches.
         batches: Returns the batches from the first; called again where more are needed.
         run: Returns the loss of the module on one batch, with gradients where they are enabled.
+        processes: How many processes do this, each on as many batches of its own.
 
     Returns:
         A sentence for each adapted part.
@@ -64,7 +71,7 @@ def initialize_from_batches(
             start = _start_eva if config.init_lora_weights == "eva" else _start_residual
             with preserved_state(module), disable_adapters(module):
                 module.eval()
-                finish = start(part, entry, name, config, batches, run)
+                finish = start(part, entry, name, config, batches, run, processes)
             sentences.append(f"{finish()} of {entry.name or 'the module'}")
             info.needs_data = False
     return sentences
@@ -77,9 +84,11 @@ def _start_eva(
     config: Any,
     batches: Callable[[], Iterable[Any]],
     run: Callable[[Any], Any],
+    processes: int,
 ) -> Callable[[], str]:
     info, drawn = entry.adapters[name], _Batches(batches, config)
-    directions = _directions(part, info, config, drawn, torch.no_grad()(run))
+    found = _directions(part, info, config, drawn, torch.no_grad()(run), processes > 1)
+    directions = from_first({key: value.cpu() for key, value in found.items()}, processes)
 
     def finish() -> str:
         apply_ranks(part, info, name, _changed_config(info, config, directions))
@@ -102,15 +111,42 @@ def _start_residual(
     config: Any,
     batches: Callable[[], Iterable[Any]],
     run: Callable[[Any], Any],
+    processes: int,
 ) -> Callable[[], str]:
     layers = {target: part.get_submodule(target) for target in entry.adapters[name].targets}
-    factors, count = factors_from_batches(layers, config, batches, run, _rows, _mask)
+    factors, count = factors_from_batches(layers, config, batches, run, _rows, _mask, processes)
 
     def finish() -> str:
         start_residual(part, entry, name, factors)
         return f"{config.init_lora_weights}: {count} batches; {len(layers)} layers"
 
     return finish
+
+
+def check_batches(
+    module: nn.Module, config: PeftConfig, batches: Iterable[Any] | None, step: Any
+) -> None:
+    """Whether ``inject`` has the batches that a config needs, and no others.
+
+    Raises:
+        ConfigError: If it has some that nothing is made from, or no way to a loss.
+        UnsupportedError: If the config needs a Trainer.
+    """
+    why = method_of(config).reason_for_trainer(config)
+    if why is not None and (batches is None or not needs_data(config)):
+        raise UnsupportedError(
+            f"{type(config).__name__} by inject: {why}. Give the config to LoRAStrategy, "
+            "QLoRAStrategy or one of the callbacks as `peft_config`"
+            + (", or pass `batches`." if needs_data(config) else ".")
+        )
+    init = getattr(config, "init_lora_weights", None)
+    if batches is not None and not needs_data(config):
+        raise ConfigError(f"inject with batches: nothing is made from them by {init!r}.")
+    if init == "lora_ga" and step is None and not hasattr(module, "training_step"):
+        raise ConfigError(
+            f"init_lora_weights='lora_ga': {type(module).__name__} has no training_step. Pass "
+            "`step`, a function of the module and a batch that returns the loss."
+        )
 
 
 class _Batches:
@@ -145,7 +181,12 @@ class _Batches:
 
 
 def _directions(
-    part: nn.Module, info: AdapterInfo, config: Any, batches: Any, run: Callable[[Any], Any]
+    part: nn.Module,
+    info: AdapterInfo,
+    config: Any,
+    batches: Any,
+    run: Callable[[Any], Any],
+    gather: bool,
 ) -> dict[str, Tensor]:
     exact = copy.deepcopy(config)
     exact.target_modules = "|".join(map(re.escape, info.targets))
@@ -158,7 +199,7 @@ def _directions(
             forward_fn=lambda _, batch: run(batch),
             prepare_model_inputs_fn=_trained_mask,
             prepare_layer_inputs_fn=_rows,
-            gather_distributed_inputs=False,
+            gather_distributed_inputs=gather,
             show_progress_bar=False,
         )
     except ConfigError:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft.engine.backends.registry import quantization_constants
+from lightning_peft.engine.layers.mixin import stored_parameter
 
 # The checksum of a tensor on the meta device: no real one is negative.
 NO_VALUES = -1
@@ -144,4 +145,12 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> Fingerprint:
         names=tuple(name for name, _ in items),
         shapes=tuple(tuple(tensor.shape) for _, tensor in items),
         sums=tuple(checksum(tensor) for _, tensor in items),
+    )
+
+
+def stored_fingerprint(part: nn.Module, names: Iterable[str]) -> Fingerprint:
+    """The fingerprint of stored weights of ``part``, codes included, as they are now."""
+    owners = [(name, *name.rpartition(".")[::2]) for name in names]
+    return fingerprint(
+        (name, stored_parameter(part.get_submodule(owner), leaf)) for name, owner, leaf in owners
     )

@@ -28,6 +28,17 @@ def gathered(value: Any, processes: int) -> list[Any]:
     return everyone
 
 
+def from_first(value: Any, processes: int) -> Any:
+    """Returns ``value`` of the first of so many processes, all of which have to ask.
+
+    Tensors in it are on the CPU.
+    """
+    held = [value]
+    if processes > 1:
+        import_module("torch.distributed").broadcast_object_list(held)
+    return held[0]
+
+
 def share_group(count: int) -> Any:
     """Returns the process group of the ``count`` processes that share a base with this one.
 

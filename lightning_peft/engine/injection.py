@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,19 +21,18 @@ from lightning_peft.engine.adapters import activate, adapted_layers, adapter_fil
 from lightning_peft.engine.backends.conversion import adopt_prequantized, release_freed_memory
 from lightning_peft.engine.backends.registry import is_quantized, quantization_to_dict
 from lightning_peft.engine.configuration import as_peft_config, config_to_dict, lora_config
+from lightning_peft.engine.eva import check_batches, initialize_from_batches
 from lightning_peft.engine.files.base_tensors import include_in_files
 from lightning_peft.engine.files.excluded_weights import agree_on_excluded, note_excluded
 from lightning_peft.engine.files.model_saving import replace_save_pretrained
-from lightning_peft.engine.fingerprint import Fingerprint, buffer_checksums, fingerprint
+from lightning_peft.engine.fingerprint import buffer_checksums, stored_fingerprint
 from lightning_peft.engine.freezing import freeze_base
 from lightning_peft.engine.gathering import group_size
 from lightning_peft.engine.layers.attention import projections
 from lightning_peft.engine.layers.expert_weights import exposed_experts, parameter_name
-from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.layers.tokens import attach_tokens, trained_rows
 from lightning_peft.engine.loading.quantize_on_load import GGUF_HASH, base_fingerprint, dense_bytes
 from lightning_peft.engine.methods.lora_config import changes_base, needs_data
-from lightning_peft.engine.methods.registry import method_of
 from lightning_peft.engine.momentum_copies import find_momentum_copies, link_copies
 from lightning_peft.engine.peft_injection import inject_in_place, inject_with_peft, quantize_layers
 from lightning_peft.engine.peft_wrappers import (
@@ -53,14 +53,16 @@ from lightning_peft.engine.record import (
     set_record,
 )
 from lightning_peft.engine.reporting import Report, report
+from lightning_peft.engine.rollback import restored_on_error
 from lightning_peft.engine.selection.parts import base_modules, inside
 from lightning_peft.engine.selection.planning import InjectionPlan, InjectionRequest, make_plans
 from lightning_peft.engine.selection.scope import left_modules, left_parameters
 from lightning_peft.engine.selection.targets import PATTERN_FIELDS, patterns_for
 from lightning_peft.engine.training.causal_lm_loss import patch_causal_lm_loss
 from lightning_peft.engine.training_mode import user_eval_modules
+from lightning_peft.engine.verification.probe import default_step
 from lightning_peft.engine.vocabulary import resized_embeddings, vocabulary_size, without_new_rows
-from lightning_peft.errors import ConfigError, UnsupportedError
+from lightning_peft.errors import ConfigError
 
 # Of a base, that weights of experts are quantized too.
 EXPERTS = "quantized_experts"
@@ -81,6 +83,8 @@ def inject(
     adapter_name: str = "default",
     device: torch.device | str | None = None,
     exclude_from_checkpoint: str | Iterable[str] | None = None,
+    batches: Iterable[Any] | None = None,
+    step: Callable[[nn.Module, Any], Any] | None = None,
     **lora_arguments: Any,
 ) -> Report:
     """Adds adapters to ``module`` in place and freezes the rest of the adapted parts.
@@ -105,6 +109,11 @@ def inject(
         exclude_from_checkpoint: As in :class:`lightning_peft.LoRAStrategy`, for checkpoints of
             :func:`lightning_peft.save_fabric_checkpoint`. With names this is called in all
             processes.
+        batches: Batches on the module's device, for an ``init_lora_weights`` that is made from
+            them (``"eva"``, ``"corda"``, ``"lora_ga"``): a loader or a list. Each process of a
+            group has its own.
+        step: ``step(module, batch)`` returns a scalar loss; by default as in
+            :func:`lightning_peft.verify`.
         **lora_arguments: ``r``, ``lora_alpha``, ``target_modules``, ... as in
             :class:`lightning_peft.LoRAStrategy`.
 
@@ -118,14 +127,19 @@ def inject(
         UnsupportedError: If the combination would be silently wrong.
     """
     config = _config_of(peft_config, lora_arguments)
+    check_batches(module, config, batches, step)
     is_first = record_of(module) is None
-    inject_config(
-        module,
-        InjectionRequest(config, quantization_config, adapter_name),
-        adapt,
-        device,
-        requested=peft_config is not None or bool(lora_arguments),
-    )
+    with restored_on_error([module] if batches is not None else []):
+        inject_config(
+            module,
+            InjectionRequest(config, quantization_config, adapter_name),
+            adapt,
+            device,
+            requested=peft_config is not None or bool(lora_arguments),
+        )
+        if batches is not None:
+            run = partial(step or default_step, module)
+            initialize_from_batches(module, lambda: batches, run, group_size())
     if is_first or exclude_from_checkpoint is not None:
         note_excluded(module, exclude_from_checkpoint)
     if exclude_from_checkpoint:
@@ -146,7 +160,6 @@ def _config_of(
         config = lora_config(LoRAFields(**lora_arguments))
     else:
         config = as_peft_config(peft_config)
-    _refuse_without_trainer(config)
     return config
 
 
@@ -201,15 +214,6 @@ def _take_over(
         entry, before = require_record(module).parts[part.name], values_before_training(part)
         entry.from_peft_wrapper = True
         entry.initial_values |= {key: before[key] for key in entry.initial_values if key in before}
-
-
-def _refuse_without_trainer(config: PeftConfig) -> None:
-    why = method_of(config).reason_for_trainer(config)
-    if why is not None:
-        raise UnsupportedError(
-            f"{type(config).__name__} by inject: {why}. Give the config to LoRAStrategy, "
-            "QLoRAStrategy or one of the callbacks as `peft_config`."
-        )
 
 
 def _refuse_finished(config: PeftConfig) -> None:
@@ -306,16 +310,8 @@ def _inject_part(
         info.initial = {key: tensor.detach().cpu().clone() for key, tensor in made.items()}
     entry.adapters[request.adapter_name] = info
     if changes_base(request.config) and not info.needs_data:
-        entry.changed_base = rewritten_base(plan.part, entry)
+        entry.changed_base = stored_fingerprint(plan.part, entry.base.names)
     return entry
-
-
-def rewritten_base(part: nn.Module, entry: AdaptedModuleRecord) -> Fingerprint:
-    """The fingerprint of the frozen weights of ``part`` as they are now."""
-    owners = [(name, *name.rpartition(".")[::2]) for name in entry.base.names]
-    return fingerprint(
-        (name, stored_parameter(part.get_submodule(owner), leaf)) for name, owner, leaf in owners
-    )
 
 
 def _new_part_record(

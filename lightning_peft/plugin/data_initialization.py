@@ -20,7 +20,7 @@ def initialize_from_data(strategy: Any) -> None:
     In a run that was resumed, the checkpoint has the values.
 
     Raises:
-        UnsupportedError: With several processes, manual optimization or momentum copies.
+        UnsupportedError: With ``sharding="fsdp2"``, manual optimization or momentum copies.
         ConfigError: If there are too few batches or tokens.
     """
     module = strategy.lightning_module
@@ -33,25 +33,25 @@ def initialize_from_data(strategy: Any) -> None:
 
     def batches() -> Iterator[Any]:
         set_generator_states([loader], before)
-        for batch in loader:
-            yield strategy.batch_to_device(batch, strategy.root_device)
+        # As many in each process, and other ones: loaders have no samplers for processes yet.
+        for some in zip(*[iter(loader)] * strategy.world_size, strict=False):
+            yield strategy.batch_to_device(some[strategy.global_rank], strategy.root_device)
 
     def run(batch: Any) -> Tensor:
         with strategy.precision_plugin.train_step_context():
             return engine.default_step(module, batch)
 
-    for sentence in engine.initialize_from_batches(module, batches, run):
+    for sentence in engine.initialize_from_batches(module, batches, run, strategy.world_size):
         log_info(strategy, f"{sentence}.")
     set_generator_states([loader], before)
 
 
 def _check(strategy: Any, module: Any) -> None:
     problems = []
-    if strategy.world_size > 1:
+    if strategy.shards_base:
         problems.append(
-            f"{strategy.world_size} processes: each would draw other batches, and start from other "
-            "adapters. Initialise in one process (a fit with max_steps=1), and resume from its "
-            "checkpoint"
+            "sharding='fsdp2': no process has whole weights to run with. Initialise in one process "
+            "(a fit with max_steps=1), and resume from its checkpoint"
         )
     if not module.automatic_optimization:
         problems.append("manual optimization: training_step would train")

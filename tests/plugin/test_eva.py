@@ -213,6 +213,22 @@ def test_nothing_else_changes_and_peft_reads_the_folder(tmp_path):
     assert before == {n: p.shape for n, p in module.named_parameters()}
 
 
+@pytest.mark.parametrize("init", ["eva", "corda", "lora_ga"])
+def test_inject_makes_what_a_trainer_makes(init, tmp_path):
+    settings = SETTINGS if init == "eva" else residual(init)
+    torch.manual_seed(5)
+    module, mine = WithLoss(), WithLoss()
+    run = make_trainer(tmp_path, strategy(r=16, peft_config=copy.deepcopy(settings)), max_steps=1)
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)
+    run.fit(module, loader("llama"))
+    lightning_peft.inject(mine, settings, batches=loader("llama"))
+    assert torch.equal(outputs(mine, "llama"), outputs(module, "llama"))
+    found, expected = engine.adapter_parameters(mine), engine.adapter_parameters(module)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+
+
 def test_layers_that_get_no_rank_lose_their_adapter(tmp_path):
     settings = {**SETTINGS, "r": 1, "target_modules": "all-linear"}
     settings["eva_config"] = {"rho": 4.0, "tau": 0.5}
@@ -229,8 +245,15 @@ def test_layers_that_get_no_rank_lose_their_adapter(tmp_path):
 
 def test_what_it_cannot_do_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_peft.engine.eva._MOST_BATCHES", 8)
-    with pytest.raises(UnsupportedError, match="made from the training data of a Trainer"):
+    with pytest.raises(UnsupportedError, match=r"training data of a Trainer(.|\n)*pass `batches`"):
         lightning_peft.inject(build("llama"), SETTINGS)
+    with pytest.raises(ConfigError, match="nothing is made from them"):
+        lightning_peft.inject(build("llama"), batches=[])
+    with pytest.raises(ConfigError, match="has no training_step"):
+        lightning_peft.inject(build("llama"), residual("lora_ga"), batches=[])
+    with pytest.raises(ConfigError, match="has no batches"):
+        lightning_peft.inject(model := build("llama"), residual("corda"), batches=[])
+    assert engine.record_of(model) is None
     with pytest.raises(UnsupportedError, match="the layers are quantized before"):
         fitted(tmp_path, method="qlora", settings=residual("corda"))
     few = {**SETTINGS, "r": 64, "lora_alpha": 64}

@@ -219,6 +219,12 @@ def main(folder: Path) -> None:
     _, restarted = fit(folder, "lora", [merging], max_steps=3)
     seen["restarted"] = {**merging.state_dict(), "weights": weights(restarted)}
 
+    seen["made from data"] = {}
+    for init in ("eva", "corda"):
+        config = {"peft_type": "LORA", "init_lora_weights": init, "r": 2, "lora_alpha": 2}
+        ours = strategy("lora", ROOT, r=16, peft_config={**config, "target_modules": ["q_proj"]})
+        seen["made from data"][init] = weights(fit(folder, ours, max_steps=1)[1])
+
     seen["kept"], seen["checkpointed"] = (fit_residuals(folder, on) for on in (False, True))
 
     seen["recorded"] = fit_recorded(folder, rank)
