@@ -161,9 +161,8 @@ def test_resume_is_exact_in_both_processes(ranks):
         assert not differing(rank["resumed"]["weights"], rank["straight"]["weights"])
 
 
-@pytest.mark.parametrize("init", ["eva", "corda"])
-def test_processes_start_from_the_same_data(ranks, init):
-    first, second = (rank["made from data"][init] for rank in ranks)
+def test_processes_start_from_the_same_data(ranks):
+    first, second = (rank["made from data"] for rank in ranks)
     assert not differing(first, second)
 
 
