@@ -200,7 +200,7 @@ class _Group:
         self._product: _Product | None = None
         self._x: Tensor | None = None
         self._changes = 0
-        self._outputs: list[Tensor | None] = [None] * len(self.forwards)
+        self._outputs: Sequence[Tensor | None] = [None] * len(self.forwards)
         for place, forward in enumerate(self.forwards):
             forward.group, forward.place = self, place
 
@@ -215,12 +215,12 @@ class _Group:
             for one in self.forwards:
                 _Group([one])
             return None
-        output, self._outputs[place] = self._outputs[place], None
+        output = self._outputs[place]
         if place == len(self.forwards) - 1:
-            self._x = None
+            self._x, self._outputs = None, ()
         return output
 
-    def _all_outputs(self, x: Tensor) -> list[Tensor | None]:
+    def _all_outputs(self, x: Tensor) -> Sequence[Tensor | None]:
         dtype = output_dtype(x)
         key = (dtype, x.dtype, [forward.names() for forward in self.forwards])
         if key != self._key:
@@ -228,7 +228,7 @@ class _Group:
             self._key = key
         if self._product is None:
             return [None] * len(self.forwards)
-        return list(self._product.outputs(x, dtype))
+        return self._product.outputs(x, dtype)
 
     def _make_product(self, x: Tensor, dtype: torch.dtype) -> _Product | None:
         ready = [forward.make_ready(x) for forward in self.forwards]
@@ -286,11 +286,13 @@ class _Product(NamedTuple):
     sizes: list[int]
     up: Tensor | None
 
-    def outputs(self, x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Yields the outputs of the layers for one row, ``(1, ..., in)``."""
+    def outputs(self, x: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
+        """Returns the outputs of the layers for one row, ``(1, ..., in)``."""
+        # As few operations as can be: each takes as long as the product with an adapter.
         rows = F.linear(x.to(dtype).view(1, -1), self.matrix, self.bias)
         if self.up is not None:
-            rows, low = rows.split([self.up.shape[1], self.up.shape[0]], 1)
-            rows.addmm_(low, self.up)
-        for out in rows.split(self.sizes, 1):
-            yield out.view(*x.shape[:-1], out.shape[-1])
+            rank, width = self.up.shape
+            low = rows.narrow(1, width, rank)
+            rows = rows.narrow(1, 0, width).addmm_(low, self.up)
+        rows = rows.view(*x.shape[:-1], -1)
+        return (rows,) if len(self.sizes) == 1 else rows.split_with_sizes(self.sizes, -1)
