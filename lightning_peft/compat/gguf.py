@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import modeling_gguf_pytorch_utils
 
 # Public alternative: `from_pretrained(gguf_file=...)`, which holds all dequantized tensors at once,
 # and takes no other quantization.
@@ -21,7 +22,10 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from transformers.modeling_gguf_pytorch_utils import (
     get_gguf_hf_weights_map as get_gguf_hf_weights_map,
 )
-from transformers.utils import cached_file, extract_commit_hash
+from transformers.utils import cached_file, extract_commit_hash, logging
+
+# Its bar is tqdm's, which the switch for the bars of transformers does not reach.
+vars(modeling_gguf_pytorch_utils)["tqdm"] = logging.tqdm
 
 _lock = threading.Lock()
 # Values that are made at a time: what is computed on the way stays small.

@@ -19,6 +19,7 @@ from transformers import (
     AutoTokenizer,
     LlamaForCausalLM,
 )
+from transformers.utils import logging as bars_of
 
 from lightning_peft import engine
 from lightning_peft.arguments import LoRAFields
@@ -81,6 +82,16 @@ def test_the_model_is_the_one_that_was_written(
         assert torch.equal(value, expected[name].to(loaded.dtype)), name
     assert loaded.config.name_or_path == str(files[kind])
     assert not loaded.training
+
+
+def test_bars_of_transformers_have_one_switch(files, capsys: pytest.CaptureFixture) -> None:
+    bars = []
+    for switch in (bars_of.enable_progress_bar, bars_of.disable_progress_bar):
+        switch()
+        AutoModelForCausalLM.from_pretrained(files["F32"].parent, gguf_file=files["F32"].name)
+        bars.append("de-quantizing" in capsys.readouterr().err)
+    bars_of.enable_progress_bar()
+    assert bars == [True, False]
 
 
 def test_config_and_tokenizer_come_with_it(model: Any, files: dict[str, Path]) -> None:
