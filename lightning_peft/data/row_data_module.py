@@ -274,10 +274,18 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
         """Takes the number of validation rows; warns if the data is not that of the checkpoint."""
         self._validated_before = state_dict.get("validated")
         if state_dict["key"] != self.read().folder.name:
+            trainer = getattr(self, "trainer", None)
+            fits = trainer is None or trainer.state.fn == "fit"
             log.warning(
                 f"The checkpoint was trained on other data than {self.hparams['data']!r} is now: "
-                "rows or settings that decide how they are encoded have changed, so the run goes "
-                "on with other batches. To resume it as it was, give it what it was begun with."
+                "rows, or settings that decide how they are split and encoded, have changed. "
+                + (
+                    "The run goes on with other batches. To resume it as it was, give it what it "
+                    "was begun with."
+                    if fits
+                    else "The rows of this evaluation may be among those that it was trained on. "
+                    "For those that were held out, give it what it was trained with."
+                )
             )
 
     def train_dataloader(self) -> Any:

@@ -141,4 +141,9 @@ def test_resuming_on_other_data_warns(make, write, tmp_path, caplog):
     path = write(pairs(30))
     assert not run(make(path))
     assert not run(make(path, batch_size=2), ckpt_path=tmp_path / "one.ckpt")
-    assert run(make(path, system_prompt="Be brief."), ckpt_path=tmp_path / "one.ckpt")
+    other = make(path, system_prompt="Be brief.")
+    assert run(other, ckpt_path=tmp_path / "one.ckpt")
+    caplog.clear()
+    task = bind_to_lightning(CausalLM, ROOTS[1])(str(BASE), dtype="float32")
+    trainer_of(limit_val_batches=1).validate(task, make(path), ckpt_path=tmp_path / "one.ckpt")
+    assert "may be among those that it was trained on" in caplog.text
