@@ -1,22 +1,29 @@
 """The advice, from real plans of a small model and devices made to measure."""
 
 import pytest
+from transformers import LlamaConfig
 
 from lightning_peft.plan.device_memory import DeviceMemory
 from lightning_peft.plan.explanation import memory_warning, out_of_memory_message
 from lightning_peft.plan.prediction import predict
 from lightning_peft.plan.recommendation import Recommendation, recommend
 from lightning_peft.plan.settings import METHODS, PlanSettings
-from lightning_peft.plan.sources import from_name
+from lightning_peft.plan.sources import from_config
 from lightning_peft.plan.suggestions import suggest_changes
 
+SIZES = {
+    "architectures": ["LlamaForCausalLM"], "dtype": "float32", "vocab_size": 512,
+    "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+}  # fmt: skip
 
-@pytest.fixture
-def source(folder):
-    return from_name(str(folder(hidden_size=256, intermediate_size=1024, num_hidden_layers=4)))
+
+@pytest.fixture(scope="module")
+def source():
+    return from_config(LlamaConfig(**SIZES))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def plans(source):
     runs = {m: PlanSettings(m, gradient_checkpointing=False, device="cpu") for m in METHODS}
     return {method: predict(source, run) for method, run in runs.items()}
