@@ -11,6 +11,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,28 @@ import torch
 HERE = Path(__file__).parent
 # A fork cannot use a CUDA device that an import has looked at, and not every system forks safely.
 FORKS = sys.platform == "linux" and not torch.cuda.is_available()
+
+
+# A script, as all ranks of a run where there are any; else Lightning starts the others.
+SCRIPT = """
+import os, runpy, sys
+sys.path[:0], sys.argv[:] = {paths!r}, {arguments!r}
+os.environ["PYTHONPATH"] = os.pathsep.join({paths!r})
+os.environ["MASTER_PORT"] = "{port}"
+runpy.run_path(sys.argv[0], run_name="imports")
+rank, others = 0, []
+for number in range(1, {ranks}):
+    others.append(os.fork())
+    if not others[-1]:
+        rank, others = number, []
+        break
+if {ranks}:
+    os.environ["LOCAL_RANK"] = str(rank)
+runpy.run_path(sys.argv[0], run_name="__main__")
+for other in others:
+    if os.waitpid(other, 0)[1]:
+        sys.exit("another rank failed")
+"""
 
 
 class Forked:
@@ -110,11 +133,13 @@ class Program:
         self._last = Forked(parent, streams)
         return self._last
 
-    def run(self, folder: Path, *words: str, **given: Any) -> tuple[int, str, str]:
+    def run(
+        self, folder: Path, *words: str, seconds: float = 270, **given: Any
+    ) -> tuple[int, str, str]:
         """Runs it to its end, and returns its exit code, output and errors."""
         process = self.start(folder, *words, **given)
         try:
-            out, err = process.communicate(timeout=270)
+            out, err = process.communicate(timeout=seconds)
         finally:
             process.kill()
         return process.returncode, out, err
@@ -124,6 +149,16 @@ class Program:
         code, out, err = self.run(folder, *words, **given)
         assert code == 0, err[-3000:]
         return out
+
+    def run_script(self, folder: Path, script: Path, *words: str, ranks: int = 0) -> str:
+        """Runs a script of tests in a folder, as so many ranks, and returns its output."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        arguments = [str(script), *words]
+        paths = [str(script.parent), str(HERE), str(HERE.parent)]
+        code = SCRIPT.format(paths=paths, arguments=arguments, port=port, ranks=ranks)
+        return self.succeed(folder, code=code, seconds=1800)
 
     def _environment(self) -> dict[str, str]:
         own = {"PYTHONPATH": str(HERE.parent), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from trainer_fixtures import (  # noqa: F401
     _no_flushing,
     _one_thread,
@@ -36,3 +39,18 @@ def said() -> Iterator[list[str]]:
     yield messages
     for logger in [*loggers, *below]:
         logger.removeHandler(handler)
+
+
+@pytest.fixture
+def run_processes(program: Any) -> Callable[..., list[Any]]:
+    """Runs a script as so many ranks, and returns the findings of each."""
+
+    def run(
+        folder: Path, count: int, *cases: str, script: str = "two_sharded_processes.py"
+    ) -> list[Any]:
+        program.run_script(
+            folder, Path(__file__).with_name(script), str(folder), str(count), *cases, ranks=count
+        )
+        return [torch.load(folder / f"rank{rank}.pt") for rank in range(count)]
+
+    return run

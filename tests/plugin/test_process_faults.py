@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 from process_faults import CASES, FOUND, RESUMED, check_answers
-from test_sharding import run_processes
 
 
 @pytest.mark.long
-def test_faults_are_found_in_all_processes(tmp_path):
+def test_faults_are_found_in_all_processes(run_processes, tmp_path):
     assert {*CASES, *RESUMED} <= {*FOUND, "resumed"}
     ranks = run_processes(tmp_path, 2, *FOUND, "resumed", script="process_faults.py")
     check_answers(ranks, FOUND)

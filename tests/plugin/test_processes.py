@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,19 +16,10 @@ PATHS = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """What the two processes left behind."""
+def folder(tmp_path_factory, program):
+    """What the two processes left behind, of which Lightning starts the second one."""
     made = tmp_path_factory.mktemp("processes")
-    run = subprocess.run(
-        [sys.executable, str(HERE / "two_processes.py"), str(made)],
-        capture_output=True,
-        text=True,
-        cwd=made,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(PATHS)},
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    (made / "printed").write_text(run.stdout)
+    (made / "printed").write_text(program.run_script(made, HERE / "two_processes.py", str(made)))
     return made
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import warnings
@@ -27,28 +26,6 @@ from lightning_peft.plugin.checkpoint_content import CHECKPOINT_KEY
 
 HERE = Path(__file__).parent
 PATHS = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
-
-
-def run_processes(folder, count, *cases, script="two_sharded_processes.py"):
-    """Runs a script in a process group of its own, which is ended in any case."""
-    process = subprocess.Popen(
-        [sys.executable, str(HERE / script), str(folder), str(count), *cases],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(PATHS)},
-        start_new_session=True,
-    )
-    try:
-        _, errors = process.communicate()
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(timeout=60)
-    assert process.returncode == 0, errors[-6000:]
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(count)]
-
 
 # What the encoder returns goes into each block of the decoder, and FSDP puts a node of autograd in
 # front of each block: gradients are added up in another order.
@@ -130,7 +107,7 @@ def in_one_process(folder, kind, ckpt_path=None, **given):
     return module
 
 
-def test_two_processes_share_a_base(tmp_path):
+def test_two_processes_share_a_base(run_processes, tmp_path):
     cases = ("llama:qlora", "llama_tied:lora")
     build("llama").save_pretrained(tmp_path / "base")
     ranks = run_processes(tmp_path, 2, *cases)
@@ -191,7 +168,7 @@ def test_two_processes_share_a_base(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("count", [2, 4])
-def test_models_share_a_base(count, tmp_path):
+def test_models_share_a_base(count, run_processes, tmp_path):
     kinds = ("llama", "llama_tied", "gpt2", "residuals", "t5", "vit", "whisper")
     cases = [f"{kind}:{method}" for kind in kinds for method in ("qlora", "lora")]
     cases += ["llama:fp4", "llama:saved", "llama_tied:saved", "llama:dora"]
@@ -201,7 +178,7 @@ def test_models_share_a_base(count, tmp_path):
 
 
 @pytest.mark.long
-def test_two_of_four_processes_share_a_base(tmp_path):
+def test_two_of_four_processes_share_a_base(run_processes, tmp_path):
     """The others have copies of it: the same bits as with a whole base, and with all four."""
     build("llama").save_pretrained(tmp_path / "base")
     ranks = run_processes(tmp_path, 4, script="hybrid_processes.py")
@@ -246,7 +223,7 @@ def test_parts_in_the_memory_of_the_cpu_do_not_move():
 
 
 @pytest.mark.long
-def test_experts_share_a_base(tmp_path):
+def test_experts_share_a_base(run_processes, tmp_path):
     cases = ("mixtral:qlora", "gpt-oss:lora", "llama4:qlora")
     ranks = run_processes(tmp_path, 2, *cases)
     for case in cases:
@@ -259,7 +236,7 @@ def test_experts_share_a_base(tmp_path):
 
 
 @pytest.mark.long
-def test_resuming_in_another_number_of_processes(tmp_path):
+def test_resuming_in_another_number_of_processes(run_processes, tmp_path):
     """Two, four and one process go on from a checkpoint to the same adapters, but for rounding."""
     two, four = tmp_path / "two", tmp_path / "four"
     two.mkdir()
@@ -452,7 +429,7 @@ def test_processes_out_of_memory_are_started_again_with_smaller_batches(tmp_path
 
 
 @pytest.mark.long
-def test_adalora_and_averages_train_the_same(tmp_path):
+def test_adalora_and_averages_train_the_same(run_processes, tmp_path):
     ranks = run_processes(tmp_path, 2, script="sharded_training.py")
     assert ranks[0].keys() == ranks[1].keys()
     assert len(ranks[0]) == 5

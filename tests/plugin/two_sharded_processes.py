@@ -142,7 +142,9 @@ def again(run, module, folder, method, **ours):
     """Validates what was trained, trains it on and validates again, each as a stage of its own."""
     data, losses = loader(module.kind), []
     losses.append(run.validate(module, data, verbose=False)[0]["val_loss"])
-    more = trainer(folder / "root", strategy(method, ROOT, **ours), ROOT, devices=run.world_size)
+    method, given = VARIANTS.get(method, (method, {}))
+    chosen = strategy(method, ROOT, **given, **ours)
+    more = trainer(folder / "root", chosen, ROOT, devices=run.world_size)
     more.fit(module, data)
     losses.append(more.validate(module, data, verbose=False)[0]["val_loss"])
     return losses

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from importlib import import_module
 from pathlib import Path
 
@@ -89,33 +88,10 @@ def test_without_it_steps_are_those_of_lightning():
     assert distance(step("causal lm", 1, 8, given=off)[0], expected) > 0.05
 
 
-# Two ranks from one process that has imported the packages. Lightning starts the second one itself
-# in tests/plugin/test_processes.py.
-RANKS = """
-import os, runpy, sys
-sys.path[:0], sys.argv[:] = {paths!r}, {arguments!r}
-os.environ["MASTER_PORT"] = "{port}"
-second = os.fork()
-os.environ["LOCAL_RANK"] = str(int(second == 0))
-runpy.run_path(sys.argv[0], run_name="__main__")
-if second:
-    sys.exit(os.waitstatus_to_exitcode(os.waitpid(second, 0)[1]))
-"""
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, program):
     made = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    code = RANKS.format(
-        paths=[str(HERE), str(HERE.parent)],
-        arguments=[str(HERE / "step_gradients.py"), str(made)],
-        port=port,
-    )
-    code, out, err = program.run(made, code=code)
-    assert code == 0, (out + err)[-4000:]
+    program.run_script(made, HERE / "step_gradients.py", str(made), ranks=2)
     return made
 
 
