@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -87,30 +86,6 @@ def adapter_in(run: Path) -> Path:
     """Returns the adapter folder of a run."""
     (folder,) = (run / "checkpoints" / "adapters").iterdir()
     return folder
-
-
-def command(
-    *words: str, given: str | None = None, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Runs the command line in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "lightning_peft.cli", *map(str, words)],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "PYTHONWARNINGS": "ignore",
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "COLUMNS": "200",
-            **environment,
-        },
-        input=given,
-        stdin=subprocess.DEVNULL if given is None else None,
-        text=True,
-        capture_output=True,
-        timeout=200,
-        check=False,
-    )
 
 
 def json_of(done: subprocess.CompletedProcess[str]) -> dict:

@@ -87,7 +87,7 @@ def few_rows(tmp_path, monkeypatch):
 
 
 def assert_the_demo_tuned(folder, said, method, steps):
-    record = json.loads((folder / "demo-output" / "result.json").read_text())
+    record = json.loads((folder / "result.json").read_text())
     assert record["seed"] == 3
     assert record["steps"] == steps
     before, after = record["held_out_loss"]
@@ -97,31 +97,36 @@ def assert_the_demo_tuned(folder, said, method, steps):
     for words in ("memory without activations", "loss of held-out rows", "Files", "Next"):
         assert words in said
     # All that it writes is there, prepared rows too.
-    assert any((folder / "demo-output" / "data").iterdir())
-    checkpoint = folder / "demo-output" / "checkpoints" / "demo.ckpt"
-    assert checkpoint.is_file()
-    adapter = folder / "demo-output" / "checkpoints" / "adapters" / "demo"
+    assert any((folder / "data").iterdir())
+    assert (folder / "checkpoints" / "demo.ckpt").is_file()
+    adapter = folder / "checkpoints" / "adapters" / "demo"
     assert adapter.is_dir() == (method != "full")
     assert ("q_proj" in said) == (method != "full")
     assert ("nf4, double quantization" in said) == (method == "qlora")
 
 
+@pytest.mark.long
 def test_the_demo_runs_and_tunes(new_process, tmp_path):
     done = new_process("demo", "--model", "toy", "--steps", "12", "--seed", "3", COLUMNS="100")
     assert done.returncode == 0, done.stderr
-    assert_the_demo_tuned(tmp_path, done.stdout, "qlora", 12)
+    assert_the_demo_tuned(tmp_path / "demo-output", done.stdout, "qlora", 12)
 
 
-@pytest.mark.long
+LONG = pytest.mark.long
+
+
 @pytest.mark.usefixtures("few_rows")
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_the_demo_of_other_methods(tmp_path, monkeypatch, capsys, method):
+@pytest.mark.parametrize(
+    "method", ["qlora", pytest.param("lora", marks=LONG), pytest.param("full", marks=LONG)]
+)
+def test_the_demo_takes_arguments_from_a_file(tmp_path, monkeypatch, capsys, method):
     monkeypatch.setenv("COLUMNS", "100")
-    toy = ["demo", "--model", "toy"]
-    assert main([*toy, "--method", method, "--steps", "12", "--seed", "3"]) == 0
-    assert_the_demo_tuned(tmp_path, capsys.readouterr().out, method, 12)
+    settings = f"model: toy\nmethod: {method}\nsteps: 2\noutput: elsewhere\n"
+    (tmp_path / "demo.yaml").write_text(settings)
+    assert main(["demo", "--config", "demo.yaml", "--steps", "12", "--seed", "3"]) == 0
+    assert_the_demo_tuned(tmp_path / "elsewhere", capsys.readouterr().out, method, 12)
     if method == "lora":
-        assert_plain_peft_reads(tmp_path / "demo-output" / "checkpoints" / "adapters" / "demo")
+        assert_plain_peft_reads(tmp_path / "elsewhere" / "checkpoints" / "adapters" / "demo")
 
 
 def assert_plain_peft_reads(folder):
@@ -132,11 +137,3 @@ def assert_plain_peft_reads(folder):
     assert (tuned(ids).logits - plain).abs().max() > 0.1
     names = load_file(folder / "adapter_model.safetensors")
     assert all(name.startswith("base_model.model.model.layers.") for name in names)
-
-
-@pytest.mark.usefixtures("few_rows")
-def test_arguments_can_come_from_a_file(tmp_path):
-    (tmp_path / "demo.yaml").write_text("model: toy\nmethod: lora\nsteps: 2\noutput: elsewhere\n")
-    assert main(["demo", "--config", "demo.yaml", "--steps", "3"]) == 0
-    record = json.loads((tmp_path / "elsewhere" / "result.json").read_text())
-    assert (record["method"], record["steps"]) == ("lora", 3)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from finished import BASE, ROOT, adapter_in, command, json_of
+from finished import BASE, ROOT, adapter_in
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -251,33 +251,39 @@ def online(hub, tmp_path, token):
     }
 
 
-def test_pushing_to_a_stand_in_of_the_hub(lora_run, hub, tmp_path):
-    out, push = tmp_path / "out", ("--push-to", "me/mine", "--json")
-    done = command("export", lora_run, out, *push, **online(hub, tmp_path, "hf_right"))
-    found = json_of(done)
+PUSHES = """
+import os, sys
+from lightning_peft.cli import main
+words = ["export", sys.argv[1], "--push-to", "me/mine"]
+pushed = main([*words, "out", "--json"])
+os.environ["HF_TOKEN"] = "hf_wrong"
+sys.exit(10 * pushed + main([*words, "refused", "--format", "merged"]))
+"""
+
+
+def test_pushing_to_a_stand_in_of_the_hub(lora_run, hub, tmp_path, refused, program):
+    # What decides about the hub is read when its package is imported.
+    environment = online(hub, tmp_path, "hf_right")
+    code, out, err = program.run(tmp_path, str(lora_run), code=PUSHES, fresh=True, **environment)
+    assert code == 1, err
+    found = json.loads(out)
     assert found["push"]["pushed"] is True
     assert found["push"]["url"] == f"{hub}/me/mine"
     (made,) = Hub.made
     assert made["name"] == "mine"
     assert made["organization"] == "me"
     assert made.get("private") is True or made.get("visibility") == "private"
-    weights = (out / "adapter_model.safetensors").read_bytes()
+    weights = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
     assert list(Hub.files.values()) == [weights]
     (commit,) = Hub.commits
     pushed = {line["value"]["path"] for line in commit if line["key"] in ("file", "lfsFile")}
     assert pushed == {file["path"] for file in found["files"]}
-    assert "hf_right" not in done.stdout + done.stderr
-
-
-def test_a_token_that_is_refused_costs_no_merge(lora_run, hub, tmp_path, refused):
-    out = tmp_path / "out"
-    words = ("export", lora_run, out, "--format", "merged", "--push-to", "me/mine")
-    done = command(*words, **online(hub, tmp_path, "hf_wrong"))
-    assert done.returncode == 1
-    assert "The hub does not say whose token this is" in done.stderr
-    assert "hf_wrong" not in done.stdout + done.stderr
-    assert not out.exists()
-    assert Hub.made == []
+    assert "hf_right" not in out + err
+    # A token that is refused costs no merge.
+    assert "The hub does not say whose token this is" in err
+    assert "hf_wrong" not in out + err
+    assert not (tmp_path / "refused").exists()
+    words = ("export", lora_run, tmp_path / "refused", "--push-to", "me/mine")
     assert "HF_HUB_OFFLINE must not be set" in refused(*words, code=1)
 
 

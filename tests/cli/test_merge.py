@@ -2,13 +2,11 @@
 
 import json
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import torch
 from finished import BASE, ROOT, adapter_in, json_of
+from program import wait
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lightning_peft.cli import main
@@ -65,16 +63,9 @@ def test_bad_input(lora_run, tmp_path, refused):
     assert not Path(out).exists()
 
 
-def test_an_interrupt_says_so_and_leaves_nothing(qlora_run, tmp_path):
-    words = ["merge", str(qlora_run), str(tmp_path / "out")]
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, *words], stderr=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    deadline = time.monotonic() + 100
-    while not list(tmp_path.glob(".incomplete-*/model.safetensors")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
+def test_an_interrupt_says_so_and_leaves_nothing(qlora_run, tmp_path, program):
+    process = program.start(tmp_path, "merge", str(qlora_run), str(tmp_path / "out"), code=SLOW)
+    wait(process, lambda: list(tmp_path.glob(".incomplete-*/model.safetensors")))
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said

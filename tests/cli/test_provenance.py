@@ -90,6 +90,26 @@ def test_a_run_is_reproduced_to_the_bit(trained, program):
     assert json.loads(out)["adapter_difference"] > 1e-5
 
 
+def test_a_checkpoint_is_evaluated_and_predicts(trained, program):
+    """The recipe that a run leaves is a config like any other."""
+    run = RunFolder(trained / "runs" / "one")
+    again = [f"--config={run.recipe}", f"--ckpt_path={run.checkpoints / 'best.ckpt'}"]
+    out = program.succeed(trained, "validate", *again, "--run_dir=validated", "--json")
+    after = json.loads(run.result.read_text())["after"]
+    assert json.loads(out)["after"] == pytest.approx(after)
+    folder = RunFolder(trained / "validated")
+    assert "lightning_peft" in folder.recipe.read_text()
+    assert folder.status.kind == "validate"
+    assert folder.status.state == "finished"
+    more = ["--trainer.limit_predict_batches=2", "--data.batch_size=3"]
+    out = program.succeed(trained, "predict", *again, *more, "--run_dir=predicted")
+    folder = RunFolder(trained / "predicted")
+    predictions = list(folder.rows(folder.predictions))
+    assert len(predictions) == 6
+    assert all(row["generated"] != row["prompt"] for row in predictions)
+    assert str(folder.predictions.relative_to(trained)) in out
+
+
 def test_changed_files_are_found(copy, capsys):
     adapter = copy.checkpoints / "adapters" / "best"
     weights = adapter / "adapter_model.safetensors"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from trials import QUIET, TASKS, recipes_of, small
+from trials import TASKS, recipes_of
 
 from lightning_peft.recipe_files import recipe_files
 from lightning_peft.runs.folder import RunFolder
@@ -22,26 +22,6 @@ def test_all_recipes_are_tested():
     assert sorted(name for file in TASKS for name in recipes_of(file)) == sorted(RECIPES)
     here = Path(__file__).parent
     assert sorted(TASKS) == sorted(path.name for path in here.glob("test_trials_of_*.py"))
-
-
-def test_a_checkpoint_is_evaluated_and_predicts(program, tmp_path):
-    """The recipe that a run leaves is a config like any other."""
-    program.succeed(tmp_path, "fit", "--config=sft-lora", small("sft-lora"), *QUIET)
-    trained = run_folder(tmp_path)
-    again = [f"--config={trained.recipe}", f"--ckpt_path={trained.checkpoints / 'best.ckpt'}"]
-    out = program.succeed(tmp_path, "validate", *again, *QUIET, "--json")
-    after = json.loads(trained.result.read_text())["after"]
-    assert json.loads(out)["after"] == pytest.approx(after)
-    assert "lightning_peft" in (folder := run_folder(tmp_path, "validate")).recipe.read_text()
-    assert folder.status.kind == "validate"
-    assert folder.status.state == "finished"
-    more = ["--trainer.limit_predict_batches=2", "--data.batch_size=3"]
-    out = program.succeed(tmp_path, "predict", *again, *QUIET, *more)
-    folder = run_folder(tmp_path, "predict")
-    predictions = list(folder.rows(folder.predictions))
-    assert len(predictions) == 6
-    assert all(row["generated"] != row["prompt"] for row in predictions)
-    assert str(folder.predictions.relative_to(tmp_path)) in out
 
 
 WRONG = {

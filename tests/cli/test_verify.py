@@ -164,7 +164,7 @@ def test_bad_input_is_named(extra, message, user, refused):
 
 
 def test_the_program_finds_modules_beside_the_config(user, new_process):
-    done = new_process("verify", *user(), "--json", fresh=True)
+    done = new_process("verify", *user(), "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["passed"] is True
 

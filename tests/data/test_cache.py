@@ -1,8 +1,6 @@
 """Prepared data on disk: shared, keyed by content, whole or absent."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -113,7 +111,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(make, write, tmp_path):
         make(write(pairs(40))).read()
 
 
-def test_processes_at_the_same_time_get_the_same(write, tmp_path):
+def test_processes_at_the_same_time_get_the_same(write, tmp_path, program):
     path = write(pairs(40))
     # Forked when everything is imported, so that neither has finished when the other begins.
     code = (
@@ -125,11 +123,7 @@ def test_processes_at_the_same_time_get_the_same(write, tmp_path):
         "data.prepare_data(); data.setup('fit'); print(len(data.read().splits['train']))\n"
         "if child: assert os.waitpid(child, 0)[1] == 0\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    counts = done.stdout.split()
+    counts = program.succeed(tmp_path, code=code).split()
     assert len(counts) == 2
     assert len(set(counts)) == 1
     (name,) = entries(tmp_path)
