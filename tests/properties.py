@@ -13,7 +13,7 @@ MANY = 2000
 LONG = (pytest.mark.long, pytest.mark.timeout(3000))
 
 
-def few_and_many(few: int = 40) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def few_and_many(few: int = 20) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Runs a property, a test under ``@given``, on ``few`` examples and on ``MANY``."""
 
     def decorate(test: Any) -> Callable[..., Any]:

@@ -95,7 +95,7 @@ def typos(draw):
     return draw(st.sampled_from(COMMANDS)), recipe, name, f"--{above}{wrong}={value}"
 
 
-@few_and_many(12)
+@few_and_many(6)
 @given(typos())
 def test_a_misspelled_override_is_answered_with_the_nearest(drawn):
     command, recipe, name, option = drawn

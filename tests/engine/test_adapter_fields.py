@@ -264,7 +264,7 @@ def check_any_fields(fields: dict[str, Any], folder: Path, tmp_path: Path) -> No
     assert all(p.isfinite().all() for p in module.parameters())
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(fields=_FIELDS)
 def test_any_fields(fields: dict[str, Any], folder: Path, tmp_path_factory: Any) -> None:
     check_any_fields(fields, folder, tmp_path_factory.getbasetemp() / "fields")

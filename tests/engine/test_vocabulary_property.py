@@ -33,7 +33,7 @@ def base(tied: bool) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(BASES[tied]).eval()
 
 
-@few_and_many(15)
+@few_and_many(6)
 @given(
     tied=st.booleans(),
     size=st.integers(SIZE - 8, SIZE + 40),
