@@ -5,18 +5,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
-from models import stack
+from models import stack, tiny_llama
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import lightning_peft
 from lightning_peft import engine
 from lightning_peft.engine.adapters import adapter_parameters
+from lightning_peft.engine.streamed_merging import StreamedMerge
 
 
 def injected(model: Any, *config: Any, **settings: Any) -> Any:
@@ -136,3 +138,20 @@ def dequantized_by_torch(codes: Tensor, state: Any) -> Tensor:
         constants = outer.code[constants.long()] * factors + state.offset
     scales = constants.repeat_interleave(state.blocksize)[: len(places)]
     return (state.code[places.long()] * scales).view(state.shape)
+
+
+def merged_by_weight(model: Any, folder: Path) -> tuple[dict[str, Tensor], StreamedMerge]:
+    """Merges a tiny Llama's adapters into it, and from a folder into the weights one by one.
+
+    Returns the latter, and what made them.
+    """
+    lightning_peft.save_adapter(model, folder)
+    torch.manual_seed(0)
+    plain = tiny_llama()
+    with torch.device("meta"):
+        outline = tiny_llama()
+    merge = StreamedMerge(outline, folder, dtype=torch.float32)
+    merged = {name: merge.merged(name, value) for name, value in plain.state_dict().items()}
+    lightning_peft.merge(model)
+    lightning_peft.unload(model)
+    return merged, merge

@@ -17,10 +17,10 @@ from lightning_peft import engine
 from lightning_peft.engine.layers import dora
 from lightning_peft.engine.layers.dora import DoraLayer
 from lightning_peft.engine.meta import inject_on_meta
-from lightning_peft.engine.streamed_merging import StreamedMerge
 from lightning_peft.errors import UnsupportedError
 
 from .reference import (
+    merged_by_weight,
     output_of,
     randomize,
     refused,
@@ -127,15 +127,7 @@ def test_it_starts_as_the_base_is_verified_and_merges(base: Any) -> None:
 @pytest.mark.parametrize("base", [None, NF4], ids=["dense", "nf4"])
 def test_a_folder_is_merged_weight_by_weight(base: Any, tmp_path: Any) -> None:
     model = adapted(base, target_modules=["q_proj", "down_proj"])
-    lightning_peft.save_adapter(model, tmp_path)
-    torch.manual_seed(0)
-    plain = tiny_llama()
-    with torch.device("meta"):
-        outline = tiny_llama()
-    merge = StreamedMerge(outline, tmp_path, dtype=torch.float32)
-    merged = {name: merge.merged(name, value) for name, value in plain.state_dict().items()}
-    lightning_peft.merge(model)
-    lightning_peft.unload(model)
+    merged, _ = merged_by_weight(model, tmp_path)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(merged[name], value)
 

@@ -14,10 +14,16 @@ import lightning_peft
 from lightning_peft import engine
 from lightning_peft.engine.files.adapter_format import differences_in_peft
 from lightning_peft.engine.methods.registry import METHODS
-from lightning_peft.engine.streamed_merging import StreamedMerge
 from lightning_peft.errors import UnsupportedError
 
-from .reference import copy_adapter, output_of, peft_model, randomize, relative_error
+from .reference import (
+    copy_adapter,
+    merged_by_weight,
+    output_of,
+    peft_model,
+    randomize,
+    relative_error,
+)
 
 BATCH = {"input_ids": torch.arange(14).view(2, 7) % 61}
 BASES = {
@@ -143,15 +149,7 @@ def test_peft_reads_the_folder(tmp_path):
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_a_folder_is_merged_weight_by_weight(base, tmp_path):
     model = adapted(quantization=BASES[base])
-    lightning_peft.save_adapter(model, tmp_path)
-    torch.manual_seed(0)
-    plain = tiny_llama()
-    with torch.device("meta"):
-        outline = tiny_llama()
-    merge = StreamedMerge(outline, tmp_path, dtype=torch.float32)
-    merged = {name: merge.merged(name, value) for name, value in plain.state_dict().items()}
-    lightning_peft.merge(model)
-    lightning_peft.unload(model)
+    merged, merge = merged_by_weight(model, tmp_path)
     assert len(merge.errors) == 4
     for name, value in model.state_dict().items():
         assert torch.equal(merged[name], value), name
