@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -93,6 +95,9 @@ WRITES = {
     "mul_": lambda weight: weight.mul_(2),
     "data": lambda weight: weight.data.clamp_(0),
     "init": nn.init.zeros_,
+    "init by name": nn.init.normal_,
+    "out": lambda weight: torch.mul(weight, 2, out=weight),
+    "foreach": lambda weight: torch._foreach_mul_([weight], 2.0),
     "item": lambda weight: weight.__setitem__(0, 1.0),
     "set data": lambda weight: setattr(weight, "data", torch.zeros(64, 96)),
     "+=": lambda weight: weight.__iadd__(1),
@@ -106,6 +111,39 @@ def test_writing_into_a_computed_weight_is_refused(write) -> None:
     with pytest.raises(UnsupportedError, match="the change would be lost"):
         write(model.qkv.weight)
     assert torch.equal(model.qkv._parameters["weight"], before)
+
+
+class Product(torch.autograd.Function):
+    """A product as kernels of other packages compute it: from the address of a weight."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        address = ctypes.cast(weight.data_ptr(), ctypes.POINTER(ctypes.c_float))
+        values = torch.tensor(address[: weight.numel()]).view(weight.shape)
+        return x @ values.t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.t() @ x
+
+
+@pytest.mark.parametrize("settings", [{}, NF4, {"use_dora": True}], ids=["dense", "nf4", "dora"])
+def test_functions_with_a_backward_pass_of_their_own_train_the_adapter(settings: dict) -> None:
+    model = adapted(FusedReader, **settings)
+    x = torch.randn(3, 96)
+    found = []
+    for product in (F.linear, Product.apply):
+        inputs = x.clone().requires_grad_()
+        model.zero_grad()
+        output = product(inputs, model.qkv.weight)
+        output.pow(2).sum().backward()
+        grads = [p.grad for n, p in model.qkv.named_parameters() if "lora" in n]
+        assert all(grad is not None and grad.any() for grad in grads)
+        found.append([output.detach(), inputs.grad, *grads])
+    for theirs, ours in zip(*found, strict=True):
+        assert relative_error(ours, theirs) < 1e-5
 
 
 def test_freezing_code_reaches_the_parameter() -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.compat.torch import is_fsdp_asking
-from lightning_peft.engine.layers.weight_view import WeightView, replacement_error
+from lightning_peft.engine.layers.weight_view import WeightView, replacement_error, with_gradient
 from lightning_peft.errors import LifecycleError
 
 
@@ -73,7 +74,8 @@ class LayerMixin(DynamicMixin):
             # The compiler knows no tensors that are not there yet; it drops what is not used.
             return self.effective_weight()
         shape, dtype = self.weight_info()
-        return WeightView(self.effective_weight, shape, dtype, stored)
+        view = partial(WeightView, self.effective_weight, shape, dtype, stored)
+        return with_gradient(view, self.parameters())  # type: ignore[attr-defined]
 
     def register_parameter(self, name: str, param: Any) -> None:
         """Registers a parameter, unless it stands for the weight or bias from now on."""

@@ -9,13 +9,20 @@ numbers.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from lightning_peft.compat.torch import make_wrapper_subclass, tree_map, without_torch_function
+from lightning_peft.compat.torch import (
+    is_functional,
+    make_wrapper_subclass,
+    tree_leaves,
+    tree_map,
+    without_torch_function,
+)
 from lightning_peft.errors import UnsupportedError
 
 # Questions about a weight that need no value of it. Modules ask them in every forward pass, for
@@ -42,11 +49,13 @@ class WeightView(Tensor):
 
     Attributes:
         compute: Returns the values.
+        values: The values, once their address was asked for.
         stored: The parameter behind it; attributes that a tensor does not have are read from it.
         overrides: Functions that need not see the values, and what to call in their place.
     """
 
     compute: Callable[[], Tensor]
+    values: Tensor
     stored: Any
     overrides: dict[Any, Callable[..., Any]]
 
@@ -75,20 +84,27 @@ class WeightView(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Answers what is known, computes the values for everything else."""
+        named = kwargs or {}
         if func in METADATA:
             with without_torch_function():
-                return func(*args, **(kwargs or {}))
+                return func(*args, **named)
         for view in args:
             if isinstance(view, cls) and func in view.overrides:
-                return view.overrides[func](*args, **(kwargs or {}))
+                return view.overrides[func](*args, **named)
         if args and isinstance(args[0], cls):
             if func in _PARAMETER_STATE:
                 return func(args[0].stored, *args[1:])
             if func == Tensor.data.__get__:  # type: ignore[attr-defined]
                 return args[0]
-            _refuse_writing(func)
             _refuse_replacing(func, sys._getframe(1).f_code)
-        return func(*tree_map(_materialized, args), **tree_map(_materialized, kwargs or {}))
+            if func == Tensor.data_ptr:
+                # As long as the view lives, for kernels that get an address.
+                args[0].values = args[0].compute().detach().contiguous()
+                return args[0].values.data_ptr()
+        # `nn.init` gives the tensor by name, `torch._foreach_mul_` a list of them.
+        written = [args[0] if args else next(iter(named.values()), None)]
+        _refuse_writing(func, written, named.get("out"))
+        return func(*tree_map(_materialized, args), **tree_map(_materialized, named))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -96,6 +112,38 @@ class WeightView(Tensor):
     ) -> Any:
         """The same for calls that come from C++."""
         return func(*tree_map(_materialized, args), **tree_map(_materialized, kwargs or {}))
+
+
+class _WithGradient(torch.autograd.Function):
+    """Makes a view whose gradient, where a function computes one, goes to what it is made of.
+
+    Code that Python sees computes with the values and never needs it. An autograd function of the
+    module's own, or an operation in C++, takes the view itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, make: Callable[[], WeightView], *sources: Tensor) -> WeightView:  # type: ignore[override]
+        """Returns the view that ``make`` makes; ``sources`` get its gradient."""
+        view = make()
+        ctx.compute, ctx.sources = view.compute, sources
+        return view
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Computes the values once more, and their gradients."""
+        with torch.enable_grad():
+            values = ctx.compute()
+        return None, *torch.autograd.grad(values, ctx.sources, grad, allow_unused=True)
+
+
+def with_gradient(make: Callable[[], WeightView], sources: Iterable[Tensor]) -> WeightView:
+    """Returns the view that ``make`` makes, with gradients to the ``sources`` that train."""
+    trained = [source for source in sources if source.requires_grad]
+    if not trained or not torch.is_grad_enabled() or is_functional():
+        return make()
+    view: WeightView = _WithGradient.apply(make, *trained)
+    return view
 
 
 def _materialized(value: Any) -> Any:
@@ -134,9 +182,11 @@ def _refuse_replacing(func: Any, caller: Any) -> None:
         raise replacement_error("weight")
 
 
-def _refuse_writing(func: Any) -> None:
+def _refuse_writing(func: Any, written: Any, out: Any) -> None:
     name = getattr(func, "__name__", "")
-    if name in _WRITES or (name.endswith("_") and not name.endswith("__")):
+    writes = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
+    changed = [written, out] if writes else [out]
+    if any(isinstance(leaf, WeightView) for leaf in tree_leaves(changed)):
         raise UnsupportedError(
             f"{name} on the weight of an adapted or quantized layer: the weight that other code "
             "sees is computed from the frozen one, so the change would be lost. Change the weight "
