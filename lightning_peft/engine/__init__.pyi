@@ -126,6 +126,7 @@ from .training.optimizer_groups import optimizers_of as optimizers_of
 from .training.optimizer_groups import unfreeze_unoptimized as unfreeze_unoptimized
 from .training.optimizers import check_optimizer_name as check_optimizer_name
 from .training.optimizers import check_same_optimizers as check_same_optimizers
+from .training.optimizers import describe_optimizers as describe_optimizers
 from .training.optimizers import name_of_optimizer as name_of_optimizer
 from .training.optimizers import optimizer_names as optimizer_names
 from .training.optimizers import replace_optimizers as replace_optimizers
@@ -144,6 +145,7 @@ from .verification.processes import gradient_problems as gradient_problems
 from .verification.processes import own_problems as own_problems
 from .verification.result import Check as Check
 from .verification.result import Verification as Verification
+from .verification.structure import REPLACED as REPLACED
 from .verification.structure import structural_problems as structural_problems
 from .verification.verify import verify as verify
 from .weight_shares import SharedWeight as SharedWeight

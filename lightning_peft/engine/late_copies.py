@@ -30,6 +30,8 @@ _WRITES = re.compile(
     r"can't be cast to the desired output type (Byte|Char)|not implemented for '(Byte|Char)'"
 )
 
+_UNFREEZES = re.compile(r"only Tensors of floating point .*dtype can require gradients")
+
 _SHAPES = re.compile(r"The size of tensor a \(\d+\) must match the size of tensor b \(\d+\)")
 
 
@@ -118,6 +120,14 @@ def explain_hook_error(
             "of a copy that the module holds, which leaves the base out, or over "
             "`named_parameters()` with `if p.requires_grad`; or use LoRAStrategy. torch says: "
             f"{text.splitlines()[0]}"
+        )
+    if isinstance(error, RuntimeError) and layer is not None and _UNFREEZES.match(text):
+        return LifecycleError(
+            f"A hook unfreezes weights that are quantized, such as those of {name!r}, by "
+            "requires_grad or unfreeze(). The base stays frozen: leave out what requires_grad_ "
+            "cannot train, as by `if 'lora_' in name` over `named_parameters()`, let "
+            "BackboneFinetuning unfreeze adapters in stages, or name the layers to train in full "
+            "in `modules_to_save`."
         )
     unexpected = text.partition("Unexpected key(s) in state_dict: ")[2]
     kinds = {kind for x in adapted_layers(module).values() for kind in x.adapter_layer_names}

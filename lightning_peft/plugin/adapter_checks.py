@@ -77,8 +77,15 @@ def _target_differences(
 
 def check_frozen(module: nn.Module) -> None:
     """The base must be as frozen as injection left it: checkpoints do not hold it."""
+    record = engine.require_record(module)
+    replaced = missing_layers(module, record)
+    if replaced:
+        raise LifecycleError(
+            "Trained adapters were thrown away:"
+            + itemize((f"{name}: {engine.REPLACED}" for name in replaced), 5)
+        )
     params = dict(module.named_parameters(remove_duplicate=False))
-    frozen = sorted(engine.require_record(module).frozen)
+    frozen = sorted(record.frozen)
     gone = [name for name in frozen if name not in params]
     if gone:
         raise LifecycleError(
@@ -112,10 +119,22 @@ def check_optimizers(module: nn.Module, optimizers: list[Any]) -> None:
                 f"{name or type(module).__name__} are in no optimizer, such as {missing[0]!r}"
             )
             idle += [name] if len(missing) == len(named) and name else []
+    registered = {id(param) for param in module.parameters()}
     for index, optimizer in enumerate(optimizers):
-        if not any(param.requires_grad for param in engine.held_parameters(optimizer)):
+        trained = [param for param in engine.held_parameters(optimizer) if param.requires_grad]
+        unsaved = sum(id(param) not in registered for param in trained)
+        if not trained:
             problems.append(
                 f"optimizer {index} ({type(optimizer).__name__}) holds only frozen parameters"
+            )
+        elif unsaved:
+            log.warning(
+                "optimizer %d (%s) trains %d tensors that are not parameters of the module, such "
+                "as those of layers in a Python list: no checkpoint holds them. Make them "
+                "attributes of the module, or use nn.ModuleList.",
+                index,
+                type(optimizer).__name__,
+                unsaved,
             )
     if problems and optimizers:
         raise LifecycleError(

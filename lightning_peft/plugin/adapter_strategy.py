@@ -287,7 +287,7 @@ class AdapterStrategy(_Base):
         whole = "optimizer_states" in checkpoint
         processes = engine.gathered(self._loops.state(), self.world_size) if whole else []
         described["processes"] = processes
-        described["optimizers"] = engine.optimizer_names(self.optimizers) if whole else None
+        described |= engine.describe_optimizers(self._module, self.optimizers) if whole else {}
         described["rank_budget"] = self._budget.state() if self._budget and whole else None
         checkpoint, _ = strip_objects(checkpoint, DATAMODULE_KEY)
         checkpoint, described["left_out"] = strip_objects(checkpoint)
@@ -379,7 +379,7 @@ class AdapterStrategy(_Base):
         Raises:
             CheckpointError: If the states are those of other optimizers.
         """
-        engine.check_same_optimizers(checkpoint[CHECKPOINT_KEY].get("optimizers"), self.optimizers)
+        engine.check_same_optimizers(checkpoint[CHECKPOINT_KEY], self._module, self.optimizers)
         super().load_optimizer_state_dict(checkpoint)
         self.lifecycle.checks.restored.note_states(checkpoint["optimizer_states"])
         for optimizer in self.optimizers:

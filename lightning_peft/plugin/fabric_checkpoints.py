@@ -70,7 +70,7 @@ def save_fabric_checkpoint(
     if fabric.is_global_zero:
         tensors = engine.trainable_state_dict(plain)
         described = engine.describe(plain)
-        described |= {"processes": [], "left_out": [], "optimizers": engine.optimizer_names(own)}
+        described |= {"processes": [], "left_out": [], **engine.describe_optimizers(plain, own)}
         content = {
             "state_dict": tensors,
             "optimizer_states": [_numbers(optimizer.state_dict()) for optimizer in own],
@@ -114,7 +114,7 @@ def load_fabric_checkpoint(
         )
     own = _listed(optimizers)
     if own:
-        engine.check_same_optimizers(checkpoint[CHECKPOINT_KEY]["optimizers"], own)
+        engine.check_same_optimizers(checkpoint[CHECKPOINT_KEY], plain, own)
     engine.check_description(plain, checkpoint[CHECKPOINT_KEY])
     load_tensors(plain, checkpoint, strict=True)
     for optimizer, saved in zip(own, checkpoint["optimizer_states"], strict=False):

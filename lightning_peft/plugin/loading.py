@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from lightning_peft import engine
 from lightning_peft.compat.lightning import CLASS_PATH, INSTANTIATOR
@@ -130,7 +131,10 @@ def _build_layers(module: Any, described: dict[str, Any]) -> None:
         for adapter in part["adapters"].values()
         for target in adapter["targets"]
     }
-    if expected <= dict(module.named_modules(remove_duplicate=False)).keys():
+    built = expected <= dict(module.named_modules(remove_duplicate=False)).keys()
+    params = dict(module.named_parameters(remove_duplicate=False))
+    tied = all(len({id(params.get(n)) for n in names}) == 1 for names in described.get("tied", ()))
+    if built and tied and not any(is_lazy(param) for param in params.values()):
         return
     try:
         module.setup("fit")
@@ -138,8 +142,8 @@ def _build_layers(module: Any, described: dict[str, Any]) -> None:
         raise
     except Exception as error:
         raise CheckpointError(
-            f"{type(module).__name__} has not all of its layers after configure_model, and "
+            f"{type(module).__name__} lacks layers, sizes or ties after configure_model, and "
             f"setup('fit') failed without a Trainer ({type(error).__name__}: {error}). Load it by "
-            "trainer.validate(module, ckpt_path=...), or build the layers in the constructor or in "
+            "trainer.validate(module, ckpt_path=...), or do that in the constructor or in "
             "configure_model."
         ) from error

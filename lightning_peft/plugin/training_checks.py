@@ -14,6 +14,11 @@ from lightning_peft.plugin.process_checks import ProcessChecks
 
 log = logging.getLogger(__name__)
 
+_REENTRANT = (
+    "Under torch.utils.checkpoint, use_reentrant=True has no gradient where no input needs one, as "
+    "behind a frozen embedding: pass use_reentrant=False. "
+)
+
 Mode = Literal["cheap", "full", "off"]
 
 
@@ -231,6 +236,7 @@ class FirstStepCheck:
                 + itemize(part or module for part in unreached)
                 + "\nThe loss does not depend on them: they are not called in training_step, run "
                 "under no_grad, or their output is detached. "
+                + _REENTRANT
                 + exclusion_advice(unreached, self._parts)
                 + "Where a later step will reach them, pass verify='off'."
             )
@@ -240,11 +246,12 @@ class FirstStepCheck:
             log.warning(
                 "In the first step no gradient reached %d of %d adapted layers: %s%s. That is "
                 "right where the module does not use them, or multiplies them by zero at first; "
-                "lightning_peft.verify looks closer.",
+                "lightning_peft.verify looks closer. %s",
                 len(idle),
                 len(layers),
                 ", ".join(idle[:5]),
                 f" and {len(idle) - 5} more" if len(idle) > 5 else "",
+                _REENTRANT,
             )
 
     def warn_missing_steps(self) -> None:

@@ -301,12 +301,31 @@ def test_the_names_are_those_of_transformers() -> None:
 
 def test_states_of_another_optimizer_are_refused() -> None:
     optimizer = torch.optim.AdamW(layers().parameters())
-    saved = engine.optimizer_names([optimizer])
-    engine.check_same_optimizers(saved, [optimizer])
-    engine.check_same_optimizers(None, [optimizer])
+    module = nn.Module()
+    saved = engine.describe_optimizers(module, [optimizer])
+    engine.check_same_optimizers(saved, module, [optimizer])
+    engine.check_same_optimizers({}, module, [optimizer])
     engine.replace_optimizers([optimizer], "adamw_8bit")
     with pytest.raises(CheckpointError, match="states of AdamW, and this run has AdamW8bit"):
-        engine.check_same_optimizers(saved, [optimizer])
+        engine.check_same_optimizers(saved, module, [optimizer])
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (lambda a, b: [{"params": [b, a]}], "for weight in group 0, and this run bias in group 0"),
+        (lambda a, b: [{"params": [a]}], "for bias in group 0, and this run nothing"),
+        (lambda a, b: [{"params": [a]}, {"params": [b]}], "this run bias in group 1"),
+        (lambda a, b: [{"params": [a, b]}, {"params": []}], "for 1 groups, and this run 2"),
+    ],
+)
+def test_states_are_not_given_to_other_parameters(groups, message) -> None:
+    """torch goes by position; its fused step writes past the end of a state that is too small."""
+    module = nn.Linear(4, 4)
+    saved = engine.describe_optimizers(module, [torch.optim.Adam(module.parameters())])
+    other = torch.optim.Adam(groups(module.weight, module.bias))
+    with pytest.raises(CheckpointError, match=message):
+        engine.check_same_optimizers(saved, module, [other])
 
 
 def test_other_optimizers_are_left_alone() -> None:

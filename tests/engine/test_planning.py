@@ -246,6 +246,16 @@ def test_parts_that_share_layers_are_refused() -> None:
         lightning_peft.inject(nn.ModuleDict(parts), r=2, adapt=["a", "b"])
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layers_without_an_element_stay_dense() -> None:
+    """A forecasting model without known inputs has a layer for none of them."""
+    model = nn.Sequential(nn.Linear(0, 64), nn.Linear(64, 64), nn.Linear(64, 2))
+    expected = model[0](torch.zeros(3, 0))
+    part = injected(model, r=2, quantization_config=NF4)
+    assert type(part[0]).__name__ == "LoraLinear"
+    assert torch.equal(part[0](torch.zeros(3, 0)), expected)
+
+
 def test_which_layers_are_quantized() -> None:
     """Linear layers of the part, except heads, outputs, saved modules, skipped and shared ones."""
     model = nn.ModuleDict(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import bitsandbytes as bnb
@@ -245,6 +246,23 @@ def test_eight_bits_and_one_scale_per_row() -> None:
     assert storage_bytes(stored) == 512 * 256 + 256 * 4
     assert parameter_count(stored) == 512 * 256
     assert storage_bytes(torch.zeros(3, dtype=torch.bfloat16)) == 6
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_module_takes_its_own_state_and_that_of_no_other_base(bits) -> None:
+    """As code does that goes back to the best weights."""
+    module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
+    config = NF4 if bits == 4 else engine.quantization_config(load_in_8bit=True)
+    lightning_peft.inject(module, r=2, quantization_config=config)
+    x, best = torch.randn(3, 64), copy.deepcopy(module.state_dict())
+    expected = module(x)
+    nn.init.normal_(module[0].lora_B["default"].weight)
+    module.load_state_dict(best)
+    assert torch.equal(module(x), expected)
+    best["0.weight"][0] ^= 1
+    with pytest.raises(RuntimeError, match="values other than those of this module"):
+        module.load_state_dict(best)
+    assert torch.equal(module(x), expected)
 
 
 def test_state_dict_holds_what_rebuilds_the_weight() -> None:

@@ -63,6 +63,14 @@ def test_a_spectral_norm_of_the_old_kind():
         spectral_norm(adapted(False)[0])
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_scripts_are_refused_and_traces_are_not(quantized):
+    module, x = adapted(quantized), torch.randn(4, 8)
+    with pytest.raises(UnsupportedError, match="merge and unload first, or trace"):
+        torch.jit.script(module)
+    torch.testing.assert_close(torch.jit.trace(module, x)(x), module(x))
+
+
 def test_codes_do_not_become_dense():
     layer = adapted(True)[0]
     with pytest.raises(UnsupportedError, match=f"weight {MESSAGE}"):

@@ -166,6 +166,23 @@ def test_layers_built_in_a_setup_that_needs_the_trainer(tmp_path):
     trainer(tmp_path).validate(Needy(), loader(), ckpt_path=file, verbose=False)
 
 
+def test_what_setup_ties_and_sizes_is_there(tmp_path):
+    class Completed(task_class(ROOTS[0])):
+        def build(self):
+            torch.manual_seed(0)
+            self.model = Linears(depth=3)
+            self.model.layers[2] = nn.LazyLinear(32)
+
+        def setup(self, stage):
+            torch.manual_seed(1)
+            self.model.layers[1].weight = self.model.layers[0].weight
+            self.model.layers[2](torch.zeros(1, 32))
+
+    module = Completed()
+    loaded = lightning_peft.load_from_checkpoint(Completed, saved(tmp_path, module))
+    assert torch.equal(outputs(loaded), outputs(module))
+
+
 class Portable(metaclass=LateBoundMeta):
     """A LightningModule of this package's kind: without a base until an instance is made."""
 

@@ -8,8 +8,10 @@ import torch
 from modules import ROOTS, differing, loader, strategy, task, task_class, trainer, weights
 from torch import nn
 
+import lightning_peft
 from lightning_peft import engine
 from lightning_peft.errors import LifecycleError
+from lightning_peft.plugin.adapter_checks import check_optimizers
 from lightning_peft.plugin.optimization import float32_advice
 
 METHODS = ("lora", "qlora")
@@ -130,9 +132,20 @@ def test_unchecked_optimizers_are_the_users_own_choice(tmp_path):
     assert idle == ["model.layers.1.lora_B.default.weight"]
 
 
-@pytest.mark.parametrize("hook", ["configure_optimizers", "on_train_epoch_start"])
-def test_a_base_that_is_unfrozen_is_not_lost_in_silence(hook, tmp_path):
-    class Unfreezing(task_class(ROOTS[0])):
+UNFROZEN = r"unfrozen(.|\n)*layers\.1\.weight(.|\n)*modules_to_"
+
+
+@pytest.mark.parametrize(
+    ("hook", "method", "message"),
+    [
+        ("configure_optimizers", "lora", UNFROZEN),
+        ("on_train_epoch_start", "lora", UNFROZEN),
+        ("on_train_epoch_start", "qlora", r"unfreezes weights .* quantized.*'model\.layers\.0'"),
+        ("replace", "lora", r"thrown away(.|\n)*layers\.1: has no adapter any more.*configure_mod"),
+    ],
+)
+def test_a_base_that_changes_is_not_lost_in_silence(hook, method, message, tmp_path):
+    class Changing(task_class(ROOTS[0])):
         def configure_optimizers(self):
             if hook == "configure_optimizers":
                 self.unfreeze()
@@ -140,10 +153,20 @@ def test_a_base_that_is_unfrozen_is_not_lost_in_silence(hook, tmp_path):
 
         def on_train_epoch_start(self):
             if self.current_epoch == 1:
-                self.model.layers[1].weight.requires_grad_(True)
+                if hook == "replace":
+                    self.model.layers[1] = nn.Linear(32, 32).requires_grad_(False)
+                self.model.layers[1].weight.requires_grad_(hook != "replace")
 
-    with pytest.raises(LifecycleError, match=r"unfrozen(.|\n)*layers\.1\.weight(.|\n)*modules_to_"):
-        trainer(tmp_path, max_epochs=2).fit(Unfreezing(), loader())
+    with pytest.raises(LifecycleError, match=message):
+        trainer(tmp_path, method, max_epochs=2).fit(Changing(), loader())
+
+
+def test_tensors_that_the_module_does_not_hold_are_announced(caplog):
+    module = task()
+    lightning_peft.inject(module, r=4)
+    outside = nn.Linear(2, 2)
+    check_optimizers(module, [torch.optim.SGD([*module.parameters(), *outside.parameters()])])
+    assert "trains 2 tensors that are not parameters of the module" in caplog.text
 
 
 @pytest.mark.parametrize(("method", "optimizer"), [("lora", None), ("qlora", "adamw_8bit")])

@@ -126,6 +126,29 @@ class QuantizedLayer(LayerMixin):
         stored.data = made.data
         vars(stored).update(vars(made))
 
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *found: list[str]
+    ) -> None:
+        """Takes the state of a layer with the same frozen weight, as this one gave it."""
+        missing, unexpected, errors = found
+        mine = {f"weight.{key}": value for key, value in self.constants_in_state().items()}
+        keys = [f"{prefix}{key}" for key in mine if f"{prefix}{key}" in state_dict]
+        mine["weight"] = self._parameters["weight"].data
+        theirs = {key: state_dict.get(f"{prefix}{key}") for key in mine}
+        same = (
+            x is not None and torch.equal(x.to(mine[key]), mine[key]) for key, x in theirs.items()
+        )
+        if keys and not all(same):
+            errors.append(
+                f"{prefix}weight: quantized values other than those of this module. The base is "
+                "frozen: build the module with the one that the state is of."
+            )
+            return
+        super()._load_from_state_dict(  # type: ignore[misc]
+            state_dict, prefix, metadata, strict, missing, unexpected, errors
+        )
+        unexpected[:] = [key for key in unexpected if key not in keys]
+
     def quantization_keys(self) -> list[str]:
         """The keys in a state dict, besides those of parameters, that the weight consists of."""
         state: dict[str, Any] = {}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_peft.engine.adapters import set_adapter
+from lightning_peft.engine.adapters import all_adapter_parameters, set_adapter
 from lightning_peft.engine.backends.registry import backend_for, backends, quantization_from_dict
 from lightning_peft.engine.batch_inits import recorded_initial
 from lightning_peft.engine.configuration import config_differences, config_from_dict
@@ -48,11 +48,22 @@ def describe(module: nn.Module) -> dict[str, Any]:
         "format": FORMATS[0],
         "active": list(record.active),
         "left": dict(record.left or {}),
+        "tied": _tied_names(module),
         "parts": {
             name: _describe_part(part, module.get_submodule(name))
             for name, part in record.parts.items()
         },
     }
+
+
+def _tied_names(module: nn.Module) -> list[list[str]]:
+    """Returns the names of each weight of the base that has several."""
+    names: dict[int, list[str]] = {}
+    adapters = {id(param) for param in all_adapter_parameters(module)}
+    for name, param in module.named_parameters(remove_duplicate=False):
+        if id(param) not in adapters:
+            names.setdefault(id(param), []).append(name)
+    return [several for several in names.values() if len(several) > 1]
 
 
 def _describe_part(part: AdaptedModuleRecord, module: nn.Module) -> dict[str, Any]:

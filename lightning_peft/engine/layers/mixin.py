@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_peft.compat.torch import is_fsdp_asking
 from lightning_peft.engine.layers.weight_view import WeightView, replacement_error, with_gradient
-from lightning_peft.errors import LifecycleError
+from lightning_peft.errors import LifecycleError, UnsupportedError
 
 
 class DynamicMixin:
@@ -88,6 +88,13 @@ class LayerMixin(DynamicMixin):
         if name in ("weight", "bias") and self._parameters.get(name) is not None:
             raise replacement_error(name)
         super().__delattr__(name)
+
+    def __prepare_scriptable__(self) -> Any:
+        raise UnsupportedError(
+            f"torch.jit.script, as of to_torchscript(), does not know the class of adapted and "
+            f"quantized layers ({type(self).__name__}). Call lightning_peft.merge and unload "
+            "first, or trace: to_torchscript(method='trace', example_inputs=...)."
+        )
 
     def stored_weight(self) -> Any:
         """The stored weight as the layer's backend takes it; ``None`` where there is none."""

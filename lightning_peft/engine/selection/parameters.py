@@ -81,5 +81,6 @@ def skip_names(name: str) -> list[str]:
 
 
 def is_own_float(weight: nn.Parameter | None, holders: dict[int, list[str]]) -> bool:
-    """Whether ``weight`` is dense and no layer shares it, so that it can be replaced."""
-    return weight is not None and weight.is_floating_point() and len(holders[id(weight)]) == 1
+    """Whether ``weight`` is dense and not empty, and no layer shares it: it can be replaced."""
+    dense = weight is not None and weight.is_floating_point() and weight.numel() > 0
+    return dense and len(holders[id(weight)]) == 1

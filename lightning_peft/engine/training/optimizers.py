@@ -7,10 +7,11 @@ Lightning's wrappers, hooks and the user's own references keep working.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from lightning_peft.compat.torch import (
     OPTIMIZER_HOOKS,
@@ -252,19 +253,48 @@ def name_of_optimizer(class_name: str) -> str | None:
     return next((name for name, cls in OPTIMIZERS.items() if cls.__name__ == class_name), None)
 
 
-def check_same_optimizers(saved: list[str] | None, optimizers: Iterable[Any]) -> None:
+def describe_optimizers(module: nn.Module, optimizers: Iterable[Any]) -> dict[str, Any]:
+    """Returns what a checkpoint records of optimizers: classes, and parameters in their groups."""
+    names = {id(param): name for name, param in module.named_parameters()}
+    optimizers = list(optimizers)
+    held = [[[names.get(id(p)) for p in g["params"]] for g in o.param_groups] for o in optimizers]
+    return {"optimizers": optimizer_names(optimizers), "optimized": held}
+
+
+def _places(groups: list[list[str]]) -> list[str]:
+    return [f"{name} in group {index}" for index, group in enumerate(groups) for name in group]
+
+
+def check_same_optimizers(
+    saved: Mapping[str, Any], module: nn.Module, optimizers: Iterable[Any]
+) -> None:
     """Compares the optimizers of a checkpoint with those that are to take their states.
 
-    ``saved`` is what :func:`optimizer_names` returned then; ``None`` is not compared.
+    ``saved`` has what :func:`describe_optimizers` returned then; what it lacks is not compared.
     """
-    names = optimizer_names(optimizers)
-    if saved is not None and saved != names:
+    described = describe_optimizers(module, optimizers)
+    classes, names = saved.get("optimizers"), described["optimizers"]
+    if classes is not None and classes != names:
         raise CheckpointError(
-            f"The checkpoint holds the states of {', '.join(saved) or 'no optimizer'}, and this "
+            f"The checkpoint holds the states of {', '.join(classes) or 'no optimizer'}, and this "
             f"run has {', '.join(names) or 'no optimizer'}: it cannot go on from them. Give the "
             "same `optimizer` argument and the same configure_optimizers as the run that saved "
             "it, or start a new run from its weights by lightning_peft.load_from_checkpoint."
         )
+    for name, old, new in zip(
+        names, saved.get("optimized", described["optimized"]), described["optimized"], strict=True
+    ):
+        if old != new:
+            places = itertools.zip_longest(_places(old), _places(new), fillvalue="nothing")
+            counts = f"{len(old)} groups", str(len(new))
+            before, now = next((pair for pair in places if pair[0] != pair[1]), counts)
+            raise CheckpointError(
+                f"The checkpoint has a state of {name} for {before}, and this run {now} in that "
+                "place. torch goes by places, so that states would be taken for those of other "
+                "parameters. Let configure_optimizers list the same parameters in the same order "
+                "and groups (a set has no order), or start a new run from the weights by "
+                "lightning_peft.load_from_checkpoint."
+            )
 
 
 def restore_paging(optimizer: Any) -> int:

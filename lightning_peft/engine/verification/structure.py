@@ -11,6 +11,11 @@ from lightning_peft.engine.adapters import adapted_layers, adapter_parameters
 from lightning_peft.engine.backends.registry import backend_of, is_quantized
 from lightning_peft.engine.record import AdaptedModuleRecord, adapted_parts
 
+REPLACED = (
+    "has no adapter any more: another layer was put in its place. Build it in `__init__`, `setup` "
+    "or `configure_model`, or leave it out by `exclude_modules`"
+)
+
 
 def structural_problems(module: nn.Module) -> list[str]:
     """Returns the problems of the adapters, without a pass through the module.
@@ -30,7 +35,7 @@ def structural_problems(module: nn.Module) -> list[str]:
 def _layer_problems(part: nn.Module, entry: AdaptedModuleRecord) -> list[str]:
     layers = adapted_layers(part)
     targets = {target for info in entry.adapters.values() for target in info.targets}
-    gone = [f"{entry.qualified(t)}: has no adapter any more" for t in sorted(targets - {*layers})]
+    gone = [f"{entry.qualified(t)}: {REPLACED}" for t in sorted(targets - {*layers})]
     off = [
         f"{entry.qualified(n)}: the adapter is switched off"
         for n, layer in layers.items()
