@@ -251,7 +251,7 @@ class FirstStepCheck:
                 len(layers),
                 ", ".join(idle[:5]),
                 f" and {len(idle) - 5} more" if len(idle) > 5 else "",
-                _REENTRANT,
+                _REENTRANT if "none" in map(self.gradients.get, idle) else "",
             )
 
     def warn_missing_steps(self) -> None:
