@@ -254,7 +254,7 @@ def name_of_optimizer(class_name: str) -> str | None:
 
 
 def describe_optimizers(module: nn.Module, optimizers: Iterable[Any]) -> dict[str, Any]:
-    """Returns what a checkpoint records of optimizers: classes, and parameters in their groups."""
+    """Describes optimizers for a checkpoint: classes, and parameters by name in their groups."""
     names = {id(param): name for name, param in module.named_parameters()}
     optimizers = list(optimizers)
     held = [[[names.get(id(p)) for p in g["params"]] for g in o.param_groups] for o in optimizers]
