@@ -55,6 +55,7 @@ from .inference import inference_bytes as inference_bytes
 from .inference import ready_for_inference as ready_for_inference
 from .injection import inject as inject
 from .injection import inject_config as inject_config
+from .inner_adapters import adopt_inner_adapters as adopt_inner_adapters
 from .late_copies import explain_hook_error as explain_hook_error
 from .late_copies import link_late_copies as link_late_copies
 from .layers.attention import with_projections as with_projections
@@ -87,6 +88,7 @@ from .momentum_copies import check_momentum_copies as check_momentum_copies
 from .momentum_copies import freeze_unoptimized_copies as freeze_unoptimized_copies
 from .momentum_copies import unregistered_copies as unregistered_copies
 from .record import BuiltWeight as BuiltWeight
+from .record import Record as Record
 from .record import record_of as record_of
 from .record import require_record as require_record
 from .record import set_record as set_record

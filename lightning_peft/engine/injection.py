@@ -28,6 +28,7 @@ from lightning_peft.engine.files.model_saving import replace_save_pretrained
 from lightning_peft.engine.fingerprint import buffer_checksums, stored_fingerprint
 from lightning_peft.engine.freezing import freeze_base
 from lightning_peft.engine.gathering import group_size
+from lightning_peft.engine.inner_adapters import adopt_inner_adapters, refuse_replacing_adapters
 from lightning_peft.engine.layers.attention import projections
 from lightning_peft.engine.layers.expert_weights import exposed_experts, parameter_name
 from lightning_peft.engine.layers.tokens import attach_tokens, trained_rows
@@ -172,6 +173,7 @@ def inject_config(
 ) -> None:
     """Does what :func:`inject` does, for a config that was validated."""
     _refuse_finished(request.config)
+    adopt_inner_adapters(module)
     record = record_of(module)
     wrapped = find_peft_wrapped(module, () if record is None else record.parts)
     if not wrapped:
@@ -212,7 +214,7 @@ def _take_over(
         add_adapters(module, request, [part.name for part in wrapped], device)
     for part in wrapped:
         entry, before = require_record(module).parts[part.name], values_before_training(part)
-        entry.from_peft_wrapper = True
+        entry.taken_over = True
         entry.initial_values |= {key: before[key] for key in entry.initial_values if key in before}
 
 
@@ -246,6 +248,8 @@ def _add_adapters(
     momentum_copies = record.momentum_copies if record.parts else find_momentum_copies(module)
     plans = make_plans(module, request, adapt, record, momentum_copies)
     left = left_modules(module, record.left or {})
+    if record_of(module) is None:
+        refuse_replacing_adapters(((plan.name, plan.part) for plan in plans), left)
     new = [plan.name for plan in plans if plan.name not in record.parts]
     record.eval_modules |= user_eval_modules(module, new)
     for plan in plans:

@@ -79,7 +79,7 @@ class AdaptedModuleRecord:
             the buffers of these modules; ``disable_adapters`` puts them back.
         adapters: By adapter name.
         changed_base: Fingerprint after an initialisation that rewrites the base, else ``None``.
-        from_peft_wrapper: Whether the adapters were PEFT's wrappers before.
+        taken_over: Whether the adapters were there before, as PEFT's wrappers or on a submodule.
         loaded: Fingerprint of all parameters, heads included, taken before anything changed.
         replaced: Names of base parameters and buffers whose values came from an adapter folder, so
             that checkpoints and folders hold them.
@@ -98,7 +98,7 @@ class AdaptedModuleRecord:
     initial_values: dict[str, Tensor] = field(default_factory=dict)
     adapters: dict[str, AdapterInfo] = field(default_factory=dict)
     changed_base: Fingerprint | None = None
-    from_peft_wrapper: bool = False
+    taken_over: bool = False
     replaced: list[str] = field(default_factory=list)
     buffers: dict[str, int] = field(default_factory=dict)
     loaded: Fingerprint = field(default_factory=lambda: Fingerprint((), (), ()))

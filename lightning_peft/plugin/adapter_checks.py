@@ -31,7 +31,11 @@ def check_existing_adapters(module: nn.Module, settings: InjectionSettings) -> N
     for name, part in record.parts.items():
         where = name or type(module).__name__
         info = part.adapters[record.active[0]]
-        if part.from_peft_wrapper and not settings.adapters_configured:
+        if part.quantization != quantization:
+            problems.append(
+                f"{where}: quantization is {part.quantization}, asked for {quantization}"
+            )
+        if part.taken_over and not settings.adapters_configured:
             continue
         problems += [
             f"{where}: {key}={info.config.get(key)!r}, asked for {requested.get(key)!r}"
@@ -39,10 +43,6 @@ def check_existing_adapters(module: nn.Module, settings: InjectionSettings) -> N
             if info.config.get(key) != requested.get(key)
             and not (moved and key in ("rank_pattern", "alpha_pattern"))
         ]
-        if part.quantization != quantization:
-            problems.append(
-                f"{where}: quantization is {part.quantization}, asked for {quantization}"
-            )
         if not moved:
             problems += _target_differences(
                 module.get_submodule(name), part, info, aside, settings.peft_config

@@ -116,11 +116,13 @@ class Lifecycle:
         self._original_hook = None
 
     def _inject(self, module: Any, strategy: Any) -> None:
+        engine.adopt_inner_adapters(module)
         record = engine.record_of(module)
         self._missing = [] if record is None else missing_layers(module, record)
         if self._missing:
-            engine.set_record(module, None)
-        if engine.record_of(module) is None:
+            # Of other layers, adapters may be there: a checkpoint has to have all of them.
+            engine.set_record(module, engine.Record())
+        if self._missing or record is None:
             outside = engine.unregistered_copies(module)
             settings = self.injection
             request = engine.InjectionRequest(settings.peft_config, settings.quantization_config)

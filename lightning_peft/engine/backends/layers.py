@@ -131,13 +131,12 @@ class QuantizedLayer(LayerMixin):
     ) -> None:
         """Takes the state of a layer with the same frozen weight, as this one gave it."""
         missing, unexpected, errors = found
-        mine = {f"weight.{key}": value for key, value in self.constants_in_state().items()}
-        keys = [f"{prefix}{key}" for key in mine if f"{prefix}{key}" in state_dict]
-        mine["weight"] = self._parameters["weight"].data
-        theirs = {key: state_dict.get(f"{prefix}{key}") for key in mine}
-        same = (
-            x is not None and torch.equal(x.to(mine[key]), mine[key]) for key, x in theirs.items()
-        )
+        mine: dict[str, Any] = {}
+        self._save_to_state_dict(mine, "", False)
+        frozen = ["weight", *self.quantization_keys()]
+        keys = [f"{prefix}{key}" for key in frozen[1:] if f"{prefix}{key}" in state_dict]
+        pairs = [(state_dict.get(f"{prefix}{key}"), mine[key]) for key in frozen]
+        same = (x is not None and torch.equal(x.to(y), y) for x, y in pairs)
         if keys and not all(same):
             errors.append(
                 f"{prefix}weight: quantized values other than those of this module. The base is "

@@ -16,6 +16,7 @@ from lightning_peft.engine.eva import restore_from_batches
 from lightning_peft.engine.files.adapter_checks import stored_as
 from lightning_peft.engine.files.base_tensors import include_in_files
 from lightning_peft.engine.injection import EXPERTS, inject_config
+from lightning_peft.engine.inner_adapters import adopt_inner_adapters
 from lightning_peft.engine.layers.attention import projection_scale, scale_problem
 from lightning_peft.engine.layers.expert_weights import parameter_name
 from lightning_peft.engine.primitives import to_primitives
@@ -244,6 +245,17 @@ def inject_as_described(
             f"{type(module).__name__} has adapters already; a checkpoint's adapters go onto a "
             "module without any."
         )
+    adopt_inner_adapters(module)
+    if record_of(module) is None:
+        _inject_described(module, described, device)
+    restore_from_batches(module, described)
+    set_adapter(module, described["active"])
+    check_description(module, described)
+
+
+def _inject_described(
+    module: nn.Module, described: Mapping[str, Any], device: torch.device | str | None
+) -> None:
     known = dict(module.named_modules(remove_duplicate=False))
     absent = [name for name in described["parts"] if name not in known]
     if absent:
@@ -266,9 +278,6 @@ def inject_as_described(
     finally:
         if not require_record(module).parts:
             set_record(module, None)
-    restore_from_batches(module, described)
-    set_adapter(module, described["active"])
-    check_description(module, described)
 
 
 def _has_rows(part: Mapping[str, Any]) -> bool:
