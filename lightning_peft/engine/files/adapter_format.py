@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -226,16 +227,22 @@ def _computed_differently(part: nn.Module, entry: AdaptedModuleRecord, name: str
             yield f"{entry.qualified(target)} ({class_key(layer)[2].__name__}): {reason}"
 
 
+@cache
+def _versions() -> dict[str, str]:
+    # Once: reading them takes longer than the rest of a small adapter.
+    versions = {}
+    for package in _PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
 def provenance_of(part: nn.Module, entry: AdaptedModuleRecord, name: str) -> dict[str, Any]:
     """The origin of the adapter: base, settings, versions, seed, time (UTC).
 
     The fingerprint of the base is that of all parameters but those in ``left_out``, which the
     files hold themselves.
     """
-    versions = {}
-    for package in _PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
     saved = saved_modules(part, entry, name)
     replaced = [key.replace(".base_layer.", ".") for key in entry.replaced]
     left_out = [*saved, *replaced, *(key for key in entry.initial_values if not inside(key, saved))]
@@ -251,7 +258,7 @@ def provenance_of(part: nn.Module, entry: AdaptedModuleRecord, name: str) -> dic
         "projection_scale": projection_scale(part, entry.adapters[name].targets),
         "modules_to_save": saved,
         "quantization": entry.quantization,
-        "versions": versions,
+        "versions": dict(_versions()),
         "seed": int(seed) if (seed := os.environ.get("PL_GLOBAL_SEED")) else None,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
