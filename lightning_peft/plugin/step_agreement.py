@@ -62,6 +62,8 @@ class StepAgreement:
 
     def stop(self) -> None:
         """Gives strategy and DDP their own ways back."""
+        # What is logged keeps a function of here.
+        self._settled = True
         for name in ("on_train_batch_start", *_EXCHANGES):
             self._strategy.__dict__.pop(name, None)
         self._strategy.precision_plugin.__dict__.pop("post_backward", None)
