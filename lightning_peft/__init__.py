@@ -5,8 +5,7 @@ are registered with Lightning as soon as Lightning is imported.
 """
 
 from lightning_peft.exports import attach_stub
-from lightning_peft.plugin.namespace import bind_if_unambiguous
-from lightning_peft.plugin.registration import register
+from lightning_peft.plugin.namespace import bind_if_unambiguous, register
 
 __version__ = "0.1.0"
 

@@ -22,10 +22,7 @@ def attach_stub(
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """Returns ``__getattr__``, ``__dir__`` and ``__all__`` of ``package``, from its ``.pyi``.
 
-    Args:
-        package: The package's ``__name__``; ``__init__.pyi`` has ``from .module import name``.
-        bind: Called with a value at each access, instead of keeping the value.
-        bound: How the modules start whose values are bound.
+    ``bind`` is called at each access of a value whose module starts with one of ``bound``.
     """
     module = sys.modules[package]
     stub = ast.parse(Path(module.__path__[0], "__init__.pyi").read_text(encoding="utf-8"))

@@ -63,11 +63,7 @@ class LineProcess:
         return not self._rows.empty()
 
     def send(self, row: Mapping[str, Any]) -> None:
-        """Sends a row.
-
-        Raises:
-            ProcessExited: If it no longer reads.
-        """
+        """Sends a row."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(row).encode() + b"\n")
@@ -76,12 +72,7 @@ class LineProcess:
             raise ProcessExited from None
 
     def receive(self, timeout: float) -> dict[str, Any]:
-        """Returns the next row within ``timeout`` seconds; lines that are not objects are skipped.
-
-        Raises:
-            ProcessExited: If there are no more rows.
-            TimeoutError: If none came in time.
-        """
+        """Returns the next row that is an object, within ``timeout`` seconds."""
         try:
             row = self._rows.get(timeout=timeout)
         except Empty:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from lightning_peft.errors import ConfigError
@@ -157,72 +158,55 @@ _ANCHOR = ("anchor_positive", ("anchor", "positive", "negative"))
 _SCORED = ("scored_pair", ("text_a", "text_b", "score"))
 _RATE = "model.init_args.learning_rate"
 
-register_task(
-    TaskSpec(
+_chat_task = partial(
+    TaskSpec,
+    auto_class="AutoModelForCausalLM",
+    family="causal-lm",
+    generates=True,
+    chats=True,
+    chat_template=True,
+)
+
+for _spec in (
+    _chat_task(
         name="sft",
         module="lightning_peft.tasks.CausalLM",
         data="lightning_peft.SupervisedData",
         shapes=(_MESSAGES, _PAIR, _ALPACA, ("text", ("text",))),
-        auto_class="AutoModelForCausalLM",
-        family="causal-lm",
         label_per="token",
-        generates=True,
-        chats=True,
-        chat_template=True,
         sequences_per_row=1,
         chunked_logits=True,
-    )
-)
-for _name in ("dpo", "orpo"):
-    register_task(
-        TaskSpec(
-            name=_name,
+    ),
+    *(
+        _chat_task(
+            name=name,
             module="lightning_peft.tasks.PreferenceTuning",
             data="lightning_peft.PreferenceData",
             shapes=_PREFERENCE,
-            selector=("model.init_args.loss", "orpo") if _name == "orpo" else None,
-            auto_class="AutoModelForCausalLM",
-            family="causal-lm",
+            selector=("model.init_args.loss", "orpo") if name == "orpo" else None,
             label_per="token",
-            generates=True,
-            chats=True,
-            chat_template=True,
             sequences_per_row=2,
             defaults=((_RATE, 5e-6),),
         )
-    )
-register_task(
-    TaskSpec(
+        for name in ("dpo", "orpo")
+    ),
+    _chat_task(
         name="kto",
         module="lightning_peft.tasks.UnpairedPreferenceTuning",
         data="lightning_peft.UnpairedPreferenceData",
         shapes=(("unpaired", ("prompt", "completion", "label", "system")), *_PREFERENCE),
-        auto_class="AutoModelForCausalLM",
-        family="causal-lm",
         label_per="token",
-        generates=True,
-        chats=True,
-        chat_template=True,
         sequences_per_row=1,
         defaults=((_RATE, 5e-6),),
-    )
-)
-register_task(
-    TaskSpec(
+    ),
+    _chat_task(
         name="grpo",
         module="lightning_peft.tasks.RewardTuning",
         data="lightning_peft.PromptData",
         shapes=(("prompt", ("prompt", "system")),),
-        auto_class="AutoModelForCausalLM",
-        family="causal-lm",
-        generates=True,
-        chats=True,
-        chat_template=True,
         metric=("val_reward", "max"),
         defaults=((_RATE, 1e-5), ("model.init_args.beta", 0.0)),
-    )
-)
-register_task(
+    ),
     TaskSpec(
         name="reward",
         module="lightning_peft.tasks.RewardModel",
@@ -234,9 +218,7 @@ register_task(
         label_per="row",
         chat_template=True,
         defaults=((_RATE, 1e-4),),
-    )
-)
-register_task(
+    ),
     TaskSpec(
         name="text-classification",
         module="lightning_peft.tasks.TextClassifier",
@@ -246,9 +228,7 @@ register_task(
         family="encoder",
         head="labels",
         label_per="row",
-    )
-)
-register_task(
+    ),
     TaskSpec(
         name="token-classification",
         module="lightning_peft.tasks.TokenClassifier",
@@ -258,9 +238,7 @@ register_task(
         family="encoder",
         head="labels",
         label_per="token",
-    )
-)
-register_task(
+    ),
     TaskSpec(
         name="embedding",
         module="lightning_peft.tasks.SentenceEmbedder",
@@ -270,9 +248,7 @@ register_task(
         family="encoder",
         sentence_class="SentenceTransformer",
         sequences_per_row=2,
-    )
-)
-register_task(
+    ),
     TaskSpec(
         name="reranker",
         module="lightning_peft.tasks.Reranker",
@@ -284,21 +260,19 @@ register_task(
         label_per="row",
         sentence_class="CrossEncoder",
         sequences_per_row=2,
-    )
-)
-for _name in ("summarization", "translation"):
-    register_task(
+    ),
+    *(
         TaskSpec(
-            name=_name,
+            name=name,
             module="lightning_peft.tasks.Seq2SeqLM",
             data="lightning_peft.Seq2SeqData",
             shapes=_SEQUENCES,
-            selector=("data.init_args.prefix", "transl") if _name == "translation" else None,
+            selector=("data.init_args.prefix", "transl") if name == "translation" else None,
             family="seq2seq",
             generates=True,
         )
-    )
-register_task(
+        for name in ("summarization", "translation")
+    ),
     TaskSpec(
         name="speech-recognition",
         module="lightning_peft.tasks.SpeechRecognizer",
@@ -308,9 +282,7 @@ register_task(
         processor_argument="processor",
         family="speech",
         generates=True,
-    )
-)
-register_task(
+    ),
     TaskSpec(
         name="image-classification",
         module="lightning_peft.tasks.ImageClassifier",
@@ -324,9 +296,7 @@ register_task(
         replaces_head=True,
         label_per="row",
         metric=("val_accuracy", "max"),
-    )
-)
-register_task(
+    ),
     TaskSpec(
         name="image-text-to-text",
         module="lightning_peft.tasks.ImageTextToText",
@@ -345,9 +315,7 @@ register_task(
         sees=True,
         chat_template=True,
         sequences_per_row=1,
-    )
-)
-register_task(
+    ),
     TaskSpec(
         name="time-series",
         module="lightning_peft.tasks.Forecaster",
@@ -356,5 +324,6 @@ register_task(
         processor_argument=None,
         family="series",
         defaults=((_RATE, 1e-3), ("data.init_args.batch_size", 64)),
-    )
-)
+    ),
+):
+    register_task(_spec)

@@ -93,11 +93,7 @@ def read_for_chat(path: str, images: ImageTokens) -> tuple[bytes, str]:
 
 
 def with_decoded_images(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns turns whose ``images`` are in base64 with their bytes.
-
-    Raises:
-        ConfigError: If one is not base64, or not an image.
-    """
+    """Returns turns whose ``images`` are in base64 with their bytes."""
     return [
         {**turn, "images": [_decoded(*one) for one in enumerate(turn["images"], 1)]}
         if turn.get("images")
@@ -136,11 +132,7 @@ def with_marks(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_tokens(images: ImageTokens, text: str, content: Sequence[bytes]) -> str:
-    """Returns a rendered conversation with the tokens of each image in its place.
-
-    Raises:
-        EncodingProblem: If it has other places than images, or the processor refuses one.
-    """
+    """Returns a rendered conversation with the tokens of each image in its place."""
     found = text.count(images.token)
     if found != len(content):
         raise EncodingProblem(

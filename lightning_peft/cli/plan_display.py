@@ -11,9 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_peft.plan.device_memory import readable
-from lightning_peft.plan.explanation import NAMES
 from lightning_peft.plan.method_comparison import MethodComparison
 from lightning_peft.plan.prediction import PARTS
+from lightning_peft.plan.suggestions import NAMES
 
 _SHORT = {"fits": "yes", "may not fit": "maybe", "does not fit": "no"}
 

@@ -17,19 +17,19 @@ from datasets import Features, Value
 
 from lightning_peft.compat.datasets import tqdm
 from lightning_peft.data.file_format import Row
-from lightning_peft.data.first_rows import FirstRows, FirstSeen
 from lightning_peft.data.parallel_encoding import (
     MAX_WORKERS,
     Outcome,
     WorkersFailed,
     encode_rows,
 )
-from lightning_peft.data.prepared import Prepared, open_prepared
 from lightning_peft.data.prepared_parts import (
     PART_ROWS,
     PartStore,
     PartWriter,
+    Prepared,
     join,
+    open_prepared,
     outcome_in,
 )
 from lightning_peft.data.progress import counted_rows
@@ -44,7 +44,7 @@ from lightning_peft.data.reading import (
     log_formats,
     split_named,
 )
-from lightning_peft.data.row_content import ContentCounter
+from lightning_peft.data.row_content import ContentCounter, FirstRows, FirstSeen
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.row_keys import KeyCount, check_ignored
 from lightning_peft.data.samples import Sample

@@ -6,11 +6,12 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow
-from datasets import Features
+from datasets import Dataset, Features
 from filelock import FileLock
 from pyarrow import ipc
 
@@ -18,6 +19,7 @@ from lightning_peft.compat.datasets import ArrowWriter
 from lightning_peft.data.file_format import Row
 from lightning_peft.data.parallel_encoding import Outcome
 from lightning_peft.data.reading import SPLITS
+from lightning_peft.data.validation import Problem
 from lightning_peft.engine import cache_entries
 
 REJECTED = "rejected.jsonl"
@@ -193,3 +195,44 @@ def _join_rows(
     if held:
         writer.write_table(pyarrow.Table.from_batches(held))
     writer.finalize()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Data that is ready to be trained on.
+
+    ``splits`` are the encoded rows of each split with rows, with their ``file`` and ``row``,
+    memory-mapped; ``problems`` those of the rows that are left out.
+    """
+
+    splits: dict[str, Dataset]
+    problems: list[Problem]
+    summary: dict[str, Any]
+    folder: Path
+
+    def lengths(self, split: str) -> list[int]:
+        """Returns the column ``length`` of every row, its tokens or frames; ``[]`` without one."""
+        if split not in self.splits or "length" not in self.splits[split].column_names:
+            return []
+        found: list[int] = self.splits[split].data.column("length").to_pylist()
+        return found
+
+
+def open_prepared(folder: Path) -> Prepared:
+    """Opens what is prepared in a folder; rows are read as they are asked for."""
+    summary = json.loads((folder / cache_entries.SUMMARY).read_text(encoding="utf-8"))
+    splits = {
+        split: Dataset.from_file(str(folder / f"{split}.arrow"))
+        for split in SPLITS
+        if summary["splits"][split]["rows"]
+    }
+    return Prepared(splits, _read_problems(folder / REJECTED), summary, folder)
+
+
+def _read_problems(file: Path) -> list[Problem]:
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [
+        Problem(reason["kind"], row["file"], row["row"], reason["detail"])
+        for row in rows
+        for reason in row["reasons"]
+    ]

@@ -19,8 +19,7 @@ from lightning_peft.data.preparation import (
     PreparationSettings,
     prepare,
 )
-from lightning_peft.data.prepared import Prepared
-from lightning_peft.data.prepared_parts import REJECTED
+from lightning_peft.data.prepared_parts import REJECTED, Prepared
 from lightning_peft.data.prompts import read_prompts
 from lightning_peft.data.reading import Source, TextUnit, named_apart
 from lightning_peft.data.row_encoder import RowEncoder

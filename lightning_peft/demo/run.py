@@ -14,22 +14,24 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
+from rich.table import Table
 from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
 from transformers import logging as transformers_logging
 
 from lightning_peft import engine
-from lightning_peft.demo.display import memory_table, show_result
 from lightning_peft.demo.exercises import BASE as BASE
 from lightning_peft.demo.exercises import INSTRUCTIONS as INSTRUCTIONS
 from lightning_peft.demo.exercises import TEMPLATE as TEMPLATE
 from lightning_peft.demo.exercises import Exercise, choose_exercise
 from lightning_peft.demo.phases import phase
-from lightning_peft.demo.progress import progress_callback
+from lightning_peft.plan.memory import static_memory
 from lightning_peft.plugin.interruption import SaveOnInterrupt
-from lightning_peft.plugin.namespace import bind_to_lightning, namespace_in_use
+from lightning_peft.plugin.namespace import LateBoundCallback, bind_to_lightning, namespace_in_use
 from lightning_peft.plugin.strategies import LoRAStrategy, QLoRAStrategy
 from lightning_peft.tasks.causal_lm import CausalLM
 
@@ -193,3 +195,92 @@ def answers(trainer: Any, task: Any, data: Any, exercise: Exercise) -> list[str]
     chosen = [rows[place] for place in exercise.answered]
     samples = task.generate_samples(chosen, exercise.new_tokens)
     return [" ".join(sample.generated.split()) for sample in samples]
+
+
+def memory_table(source: str, method: str, rank: int) -> Table:
+    """Returns weights, gradients and optimizer states of the three methods, side by side."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(engine.load_config(source), dtype=torch.float32)
+    model.tie_weights()
+    table = Table(title="memory without activations, in MB", title_justify="left")
+    for column in ("method", "trained", "weights", "gradients", "Adam", "total", "of full"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    rows = static_memory(model, rank)
+    for row in rows:
+        table.add_row(
+            row.method,
+            f"{row.trainable:,}",
+            *(f"{v / 1e6:.1f}" for v in (row.weights, row.gradients, row.optimizer, row.total)),
+            f"{row.total / rows[0].total:.0%}",
+            style="bold" if row.method == method else None,
+        )
+    return table
+
+
+def show_result(console: Console, record: dict[str, Any], folder: Path, method: str) -> None:
+    """Prints losses, answers, files and what to try next."""
+    table = Table(title="before and after", title_justify="left")
+    for column in ("", "base", "tuned", "change"):
+        table.add_column(column, justify="right" if column else "left")
+    losses = (("loss of training rows", "train_loss"), ("loss of held-out rows", "held_out_loss"))
+    for name, key in losses:
+        if key in record:
+            old, new = record[key]
+            table.add_row(name, f"{old:.3f}", f"{new:.3f}", f"{(new - old) / old:+.0%}")
+    if "exact" in record:
+        old, new = record["exact"]
+        total = record["answered"]
+        name = "held-out orders exactly right"
+        table.add_row(name, f"{old} of {total}", f"{new} of {total}", f"{new - old:+d}")
+    console.print(table)
+    console.print("[bold]Held-out questions, answered[/bold]")
+    for sample in record["samples"]:
+        console.print(f"\n  [bold]{escape(sample['question'])}[/bold]")
+        console.print(f"  base      {escape(sample['base'][:200])}")
+        console.print(f"  tuned     [green]{escape(sample['tuned'][:200])}[/green]")
+        console.print(f"  expected  [dim]{escape(sample['reference'][:200])}[/dim]")
+    seconds, training = record["seconds"], record["training_seconds"]
+    console.print(f"\n[bold]Files[/bold] ({seconds:.0f} s in all, {training:.0f} s of training)")
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        console.print(f"  {file}  {file.stat().st_size / 1e3:,.0f} kB", highlight=False)
+    other = "lora" if method == "qlora" else "qlora"
+    console.print("\n[bold]Next[/bold]")
+    chat = () if method == "full" else (f"lightning-peft chat {folder}/checkpoints/adapters/demo",)
+    for line in (
+        f"lightning-peft demo --method {other}",
+        *chat,
+        "Trainer(strategy=QLoRAStrategy())   # your own module",
+    ):
+        console.print(f"  {line}", highlight=False)
+
+
+class ProgressLines(LateBoundCallback):
+    """Prints a line at every tenth of the run."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+        self.started = 0.0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Starts the clock."""
+        self.started = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Prints step, loss and the time left, ten times."""
+        step = trainer.global_step
+        if step and step % max(1, self.steps // 10) == 0:
+            spent = time.perf_counter() - self.started
+            left = spent / step * (self.steps - step)
+            loss = float(trainer.callback_metrics["train_loss"])
+            print(
+                f"  step {step}/{self.steps}  loss {loss:.3f}  {spent:.0f} s, {left:.0f} s left",
+                flush=True,
+            )
+
+
+def progress_callback(lightning: Any, steps: int) -> Any:
+    """Returns Lightning's rich bar on a terminal, plain lines elsewhere."""
+    if sys.stdout.isatty():
+        return lightning.callbacks.RichProgressBar(leave=True)
+    return ProgressLines(steps)

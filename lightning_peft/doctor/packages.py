@@ -36,11 +36,7 @@ def _distributions(name: str, path: list[str] | None) -> Iterable[Distribution]:
 
 
 def required(name: str = OURS, extra: str = "", path: list[str] | None = None) -> list[Requirement]:
-    """Returns the requirements of a package here, with one of its extras.
-
-    Raises:
-        PackageNotFoundError: If it is not installed.
-    """
+    """Returns the requirements of a package here, with one of its extras."""
     first = next(iter(_distributions(name, path)), None)
     if first is None:
         raise PackageNotFoundError(name)

@@ -8,7 +8,7 @@ not against an attacker: use file hashes for that.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,17 +31,28 @@ _CACHED = 24 << 10
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Checksums of the frozen tensors of one adapted part.
+    """Shapes and checksums of the frozen tensors of one adapted part.
 
     Attributes:
-        names: Parameter names relative to the part, before anything was changed.
-        shapes: Their shapes.
-        sums: Their checksums, in the order of ``names``.
+        tensors: Both by the names of parameters in the part, before anything was changed.
     """
 
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    sums: tuple[int, ...]
+    tensors: Mapping[str, tuple[tuple[int, ...], int]]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names, in the order of the part."""
+        return tuple(self.tensors)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes, in this order."""
+        return tuple(shape for shape, _ in self.tensors.values())
+
+    @property
+    def sums(self) -> tuple[int, ...]:
+        """The checksums, in this order."""
+        return tuple(total for _, total in self.tensors.values())
 
     def digest(self) -> str:
         """Returns one sha256 over names, shapes and checksums."""
@@ -50,13 +61,7 @@ class Fingerprint:
 
     def only(self, chosen: Callable[[str], bool]) -> Fingerprint:
         """Returns the fingerprint of those tensors whose name ``chosen`` accepts."""
-        rows = zip(self.names, self.shapes, self.sums, strict=True)
-        kept = [row for row in rows if chosen(row[0])]
-        return Fingerprint(
-            names=tuple(name for name, _, _ in kept),
-            shapes=tuple(shape for _, shape, _ in kept),
-            sums=tuple(total for _, _, total in kept),
-        )
+        return Fingerprint({name: held for name, held in self.tensors.items() if chosen(name)})
 
     def differences(self, sums: Iterable[int]) -> list[str]:
         """Returns the names of the tensors whose checksum is another one in ``sums``."""
@@ -140,12 +145,7 @@ def _signed(number: int) -> int:
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> Fingerprint:
     """Returns the fingerprint of named tensors, in the order given."""
-    items = list(tensors)
-    return Fingerprint(
-        names=tuple(name for name, _ in items),
-        shapes=tuple(tuple(tensor.shape) for _, tensor in items),
-        sums=tuple(checksum(tensor) for _, tensor in items),
-    )
+    return Fingerprint({name: (tuple(one.shape), checksum(one)) for name, one in tensors})
 
 
 def stored_fingerprint(part: nn.Module, names: Iterable[str]) -> Fingerprint:

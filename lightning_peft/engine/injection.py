@@ -22,11 +22,11 @@ from lightning_peft.engine.backends.conversion import adopt_prequantized, releas
 from lightning_peft.engine.backends.registry import is_quantized, quantization_to_dict
 from lightning_peft.engine.configuration import as_peft_config, config_to_dict, lora_config
 from lightning_peft.engine.eva import check_batches, initialize_from_batches
+from lightning_peft.engine.files.adapter_files import replace_save_pretrained
 from lightning_peft.engine.files.base_tensors import include_in_files
 from lightning_peft.engine.files.excluded_weights import agree_on_excluded, note_excluded
-from lightning_peft.engine.files.model_saving import replace_save_pretrained
 from lightning_peft.engine.fingerprint import buffer_checksums, stored_fingerprint
-from lightning_peft.engine.freezing import freeze_base
+from lightning_peft.engine.freezing import freeze_base, user_eval_modules
 from lightning_peft.engine.gathering import group_size
 from lightning_peft.engine.inner_adapters import adopt_inner_adapters, refuse_replacing_adapters
 from lightning_peft.engine.layers.attention import projections
@@ -60,7 +60,6 @@ from lightning_peft.engine.selection.planning import InjectionPlan, InjectionReq
 from lightning_peft.engine.selection.scope import left_modules, left_parameters
 from lightning_peft.engine.selection.targets import PATTERN_FIELDS, patterns_for
 from lightning_peft.engine.training.causal_lm_loss import patch_causal_lm_loss
-from lightning_peft.engine.training_mode import user_eval_modules
 from lightning_peft.engine.verification.probe import default_step
 from lightning_peft.engine.vocabulary import resized_embeddings, vocabulary_size, without_new_rows
 from lightning_peft.errors import ConfigError

@@ -42,11 +42,7 @@ def fused_kernel_problem(part: nn.Module, target: str) -> str | None:
 
 
 def retargeted_by_peft(part: Any, config: PeftConfig) -> list[str]:
-    """Changes that PEFT makes to ``config`` when it loads an adapter onto ``part``.
-
-    Returns:
-        A phrase for each changed field; empty where PEFT adapts the same layers.
-    """
+    """Returns a phrase for each field that PEFT changes when it loads an adapter onto ``part``."""
     if getattr(getattr(part, "config", None), "model_type", None) is None:
         return []
     theirs: Any = copy.deepcopy(config)

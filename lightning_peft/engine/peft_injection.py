@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_peft.compat.peft import cast_adapters, in_place_tuner
 from lightning_peft.engine.backends.conversion import quantize
-from lightning_peft.engine.backends.share import Share, current_share
+from lightning_peft.engine.backends.packed import Share, current_share
 from lightning_peft.engine.layers.adapter import attach
 from lightning_peft.engine.layers.attention import PROJECTION
 from lightning_peft.engine.layers.sizes import weight_sizes

@@ -101,7 +101,7 @@ class AdaptedModuleRecord:
     taken_over: bool = False
     replaced: list[str] = field(default_factory=list)
     buffers: dict[str, int] = field(default_factory=dict)
-    loaded: Fingerprint = field(default_factory=lambda: Fingerprint((), (), ()))
+    loaded: Fingerprint = field(default_factory=lambda: Fingerprint({}))
 
     def qualified(self, name: str) -> str:
         """Returns a name relative to this part as a name relative to the module."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, suppress
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -23,9 +24,8 @@ from transformers import PreTrainedModel
 from lightning_peft.compat.torch import filled, is_traced, leave_out_of_ddp, left_in_place
 from lightning_peft.engine.backends.conversion import release_freed_memory
 from lightning_peft.engine.backends.layers import QuantizedLayer
-from lightning_peft.engine.backends.share import Share
-from lightning_peft.engine.called_blocks import CalledBlocks
-from lightning_peft.engine.gathering import share_group
+from lightning_peft.engine.backends.packed import Share
+from lightning_peft.engine.gathering import gathered, share_group
 from lightning_peft.engine.layers.expert_weights import weight_name
 from lightning_peft.engine.layers.mixin import LayerMixin, stored_parameter
 from lightning_peft.engine.layers.tokens import TokenLayer
@@ -315,3 +315,48 @@ def _pack(layers: list[Any], device: torch.device, share: Share) -> None:
         for layer in others:
             layer.packed = first.packed
             layer._parameters["weight"] = first._parameters["weight"]
+
+
+class CalledBlocks:
+    """Refuses forward passes for which processes call different blocks.
+
+    FSDP gathers by order: parts of two blocks of equal size would be put together to one. Numbers
+    of calls that differ end in an error of torch or in the timeout of the process group.
+    """
+
+    def __init__(
+        self, module: nn.Module, blocks: dict[str, nn.Module], device: torch.device
+    ) -> None:
+        self._names = list(blocks)
+        self._group_device = device
+        self._called: list[int] = []
+        module.register_forward_pre_hook(self._begin)
+        for number, block in enumerate(blocks.values()):
+            block.register_forward_pre_hook(partial(self._note, number))
+        module.register_forward_hook(self._compare)
+
+    def _begin(self, *_: Any) -> None:
+        self._called = []
+
+    def _note(self, number: int, *_: Any) -> None:
+        self._called.append(number)
+
+    def _compare(self, *_: Any) -> None:
+        distributed = import_module("torch.distributed")
+        # Integers in tuples have the same hash in each process.
+        mine = torch.tensor([hash(tuple(self._called))], device=self._group_device)
+        everyone = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(everyone, mine)
+        if len(set(torch.cat(everyone).tolist())) == 1:
+            return
+        rows = [
+            f"process {rank}: " + ", ".join(repr(self._names[number]) for number in numbers)
+            for rank, numbers in enumerate(gathered(self._called, len(everyone)))
+        ]
+        raise UnsupportedError(
+            "The processes called different blocks in one forward pass:"
+            + itemize(rows, 8)
+            + "\nsharding='fsdp2' gathers the parts of a block from all processes, so they "
+            "computed with a mixture of several. Call the same blocks everywhere (no LayerDrop, "
+            "stochastic depth or experts chosen by each process), or use sharding=None."
+        )

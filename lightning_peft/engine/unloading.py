@@ -12,7 +12,7 @@ from lightning_peft.compat.peft import BaseTuner, BaseTunerLayer
 from lightning_peft.engine.adapters import adapted_layers_of, is_merged
 from lightning_peft.engine.backends.conversion import convert_to_dense, restore_quantized
 from lightning_peft.engine.backends.layers import QuantizedLayer
-from lightning_peft.engine.files.model_saving import restore_save_pretrained
+from lightning_peft.engine.files.adapter_files import restore_save_pretrained
 from lightning_peft.engine.layers.adapter import AdapterLayer, detach
 from lightning_peft.engine.layers.expert_weights import withdraw_experts
 from lightning_peft.engine.layers.tokens import untie_rows

@@ -55,10 +55,7 @@ def pretrained_vocabulary_size(part: nn.Module) -> int | None:
 def resized_embeddings(part: nn.Module, trained: Mapping[str, set[int]]) -> list[str]:
     """Returns the weights of embeddings that no file of the base has, and adapters neither.
 
-    Args:
-        part: The part, whose vocabulary may have been changed.
-        trained: The rows that adapters train, by layer. Where these are all new ones, nothing else
-            of the weight is new.
+    Where the rows in ``trained``, by layer, are all new ones, nothing else of the weight is new.
     """
     sizes = _changed_size(part)
     if sizes is None:
@@ -102,13 +99,9 @@ def without_new_rows(part: Any, loaded: Fingerprint) -> Fingerprint:
     if sizes is None:
         return loaded
     held = dict(part.named_parameters())
-    names = [name for name in loaded.names if name in set(_embedding_tensors(part))]
+    names = [name for name in _embedding_tensors(part) if name in loaded.tensors]
     short = fingerprint((name, held[name][: sizes[0]]) for name in names)
-    places = {name: place for place, name in enumerate(loaded.names)}
-    shapes, sums = list(loaded.shapes), list(loaded.sums)
-    for name, shape, total in zip(short.names, short.shapes, short.sums, strict=True):
-        shapes[places[name]], sums[places[name]] = shape, total
-    return Fingerprint(loaded.names, tuple(shapes), tuple(sums))
+    return Fingerprint({**loaded.tensors, **short.tensors})
 
 
 def _changed_size(part: nn.Module) -> tuple[int, int] | None:

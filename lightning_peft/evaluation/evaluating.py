@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from lm_eval.evaluator import evaluate as run_harness
+from lm_eval.models.huggingface import HFLM
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -17,7 +20,6 @@ from transformers.models.auto.modeling_auto import (
 
 from lightning_peft.chat.chat_model import ChatModel
 from lightning_peft.errors import ConfigError, UnsupportedError, first_line
-from lightning_peft.evaluation.harness_model import HarnessModel, Progress
 from lightning_peft.evaluation.harness_package import harness_version
 from lightning_peft.evaluation.results import table_rows, task_hashes
 from lightning_peft.evaluation.tasks import HARNESS_SEEDS, Seeds, TaskSet
@@ -26,6 +28,8 @@ from lightning_peft.export.base import Base
 
 # On a CPU, the harness' own search for the largest batch fills the memory with the longest texts.
 CPU_BATCH_SIZE = 8
+# What is done, and how much of it of how much.
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -209,3 +213,56 @@ def _template_notes(chat_model: ChatModel, settings: Settings) -> list[str]:
         "--apply-chat-template writes them as turns"
         for name in names
     ]
+
+
+class HarnessModel(HFLM):
+    """Transformers model that reports its progress."""
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int | str) -> None:
+        """Takes a model in eval mode, on its device; ``batch_size`` may be ``"auto"``."""
+        with _as_it_is(model):
+            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        self._progress: Progress = lambda what, done, total: None
+        self._what, self._done, self._total = "", 0, 0
+        self.set_cache_hook(self)
+
+    def report_to(self, progress: Progress, what: str) -> None:
+        """Calls ``progress`` from now on, with ``what`` before the kind of requests."""
+        self._progress, self._what = progress, what
+
+    def add_partial(self, attr: str, req: Any, res: Any) -> None:
+        """Is called by the harness for each answered request, as that of a cache."""
+        self._done += 1
+        self._progress(f"{self._what}: {attr}", self._done, self._total)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+        """Returns for each request the log-likelihood of its text, and whether it is greedy."""
+        self._done, self._total = 0, len(requests)
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+        """Returns for each request the log-likelihood of its whole text."""
+        self._done, self._total = 0, len(requests)
+        return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+        """Returns for each request the generated text."""
+        self._done, self._total = 0, len(requests)
+        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+
+@contextmanager
+def _as_it_is(model: Any) -> Iterator[None]:
+    """The harness ties weights once more, which would undo a head in ``modules_to_save``.
+
+    It also warns that a model was given instead of a name, which is meant.
+    """
+    log = logging.getLogger("lm_eval.models.huggingface")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    model.tie_weights = lambda *args, **options: None
+    try:
+        yield
+    finally:
+        del model.tie_weights
+        log.setLevel(before)

@@ -153,9 +153,9 @@ def base_checked(
     if recorded is None:
         return False
     outline: Any = merge.outline
-    total, done, sums = sum(s.numel for s in base.keys.values()), 0, []
+    total, done, found = sum(s.numel for s in base.keys.values()), 0, {}
     aliases = _aliases(outline)
-    for name, shape in zip(merge.base.names, merge.base.shapes, strict=True):
+    for name, (shape, _) in merge.base.tensors.items():
         there = next((a for a in aliases.get(name, [name]) if a in layout.by_name), name)
         if layout.shape(there) != shape:
             raise CheckpointError(
@@ -163,10 +163,10 @@ def base_checked(
                 f"{base.name!r} {layout.shape(there) or 'it is not there'}."
             )
         group = layout.by_name[there]
-        sums.append(checksum(group.joined(base.tensors(group.keys))[there]))
+        found[name] = shape, checksum(group.joined(base.tensors(group.keys))[there])
         done += torch.Size(shape).numel()
         progress("checking the base", done, total)
-    digest = Fingerprint(merge.base.names, merge.base.shapes, tuple(sums)).digest()
+    digest = Fingerprint(found).digest()
     if digest != recorded:
         raise BaseMismatchError(
             f"The adapter in {str(adapter.folder)!r} was trained on other weights "

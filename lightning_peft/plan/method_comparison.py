@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lightning_peft.errors import UnsupportedError
 from lightning_peft.plan.cluster import Cluster, StepBounds, step_bounds
-from lightning_peft.plan.device_memory import DeviceMemory
-from lightning_peft.plan.limits import largest_batch, longest_sequence
+from lightning_peft.plan.device_memory import DeviceMemory, readable
+from lightning_peft.plan.memory_tracker import ACTIVATIONS, LOGITS
 from lightning_peft.plan.prediction import Prediction, predict
-from lightning_peft.plan.recommendation import Recommendation, recommend
 from lightning_peft.plan.settings import METHODS, Method, PlanSettings
 from lightning_peft.plan.sources import ModelSource
+
+# Where the search ends, and how fine it is for sequences.
+_LARGEST_BATCH, _LONGEST, _STEP = 4096, 1 << 20, 64
+_LARGE = 13_000_000_000
 
 
 @dataclass(frozen=True)
@@ -201,3 +204,168 @@ def _by(method: Method, source: ModelSource, settings: PlanSettings) -> dict[Met
         if not run.is_sharded:
             raise
         return {}
+
+
+def largest_batch(source: ModelSource, plan: Prediction, device_bytes: int) -> int:
+    """Returns the most rows that fit at the sequence length of a run; 0 where none do."""
+
+    def needed(rows: int) -> int:
+        return predict(source, replace(plan.settings, batch_size=rows)).high_bytes
+
+    known = {plan.settings.batch_size: plan.high_bytes}
+    return _largest(needed, known, device_bytes, _LARGEST_BATCH)
+
+
+def longest_sequence(source: ModelSource, plan: Prediction, device_bytes: int) -> int:
+    """Returns the longest sequence that fits at the batch size of a run; 0 where none does.
+
+    In steps of 64 tokens, and at most as long as the model was made for.
+    """
+    limit = source.longest or _LONGEST
+    step = min(_STEP, limit)
+
+    def needed(count: int) -> int:
+        return predict(source, replace(plan.settings, seq_len=count * step)).high_bytes
+
+    known = {}
+    if plan.settings.seq_len % step == 0 and plan.settings.seq_len <= limit:
+        known = {plan.settings.seq_len // step: plan.high_bytes}
+    return step * _largest(needed, known, device_bytes, limit // step)
+
+
+def _largest(
+    needed: Callable[[int], int], known: dict[int, int], device_bytes: int, most: int
+) -> int:
+    """Returns the largest count up to ``most`` whose need, which is convex, fits; 0 where none."""
+    known = {count: size for count, size in known.items() if count <= most}
+    if not known:
+        known[1] = needed(1)
+    if 1 not in known and min(known.values()) > device_bytes:
+        known[1] = needed(1)
+    if len(known) == 1:
+        other = min(most, 2 * max(known))
+        known[other] = needed(other)
+    nearby = True
+    while True:
+        low, high = _bounds(known, device_bytes, most)
+        if high - low <= 1:
+            return low
+        # Where memory grows evenly the answer is at one of the bounds, else between them.
+        edge = high - 1 if max(known.values()) <= device_bytes else low + 1
+        count = edge if nearby else (low + high) // 2
+        nearby = not nearby
+        known[count] = needed(count)
+
+
+def _bounds(known: dict[int, int], device_bytes: int, most: int) -> tuple[int, int]:
+    """Returns a count that fits for sure (0 for none), and one that does not."""
+    fitting = sorted(count for count, size in known.items() if size <= device_bytes)
+    failing = [count for count in known if count not in fitting]
+    low, high = max(fitting, default=0), min(failing, default=most + 1)
+    if fitting and failing:
+        # Between the two, the need is at most the line.
+        slope = (known[high] - known[low]) / (high - low)
+        inside = low + int((device_bytes - known[low]) / slope)
+        low, last = min(max(low, inside), high - 1), low
+    else:
+        last = low
+    if len(fitting) > 1:
+        # Beyond the two, it is at least the line.
+        before = fitting[-2]
+        slope = (known[last] - known[before]) / (last - before)
+        if slope > 0:
+            high = min(high, last + int((device_bytes - known[last]) / slope) + 1)
+    return low, high
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to do."""
+
+    method: Method | None
+    text: str
+
+
+def recommend(plans: Mapping[Method, Prediction], device: DeviceMemory | None) -> Recommendation:
+    """Recommends a method."""
+    refused = [method for method in METHODS if method not in plans]
+    if refused:
+        first = next(method for method in reversed(METHODS) if method in plans)
+        text = f"{first}: a run with {' or '.join(refused)} cannot share the base of this model."
+        return Recommendation(first, text)
+    lora, qlora = plans["lora"], plans["qlora"]
+    large = _weights(lora) > _LARGE
+    if device is None:
+        saved = 1 - qlora.peak_bytes / lora.peak_bytes
+        best: Method = "qlora" if large else "lora"
+        return Recommendation(
+            best,
+            f"LoRA needs about {_range(lora)} and QLoRA about {_range(qlora)} ({saved:.0%} less). "
+            "Where the first fits comfortably, LoRA is simpler and its steps are faster, since "
+            "nothing is dequantized; else take QLoRA. Give --gpu for an answer for your device.",
+        )
+    comfortable = lora.fits_comfortably(device.bytes)
+    if comfortable and not large:
+        return Recommendation("lora", _lora(plans, device))
+    if qlora.fits(device.bytes):
+        return Recommendation("qlora", _qlora(lora, qlora, device, large))
+    return Recommendation(None, _nothing(plans, device))
+
+
+def _weights(plan: Prediction) -> int:
+    return plan.trace.total - plan.trace.trainable
+
+
+def _range(plan: Prediction) -> str:
+    return f"{readable(plan.peak_bytes)} (up to {readable(plan.high_bytes)})"
+
+
+def _lora(plans: Mapping[Method, Prediction], device: DeviceMemory) -> str:
+    lora, full = plans["lora"], plans["full"]
+    text = (
+        f"LoRA: with the base as it is, the run takes about {_range(lora)} of the "
+        f"{readable(device.bytes)} of {device.name}, which is comfortable. It is simpler than "
+        f"QLoRA, and its steps are faster, since nothing is dequantized."
+    )
+    if full.fits_comfortably(device.bytes):
+        text += f" Training all weights would fit too, with about {_range(full)}."
+    return text + _usual_reason(lora)
+
+
+def _qlora(lora: Prediction, qlora: Prediction, device: DeviceMemory, large: bool) -> str:
+    if lora.fits(device.bytes):
+        why = (
+            f"above about {_LARGE / 1e9:.0f} billion weights the room is better spent on batch "
+            "and length"
+            if large
+            else "LoRA would leave little room"
+        )
+        other = f"{why}: it needs about {_range(lora)} of the {readable(device.bytes)}"
+    else:
+        other = (
+            f"LoRA {lora.verdict(device.bytes)} into the {readable(device.bytes)} of "
+            f"{device.name}: it needs about {_range(lora)}"
+        )
+    return f"QLoRA: {other}, and QLoRA about {_range(qlora)}.{_usual_reason(qlora)}"
+
+
+def _nothing(plans: Mapping[Method, Prediction], device: DeviceMemory) -> str:
+    least = min(plans.values(), key=lambda plan: plan.high_bytes)
+    return (
+        f"None of the methods fits into the {readable(device.bytes)} of {device.name}; the least "
+        f"is {least.settings.method} with about {_range(least)}. Shorten the sequence, make the "
+        "batch smaller (and accumulate more of them), switch gradient checkpointing on, or take a "
+        f"larger device.{_usual_reason(least)}"
+    )
+
+
+def _usual_reason(plan: Prediction) -> str:
+    """Context and batch, not weights, are the usual reason why a run that should fit does not."""
+    moving = plan.breakdown[ACTIVATIONS] + plan.breakdown[LOGITS]
+    share = moving / plan.peak_bytes
+    if share < 0.3:
+        return ""
+    return (
+        f" {share:.0%} of that is activations and logits, which grow with batch_size="
+        f"{plan.settings.batch_size} and seq_len={plan.settings.seq_len}."
+    )

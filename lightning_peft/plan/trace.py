@@ -22,9 +22,8 @@ from lightning_peft.engine.verification.probe import NoLossError, preserved_rand
 from lightning_peft.errors import ConfigError, LightningPeftError, UnsupportedError
 from lightning_peft.plan.memory_tracker import MemoryTracker
 from lightning_peft.plan.meta_copy import fake_mode, make_fake
-from lightning_peft.plan.optimizer_states import paged_bytes, state_bytes, step_bytes
 from lightning_peft.plan.processes import BUCKETS, Gathered, share_weights
-from lightning_peft.plan.settings import PlanSettings
+from lightning_peft.plan.settings import PlanSettings, paged_bytes, state_bytes, step_bytes
 from lightning_peft.plan.work import Work, WorkCounter
 
 Step = Callable[[nn.Module, Any], Tensor]

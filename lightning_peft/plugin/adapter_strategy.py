@@ -14,7 +14,6 @@ from lightning_peft import engine
 from lightning_peft.compat.lightning import checkpoint_io_of, set_checkpoint_io
 from lightning_peft.errors import CheckpointError
 from lightning_peft.plugin.adapter_checks import check_frozen, check_optimizers
-from lightning_peft.plugin.adapter_defaults import KEPT_IN_FLOAT32
 from lightning_peft.plugin.automatic_checkpointing import AutomaticCheckpointing
 from lightning_peft.plugin.averaging import averages_in, continued_tensors
 from lightning_peft.plugin.background_saving import BackgroundSaves, check_background_saves
@@ -35,6 +34,7 @@ from lightning_peft.plugin.checkpoint_io import (
     write_adapter_folder,
 )
 from lightning_peft.plugin.data_initialization import initialize_from_data
+from lightning_peft.plugin.injection_settings import KEPT_IN_FLOAT32
 from lightning_peft.plugin.loops import TrainingLoops
 from lightning_peft.plugin.mid_epoch import resumes_mid_epoch
 from lightning_peft.plugin.namespace import bind_to_lightning, namespace_of
@@ -253,11 +253,7 @@ class AdapterStrategy(_Base):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
     ) -> None:
-        """Writes the checkpoint with its description, and its adapter folder.
-
-        Raises:
-            StorageError: If this one cannot be written, or the one before was not.
-        """
+        """Writes the checkpoint with its description, and its adapter folder."""
         # No more than one is in memory.
         self._saves.wait()
         if engine.record_of(self._module) is None:
@@ -317,11 +313,7 @@ class AdapterStrategy(_Base):
             remove_adapter_folder(filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
-        """Reads a checkpoint; nothing in it is executed unless ``weights_only`` is ``False``.
-
-        Raises:
-            CheckpointError: If the file is damaged or unsafe.
-        """
+        """Reads a checkpoint; nothing in it is executed unless ``weights_only`` is ``False``."""
         self._saves.wait()
         if self.world_size > 1:
             # Which one is newest, processes may see differently while the first begins its record.
@@ -339,10 +331,6 @@ class AdapterStrategy(_Base):
         """Loads adapters strictly, whatever ``strict`` says, on the base they were trained on.
 
         Where ``strict`` is false, what hooks of the module took out of the file may be missing.
-
-        Raises:
-            CheckpointError: If the checkpoint does not fit; everything that differs is named.
-            BaseMismatchError: If the frozen base is another one.
         """
         if CHECKPOINT_KEY not in checkpoint:
             raise CheckpointError(

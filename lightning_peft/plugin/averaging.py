@@ -25,7 +25,7 @@ from lightning_peft.compat.lightning import (
 )
 from lightning_peft.compat.torch import BatchNorm
 from lightning_peft.errors import CheckpointError, UnsupportedError, itemize
-from lightning_peft.plugin.mixed_class import mixed_class
+from lightning_peft.plugin.namespace import mixed_class
 
 if TYPE_CHECKING:
     from pytorch_lightning.callbacks import Callback as _Base

@@ -85,11 +85,7 @@ class BackgroundSaves:
 
 
 def check_background_saves(trainer: Any, has_own_io: bool) -> None:
-    """Looks for what does not go together with files that appear later.
-
-    Raises:
-        ConfigError: With all of it.
-    """
+    """Looks for what does not go together with files that appear later."""
     problems = []
     if has_own_io:
         problems.append(

@@ -8,14 +8,8 @@ from lightning_peft.arguments import LoRAArguments, QLoRAArguments
 from lightning_peft.errors import ConfigError, UnsupportedError
 from lightning_peft.plugin.adapter_strategy import AdapterStrategy
 from lightning_peft.plugin.lifecycle import Lifecycle
-from lightning_peft.plugin.mixed_class import mixed_class
-from lightning_peft.plugin.namespace import LateBoundMeta
+from lightning_peft.plugin.namespace import LateBoundCallback, mixed_class
 from lightning_peft.plugin.sharding import check_sharding
-
-if TYPE_CHECKING:
-    from pytorch_lightning.callbacks import Callback as _Base
-else:
-    _Base = object
 
 # Subclasses of what is served, and others; by name, since each tree has its own classes.
 _REFUSED = {
@@ -28,14 +22,12 @@ _REFUSED = {
 _SERVED = ("SingleDeviceStrategy", "DDPStrategy")
 
 
-class _AdapterCallback(_Base, metaclass=LateBoundMeta):
+class _AdapterCallback(LateBoundCallback):
     """Gives the Trainer's own strategy object what :class:`AdapterStrategy` does.
 
     Callback hooks alone cannot do it: they come too early for modules built in
     ``configure_model``, are skipped by weights-only checkpoints, and run after the restore.
     """
-
-    lightning_base = "callbacks.Callback"
 
     if TYPE_CHECKING:
         ddp_kwargs: dict[str, Any] | None

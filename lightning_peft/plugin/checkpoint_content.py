@@ -48,7 +48,7 @@ def pack_checkpoint(
         described = {**described, "format": engine.FORMATS[1], "excluded": left_out}
     record = engine.require_record(module)
     # A base weight with an impossible shape is refused even by load_state_dict(strict=False).
-    names = (part.qualified(n) for part in record.parts.values() for n in part.base.names)
+    names = (part.qualified(n) for part in record.parts.values() for n in part.base.tensors)
     guard = next(names, None)
     described = {
         **described,
@@ -80,12 +80,7 @@ def unpack_checkpoint(module: torch.nn.Module, checkpoint: dict[str, Any]) -> di
 
 
 def load_tensors(module: Any, checkpoint: Mapping[str, Any], strict: bool) -> None:
-    """Loads the tensors of a checkpoint, after the hooks of the module changed it.
-
-    Raises:
-        BaseMismatchError: If the file leaves out weights that the module has not.
-        CheckpointError: If it does not fit; everything that differs is named.
-    """
+    """Loads the tensors of a checkpoint, after the hooks of the module changed it."""
     described = checkpoint[CHECKPOINT_KEY]
     excluded = _excluded(described)
     removed = [*excluded, *(() if strict else described.get("removed", ()))]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import dataclass, fields
-from typing import Any
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 from lightning_peft import engine
 from lightning_peft.arguments import LoRAArguments, LoRAFields, QLoRAArguments
@@ -93,3 +96,84 @@ def _check_exclusive(name: str, config: Any, fields: set[str]) -> None:
             f"Both `{name}` and {sorted(fields)} were given. A ready config is taken as it is: "
             "put these values into it."
         )
+
+
+if TYPE_CHECKING:
+    from lightning_peft.arguments import LoRAArguments
+    from lightning_peft.plugin.injection_settings import InjectionSettings
+
+HOOK = "adapter_defaults"
+# Attribute of a submodule that takes any dtype: what of it trains stays float32.
+KEPT_IN_FLOAT32 = "kept_in_float32"
+
+
+@dataclass(frozen=True)
+class AdapterDefaults:
+    """Submodules of the pretrained model that a module treats in another way than the rest.
+
+    Attributes:
+        left: Names of submodules that get no adapter and stay as precise as they are, unless
+            ``target_modules`` names them.
+        saved: Names of submodules that are trained in full, as those of ``modules_to_save``.
+        dense: Names of further submodules that are not quantized.
+        inside: Names of all modules in ``left``. Where they are known, a pattern in
+            ``target_modules`` names a part only if it matches one of them.
+    """
+
+    left: tuple[str, ...] = ()
+    saved: tuple[str, ...] = ()
+    dense: tuple[str, ...] = ()
+    inside: tuple[str, ...] = ()
+
+
+def with_adapter_defaults(
+    settings: InjectionSettings, arguments: LoRAArguments, module: Any
+) -> InjectionSettings:
+    """Returns settings with what ``module`` says by a method ``adapter_defaults``.
+
+    It is not asked where the user names the parts to adapt; a ready config is taken as it is.
+    """
+    hook = getattr(module, HOOK, None)
+    if hook is None or settings.adapt is not None:
+        return settings
+    defaults: AdapterDefaults = hook()
+    wanted = getattr(settings.peft_config, "target_modules", None)
+    left = [name for name in defaults.left if not names_part(wanted, name, defaults.inside)]
+    peft_config, quantization = settings.peft_config, settings.quantization_config
+    if arguments.peft_config is None:
+        peft_config = copy.copy(peft_config)
+        peft_config.exclude_modules = _excluded(peft_config.exclude_modules, left)
+        saved = [*(peft_config.modules_to_save or []), *defaults.saved]
+        peft_config.modules_to_save = list(dict.fromkeys(saved)) or None
+    if quantization is not None and getattr(arguments, "quantization_config", None) is None:
+        backend = engine.backend_for(quantization)
+        dense = [*backend.skip_modules(quantization), *left, *defaults.dense]
+        quantization = copy.copy(quantization)
+        setattr(quantization, backend.skip_argument, list(dict.fromkeys(dense)) or None)
+    return replace(settings, peft_config=peft_config, quantization_config=quantization)
+
+
+def names_part(wanted: str | Iterable[str] | None, part: str, inside: Iterable[str] = ()) -> bool:
+    """Whether ``target_modules`` names a submodule.
+
+    It then has a step of its name, such as its own, and matches a module of it: a pattern such as
+    ``(?!.*visual).*q_proj`` has the step to leave it out. Without ``inside``, the step decides.
+    """
+    steps = "|".join(re.escape(step) for step in part.split(".") if step != "model")
+    word = re.compile(rf"(?<![A-Za-z0-9_])(?:{steps})(?![A-Za-z0-9_])")
+    modules = [name for name in inside if f"{name}.".startswith(f"{part}.")]
+    if isinstance(wanted, str):
+        matched = not modules or any(re.fullmatch(wanted, name) for name in modules)
+        return matched and word.search(wanted) is not None
+    return any(word.search(entry) for entry in wanted or ())
+
+
+def _excluded(given: str | Iterable[str] | None, left: list[str]) -> Any:
+    """Returns ``exclude_modules`` with what is given and what is left."""
+    if not left:
+        return given
+    patterns = [rf"(.*\.)?{re.escape(name)}(\..*)?" for name in left]
+    if isinstance(given, str):
+        return "|".join([f"(?:{given})", *patterns])
+    # As PEFT reads a list: the last steps of a name.
+    return "|".join([*(rf"(.*\.)?{re.escape(name)}" for name in given or ()), *patterns])

@@ -6,26 +6,19 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning_peft.compat.lightning import is_accumulating, quiet_exit
-from lightning_peft.plugin.namespace import LateBoundMeta, namespace_of
-
-if TYPE_CHECKING:
-    from pytorch_lightning.callbacks import Callback as _Base
-else:
-    _Base = object
+from lightning_peft.plugin.namespace import LateBoundCallback, namespace_of
 
 
-class SaveOnInterrupt(_Base, metaclass=LateBoundMeta):
+class SaveOnInterrupt(LateBoundCallback):
     """On the first interrupt, ends a fit after the optimizer step that is running, and saves.
 
     One that comes while the fit validates ends it there, in a single process. A second interrupt of
     the same kind is an ordinary ``KeyboardInterrupt``: of Ctrl-C, schedulers and launchers pass on
     another one. Outside of a fit, and in threads, nothing is changed.
     """
-
-    lightning_base = "callbacks.Callback"
 
     def __init__(self) -> None:
         self.saved: Path | None = None

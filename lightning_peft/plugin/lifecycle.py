@@ -17,18 +17,18 @@ from lightning_peft import engine
 from lightning_peft.compat.lightning import summary_depth, trainer_of
 from lightning_peft.errors import LifecycleError, itemize
 from lightning_peft.plugin.adapter_checks import (
+    check_compatibility,
     check_existing_adapters,
+    check_pruning,
     check_same_base_on_all_ranks,
     check_trainable,
     missing_layers,
     warn_unregistered_copies,
 )
-from lightning_peft.plugin.adapter_defaults import with_adapter_defaults
 from lightning_peft.plugin.averaging import serve_averages
 from lightning_peft.plugin.background_saving import BackgroundSaves
-from lightning_peft.plugin.compatibility import check_compatibility, check_pruning
 from lightning_peft.plugin.divergence import DivergenceCheck
-from lightning_peft.plugin.injection_settings import injection_settings
+from lightning_peft.plugin.injection_settings import injection_settings, with_adapter_defaults
 from lightning_peft.plugin.sharding import early_share
 from lightning_peft.plugin.training_checks import TrainingChecks
 from lightning_peft.plugin.unfreezing import (

@@ -105,16 +105,10 @@ def lightning_command(arguments: Sequence[str], verbose: bool = False) -> Iterat
 
 
 def parsed_config(arguments: Sequence[str], made: str = "") -> dict[str, Any]:
-    """Returns a config and its overrides as ``fit`` reads them.
+    """Returns a config and its overrides as ``fit`` reads them, or refuses them.
 
-    Args:
-        arguments: The command line.
-        made: A key; the strategy, or the class of this package, that it is an argument of is made,
-            and checks its arguments. Nothing else is made.
-
-    Raises:
-        ConfigError: If the arguments cannot be read, with the nearest right ones.
-        LightningPeftError: If what is made refuses them.
+    ``made`` is a key; the strategy, or the class of this package, that it is an argument of is
+    made, and checks its arguments. Nothing else is made.
     """
     with lightning_command(arguments) as root:
         cli = import_module(f"{root}.cli")

@@ -13,12 +13,13 @@ import sys
 from abc import ABCMeta
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning_peft.errors import ConfigError
 
@@ -26,6 +27,11 @@ ROOTS = ("lightning.pytorch", "pytorch_lightning")
 
 _explicit_namespace: str | None = None
 _bound_classes: dict[tuple[Any, ...], type] = {}
+_WRITTEN = "lightning_peft.plugin.strategies"
+_STRATEGIES = {
+    "lora": ("LoRAStrategy", "LoRA adapters on the pretrained parts, on one device or several"),
+    "qlora": ("QLoRAStrategy", "LoRA adapters on a 4-bit (NF4) base, on one device or several"),
+}
 
 
 def use_namespace(root: str | None) -> None:
@@ -143,6 +149,18 @@ class LateBoundMeta(ABCMeta):
         return getattr(bind_to_lightning(cls, root), name)
 
 
+if TYPE_CHECKING:
+    from pytorch_lightning.callbacks import Callback as _Callback
+else:
+    _Callback = object
+
+
+class LateBoundCallback(_Callback, metaclass=LateBoundMeta):
+    """Base of callbacks for either Lightning package."""
+
+    lightning_base = "callbacks.Callback"
+
+
 def bind_to_lightning(cls: Any, root: str | None, base: str | None = None) -> Any:
     """Returns the subclass of ``cls`` with its Lightning base, or ``base``, of ``root``."""
     cls = cls.__dict__.get("unbound_class", cls)
@@ -236,3 +254,73 @@ def call_after_import(name: str, function: Callable[[ModuleType], None]) -> None
     PostImportFinder.pending[name] = function
     if not any(isinstance(finder, PostImportFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, PostImportFinder())
+
+
+class MixedClassMeta(ABCMeta):
+    """Metaclass of the classes that :func:`mixed_class` makes.
+
+    Pickle looks a class up by its name in a module, and these are in none: it gets what they are
+    made of instead.
+    """
+
+
+_MIXED_CLASSES: dict[tuple[type, type], Any] = {}
+
+
+def mixed_class(mixin: type, cls: type) -> Any:
+    """Returns a class with ``mixin`` in front of ``cls``, always the same one for the same two.
+
+    An object of ``cls`` can be given this class, if ``mixin`` has no slots and no base of its own
+    besides those of ``cls``.
+    """
+    key = (mixin, cls)
+    if key not in _MIXED_CLASSES:
+        name = f"{mixin.__name__.lstrip('_')}{cls.__name__}"
+        _MIXED_CLASSES[key] = MixedClassMeta(
+            name, key, {"__module__": cls.__module__, "mixed_from": key}
+        )
+    return _MIXED_CLASSES[key]
+
+
+def _reduce_mixed_class(cls: Any) -> Any:
+    mixed_from = cls.__dict__.get("mixed_from")
+    return cls.__qualname__ if mixed_from is None else (mixed_class, mixed_from)
+
+
+copyreg.pickle(MixedClassMeta, _reduce_mixed_class)
+
+
+def register() -> None:
+    """Registers the strategies in every Lightning package, now or when it is imported."""
+    for root in ROOTS:
+        call_after_import(f"{root}.strategies", partial(_register, root))
+    call_after_import(_WRITTEN, _accept_classes)
+
+
+def _register(root: str, strategies: ModuleType) -> None:
+    for name, (class_name, description) in _STRATEGIES.items():
+        if name not in strategies.StrategyRegistry:
+            strategies.StrategyRegistry.register(
+                name, partial(_build_strategy, class_name, root), description=description
+            )
+    # Without importing the classes, which import the engine.
+    if _WRITTEN in sys.modules:
+        _accept_classes(sys.modules[_WRITTEN])
+
+
+def _accept_classes(written: ModuleType) -> None:
+    """Makes the classes subclasses of every imported Lightning's ``Strategy``.
+
+    Lightning and LightningCLI check the class before an instance is bound to one of them.
+    """
+    for root in ROOTS:
+        base = getattr(sys.modules.get(f"{root}.strategies"), "Strategy", None)
+        for class_name, _ in _STRATEGIES.values():
+            # Missing while the module is being imported, which calls again at its end.
+            if base is not None and hasattr(written, class_name):
+                base.register(getattr(written, class_name))
+
+
+def _build_strategy(class_name: str, root: str, **arguments: Any) -> Any:
+    written = getattr(import_module(_WRITTEN), class_name)
+    return bind_to_lightning(written, root)(**arguments)

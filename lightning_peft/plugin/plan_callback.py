@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lightning_peft.plan.activation_decision import surely_fits
 from lightning_peft.plan.batch_size import size_of, without_values
 from lightning_peft.plan.device_memory import DeviceMemory
-from lightning_peft.plan.explanation import memory_warning, out_of_memory_message
 from lightning_peft.plan.prediction import Prediction, predict
 from lightning_peft.plan.sources import ModelSource, from_module, rows_of
-from lightning_peft.plan.suggestions import suggest_changes
+from lightning_peft.plan.suggestions import memory_warning, out_of_memory_message, suggest_changes
 from lightning_peft.plugin.adapter_strategy import AdapterStrategy
-from lightning_peft.plugin.namespace import LateBoundMeta
-from lightning_peft.plugin.run_memory import memory_of, settings_of
-
-if TYPE_CHECKING:
-    from pytorch_lightning.callbacks import Callback as _Base
-else:
-    _Base = object
+from lightning_peft.plugin.automatic_checkpointing import memory_of, settings_of
+from lightning_peft.plugin.namespace import LateBoundCallback
 
 log = logging.getLogger(__name__)
 
 
-class MemoryPlanCallback(_Base, metaclass=LateBoundMeta):
+class MemoryPlanCallback(LateBoundCallback):
     """Plans the run on its first batch, warns where it does not fit, and explains an end by memory.
 
     The first batch is not the largest, so a run can still end where nothing was said at first. A
     module that cannot be planned for is left alone: a plan never stops a run.
     """
-
-    lightning_base = "callbacks.Callback"
 
     def __init__(self) -> None:
         super().__init__()

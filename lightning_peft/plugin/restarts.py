@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -11,13 +11,8 @@ from lightning_peft import engine
 from lightning_peft.compat.lightning import ends_fit
 from lightning_peft.errors import ConfigError, UnsupportedError, itemize
 from lightning_peft.plugin.averaging import AVERAGING_CALLBACKS
-from lightning_peft.plugin.namespace import LateBoundMeta
+from lightning_peft.plugin.namespace import LateBoundCallback
 from lightning_peft.plugin.optimization import log_info, real_optimizers
-
-if TYPE_CHECKING:
-    from pytorch_lightning.callbacks import Callback as _Base
-else:
-    _Base = object
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +20,7 @@ log = logging.getLogger(__name__)
 _NOTICEABLE = 0.05
 
 
-class MergeAndRestart(_Base, metaclass=LateBoundMeta):
+class MergeAndRestart(LateBoundCallback):
     """Merges LoRA adapters into the base while they train, and begins new ones: ReLoRA.
 
     A quantized weight becomes the nearest codes, and its new adapter starts at what these lose.
@@ -47,8 +42,6 @@ class MergeAndRestart(_Base, metaclass=LateBoundMeta):
         UnsupportedError: At the start of a fit, if the adapters cannot be merged, or if something
             else of the run needs the base as it was.
     """
-
-    lightning_base = "callbacks.Callback"
 
     def __init__(
         self, every_n_steps: int, prune_states: float = 0.99, warmup_steps: int | None = None

@@ -43,11 +43,7 @@ class ShardedBaseStrategy(_Base):
 
     @property
     def share(self) -> engine.Share:
-        """The part of the frozen base that this process keeps.
-
-        Raises:
-            ConfigError: If the processes cannot be divided into groups of ``dp_shard_size``.
-        """
+        """The part of the frozen base that this process keeps."""
         count = self.dp_shard_size or self.world_size
         if self.world_size % count:
             raise ConfigError(

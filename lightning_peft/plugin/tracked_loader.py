@@ -79,9 +79,7 @@ class TrackedLoader:
     def position(self, ahead: int, between_epochs: bool) -> dict[str, Any]:
         """Returns where the loader is, to be assigned to ``resume_at``.
 
-        Args:
-            ahead: Number of batches that were fetched and not trained on.
-            between_epochs: Whether the epoch that was begun is over.
+        ``ahead`` batches were fetched and not trained on; ``between_epochs``, the epoch is over.
         """
         if self.resume_at is not None:
             return dict(self.resume_at)

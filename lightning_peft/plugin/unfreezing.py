@@ -16,7 +16,7 @@ from torch import nn
 from lightning_peft import engine
 from lightning_peft.compat.lightning import forget_groups, trainer_of
 from lightning_peft.errors import UnsupportedError
-from lightning_peft.plugin.mixed_class import mixed_class
+from lightning_peft.plugin.namespace import mixed_class
 
 if TYPE_CHECKING:
     from pytorch_lightning.callbacks import BaseFinetuning as _Base
@@ -42,11 +42,7 @@ class StagedAdapters(_Base):
     restored: list[str] | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Waits for the adapters, which come with ``configure_model``.
-
-        Raises:
-            UnsupportedError: If a subclass has a ``setup`` of its own.
-        """
+        """Waits for the adapters, which come with ``configure_model``."""
         self.trained = self.restored = None
         owner = super().setup.__qualname__.rpartition(".")[0]
         if getattr(trainer.strategy, "lifecycle", None) is None:

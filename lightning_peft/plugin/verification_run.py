@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.compatibility import PRUNING_CALLBACK, REFUSED_CALLBACKS
+from lightning_peft.plugin.adapter_checks import PRUNING_CALLBACK, REFUSED_CALLBACKS
 from lightning_peft.plugin.lifecycle import Lifecycle
 from lightning_peft.plugin.lightning_cli import STRICT, lightning_command, qualify_optimizers
 from lightning_peft.plugin.namespace import namespace

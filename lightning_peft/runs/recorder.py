@@ -5,22 +5,17 @@ from __future__ import annotations
 import json
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lightning_peft.plugin.interruption import SaveOnInterrupt
-from lightning_peft.plugin.namespace import LateBoundMeta
+from lightning_peft.plugin.namespace import LateBoundCallback
 from lightning_peft.plugin.optimization import log_info
 from lightning_peft.runs.alerts import training_alert, validation_alert
 from lightning_peft.runs.provenance import provenance
 from lightning_peft.runs.record import RunRecord, numbers
 from lightning_peft.runs.schedule import schedule_of, validation_rows
-
-if TYPE_CHECKING:
-    from pytorch_lightning.callbacks import Callback as _Base
-else:
-    _Base = object
 
 # Seconds between two updates of the status while steps are short.
 UPDATE_EVERY = 0.5
@@ -28,7 +23,7 @@ UPDATE_EVERY = 0.5
 SHORT_RUN = 100
 
 
-class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
+class RunRecorder(RunRecord, LateBoundCallback):
     """Keeps the run folder of a Trainer's run up to date, from its first process.
 
     The command line adds it to every run; in Python it is
@@ -45,8 +40,6 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
         before: Metrics of the first validation, before training: what the base can do.
         validations: Metrics of each validation while training, by optimizer step.
     """
-
-    lightning_base = "callbacks.Callback"
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Gives checkpoints their place in the folder."""

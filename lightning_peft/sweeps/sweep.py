@@ -27,10 +27,8 @@ from lightning_peft.plugin.lightning_cli import run_subcommand
 from lightning_peft.plugin.plan_callback import is_out_of_memory
 from lightning_peft.runs.folder import RunFolder
 from lightning_peft.runs.machine import reset_peak_memory
-from lightning_peft.sweeps.record import Report, recorded
-from lightning_peft.sweeps.settings import SweepSettings, import_optuna
-from lightning_peft.sweeps.trial import TrialSession
-from lightning_peft.sweeps.values import grid_of
+from lightning_peft.sweeps.settings import SweepSettings, grid_of, import_optuna
+from lightning_peft.sweeps.trial import Report, TrialSession, recorded
 from lightning_peft.tasks.validation_budget import NAME as VALIDATION
 
 _JOURNAL = "journal.log"
@@ -83,16 +81,7 @@ class Sweep:
 
     @classmethod
     def create(cls, root: Path, settings: SweepSettings, folder: Path | None = None) -> Sweep:
-        """Makes the folder of a new sweep below ``root``, with copies of its configs.
-
-        Args:
-            root: The folder of all runs.
-            settings: What is tried.
-            folder: Which folder it is to be, in the place of a new one.
-
-        Raises:
-            ConfigError: If nothing can be written there, or a sweep or a run is there.
-        """
+        """Makes the folder of a new sweep below ``root``, with copies of its configs."""
         if folder is not None:
             _refuse_used(RunFolder(folder))
         made = RunFolder.at(folder) if folder else RunFolder.create(root, f"sweep {settings.name}")
@@ -256,11 +245,7 @@ class Sweep:
         }
 
     def table(self, running: bool = False) -> dict[str, Any]:
-        """Returns the sweep as JSON: how trials are judged, the best one, and all of them.
-
-        Args:
-            running: Whether the trial that is being trained is one of them.
-        """
+        """Returns the sweep as JSON: how trials are judged, the best one, and all of them."""
         settings = self.settings
         return {
             "sweep": str(self.folder),

@@ -18,14 +18,15 @@ from lightning_peft.sentence_folder import (
     Similarity,
     read_sentence_folder,
 )
-from lightning_peft.tasks.embedding_losses import (
+from lightning_peft.tasks.pretrained import PretrainedTask
+from lightning_peft.tasks.retrieval import (
+    RankCorrelation,
+    Retrieval,
     cosent_loss,
     false_negatives,
     pair_similarities,
     ranking_loss,
 )
-from lightning_peft.tasks.pretrained import PretrainedTask
-from lightning_peft.tasks.retrieval import RankCorrelation, Retrieval
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

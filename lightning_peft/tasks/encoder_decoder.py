@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
-from transformers import AutoModelForSeq2SeqLM
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.text import (
+    CharErrorRate,
+    CHRFScore,
+    ROUGEScore,
+    SacreBLEUScore,
+    WordErrorRate,
+)
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.data.end_tokens import end_tokens
@@ -15,11 +24,44 @@ from lightning_peft.errors import ConfigError, UnsupportedError
 from lightning_peft.generation import generate
 from lightning_peft.tasks.pretrained import PretrainedTask
 from lightning_peft.tasks.samples import GeneratedSample
-from lightning_peft.tasks.text_metrics import METRICS, TextMetric, named, update
 
+TextMetric = Literal["rouge", "bleu", "chrf", "wer", "cer"]
 # Trained in bfloat16 or float32: their activations are larger than float16 can hold.
 _NO_FLOAT16 = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 _FLOAT16 = ("16-mixed", "16-true", "float16", "torch.float16", "half")
+
+
+def _letters(text: str) -> str:
+    # torchmetrics' own keeps a to z alone, so that other alphabets would score nothing.
+    return re.sub(r"[\W_]+", " ", text.lower()).strip()
+
+
+# rougeLsum and stemming need data that is downloaded while a run goes on; they are left out.
+METRICS: dict[TextMetric, Callable[[], Metric]] = {
+    "rouge": lambda: ROUGEScore(
+        normalizer=_letters, tokenizer=str.split, rouge_keys=("rouge1", "rouge2", "rougeL")
+    ),
+    "bleu": SacreBLEUScore,
+    "chrf": lambda: CHRFScore(n_word_order=0),
+    "wer": WordErrorRate,
+    "cer": CharErrorRate,
+}
+_SEVERAL_REFERENCES = (SacreBLEUScore, CHRFScore)
+
+
+def update(metric: Metric, generated: Sequence[str], expected: Sequence[str]) -> None:
+    """Adds texts to a metric."""
+    several = isinstance(metric, _SEVERAL_REFERENCES)
+    metric.update(list(generated), [[text] for text in expected] if several else list(expected))
+
+
+def named(results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the results with F-measures under the metric's own name, and nothing else of it."""
+    return {
+        name.removesuffix("_fmeasure"): value
+        for name, value in results.items()
+        if not name.endswith(("_precision", "_recall"))
+    }
 
 
 class EncoderDecoderTask(PretrainedTask):
@@ -192,3 +234,55 @@ class Seq2SeqLM(EncoderDecoderTask):
 def _tensors(batch: dict[str, Any]) -> dict[str, Tensor]:
     # The texts of the rows are for metrics and samples, not for the model.
     return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+
+
+class SpeechRecognizer(EncoderDecoderTask):
+    """A model that hears recordings and writes what is said.
+
+    Logs ``val_loss`` (nats per token of the transcript, the tokens for language and end among
+    them), ``val_perplexity``, ``val_token_accuracy``, and of generated transcripts ``val_wer`` and
+    ``val_cer``: the share of words and of characters that are wrong, which may exceed 1; and the
+    same as ``test_...``. Texts are compared as they are, with case and punctuation.
+
+    Language and task are said once, to the :class:`SpeechData
+    <lightning_peft.data.speech.SpeechData>`.
+
+    The arguments are those of
+    :class:`EncoderDecoderTask <lightning_peft.tasks.encoder_decoder.EncoderDecoderTask>` and
+    :class:`PretrainedTask <lightning_peft.tasks.pretrained.PretrainedTask>`.
+    """
+
+    auto_class = AutoModelForSpeechSeq2Seq
+    encoder_inputs = ("input_features", "input_values", "attention_mask")
+    metrics_by_default = ("wer", "cer")
+
+    def setup(self, stage: str) -> None:
+        """Checks that the model hears what the feature extractor makes."""
+        super().setup(stage)
+        extractor = getattr(self._datamodule, "extractor", None)
+        features = getattr(extractor, "feature_size", None)
+        heard = getattr(self.model_config(), "num_mel_bins", None)
+        if None not in (features, heard) and features != heard:
+            raise ConfigError(
+                f"The feature extractor makes {features} mel bins, and {self.hparams['model']!r} "
+                f"takes {heard}. Give the data the model's own: "
+                f"processor={self.hparams['model']!r}."
+            )
+
+    def configure_model(self) -> None:
+        """Loads the model, and checks that it gets a language if it knows several."""
+        super().configure_model()
+        assert self.model is not None
+        settings = self.generation()
+        several = bool(getattr(self.model.generation_config, "is_multilingual", False))
+        if several and "language" not in settings and self._datamodule is not None:
+            raise ConfigError(
+                f"{self.hparams['model']!r} hears many languages. Without one it would be trained "
+                "to write no language token, and asked to write after one. Say which with "
+                "data.language."
+            )
+        if settings and not several:
+            raise ConfigError(
+                f"{settings} is given, and {self.hparams['model']!r} knows no languages and tasks. "
+                "Leave them out."
+            )

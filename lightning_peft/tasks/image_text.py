@@ -14,7 +14,7 @@ from lightning_peft.data.encoding import IGNORED
 from lightning_peft.data.end_tokens import end_tokens
 from lightning_peft.errors import ConfigError, UnsupportedError
 from lightning_peft.generation import generate
-from lightning_peft.plugin.adapter_defaults import AdapterDefaults
+from lightning_peft.plugin.injection_settings import AdapterDefaults
 from lightning_peft.tasks.causal_lm import MAX_NEW_TOKENS, CausalLM
 from lightning_peft.tasks.heads import keep_in_float32
 from lightning_peft.tasks.samples import GeneratedSample

@@ -2,18 +2,86 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import AutoModelForTokenClassification
 
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.tasks.classification import ClassificationTask
-from lightning_peft.tasks.spans import SpanScores, are_spans
 
+Span = tuple[int, int, str]
 # What a batch says of its words, which is not for the model.
 _OF_WORDS = ("word_starts", "words")
+
+
+def are_spans(labels: Sequence[str]) -> bool:
+    """Whether these tags write spans as IOB2 does: ``O``, ``B-...`` and ``I-...``, no others."""
+    return any(name.startswith("B-") for name in labels) and all(
+        name == "O" or name.startswith(("B-", "I-")) for name in labels
+    )
+
+
+def spans_of(tags: Sequence[str]) -> set[Span]:
+    """Returns the spans of a sentence: first word, word after the last, and kind.
+
+    A span begins at ``B-X``, and at an ``I-X`` that does not go on with a span of the same kind:
+    that is how the evaluation script of the CoNLL shared tasks, conlleval, reads answers that are
+    no valid IOB2.
+    """
+    spans: set[Span] = set()
+    begin, kind = 0, ""
+    for place, tag in enumerate([*tags, "O"]):
+        prefix, _, name = tag.partition("-")
+        if kind and (prefix != "I" or name != kind):
+            spans.add((begin, place, kind))
+            kind = ""
+        if prefix in ("B", "I") and not kind:
+            begin, kind = place, name
+    return spans
+
+
+class SpanScores(Metric):
+    """Precision, recall and F1 over spans, of all kinds together.
+
+    A span is found if one with the same words and the same kind is among the answers (Tjong Kim
+    Sang and De Meulder, 2003, "Introduction to the CoNLL-2003 Shared Task"). Precision is the
+    share of answers that are right, recall the share of spans that are found, and F1 = 2 P R /
+    (P + R). Each is 0 where nothing could be counted.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    found: Tensor
+    answers: Tensor
+    spans: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("found", "answers", "spans"):
+            self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, predicted: Sequence[Sequence[str]], expected: Sequence[Sequence[str]]) -> None:
+        """Adds sentences: the tags of their words, as the model gives them and as they are."""
+        for tags, right in zip(predicted, expected, strict=True):
+            answers, spans = spans_of(tags), spans_of(right)
+            self.found += len(answers & spans)
+            self.answers += len(answers)
+            self.spans += len(spans)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Returns ``precision``, ``recall`` and ``f1``."""
+        both = self.answers + self.spans
+        return {
+            "precision": self.found / self.answers.clamp(min=1),
+            "recall": self.found / self.spans.clamp(min=1),
+            # 2 P R / (P + R), in whole numbers.
+            "f1": 2 * self.found / both.clamp(min=1),
+        }
 
 
 class TokenClassifier(ClassificationTask):
@@ -21,8 +89,8 @@ class TokenClassifier(ClassificationTask):
 
     Logs ``val_loss`` (cross-entropy in nats per token with a label) and ``val_accuracy`` (share of
     words whose most likely tag is the right one). Where the tags write spans (IOB2: ``O``,
-    ``B-X``, ``I-X``) it logs ``val_f1``, ``val_precision`` and ``val_recall`` of whole spans, as
-    :class:`SpanScores <lightning_peft.tasks.spans.SpanScores>` defines them, and elsewhere
+    ``B-X``, ``I-X``) it logs ``val_f1``, ``val_precision`` and ``val_recall`` of whole spans (see
+    :class:`SpanScores <lightning_peft.tasks.token_classification.SpanScores>`), and elsewhere
     ``val_macro_f1``, the mean over tags of 2 TP / (2 TP + FP + FN) in words. The same as
     ``test_...``. A word gets the tag of its first token. The head on top of the base is new, and
     is trained in full next to the adapters.

@@ -26,9 +26,9 @@ import yaml
 
 from lightning_peft.runs.alerts import Alert
 from lightning_peft.runs.folder import RunFolder
-from lightning_peft.runs.log import logged_to
+from lightning_peft.runs.session import logged_to
 from lightning_peft.runs.status import StatusFile
-from lightning_peft.sweeps.record import recorded
+from lightning_peft.sweeps.trial import recorded
 
 QUESTION = "What colour is the sky?"
 

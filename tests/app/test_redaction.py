@@ -61,15 +61,15 @@ def test_a_stranger_is_reported_no_folder(stranger):
         (f"in {runs}/mine: {runs}/other/a", "in .: other/a"),
         (f"{uploads}/v-0f/{UPLOADED}:3", f"upload:{UPLOADED}:3"),
         (f"{home}/a and file://{home}/b, X={home}/c:{home}/d -I{home}/e", None),
-        (f"{PACKAGE}/demo/base {PACKAGE}/runs/log.py", None),
+        (f"{PACKAGE}/demo/base {PACKAGE}/runs/session.py", None),
         ("/proc/1/maps a:/etc/b/c ~/x/y", "maps a:c ~/x/y"),
         ("https://a.b/c/d </s> and/or ./a/b package:demo/base", None),
     ):
         assert message is None or stranger.text(text) == message
         for place in (runs, uploads, home, SITE, PACKAGE):
             assert str(place) not in stranger.text(text)
-    assert "package:demo/base lightning_peft/runs/log.py" in stranger.text(
-        f"{PACKAGE}/demo/base {PACKAGE}/runs/log.py"
+    assert "package:demo/base lightning_peft/runs/session.py" in stranger.text(
+        f"{PACKAGE}/demo/base {PACKAGE}/runs/session.py"
     )
     same = "https://a.b/c/d </s> and/or ./a/b package:demo/base a/tmp/b"
     assert stranger.text(same) == same

@@ -15,9 +15,15 @@ from lightning_peft.errors import ConfigError
 from lightning_peft.recipe_files import resolved_recipes
 from lightning_peft.runs.folder import RunFolder, runs_in
 from lightning_peft.runs.reproduction import compare
-from lightning_peft.sweeps.settings import SweepSettings, check_sweep
+from lightning_peft.sweeps.settings import (
+    SweepSettings,
+    Values,
+    check_sweep,
+    grid_of,
+    parse_sets,
+    parse_values,
+)
 from lightning_peft.sweeps.sweep import Sweep
-from lightning_peft.sweeps.values import Values, grid_of, parse_sets, parse_values
 
 optuna = pytest.importorskip("optuna")
 

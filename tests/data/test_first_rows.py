@@ -3,7 +3,7 @@
 import hashlib
 import tracemalloc
 
-from lightning_peft.data.first_rows import FirstRows, FirstSeen
+from lightning_peft.data.row_content import FirstRows, FirstSeen
 
 
 def digest(number):

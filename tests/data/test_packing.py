@@ -19,10 +19,9 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from lightning_peft.data import row_plans
+from lightning_peft.data import packing as row_plans
 from lightning_peft.data.encoding import IGNORED
-from lightning_peft.data.packing import PackedRows, check_model, collate
-from lightning_peft.data.row_plans import plan_rows
+from lightning_peft.data.packing import PackedRows, check_model, collate, plan_rows
 from lightning_peft.errors import UnsupportedError
 from lightning_peft.plugin.namespace import bind_to_lightning
 from lightning_peft.plugin.strategies import LoRAStrategy

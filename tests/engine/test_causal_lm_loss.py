@@ -15,7 +15,7 @@ from transformers import LlamaForSequenceClassification
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lightning_peft import engine
-from lightning_peft.engine.training import cross_entropy
+from lightning_peft.engine.training import causal_lm_loss as loss_module
 from lightning_peft.engine.training.causal_lm_loss import causal_lm_loss
 
 from .reference import randomize, relative_error
@@ -27,7 +27,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 @pytest.fixture(autouse=True)
 def few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows of logits at a time, so that tests have many pieces, and a last smaller one."""
-    monkeypatch.setattr(cross_entropy, "_CHUNK", 2 * WORDS + 1)
+    monkeypatch.setattr(loss_module, "_CHUNK", 2 * WORDS + 1)
 
 
 def made(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

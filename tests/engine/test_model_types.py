@@ -23,7 +23,7 @@ import lightning_peft
 from lightning_peft.engine.adapters import adapted_layers
 from lightning_peft.engine.backends.registry import is_quantized
 from lightning_peft.engine.model_types import hidden_model_type, retargeted_by_peft
-from lightning_peft.engine.selection.self_modified import self_modified_layers
+from lightning_peft.engine.selection.unsupported_layers import self_modified_layers
 from lightning_peft.errors import UnsupportedError
 
 from .reference import injected

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 import lightning_peft
 from lightning_peft import engine
 from lightning_peft.engine.backends.bnb4 import FOUR_BIT
-from lightning_peft.engine.backends.expert_layers import QuantizedExperts
+from lightning_peft.engine.backends.layers import QuantizedExperts
 from lightning_peft.engine.backends.registry import storage_bytes
 from lightning_peft.engine.layers.expert_weights import ExpertWeight, RoutedExperts
 from lightning_peft.errors import BaseMismatchError, CheckpointError

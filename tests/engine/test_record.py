@@ -56,13 +56,13 @@ def test_a_part_or_a_holder_of_a_module_with_adapters_is_refused(tmp_path) -> No
 
 
 def test_names_are_relative_to_the_module() -> None:
-    base = Fingerprint((), (), ())
+    base = Fingerprint({})
     assert AdaptedModuleRecord("", base, {}).qualified("a.b") == "a.b"
     assert AdaptedModuleRecord("part", base, {}).qualified("a.b") == "part.a.b"
 
 
 def test_what_all_parts_have_together() -> None:
-    base, info = Fingerprint((), (), ()), AdapterInfo({}, [], True)
+    base, info = Fingerprint({}), AdapterInfo({}, [], True)
     record = Record(
         {
             "x": AdaptedModuleRecord(

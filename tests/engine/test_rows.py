@@ -27,7 +27,7 @@ from transformers.models.phi4_multimodal.modeling_phi4_multimodal import Phi4Mul
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.engine.selection.row_orders import CHECKED, ORDERED, OTHER_ORDERS, is_checked
+from lightning_peft.engine.selection.rows import CHECKED, ORDERED, OTHER_ORDERS, is_checked
 from lightning_peft.errors import CheckpointError, LifecycleError, UnsupportedError
 
 from .reference import injected, output_of, randomize, refused, relative_error

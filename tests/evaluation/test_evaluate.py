@@ -18,8 +18,12 @@ from lightning_peft.chat.chat_model import ChatModel
 from lightning_peft.cli import evaluate as command
 from lightning_peft.cli import main
 from lightning_peft.errors import ConfigError, UnsupportedError
-from lightning_peft.evaluation.evaluating import Settings, check_language_model, evaluate
-from lightning_peft.evaluation.harness_model import HarnessModel
+from lightning_peft.evaluation.evaluating import (
+    HarnessModel,
+    Settings,
+    check_language_model,
+    evaluate,
+)
 from lightning_peft.evaluation.tasks import load_tasks
 from lightning_peft.export.adapters import find_adapters
 from lightning_peft.export.base import Base, find_base

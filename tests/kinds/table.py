@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_peft.engine.selection.stored_formats import FORMATS
+from lightning_peft.engine.selection.unsupported_layers import FORMATS
 
 from . import classic, language, sequence, vision
 from .kind import Kind

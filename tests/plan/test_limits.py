@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from lightning_peft.plan.limits import _largest, largest_batch, longest_sequence
+from lightning_peft.plan.method_comparison import _largest, largest_batch, longest_sequence
 from lightning_peft.plan.prediction import predict
 from lightning_peft.plan.settings import PlanSettings
 from lightning_peft.plan.sources import from_name

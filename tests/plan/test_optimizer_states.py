@@ -5,8 +5,8 @@ from transformers import LlamaConfig
 
 from lightning_peft import engine
 from lightning_peft.plan.margins import OVER
-from lightning_peft.plan.optimizer_states import paged_bytes, state_bytes, step_bytes
 from lightning_peft.plan.prediction import plan_memory
+from lightning_peft.plan.settings import paged_bytes, state_bytes, step_bytes
 
 
 def trained(dtype=torch.float32):

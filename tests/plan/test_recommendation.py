@@ -4,12 +4,11 @@ import pytest
 from transformers import LlamaConfig
 
 from lightning_peft.plan.device_memory import DeviceMemory
-from lightning_peft.plan.explanation import memory_warning, out_of_memory_message
+from lightning_peft.plan.method_comparison import Recommendation, recommend
 from lightning_peft.plan.prediction import predict
-from lightning_peft.plan.recommendation import Recommendation, recommend
 from lightning_peft.plan.settings import METHODS, PlanSettings
 from lightning_peft.plan.sources import from_config
-from lightning_peft.plan.suggestions import suggest_changes
+from lightning_peft.plan.suggestions import memory_warning, out_of_memory_message, suggest_changes
 
 SIZES = {
     "architectures": ["LlamaForCausalLM"], "dtype": "float32", "vocab_size": 512,

@@ -16,7 +16,7 @@ from modules import loader, strategy, task, trainer
 from torch import distributed
 
 from lightning_peft.engine.adapters import all_adapter_parameters
-from lightning_peft.engine.backends.share import Share
+from lightning_peft.engine.backends.packed import Share
 from lightning_peft.errors import LightningPeftError
 
 ROOT = "lightning.pytorch"

@@ -25,8 +25,8 @@ from lightning_peft.plan import activation_decision
 from lightning_peft.plan.activation_decision import ActivationDecision
 from lightning_peft.plan.device_memory import DeviceMemory
 from lightning_peft.plugin import automatic_checkpointing
+from lightning_peft.plugin.automatic_checkpointing import whole_memory
 from lightning_peft.plugin.namespace import bind_to_lightning
-from lightning_peft.plugin.run_memory import whole_memory
 
 
 def extended(module):

@@ -16,8 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_peft
 from lightning_peft.cli import main
 from lightning_peft.errors import CheckpointError, ConfigError
-from lightning_peft.plugin.foreign_optimizer import _mapped_state
-from lightning_peft.plugin.importing import import_checkpoint
+from lightning_peft.plugin.importing import _mapped_state, import_checkpoint
 
 ALPHA = 12
 

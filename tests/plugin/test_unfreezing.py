@@ -168,7 +168,7 @@ def test_what_cannot_be_staged_is_refused(tmp_path):
         staged = [callbacks.BackboneFinetuning()]
         several = make_trainer(tmp_path, strategy(), callbacks=staged, **given)
         with pytest.raises(UnsupportedError, match="in several processes"):
-            lightning_peft.plugin.compatibility.check_compatibility(
+            lightning_peft.plugin.adapter_checks.check_compatibility(
                 _of(several, module), several.strategy, False
             )
 

@@ -6,15 +6,15 @@ import sys
 
 import pytest
 
-from lightning_peft.runs import start_times
-from lightning_peft.runs.start_times import StartTimes
+from lightning_peft.runs import status
+from lightning_peft.runs.status import StartTimes
 
 
 def test_phases_follow_each_other(monkeypatch):
     times = StartTimes()
     begin = times._last
     for seconds, phase in ((2.5, "imports"), (4.0, "model")):
-        monkeypatch.setattr(start_times.time, "time", lambda seconds=seconds: begin + seconds)
+        monkeypatch.setattr(status.time, "time", lambda seconds=seconds: begin + seconds)
         times.ended(phase)
     assert times.phases == [("imports", pytest.approx(2.5)), ("model", pytest.approx(1.5))]
     assert times.table() == (

@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 
-from lightning_peft.tasks.embedding_losses import (
+from lightning_peft.tasks.retrieval import (
+    RankCorrelation,
+    Retrieval,
     cosent_loss,
     false_negatives,
     pair_similarities,
     ranking_loss,
 )
-from lightning_peft.tasks.retrieval import RankCorrelation, Retrieval
 
 pytest.importorskip("sentence_transformers", reason="compares with sentence-transformers")
 WIDTH = 12

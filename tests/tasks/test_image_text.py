@@ -20,7 +20,7 @@ from lightning_peft.data.image_tokens import ImageTokens
 from lightning_peft.engine import merge, record_of, save_adapter
 from lightning_peft.errors import ConfigError, UnsupportedError
 from lightning_peft.export.loading_code import adapter_code
-from lightning_peft.plugin.adapter_defaults import names_part
+from lightning_peft.plugin.injection_settings import names_part
 from lightning_peft.plugin.loading import load_from_checkpoint
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 from lightning_peft.tasks.image_text import ImageTextToText, model_parts

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_peft.tasks.spans import SpanScores, are_spans, spans_of
+from lightning_peft.tasks.token_classification import SpanScores, are_spans, spans_of
 
 
 @pytest.mark.parametrize(

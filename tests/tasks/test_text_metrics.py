@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_peft.tasks.text_metrics import METRICS, named, update
+from lightning_peft.tasks.encoder_decoder import METRICS, named, update
 
 # Of 4 words generated and 5 expected 3 are right, in order ("the cat ... mat"); one pair of
 # neighbours ("the cat") is right of 3 and 4.

@@ -256,13 +256,7 @@ class QuantizationBackend(ABC, Generic[Config]):
     def workspace_bytes(
         self, operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> int | None:
-        """Bytes that an operator of the library takes while it runs; ``None`` for other operators.
-
-        Args:
-            operation: The operator, as torch dispatches it.
-            args: Its positional arguments.
-            kwargs: Its keyword arguments.
-        """
+        """Bytes that one of the library's operators takes while it runs; ``None`` for others."""
         return None
 
     def is_dequantization(self, operation: Any) -> bool:

@@ -25,8 +25,11 @@ from lightning_peft.compat.bitsandbytes import (
 from lightning_peft.engine.backends import bnb_config, nf4_cpu
 from lightning_peft.engine.backends.base import QuantizationBackend
 from lightning_peft.engine.backends.bnb_config import BitsAndBytesBackend
-from lightning_peft.engine.backends.expert_layers import QuantizedExperts
-from lightning_peft.engine.backends.layers import QuantizedConvolution, QuantizedLinear
+from lightning_peft.engine.backends.layers import (
+    QuantizedConvolution,
+    QuantizedExperts,
+    QuantizedLinear,
+)
 from lightning_peft.engine.layers.expert_weights import ExpertWeight
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE
 from lightning_peft.engine.layers.mixin import add_mixin

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_peft.engine.backends.layers import QuantizedBackup, QuantizedLayer
+from lightning_peft.engine.backends.packed import Share
 from lightning_peft.engine.backends.registry import backend_for, backends
-from lightning_peft.engine.backends.share import Share
 from lightning_peft.engine.layers.expert_weights import ExpertWeight
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, as_rows, from_rows
 from lightning_peft.engine.layers.mixin import class_for_key, class_key, stored_parameter
@@ -59,11 +59,8 @@ def quantize(
 def use_backend(layer: Any, config: Any, dtype: torch.dtype, below_adapters: bool = False) -> None:
     """Gives a layer whose stored weight is quantized the class that computes with it.
 
-    Args:
-        layer: The layer.
-        config: The config of a registered backend.
-        dtype: Dtype of the weight before quantization.
-        below_adapters: Put the class below the mixins that the layer has, not in front of them.
+    ``dtype`` is that of the weight before. With ``below_adapters`` the class goes below the mixins
+    that the layer has, not in front of them.
     """
     backend = backend_for(config)
     mixin: Any = backend.layer_class
@@ -111,11 +108,7 @@ def adopt_prequantized(layer: Any) -> None:
 
 
 def convert_to_dense(layer: Any, weight: Tensor) -> QuantizedBackup:
-    """Replaces the quantized weight of ``layer`` by a dense one; the layer's class goes back.
-
-    Returns:
-        What :func:`restore_quantized` needs to undo it exactly.
-    """
+    """Makes ``layer`` dense with ``weight``; returns the backup for :func:`restore_quantized`."""
     backend = layer.backend
     attributes = {
         name: layer.__dict__.pop(name)

@@ -26,13 +26,10 @@ _NOT_SETTINGS = ("auto_mapping", "runtime_config")
 def checked_fields(
     fields: Mapping[str, Any], folder: Path, *, allow_unknown: bool = False, warn: bool = True
 ) -> dict[str, Any]:
-    """Returns the fields that the installed PEFT knows, with values of the right types.
+    """Returns the fields of ``adapter_config.json`` that the installed PEFT knows, of right types.
 
-    Args:
-        fields: What ``adapter_config.json`` holds.
-        folder: Where it lies, for messages.
-        allow_unknown: Warn of unknown fields that switch something on, in place of refusing them.
-        warn: Whether to warn of unknown fields that are set.
+    Unknown fields that switch something on are refused; with ``allow_unknown`` they are warned of,
+    as others that are set are where ``warn`` says so.
     """
     try:
         cls = config_class(fields["peft_type"])

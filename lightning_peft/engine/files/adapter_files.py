@@ -6,21 +6,33 @@ A folder holds ``adapter_config.json``, ``adapter_model.safetensors`` and ``prov
 
 from __future__ import annotations
 
+import copy
+import inspect
+import logging
 import os
 import secrets
 import warnings
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from peft import PeftModel
 from torch import nn
 
+from lightning_peft.engine.adapters import adapted_layers, is_merged
+from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.files.adapter_format import adapter_folder, differences_in_peft
-from lightning_peft.engine.record import AdaptedModuleRecord, adapted_parts, require_record
-from lightning_peft.errors import ConfigError, itemize
+from lightning_peft.engine.layers.tokens import TiedRows
+from lightning_peft.engine.record import AdaptedModuleRecord, Record, adapted_parts, require_record
+from lightning_peft.errors import ConfigError, LifecycleError, itemize
 
 # Adapted submodules with their records, by the names of their folders where there are several.
 AdaptedParts = Mapping[str, tuple[nn.Module, AdaptedModuleRecord]]
+log = logging.getLogger(__name__)
+
+# Models of others may have a method of that name that does it well.
+_LIBRARIES = ("transformers", "diffusers", "peft", "huggingface_hub")
 
 
 def save_adapter(
@@ -120,3 +132,149 @@ def write_file(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
+
+
+def replace_save_pretrained(module: nn.Module) -> None:
+    """Makes ``save_pretrained`` of the models around adapted parts write the adapters.
+
+    Those of the libraries lose them: transformers and diffusers write adapters under names that
+    ``from_pretrained`` passes over, and PEFT's wrapper writes a folder without tensors. Of a model
+    strictly inside a part, with layers that were changed, ``save_pretrained`` raises.
+    """
+    record = require_record(module)
+    keys = {id(part): entry.name for entry, part in adapted_parts(module)}
+    within = {id(child) for _, part in adapted_parts(module) for child in part.modules()}
+    for model in module.modules():
+        if _library_method(model) is None:
+            continue
+        parts = {name: keys[id(x)] for name, x in model.named_modules() if id(x) in keys}
+        if parts:
+            vars(model)["save_pretrained"] = _SavesAdapters(model, record, parts)
+        elif id(model) in within and _is_changed(model):
+            vars(model)["save_pretrained"] = _refuse
+
+
+def restore_save_pretrained(module: nn.Module) -> None:
+    """Undoes :func:`replace_save_pretrained`."""
+    for model in module.modules():
+        method = vars(model).get("save_pretrained")
+        if method is _refuse or isinstance(method, _SavesAdapters):
+            del vars(model)["save_pretrained"]
+
+
+def _library_method(model: nn.Module) -> Any | None:
+    """Returns ``save_pretrained`` of the library whose class ``model`` is or derives from."""
+    for cls in type(model).__mro__:
+        if cls.__module__.partition(".")[0] in _LIBRARIES and "save_pretrained" in vars(cls):
+            return vars(cls)["save_pretrained"]
+    return None
+
+
+def _is_changed(model: nn.Module) -> bool:
+    changed = (QuantizedLayer, TiedRows)
+    return bool(adapted_layers(model)) or any(isinstance(x, changed) for x in model.modules())
+
+
+def _refuse(*_: Any, **__: Any) -> NoReturn:
+    raise LifecycleError(
+        "save_pretrained of a model with adapters: what it writes would load without them. "
+        "lightning_peft.save_adapter(module, folder) writes them in PEFT's format, where module is "
+        "the one that the Trainer trains, or that lightning_peft.inject was given. For the whole "
+        "model, merge(module) and unload(module) first."
+    )
+
+
+class _SavesAdapters:
+    """``save_pretrained`` of one model, with the arguments of the method that it replaces.
+
+    Args:
+        model: The model.
+        record: The record of the module that adapters were added to.
+        parts: The names of the adapted parts in that record, by their names inside ``model``.
+    """
+
+    def __init__(self, model: nn.Module, record: Record, parts: Mapping[str, str]) -> None:
+        # A reference that keeps nothing alive: the model has this object.
+        self._model, self._record, self._parts = weakref.ref(model), record, parts
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _SavesAdapters:
+        model: Any = self._model()
+        # In a copy of the model it writes the values of the copy.
+        model = memo.get(id(model), model)
+        return type(self)(model, copy.deepcopy(self._record, memo), self._parts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._model(), self._record, self._parts)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Writes the adapters, in any number of processes.
+
+        Raises:
+            ConfigError: If ``selected_adapters`` names one that is not there.
+            LifecycleError: If adapters are merged, or with ``state_dict``.
+        """
+        model: Any = self._model()
+        given = _arguments(model, args, kwargs)
+        if not given.get("is_main_process", True):
+            return
+        parts = {
+            name: (model.get_submodule(name), self._record.parts[key])
+            for name, key in self._parts.items()
+        }
+        layers = [layer for part, _ in parts.values() for layer in adapted_layers(part).values()]
+        if given.get("state_dict") is not None or any(map(is_merged, layers)):
+            _refuse()
+        folder, kind = Path(given["save_directory"]), type(model).__name__
+        names = _names(parts, given.get("selected_adapters"))
+        # PEFT has others in sub-folders even where there is no such adapter.
+        top = "default" if isinstance(model, PeftModel) else names[0]
+        write_files(folder, packed_parts(parts, names, top, {}))
+        log.info("adapters of %s written to %s in PEFT's format, without the base", kind, folder)
+        _warn_of_trained(model, parts, folder)
+        if type(model).save_pretrained is not _library_method(model):
+            log.warning("save_pretrained of %s itself is not called while it has adapters.", kind)
+        if given.get("push_to_hub"):
+            log.warning(
+                "push_to_hub=True: nothing was uploaded. model.push_to_hub(repo_id) uploads the "
+                "adapters of %s.",
+                kind,
+            )
+
+
+def _arguments(model: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Returns the arguments of the library's method by name: their order is not the same in all."""
+    signature = inspect.signature(_library_method(model))  # type: ignore[arg-type]
+    given = signature.bind(model, *args, **kwargs).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
+    return given
+
+
+def _names(parts: AdaptedParts, selected: list[str] | None) -> list[str]:
+    known = list(dict.fromkeys(name for _, entry in parts.values() for name in entry.adapters))
+    names = known if selected is None else list(selected)
+    if not names or not {*names} <= {*known}:
+        raise ConfigError(
+            f"selected_adapters={selected!r}: the adapters of this model are {', '.join(known)}."
+        )
+    return names
+
+
+def _warn_of_trained(model: nn.Module, parts: AdaptedParts, folder: Path) -> None:
+    inside = {id(param) for part, _ in parts.values() for param in part.parameters()}
+    outside = [
+        name
+        for name, param in model.named_parameters()
+        if param.requires_grad and id(param) not in inside
+    ]
+    if outside:
+        log.warning(
+            "%s has %d trained parameters outside of its adapted parts (%s%s), which are not in "
+            "%s. Files of ModelCheckpoint have them.",
+            type(model).__name__,
+            len(outside),
+            ", ".join(outside[:5]),
+            ", ..." if len(outside) > 5 else "",
+            folder,
+        )

@@ -27,8 +27,12 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.engine.adapters import adapter_file_tensors, adapter_parameters, trained_heads
 from lightning_peft.engine.configuration import config_from_dict
-from lightning_peft.engine.files.base_tensors import changed_buffers, keys_in_file
-from lightning_peft.engine.files.peft_names import replaced_under_one_name, saved_entries
+from lightning_peft.engine.files.base_tensors import (
+    changed_buffers,
+    keys_in_file,
+    replaced_under_one_name,
+    saved_entries,
+)
 from lightning_peft.engine.files.state_dicts import quantized_holders
 from lightning_peft.engine.fingerprint import Fingerprint, checksum
 from lightning_peft.engine.layers.adapter import without_adapters
@@ -143,16 +147,17 @@ def saved_modules(part: nn.Module, entry: AdaptedModuleRecord, name: str) -> lis
     """
     heads = entry.adapters[name].heads
     trained = trained_heads(part, heads)
-    loaded = dict(zip(entry.loaded.names, entry.loaded.sums, strict=True))
     adapters = {id(param) for param in adapter_parameters(part).values()}
     changed = [
         head
         for head in heads
         if head not in trained
         and any(
-            checksum(param) != loaded.get(f"{head}.{key}", checksum(param))
+            checksum(param) != entry.loaded.tensors[f"{head}.{key}"][1]
             for key, param in part.get_submodule(head).named_parameters()
-            if id(param) not in adapters and param.is_floating_point()
+            if id(param) not in adapters
+            and param.is_floating_point()
+            and f"{head}.{key}" in entry.loaded.tensors
         )
     ]
     return [*entry.saved, *(head for head in heads if head in {*trained, *changed})]

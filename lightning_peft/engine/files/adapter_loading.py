@@ -24,19 +24,17 @@ from lightning_peft.engine.files.adapter_checks import (
     AdapterFolder,
     check_base_of,
     check_fit,
-    experts_were_dense,
-)
-from lightning_peft.engine.files.adapter_fields import checked_fields
-from lightning_peft.engine.files.adapter_format import CONFIG_FILE, read_adapter
-from lightning_peft.engine.files.base_tensors import include_in_files
-from lightning_peft.engine.files.fitting import (
     check_ranks,
+    experts_were_dense,
     fields_for,
     saved_in_file,
     with_new_names,
     without_repeated,
     without_wrappers,
 )
+from lightning_peft.engine.files.adapter_fields import checked_fields
+from lightning_peft.engine.files.adapter_format import CONFIG_FILE, read_adapter
+from lightning_peft.engine.files.base_tensors import include_in_files
 from lightning_peft.engine.injection import inject_config
 from lightning_peft.engine.layers.tokens import token_tensors
 from lightning_peft.engine.methods.lora_config import changes_base, quantizes_another_base

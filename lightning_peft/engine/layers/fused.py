@@ -128,19 +128,7 @@ class FusedLora(torch.autograd.Function):
         scaling: float,
         p: float,
     ) -> Tensor:
-        """Returns the output, ``(..., out)``.
-
-        Args:
-            ctx: Autograd's.
-            x: ``(..., in)``.
-            a: ``(r, in)``.
-            b: ``(out, r)``.
-            bias: ``(out,)`` or ``None``.
-            stored: The frozen weight or its codes.
-            frozen: How it takes part.
-            scaling: The factor in front of ``B A``.
-            p: Probability that dropout takes an input away.
-        """
+        """Returns the output, ``(..., out)``; arguments as of :func:`fused_product`."""
         mask = draw_mask(x, p) if p else None
         rows = _rows(x, frozen)
         out = frozen.matmul(rows, stored, bias)

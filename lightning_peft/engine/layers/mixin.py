@@ -183,14 +183,7 @@ def stored_parameter(layer: Any, name: str) -> Any:
 def add_mixin(
     layer: nn.Module, mixin: type[DynamicMixin], base: type[nn.Module] | None = None
 ) -> None:
-    """Puts ``mixin`` in front of the class of ``layer``.
-
-    Args:
-        layer: The layer object; it stays the same object.
-        mixin: The behaviour to add.
-        base: Replaces the class below the mixins, for layers that turn into a library's own
-            subclass of what they were (``nn.Linear`` into ``bitsandbytes.nn.Linear4bit``).
-    """
+    """Puts ``mixin`` in front of the class of ``layer``."""
     mixins, below, origin = class_key(layer)
     layer.__class__ = class_for_key(((mixin, *mixins), base or below, origin))
 

@@ -62,14 +62,7 @@ def unused_base_dropped() -> Iterator[None]:
 def kept_weights(
     entry: Path, backend: Backend, device: torch.device, read: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Returns the weights of an entry, from memory where they are there and unchanged.
-
-    Args:
-        entry: Folder of the entry.
-        backend: What its codes are made by.
-        device: Where they go.
-        read: Reads them: frozen dataclasses, with the parameter in ``stored``, by layer.
-    """
+    """Returns the weights of an entry, from memory where they are unchanged, else by ``read``."""
     kept = _kept.get()
     if kept is None:
         return read()

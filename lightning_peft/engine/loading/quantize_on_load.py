@@ -19,16 +19,16 @@ from transformers import PreTrainedConfig
 
 from lightning_peft.compat.transformers import intercepted_from_pretrained
 from lightning_peft.engine.backends.conversion import release_freed_memory
+from lightning_peft.engine.backends.packed import current_share
 from lightning_peft.engine.backends.registry import backend_for, storage_bytes
-from lightning_peft.engine.backends.share import current_share
-from lightning_peft.engine.fingerprint import Fingerprint, fingerprint
+from lightning_peft.engine.fingerprint import Fingerprint, checksum
 from lightning_peft.engine.layers.expert_weights import layer_name
 from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.loading import quantized_cache
 from lightning_peft.engine.loading.gguf_model import GgufModel, read_gguf_folder
 from lightning_peft.engine.loading.gguf_tensors import gguf_tensors
 from lightning_peft.engine.loading.kept_bases import unused_base_dropped
-from lightning_peft.engine.loading.quantized_cache import CachedLoad, DenseInfo
+from lightning_peft.engine.loading.quantized_cache import CachedLoad
 from lightning_peft.engine.loading.streamed_quantizer import Loading, StreamedConfig, dense_info
 from lightning_peft.engine.loading.tracked_loads import (
     check_replaced,
@@ -271,24 +271,19 @@ def dense_bytes(layer: nn.Module) -> int:
 
 def base_fingerprint(part: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Fingerprint:
     """Returns the fingerprint of tensors of ``part`` as if all had been loaded dense."""
-    named = list(tensors)
-    facts: dict[str, DenseInfo] = {}
-    for name, _ in named:
+    found: dict[str, tuple[tuple[int, ...], int]] = {}
+    streamed = False
+    for name, tensor in tensors:
         owner, _, leaf = name.rpartition(".")
         experts = layer_name(leaf) in part.get_submodule(owner)._modules
         known = None
         if experts or leaf == "weight":
             known = dense_info(part.get_submodule(layer_name(name) if experts else owner))
-        if known is not None:
-            facts[name] = known
-    rest = fingerprint((name, tensor) for name, tensor in named if name not in facts)
-    found = dict(zip(rest.names, zip(rest.shapes, rest.sums, strict=True), strict=True))
-    found |= {name: (known.shape, known.checksum) for name, known in facts.items()}
-    if facts:
+        if known is None:
+            found[name] = tuple(tensor.shape), checksum(tensor)
+        else:
+            found[name], streamed = (known.shape, known.checksum), True
+    if streamed:
         # Nothing is quantized after this, which would do it.
         release_freed_memory()
-    return Fingerprint(
-        names=tuple(name for name, _ in named),
-        shapes=tuple(found[name][0] for name, _ in named),
-        sums=tuple(found[name][1] for name, _ in named),
-    )
+    return Fingerprint(found)

@@ -26,13 +26,13 @@ from transformers import PreTrainedConfig
 
 from lightning_peft.compat.transformers import COMMIT_KEY, NAME_KEY
 from lightning_peft.engine import cache_entries
+from lightning_peft.engine.backends.packed import current_share
 from lightning_peft.engine.backends.registry import (
     Backend,
     backend_for,
     backend_of,
     storage_bytes,
 )
-from lightning_peft.engine.backends.share import current_share
 from lightning_peft.engine.loading.kept_bases import kept_weights
 from lightning_peft.engine.loading.weight_files import find_weight_files, hashes, stamps
 
@@ -143,11 +143,7 @@ def find_entry(
     way: str,
     device: torch.device,
 ) -> CachedLoad | None:
-    """Finds the entry that a call decides, and reads it if it is there.
-
-    Returns:
-        ``None`` for calls that the cache does not cover, and where it cannot be used.
-    """
+    """Finds and reads the entry that a call decides; ``None`` where the cache does not serve it."""
     plain = _serializable_options(options)
     files = find_weight_files(name, options) if plain is not None else []
     if plain is None or not files:

@@ -31,9 +31,8 @@ from lightning_peft.engine.backends.conversion import (
     release_freed_memory,
     use_backend,
 )
-from lightning_peft.engine.backends.packed import PackedWeight
+from lightning_peft.engine.backends.packed import PackedWeight, current_share
 from lightning_peft.engine.backends.registry import backend_for, storage_bytes
-from lightning_peft.engine.backends.share import current_share
 from lightning_peft.engine.fingerprint import checksum
 from lightning_peft.engine.layers.expert_weights import (
     ExpertWeight,

@@ -35,12 +35,9 @@ Stamp = tuple[str, int, int, int, int]
 
 
 def find_weight_files(name: Any, options: Mapping[str, Any]) -> list[Path]:
-    """Returns the files with the weights of a model that are on this machine, in order.
+    """Returns the real paths of a model's safetensors files, or GGUF file, on this machine.
 
-    Those are safetensors files, or a GGUF file.
-
-    Returns:
-        Their real paths; an empty list where it is not certain that these would be read.
+    In order; empty where it is not certain that these would be read.
     """
     where = {key: options[key] for key in _WHERE if options.get(key) is not None}
     gguf = read_gguf_folder(name)

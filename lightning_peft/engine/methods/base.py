@@ -22,7 +22,7 @@ class Method:
         targets: What `target_modules` has to name, where PEFT would choose other layers or none.
         dense_only: Whether it changes or copies weights, which codes of 4 or 8 bits are not.
         ignored_properties: What PEFT's code for convolutions leaves out; see
-            :func:`lightning_peft.engine.selection.wrapping.wrapping_problems`.
+            :func:`lightning_peft.engine.selection.unsupported_layers.wrapping_problems`.
         decisive_fields: Fields of the config that decide what the tensors mean; ``None`` for all
             but those that say where adapters go.
         hides_model_type: Whether PEFT would choose other layers by the type of a model.
@@ -108,15 +108,7 @@ class InPlaceMethod(Method, ABC):
         config: Any,
         options: Mapping[str, Any],
     ) -> Any:
-        """PEFT's layer around ``layer``, of which the adapter is taken.
-
-        Args:
-            original: PEFT's own function.
-            layer: The layer to adapt, still dense.
-            name: The adapter's name.
-            config: PEFT's config.
-            options: What PEFT found out for this layer.
-        """
+        """PEFT's layer around ``layer``, of which the adapter is taken."""
         return original(layer)
 
     def subtracts_from_base(self, config: Any) -> bool:
@@ -126,13 +118,7 @@ class InPlaceMethod(Method, ABC):
     def for_plain_base(
         self, tensors: dict[str, Tensor], config: dict[str, Any], initial: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The same adapter for the base as it was before :meth:`subtracts_from_base`.
-
-        Args:
-            tensors: The adapter, by PEFT's keys.
-            config: Its config as primitives.
-            initial: The adapter that was taken off the base.
-        """
+        """The same adapter for the base as it was before :meth:`subtracts_from_base`."""
         raise NotImplementedError
 
     def difference_in_peft(self, layer: nn.Module) -> str | None:

@@ -42,8 +42,6 @@ from lightning_peft.engine.selection.scope import (
     select,
     unused_modules,
 )
-from lightning_peft.engine.selection.self_modified import self_modified_layers
-from lightning_peft.engine.selection.stored_formats import refuse_stored_formats, unread_weights
 from lightning_peft.engine.selection.targets import (
     check_names_match,
     resolve_saved_modules,
@@ -51,7 +49,12 @@ from lightning_peft.engine.selection.targets import (
     rows_of,
 )
 from lightning_peft.engine.selection.tokens import Tokens, conflicts, requested_tokens
-from lightning_peft.engine.selection.wrapping import wrapping_problems
+from lightning_peft.engine.selection.unsupported_layers import (
+    refuse_stored_formats,
+    self_modified_layers,
+    unread_weights,
+    wrapping_problems,
+)
 from lightning_peft.errors import (
     ConfigError,
     LifecycleError,
@@ -124,15 +127,7 @@ def make_plans(
     record: Record,
     momentum_copies: Collection[MomentumCopy] = (),
 ) -> list[InjectionPlan]:
-    """Returns the plan of every part of ``module``; changes nothing but ``record.left``.
-
-    Args:
-        module: The user's module.
-        request: What was asked for.
-        adapt: Names of the submodules to adapt; ``None`` for the pretrained ones.
-        record: What was done to the module before. Its ``left`` is filled at the first adapter.
-        momentum_copies: Copies in the module.
-    """
+    """Returns the plan of every part of ``module``; changes nothing but ``record.left``."""
     check_adapter_name(request.adapter_name)
     again = list(record.parts) if record.parts and adapt is None else adapt
     wanted = getattr(without_rows(request.config), "target_modules", None)

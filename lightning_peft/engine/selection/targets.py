@@ -21,12 +21,13 @@ from lightning_peft.compat.peft import check_target_module_exists
 from lightning_peft.engine.layers.expert_weights import parameter_name
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, LINEAR_LIKE, is_router
 from lightning_peft.engine.methods.registry import in_place_method
-from lightning_peft.engine.selection.excluded import is_named, warn_of_unused_exclusions
 from lightning_peft.engine.selection.parameters import (
     adaptable_weights,
     expert_layers,
     experts_named_as_layers,
+    is_named,
     skip_names,
+    warn_of_unused_exclusions,
 )
 from lightning_peft.engine.selection.parts import (
     NO_EXCLUSIONS,
@@ -38,7 +39,7 @@ from lightning_peft.engine.selection.parts import (
     tied_layers,
 )
 from lightning_peft.engine.selection.rows import Rows, requested_rows, without_rows
-from lightning_peft.engine.selection.self_modified import self_modified_layers
+from lightning_peft.engine.selection.unsupported_layers import self_modified_layers
 from lightning_peft.errors import TargetModulesError, itemize
 
 ALL_LINEAR = "all-linear"

@@ -38,9 +38,6 @@ def requested_tokens(
 
     As in PEFT a list means the input embeddings, and a name every layer whose name ends with it.
     Layers with one weight have one set of rows.
-
-    Raises:
-        ConfigError: If there are no such layers or rows, or they cannot train; all of them at once.
     """
     asked = getattr(config, FIELD, None)
     found: dict[str, dict[str, Tokens]] = {name: {} for name in parts}
@@ -131,11 +128,7 @@ def conflicts(
 ) -> list[str]:
     """Returns sentences on rows of layers that train in another way.
 
-    Args:
-        part: The part.
-        tokens: The rows that train.
-        adapted: Names of the layers that get an adapter.
-        others: Names of heads and modules that are trained in full, and of layers to quantize.
+    ``others`` names heads and modules that are trained in full, and layers to quantize.
     """
     problems = []
     for name, held in tokens.items():

@@ -243,12 +243,7 @@ def attend_one_by_one(
 ) -> Tensor:
     """Returns the attention of packed rows by torch's causal attention of each example.
 
-    Args:
-        query: ``(rows, heads, length, width)``; ``key`` and ``value`` alike.
-        key: See ``query``.
-        value: See ``query``.
-        lengths: Tokens of the examples of each row.
-        scale: The factor of the scores.
+    Query, key and value are ``(rows, heads, length, width)``; ``lengths`` are of the examples.
     """
     rows = []
     for i, row in enumerate(lengths):
@@ -273,16 +268,7 @@ class PackedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, batches: list[Batch], scale: float
     ) -> Tensor:
-        """Returns the attention, ``(rows, heads, length, width of a value)``.
-
-        Args:
-            ctx: Autograd's.
-            query: ``(rows, heads, length, width)``.
-            key: The same.
-            value: ``(rows, heads, length, width of a value)``.
-            batches: The examples.
-            scale: The factor of the scores.
-        """
+        """Returns the attention, ``(rows, heads, length, width of a value)``."""
         ctx.save_for_backward(query, key, value)
         ctx.batches, ctx.scale = batches, scale
         flat = [_by_token(x) for x in (query, key, value)]

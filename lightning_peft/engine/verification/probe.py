@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.engine.freezing import set_training_mode
 from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.engine.record import require_record
-from lightning_peft.engine.training_mode import set_training_mode
 
 Step = Callable[[nn.Module, Any], Tensor]
 
@@ -121,8 +121,7 @@ class ModuleProbe:
     def evaluate(self, keep_buffers: bool = False) -> Tensor:
         """Returns the loss as a validation loop computes it.
 
-        Args:
-            keep_buffers: Take the buffers as the previous pass left them, not as at the start.
+        With ``keep_buffers``, buffers are as the previous pass left them, not as at the start.
         """
         if not keep_buffers:
             self._reset_buffers()
