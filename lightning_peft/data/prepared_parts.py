@@ -1,4 +1,4 @@
-"""Resumable storage of prepared rows, in parts."""
+"""Prepared data on disk, in resumable parts."""
 
 from __future__ import annotations
 

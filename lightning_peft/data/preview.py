@@ -1,4 +1,4 @@
-"""Preview of the training data, and validation without a tokenizer."""
+"""Preview and statistics of the training data, and validation without a tokenizer."""
 
 from __future__ import annotations
 

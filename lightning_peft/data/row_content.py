@@ -1,4 +1,4 @@
-"""Content statistics of rows: roles, turns, scripts and near duplicates."""
+"""Content statistics of rows: roles, turns, scripts, duplicates and near duplicates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which parameters train after injection, what they were before, and what is in train mode."""
+"""Freezing of parameters at injection, restoring of ``requires_grad``, and train mode."""
 
 from __future__ import annotations
 

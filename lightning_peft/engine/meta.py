@@ -1,4 +1,4 @@
-"""Adapters and quantized layers on the meta device, for planning.
+"""Adapters and quantized layers on the meta device, for planning; shares of a sharded base.
 
 For predictions of memory. Tensors on the meta device, or fake ones, go through the same injection
 and the same forward pass as real ones; only the values are missing.

@@ -1,4 +1,4 @@
-"""Complete plan of a model: requested run, other methods and limits."""
+"""Complete plan of a model: requested run, other methods, limits and recommended method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of a plan."""
+"""Settings of a plan, and memory of optimizer states and steps."""
 
 from __future__ import annotations
 

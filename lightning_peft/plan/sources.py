@@ -1,4 +1,4 @@
-"""Sources of meta copies: a hub name, folder, config or module."""
+"""Sources of meta copies and their sample batches: a hub name, folder, config or module."""
 
 from __future__ import annotations
 

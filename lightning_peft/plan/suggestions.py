@@ -1,4 +1,4 @@
-"""Suggested changes that save memory."""
+"""Suggested changes that save memory, and explanations of out-of-memory errors."""
 
 from __future__ import annotations
 

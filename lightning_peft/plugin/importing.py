@@ -1,4 +1,4 @@
-"""Conversion of other programs' checkpoints."""
+"""Conversion of other programs' checkpoints, with their optimizer states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Validated configs from the arguments of strategies and callbacks."""
+"""Validated configs from the arguments of strategies, callbacks and ``adapter_defaults()``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Classes for both Lightning packages.
+"""Classes for both Lightning packages, their registration and in-place extension.
 
 ``lightning.pytorch`` and ``pytorch_lightning`` are separate class trees with the same code: a
 strategy that derives from one is refused by the other's Trainer. Classes here are written once,

@@ -1,4 +1,4 @@
-"""``LoRAStrategy`` and ``QLoRAStrategy``."""
+"""``LoRAStrategy`` and ``QLoRAStrategy``, on one device or with DDP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Automatic checks at the start of training: structure and first step."""
+"""Automatic checks at the start of training: structure, first step and agreement of processes."""
 
 from __future__ import annotations
 

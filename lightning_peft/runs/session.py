@@ -1,4 +1,4 @@
-"""One command-line run, from config to result, in its own folder."""
+"""One command-line run, from config to result, in its own folder, with a copy of its output."""
 
 from __future__ import annotations
 

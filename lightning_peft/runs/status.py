@@ -1,4 +1,4 @@
-"""Current status of a run: one JSON file, replaced atomically."""
+"""Current status of a run: one JSON file, replaced atomically, with the startup time by phase."""
 
 from __future__ import annotations
 

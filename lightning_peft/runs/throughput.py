@@ -1,4 +1,4 @@
-"""Throughput and remaining time of a run."""
+"""Throughput and remaining time of a run, and machine load, sampled to ``load.jsonl``."""
 
 from __future__ import annotations
 

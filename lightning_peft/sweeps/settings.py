@@ -1,4 +1,4 @@
-"""Sweep settings and their validation."""
+"""Sweep settings and search space, validated before training."""
 
 from __future__ import annotations
 

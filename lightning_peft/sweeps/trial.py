@@ -1,4 +1,4 @@
-"""One trial of a sweep, reported to Optuna."""
+"""One trial of a sweep, reported to Optuna, and the sweep's state on disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Callbacks of the recipes: best checkpoint, early stopping and samples."""
+"""Callbacks of the recipes: best checkpoint, early stopping, samples and tables in loggers."""
 
 from __future__ import annotations
 

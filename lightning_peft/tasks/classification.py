@@ -1,4 +1,4 @@
-"""Shared parts of classifiers: label names that agree in model, data and files."""
+"""Classification of texts and images: label names that agree in model, data and files."""
 
 from __future__ import annotations
 

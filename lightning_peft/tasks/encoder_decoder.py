@@ -1,4 +1,4 @@
-"""Shared parts of encoder-decoder tasks: loss, generation and text metrics."""
+"""Encoder-decoder tasks, speech recognition included: loss, generation and text metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""New output layers and fully trained layers, kept in full precision."""
+"""New output layers and fully trained layers, kept in full precision, and padding tokens."""
 
 from __future__ import annotations
 

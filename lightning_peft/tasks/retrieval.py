@@ -1,4 +1,4 @@
-"""Ranking metrics: retrieval over a whole split, and rank correlation."""
+"""Losses of sentence embeddings, retrieval over a whole split, and rank correlation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token classification, such as named-entity recognition."""
+"""Token classification, such as named-entity recognition, and metrics of entity spans."""
 
 from __future__ import annotations
 

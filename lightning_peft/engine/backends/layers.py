@@ -1,4 +1,4 @@
-"""Layers with a quantized frozen weight, for any backend."""
+"""Layers and expert weights with a quantized frozen weight, for any backend."""
 
 from __future__ import annotations
 

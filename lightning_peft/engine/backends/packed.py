@@ -1,4 +1,4 @@
-"""A quantized weight packed into one byte parameter that can be sharded."""
+"""Quantized weights packed into one byte parameter, and shards of frozen tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compatibility checks between an adapter folder and its base."""
+"""Compatibility checks between an adapter folder and its base, and mapping of its tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saving of adapters as folders in PEFT's format.
+"""Saving of adapters as folders in PEFT's format, ``save_pretrained`` included.
 
 A folder holds ``adapter_config.json``, ``adapter_model.safetensors`` and ``provenance.json``
 (what produced it). Nothing is ever unpickled.

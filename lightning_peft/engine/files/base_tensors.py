@@ -1,4 +1,4 @@
-"""Base weights and buffers stored in an adapter folder.
+"""Base weights and buffers stored in an adapter folder, and key names that PEFT expects.
 
 PEFT writes embeddings with ``save_embedding_layers``, for vocabularies that were resized, and puts
 them in the place of the base's own. Running statistics that training changed are in our folders.

@@ -1,4 +1,4 @@
-"""Convolutions with another weight than the layer's own, and adapters that PEFT lacks for them."""
+"""Convolutions with a computed or quantized weight, and corrections of PEFT's adapters for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tracking of loaded models until injection.
+"""Tracking of loaded models until injection, and caching of a base sharded over processes.
 
 Codes go into the cache only if they are certainly those of the file: nobody changed the weight
 between loading and quantizing. Where codes came out of it, what the user does to the layers until

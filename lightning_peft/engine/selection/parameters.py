@@ -1,4 +1,4 @@
-"""Matching of ``target_parameters``, and default expert weights."""
+"""Matching of ``target_parameters`` and ``exclude_modules``, and default expert weights."""
 
 from __future__ import annotations
 

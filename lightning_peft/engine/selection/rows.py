@@ -1,4 +1,4 @@
-"""Adapters on rows of a fused layer, such as ``qkv[q]``.
+"""Adapters on rows of a fused layer, such as ``qkv[q]``, and row orders by model class.
 
 An entry of ``target_modules`` may end with them: ``qkv[q]`` by the name of what they compute,
 ``qkv[0:384]`` by their numbers, ``qkv[1/3]`` as the first of three parts of equal size.

@@ -1,4 +1,4 @@
-"""Layers that cannot be adapted, or not in that way, refused before anything changes.
+"""Layers that cannot be adapted, or not in the requested way, refused before anything changes.
 
 transformers loads some formats of other libraries dense, and bitsandbytes' layers have a backend
 here. In the others an adapter would compute with codes as if they were the weight, or be left out.

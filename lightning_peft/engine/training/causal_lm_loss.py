@@ -1,4 +1,4 @@
-"""Causal LM loss of transformers without a float32 copy of all logits.
+"""Causal LM loss and chunked cross-entropy, without a float32 copy of all logits.
 
 transformers turns the logits into float32, lets cross-entropy keep their logarithms, and makes the
 gradient in float32 again before it becomes 16 bits: three tensors of four bytes for each token and

@@ -1,4 +1,4 @@
-"""Parameter groups of optimizers, with adapters in place of frozen weights.
+"""Parameter groups of optimizers, with adapters in place of frozen weights, and LoRA+.
 
 An optimizer that was made before the adapters, as LightningCLI and many constructors do, holds the
 base weights that its user wanted to train. What trains for such a weight are the adapters of its

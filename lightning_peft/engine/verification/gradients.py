@@ -1,4 +1,4 @@
-"""Checks by real passes: asking ``requires_grad`` would not do.
+"""Checks of gradients and evaluation by real passes.
 
 bitsandbytes' repacked layers say that they require gradients and pass nothing on. And
 ``nn.TransformerEncoderLayer`` has a fast path for evaluation without gradients that reads raw
