@@ -11,7 +11,7 @@ from dataclasses import replace
 from torch import nn
 
 from lightning_peft.engine.adapters import all_adapter_parameters
-from lightning_peft.engine.files.model_saving import replace_save_pretrained
+from lightning_peft.engine.files.adapter_files import replace_save_pretrained
 from lightning_peft.engine.layers.adapter import AdapterLayer
 from lightning_peft.engine.record import Record, record_of, require_record, set_record
 from lightning_peft.engine.selection.parts import inside
