@@ -35,16 +35,19 @@ class AnswerCache:
             still_needed: Whether the caller still needs it; by default always.
         """
         now = time.monotonic()
-        self._answers = {k: one for k, one in self._answers.items() if now - one[0] < SECONDS}
+        # Pages ask at the same time.
+        for old in [k for k, one in [*self._answers.items()] if now - one[0] >= SECONDS]:
+            self._answers.pop(old, None)
 
         def needed() -> bool:
             return question not in self._answers and (still_needed is None or still_needed())
 
-        if question not in self._answers:
+        known = self._answers.get(question)
+        if known is None:
             found = find(needed)
             if keep(found):
-                self._answers[question] = (time.monotonic(), found)
-            elif question not in self._answers:
+                known = self._answers[question] = (time.monotonic(), found)
+            elif (known := self._answers.get(question)) is None:
                 return found
-        answer: Answer = self._answers[question][1]
+        answer: Answer = known[1]
         return answer
