@@ -40,6 +40,14 @@ def queued(store: RunStore, name: str, owner: str = "local", **fake: Any) -> Run
     return store.update_metadata(run, waiting=time.time())
 
 
+def erase_runs(store: RunStore) -> None:
+    """Erases all runs of a server, once they are over: its page is that of a new one again."""
+    for run in store.list("local"):
+        until(lambda run=run: not store.get("local", run.id).active)  # type: ignore[misc]
+        store.erase("local", run.id)
+    store.erase_deleted(seconds=0)
+
+
 def save_adapter(folder: RunFolder, name: str, step: int | None, **config: object) -> Path:
     """Writes an adapter without tensors as a checkpoint of a run, and returns its folder."""
     made = folder.checkpoints / "adapters" / name

@@ -26,7 +26,7 @@ from gradio_app.texts import LANGUAGES, Texts
 from lightning_peft.demo.real_base import SMOLLM2_PLACE, absence_of_smollm2
 from lightning_peft.runs.status import Status, write_json
 from tests.app.browsing import DESKTOP, PHONE, assert_readable, not_german, screenshot, violations
-from tests.app.runs import queued, recipe, settings
+from tests.app.runs import erase_runs, queued, recipe, settings
 from tests.app.test_store import written
 
 HOSTILE = '<img src=x onerror="window.hacked=1">'
@@ -130,9 +130,8 @@ def finished(store, name, seconds, loss, metric="val_loss"):
     return store.update_metadata(run, launched=0.0)
 
 
-def test_runs_are_searched_sorted_named_and_tagged(serve, visit):
-    site = serve(trainer="fake")
-    store = RunStore(settings(site.folder))
+def test_runs_are_searched_sorted_named_and_tagged(site, store, visit):
+    erase_runs(store)
     runs = [
         finished(store, name, *facts) for name, *facts in (("bees", 90, 2.5), ("Ants", 30, 0.5))
     ]

@@ -32,7 +32,7 @@ from tests.app.browsing import (
     upload_rows,
     violations,
 )
-from tests.app.runs import settings
+from tests.app.runs import erase_runs, settings
 from tools.first_run import COUNT_CLICKS
 
 STEPS = ("model", "data", "method", "review")
@@ -319,8 +319,8 @@ def words_on(page) -> int:
     return len(page.inner_text("body").split())
 
 
-def test_a_first_run_with_a_model_and_data_of_ones_own_is_short(visit, serve):
-    site = serve(trainer="fake")
+def test_a_first_run_with_a_model_and_data_of_ones_own_is_short(visit, site, store):
+    erase_runs(store)
     mine = site.folder / "models" / "mine"
     shutil.copytree(BASE, mine)
     (mine / "chat_template.jinja").write_text(NAMED["plain"])
