@@ -62,10 +62,11 @@ ENDED_WHEN_STUCK := -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=
 
 # pytest comes last, so that its closing line is the last thing printed. Two processes with a thread
 # each: threads of two processes on two cores wait for each other longer than tiny models compute.
+# Files stay in their order: those of the page take longest, and come first.
 test: export HF_HUB_OFFLINE = 1
 test: export OMP_NUM_THREADS = 1
 test: lint docs browser  ## Lint, type-check, build the documentation, then run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not long' $(ENDED_WHEN_STUCK) $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not long' $(ENDED_WHEN_STUCK) $(ARGS)
 
 test-long: export HF_HUB_OFFLINE = 1
 test-long: export OMP_NUM_THREADS = 1
@@ -91,7 +92,7 @@ test-trackers: $(TRACKERS_VENV)/.ready  ## Log to TensorBoard, Weights & Biases 
 test-min: export HF_HUB_OFFLINE = 1
 test-min: export OMP_NUM_THREADS = 1
 test-min: $(MIN_VENV)/.ready  ## Run the tests with the lowest supported versions
-	$(MIN_VENV)/bin/python -m pytest -n 2 --dist loadfile -m 'not long' --ignore tests/app $(ENDED_WHEN_STUCK) $(ARGS)
+	$(MIN_VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not long' --ignore tests/app $(ENDED_WHEN_STUCK) $(ARGS)
 
 bench: export HF_HUB_OFFLINE = 1
 bench: $(READY_BENCH)  ## Measure everything against its peers, and write docs/performance.md
