@@ -16,12 +16,13 @@ from lightning_peft.runs.folder import RunFolder
 METHODS = ("lora", "qlora")
 # Near to another trial: dpo has the pairs of orpo and reward, and the reference of kto; grpo
 # samples as validation does, speech has an encoder and a decoder as summaries and translation have,
-# images and tokens are classified as texts are, answers about images have labels as those of texts;
+# tokens are classified as texts and images are, answers about images have labels as those of texts;
 # forkme is sft with every key.
 NEAR = {
     *("grpo-qlora", "kto-qlora", "orpo-qlora", "reward-qlora"),
     *("summarization-qlora", "translation-qlora"),
     *("sft-qlora", "text-classification-qlora", "image-text-to-text-qlora"),
+    "image-classification-qlora",
     *("embedding-qlora", "reranker-qlora"),
 }
 LONG = pytest.mark.long
