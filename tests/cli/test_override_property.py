@@ -8,7 +8,7 @@ from importlib import import_module
 import lightning.pytorch.cli
 import pytest
 import yaml
-from hypothesis import assume, given
+from hypothesis import assume
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 from properties import few_and_many
@@ -95,8 +95,7 @@ def typos(draw):
     return draw(st.sampled_from(COMMANDS)), recipe, name, f"--{above}{wrong}={value}"
 
 
-@few_and_many(6)
-@given(typos())
+@few_and_many(6, drawn=typos())
 def test_a_misspelled_override_is_answered_with_the_nearest(drawn):
     command, recipe, name, option = drawn
     with pytest.raises(LightningPeftError) as caught:

@@ -14,7 +14,7 @@ import openpyxl
 import pandas
 import pyarrow
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume
 from hypothesis import strategies as st
 from openpyxl.utils.exceptions import IllegalCharacterError
 from properties import few_and_many
@@ -80,8 +80,7 @@ def refused_in_words(name, content):
     assert not said or (name in said and len(said) > len(name) + 25)
 
 
-@few_and_many()
-@given(
+@few_and_many(
     table=tables(),
     delimiter=st.sampled_from(",;\t|"),
     end=st.sampled_from(["\n", "\r\n"]),
@@ -125,8 +124,7 @@ LAYOUTS = {
 }
 
 
-@few_and_many()
-@given(
+@few_and_many(
     rows=ROWS,
     layout=st.sampled_from(list(LAYOUTS)),
     encoding=st.sampled_from(SURE),
@@ -146,14 +144,12 @@ def test_json_is_read_in_any_layout(rows, layout, encoding, how, ascii_only, suf
 NAMED = [f"a.{kind}" for kind in (*KINDS, "tsv", "txt", "csv.gz", "json.zst", "jsonl.xz", "zip")]
 
 
-@few_and_many()
-@given(content=st.binary(max_size=200), name=st.sampled_from(NAMED))
+@few_and_many(content=st.binary(max_size=200), name=st.sampled_from(NAMED))
 def test_bytes_of_no_kind_are_refused_in_words(content, name):
     refused_in_words(name, content)
 
 
-@few_and_many()
-@given(text=st.text(st.sampled_from(ODD), max_size=60), name=st.sampled_from(NAMED[:3]))
+@few_and_many(text=st.text(st.sampled_from(ODD), max_size=60), name=st.sampled_from(NAMED[:3]))
 def test_marks_without_sense_are_refused_in_words(text, name):
     refused_in_words(name, text.encode())
 
@@ -177,8 +173,7 @@ def written(kind, names, rows):
     return out.getvalue()
 
 
-@few_and_many()
-@given(
+@few_and_many(
     table=tables(),
     kind=st.sampled_from(KINDS),
     how=st.sampled_from(COMPRESSIONS),
@@ -196,8 +191,7 @@ def test_damaged_files_are_refused_in_words(table, kind, how, share, byte):
     refused_in_words(f"rows.{kind}" + (how and f".{how}"), kept + rest)
 
 
-@few_and_many()
-@given(table=tables(), kind=st.sampled_from(["json", "parquet", "arrow"]))
+@few_and_many(table=tables(), kind=st.sampled_from(["json", "parquet", "arrow"]))
 def test_what_pandas_and_pyarrow_write_is_read(table, kind):
     names, rows = table
     found, _ = read(f"rows.{kind}", written(kind, names, rows))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from properties import MANY
 
 from lightning_peft.data.encoding import Encoder
 from lightning_peft.data.row_keys import is_turn
@@ -185,32 +186,17 @@ def encoders(tokenizer: Any) -> list[Encoder]:
     ]
 
 
-def run(encoders: list[Encoder], base: str, examples: int) -> None:
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("examples", [40, MANY])
+def test_every_key_is_used_named_or_refused(
+    encoders: list[Encoder], base: str, examples: int
+) -> None:
+    @settings(max_examples=examples, suppress_health_check=list(HealthCheck))
     @given(rows(base), st.sampled_from(range(len(encoders))))
     def holds(row: dict[str, Any], place: int) -> None:
         check(encoders[place], row)
 
     holds()
-
-
-@pytest.mark.parametrize("base", BASES)
-def test_every_key_is_used_named_or_refused(encoders: list[Encoder], base: str) -> None:
-    run(encoders, base, 40)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("base", BASES)
-def test_every_key_of_many_rows_is_used_named_or_refused(
-    encoders: list[Encoder], base: str
-) -> None:
-    run(encoders, base, 2_000)
 
 
 def test_the_check_can_fail(encoders: list[Encoder], monkeypatch: pytest.MonkeyPatch) -> None:

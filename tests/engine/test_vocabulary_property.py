@@ -7,7 +7,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from properties import few_and_many
 from safetensors.torch import load_file, save_file
@@ -33,8 +32,8 @@ def base(tied: bool) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(BASES[tied]).eval()
 
 
-@few_and_many(6)
-@given(
+@few_and_many(
+    6,
     tied=st.booleans(),
     size=st.integers(SIZE - 8, SIZE + 40),
     targets=st.sampled_from(["all-linear", ["q_proj"], ["q_proj", "embed_tokens"]]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from finished import BASE
-from hypothesis import given
 from hypothesis import strategies as st
 from properties import few_and_many
 from transformers import AutoTokenizer
@@ -53,8 +52,7 @@ def talks(draw):
     return [{"role": role, "content": draw(content)} for role in ["system"] * system + roles]
 
 
-@few_and_many()
-@given(template=templates(), messages=talks())
+@few_and_many(template=templates(), messages=talks())
 def test_a_translation_renders_the_same(template, messages):
     turns = translate(TOKENIZER, template)
     if turns is None or (messages[0]["role"] == "system" and "system" not in turns.around):
