@@ -57,7 +57,7 @@ class Forked:
         self.pid = int(self._answers.readline())
         self.returncode: int | None = None
 
-    def poll(self, timeout: float = 0) -> int | None:
+    def poll(self, timeout: float | None = 0) -> int | None:
         """Returns the exit code, or ``None`` while it runs."""
         if self.returncode is None and select.select([self._answers], [], [], timeout)[0]:
             self.returncode = int(self._answers.readline())
@@ -72,19 +72,16 @@ class Forked:
         """Ends the process at once."""
         self.send_signal(signal.SIGKILL)
 
-    def communicate(self, timeout: float) -> tuple[str, str]:
+    def communicate(self) -> tuple[str, str]:
         """Returns the output of both streams once the process has ended."""
-        if self.poll(timeout) is None:
-            raise subprocess.TimeoutExpired("lightning-peft", timeout)
+        self.poll(timeout=None)
         out, err = (stream.read_text(encoding="utf-8") for stream in self._streams)
         return out, err
 
 
 def wait(process: Any, there: Callable[[], Any]) -> None:
-    """Waits until something is there or the process has ended, at most 200 seconds."""
-    until = time.monotonic() + 200
+    """Waits until something is there or the process has ended; pytest ends a test that hangs."""
     while process.poll() is None and not there():
-        assert time.monotonic() < until, "it takes too long"
         time.sleep(0.02)
 
 
@@ -133,13 +130,11 @@ class Program:
         self._last = Forked(parent, streams)
         return self._last
 
-    def run(
-        self, folder: Path, *words: str, seconds: float = 270, **given: Any
-    ) -> tuple[int, str, str]:
+    def run(self, folder: Path, *words: str, **given: Any) -> tuple[int, str, str]:
         """Runs it to its end, and returns its exit code, output and errors."""
         process = self.start(folder, *words, **given)
         try:
-            out, err = process.communicate(timeout=seconds)
+            out, err = process.communicate()
         finally:
             process.kill()
         return process.returncode, out, err
@@ -158,7 +153,7 @@ class Program:
         arguments = [str(script), *words]
         paths = [str(script.parent), str(HERE), str(HERE.parent)]
         code = SCRIPT.format(paths=paths, arguments=arguments, port=port, ranks=ranks)
-        return self.succeed(folder, code=code, seconds=1800)
+        return self.succeed(folder, code=code)
 
     def _environment(self) -> dict[str, str]:
         own = {"PYTHONPATH": str(HERE.parent), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}

