@@ -35,6 +35,19 @@ def write_problem(path: Path, error: BaseException) -> str | None:
     return None
 
 
+def new_file_problem(file: str) -> str | None:
+    """Returns why there can be no new ``file``, as words behind its name; ``None`` if there can.
+
+    Folders in its path may be absent.
+    """
+    if os.path.lexists(file):
+        return " exists already"
+    there = next(p for p in Path(file).resolve().parents if os.path.lexists(p))
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return None
+    return f": {str(there)!r} {'cannot be written to' if there.is_dir() else 'is not a folder'}"
+
+
 def storage_problem(folder: Path, error: OSError) -> str | None:
     """Returns why a file cannot be written, and what to do, for work that writes into ``folder``.
 

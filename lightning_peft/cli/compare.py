@@ -13,6 +13,7 @@ from lightning_peft.cli.chat import add_model_options, load_chat_model
 from lightning_peft.cli.options import OptionParser, command_parser
 from lightning_peft.cli.output import print_report, progress_to_stderr
 from lightning_peft.errors import ConfigError
+from lightning_peft.file_errors import new_file_problem
 
 ABOUT = "Compare a base with its adapters: answers side by side, or losses on data."
 _MORE = """\
@@ -62,8 +63,9 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
     from lightning_peft.chat import comparison
     from lightning_peft.chat.answer_scores import summarize_rows
 
-    if args.output and Path(args.output).exists():
-        raise ConfigError(f"--output {args.output!r} is there already. Remove it, or name another.")
+    problem = new_file_problem(args.output) if args.output else None
+    if problem:
+        raise ConfigError(f"--output {args.output!r}{problem}")
     prompts = comparison.read_prompts(args.prompts) if args.prompts else None
     if args.held_out:
         prompts = comparison.held_out_prompts(_first_folder(args.adapters), args.limit)
@@ -146,6 +148,7 @@ def _by_row(scores: list[Any]) -> list[dict[str, Any]]:
 
 def _append(file: str | None, rows: list[dict[str, Any]]) -> None:
     if file:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
         with open(file, "a", encoding="utf-8") as out:
             out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 

@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.cli.chat import (
@@ -19,6 +18,7 @@ from lightning_peft.cli.chat import (
 from lightning_peft.cli.options import OptionParser, command_parser
 from lightning_peft.cli.output import print_report, progress_to_stderr, quiet_libraries
 from lightning_peft.errors import ConfigError
+from lightning_peft.file_errors import new_file_problem
 
 if TYPE_CHECKING:
     from lightning_peft.evaluation.evaluating import Settings
@@ -135,14 +135,9 @@ def _check(args: argparse.Namespace, names: list[str]) -> None:
         if getattr(args, name) and not args.apply_chat_template:
             option = f"--{name.replace('_', '-')}"
             problems.append(f"{option} has no effect without --apply-chat-template")
-    if args.output and Path(args.output).exists():
-        problems.append(f"--output {args.output!r} exists already")
-    elif args.output:
-        # Now, and not after hours of evaluation.
-        there = next(p for p in Path(args.output).resolve().parents if os.path.lexists(p))
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            kind = "cannot be written to" if there.is_dir() else "is not a folder"
-            problems.append(f"--output {args.output!r}: {str(there)!r} {kind}")
+    # Now, and not after hours of evaluation.
+    problem = new_file_problem(args.output) if args.output else None
+    problems += [f"--output {args.output!r}{problem}"] if problem else []
     if problems:
         raise ConfigError("; ".join(problems))
 

@@ -22,8 +22,7 @@ from lightning_peft.plugin.checkpoint_io import (
     write_whole_file,
 )
 from lightning_peft.plugin.lightning_cli import find_modules_here
-from lightning_peft.plugin.loading import build_module, load_from_checkpoint
-from lightning_peft.plugin.namespace import namespace_of_class
+from lightning_peft.plugin.loading import build_module, lightning_class, load_from_checkpoint
 
 
 @dataclass
@@ -124,10 +123,7 @@ def _class_of(class_path: str) -> tuple[Any, str]:
         cls = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"--module {class_path!r} cannot be imported: {error}.") from error
-    root = namespace_of_class(cls)
-    if root is None:
-        raise ConfigError(f"{class_path!r} is not a LightningModule.")
-    return cls, root
+    return lightning_class(cls)
 
 
 def _read(source: Path) -> dict[str, Any]:

@@ -24,6 +24,20 @@ from lightning_peft.plugin.namespace import (
 )
 
 
+def lightning_class(cls: Any) -> tuple[Any, str]:
+    """Returns a LightningModule class, with its base where it is one of this package, and its root.
+
+    Raises:
+        ConfigError: If it is something else.
+    """
+    if isinstance(cls, LateBoundMeta):
+        cls = bind_to_lightning(cls, namespace_in_use())
+    root = namespace_of_class(cls) if isinstance(cls, type) else None
+    if root is None:
+        raise ConfigError(f"{getattr(cls, '__name__', cls)} is not a LightningModule.")
+    return cls, root
+
+
 def load_from_checkpoint(
     cls: Any,
     path: str | os.PathLike[str],
@@ -54,11 +68,7 @@ def load_from_checkpoint(
         BaseMismatchError: If the module's base is not the one the adapters were trained on.
         ConfigError: If constructor arguments are missing.
     """
-    if isinstance(cls, LateBoundMeta):
-        cls = bind_to_lightning(cls, namespace_in_use())
-    root = namespace_of_class(cls)
-    if root is None:
-        raise ConfigError(f"{cls.__name__} is not a LightningModule.")
+    cls, root = lightning_class(cls)
     io = bind_to_lightning(WholeFileCheckpointIO, root)()
     checkpoint = read_checkpoint(io.load_checkpoint, path, weights_only)
     if CHECKPOINT_KEY not in checkpoint:
@@ -103,7 +113,8 @@ def build_module(cls: Any, root: str, checkpoint: dict[str, Any], overrides: dic
     except TypeError as error:
         raise ConfigError(
             f"{cls.__name__} cannot be built from the checkpoint: {error}. Pass what is missing to "
-            "load_from_checkpoint, or call save_hyperparameters() in the constructor."
+            "load_from_checkpoint, or by --init to `lightning-peft import`, or call "
+            "save_hyperparameters() in the constructor."
         ) from error
 
 

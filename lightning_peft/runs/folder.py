@@ -82,7 +82,7 @@ class RunFolder:
     def _refusal(self, error: OSError) -> ConfigError:
         return ConfigError(
             f"The run cannot be kept in {str(self.path)!r}: {error.strerror or error}. Name a "
-            "folder that can be written to with run_dir."
+            "folder that can be written to: --run_dir of a run, --runs of a sweep."
         )
 
     @property

@@ -219,7 +219,11 @@ class LogSamples(_Callback, metaclass=LateBoundMeta):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Generates with the base after the first step, unless the run was interrupted there."""
+        """Generates with the base after the first step."""
+        self.sample_base(trainer, pl_module)
+
+    def sample_base(self, trainer: Any, pl_module: Any) -> None:
+        """Generates with the base, where that is due and the run was not interrupted."""
         interrupted = any(getattr(callback, "saved", None) for callback in trainer.callbacks)
         if self._base_waits and trainer.global_step and not interrupted:
             self._generate(trainer, pl_module, of_base=True)

@@ -153,6 +153,9 @@ class ValidationBudget(_Base, metaclass=LateBoundMeta):
     def _time_batch(self, trainer: Any, pl_module: Any, batch_idx: int) -> None:
         if NAME in self.decided:
             return
+        for callback in _sampling(trainer):
+            # Now, for their time is a part of the decision.
+            callback.sample_base(trainer, pl_module)
         self._batches += 1
         if self._batches == 1:
             return
@@ -169,7 +172,6 @@ class ValidationBudget(_Base, metaclass=LateBoundMeta):
 
     def _decide(self, trainer: Any, batch: float) -> None:
         assert self._validation is not None
-        # Those of the base come with the first step.
         self._sampled = self._sampled or _sampling_seconds(trainer)
         total = trainer.estimated_stepping_batches
         batches = trainer.num_training_batches

@@ -387,7 +387,9 @@ def test_what_is_refused_says_why_and_leaves_nothing(old, tmp_path):
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "new.ckpt").exists()
     for path, text in (("nothing", "write package"), (f"{__name__}:Absent", "cannot be imported"),
-                       (f"{__name__}:Trunk", "not a LightningModule")):  # fmt: skip
+                       (f"{__name__}:Trunk", "not a LightningModule"),
+                       (f"{__name__}:refusals", "refusals is not a LightningModule"),
+                       ("lightning_peft.tasks:CausalLM", "cannot be built.*--init")):  # fmt: skip
         with pytest.raises(ConfigError, match=text):
             import_checkpoint(old[0] / "four.ckpt", path, tmp_path / "new.ckpt")
 

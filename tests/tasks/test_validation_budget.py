@@ -78,6 +78,7 @@ def fit(folder, callbacks, root=ROOTS[0], resumed=None, scheduler=None, rows=ROW
     class Samples(importlib.import_module(root).Callback):
         seconds, waits_for_end = 0.0, False
         steps: list = []
+        sample_base = staticmethod(lambda *_: None)
 
         def on_validation_end(self, trainer, module):
             if not self.waits_for_end or trainer.should_stop:
@@ -122,7 +123,7 @@ def test_samples_between_steps_count_and_are_no_training(tmp_path, slow):
     class Between(importlib.import_module(ROOTS[0]).Callback):
         seconds, waits_for_end = 0.0, False
 
-        def on_train_batch_end(self, trainer, *others):
+        def sample_base(self, trainer, module):
             self.seconds = 30.0
 
     made = budget()
