@@ -15,7 +15,6 @@ from gradio_app.pages.components import field, html, on_event
 from gradio_app.pages.new import data_html, file_format, held_out, row_edit, row_search
 from gradio_app.pages.new.data_check import check_data, data_path, keep_upload
 from gradio_app.pages.new.editor import Editor, Session
-from gradio_app.pages.templating import message
 from gradio_app.recipe.content import MISSING, data_of, value_at, with_value
 from gradio_app.recipe.edits import base_recipe, with_data
 from gradio_app.recipe.hub_data import DEFAULT, known_data_sets, known_splits
@@ -206,8 +205,8 @@ def _check_updates(editor: Editor, session: Any, request: gr.Request) -> Iterato
     session, t = editor.of(session, request), editor.t
     nothing, quiet = [gr.skip()] * (6 + MAX_FIELDS), [gr.skip()] * (3 + MAX_FIELDS)
     if not data_of(session.content):
-        off, none = gr.update(visible=False), message("note", t("new.data_then"), t, role="")
-        yield [session, none, off, off, *[gr.skip()] * (2 + MAX_FIELDS)]
+        off = gr.update(visible=False)
+        yield [session, "", off, off, *[gr.skip()] * (2 + MAX_FIELDS)]
         return
     if session.report is None:
         data, read = session.content.get("data"), -1

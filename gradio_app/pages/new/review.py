@@ -208,8 +208,7 @@ def _start_handler(editor: Editor, steps: int | None) -> Any:
 def _buttons(t: Texts, starting: bool = False, blocked: bool = False) -> list[Any]:
     """Returns the state of both buttons and the text next to them."""
     free = not starting and not blocked
-    key = "new.starting" if starting else "new.start_blocked"
-    said = "" if free else message("note", t(key), t)
+    said = message("note", t("new.starting"), t) if starting else ""
     label = t("new.start_busy" if starting else "new.start")
     return [gr.update(value=label, interactive=free), gr.update(interactive=free), said]
 
