@@ -195,9 +195,8 @@ def _facts(session: Session, editor: Editor) -> str:
         lines.append(t("new.model_none"))
     else:
         model = next((one for one in MODELS if one.name == name), None)
-        shown = (
-            t("new.demo_base") if name == DEMO_BASE else model.title if model else Path(name).name
-        )
+        shown = Path(name).name if Path(name).is_absolute() else name
+        shown = t("new.demo_base") if name == DEMO_BASE else model.title if model else shown
         lines.append(t("new.model_chosen", name=shown))
         if model is not None:
             lines.append(t("new.model_weighs", size=format_bytes(model.weight_bytes, t)))
