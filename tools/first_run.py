@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -73,7 +74,7 @@ def _first_run(folder: Path) -> dict[str, Any]:
         while not _steps(run):
             time.sleep(0.2)
         reached("first step")
-        page.get_by_text("step 1 of").wait_for()
+        page.get_by_text(re.compile(r"step \d+ of")).wait_for()
         clicks = int(page.evaluate("sessionStorage.clicks"))
         run_process.terminate()
         run_process.wait(600)

@@ -386,6 +386,13 @@ def test_json_is_as_expected_in_any_order_and_all_samples_are_counted():
     assert shown.count("\u2713") == 11
 
 
+def test_of_json_without_spaces_only_what_differs_is_marked():
+    texts = {name: f'{{"items":{{"knives":4,"{name}":7}}}}' for name in ("mugs", "chairs")}
+    row = {"step": 1, "sample": 0, "expected": texts["mugs"], "generated": texts["chairs"]}
+    shown = samples([row], [], Texts())
+    assert re.findall("<mark>(.*?)</mark>", shown) == ["chairs"]
+
+
 def test_a_log_is_shown_without_adverts_and_bars():
     log = (
         "trainable 315,392 of 4,577,536 parameters\n"

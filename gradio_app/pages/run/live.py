@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from gradio_app.assets import script
-from gradio_app.chat.prompts import held_out_prompts
+from gradio_app.chat.prompts import MAX_SCORED, held_out_prompts
 from gradio_app.pages.components import Update, field, markup
 from gradio_app.pages.plot import Series, plot
 from gradio_app.pages.run import live_html
@@ -95,6 +95,7 @@ class Live:
             return [(gr.skip(), None)] * len(self.outputs)
         metrics, t = metrics_of(run.folder.metrics), self.t
         events = run.redactor.value(list(read_rows(run.folder.events, 200_000)))
+        known = held_out_prompts(run, MAX_SCORED)
         log = remove_noise(tail(run.folder.log) or tail(run.folder.path / START_LOG))
         return [
             live_html.alerts(events, self._health.warnings(run), t),
@@ -104,7 +105,7 @@ class Live:
             live_html.curve_table(metrics, t),
             self._rate_plot(metrics),
             self._load_plots(run),
-            live_html.samples(list(read_rows(run.folder.samples)), held_out_prompts(run), t),
+            live_html.samples(list(read_rows(run.folder.samples)), known, t),
             evaluation(run, t),
             run.redactor.text(log) or t("run.log_empty"),
         ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
+from itertools import groupby
 from typing import Any
 
 from gradio_app.chat.prompts import HeldOutPrompt
@@ -40,6 +42,8 @@ MAX_OTHER_METRICS = 3
 MAX_STEPS = 4
 MAX_PROMPTS = 12
 _MAX_CELL = 400
+# JSON has few spaces: signs are words of their own.
+_WORDS = re.compile(r"\w+|\W")
 Row = Mapping[str, Any]
 
 
@@ -257,13 +261,16 @@ def answer_cell(row: Row | None, most: int = _MAX_CELL) -> dict[str, Any] | None
 
 
 def _differences(text: str, expected: str) -> list[tuple[str, bool]]:
-    words, wanted = text.split(" "), expected.strip().split(" ")
-    blocks = SequenceMatcher(None, words, wanted, autojunk=False).get_matching_blocks()
+    """Returns the parts of a text, and which of them are not expected."""
+    found, wanted = (_WORDS.findall(one) for one in (text, expected.strip()))
+    blocks = SequenceMatcher(None, found, wanted, autojunk=False).get_matching_blocks()
     same = {block.a + place for block in blocks for place in range(block.size)}
-    # Where nothing is shared, marks would say nothing.
-    if not same:
+    # Where no word is shared, marks would say nothing.
+    if not any(found[place][0].isalnum() for place in same):
         return [(text, False)]
-    return [(word, place not in same and bool(word.strip())) for place, word in enumerate(words)]
+    differs = [place not in same and not word.isspace() for place, word in enumerate(found)]
+    groups = groupby(zip(found, differs, strict=True), key=lambda one: one[1])
+    return [("".join(word for word, _ in parts), different) for different, parts in groups]
 
 
 def shortened_cell(text: object, most: int = _MAX_CELL) -> str:
