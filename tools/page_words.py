@@ -1,9 +1,9 @@
 """Counts the words that each view of the web page shows, in English and German.
 
 ``python -m tools.page_words WORDS.json`` starts the page of the checkout that Python imports (so
-``PYTHONPATH`` names another one), opens each view in Chromium as a new visitor finds it, with a
-model, a run and nothing unfolded, and writes the counts. Code, rows of data and what is hidden do
-not count. ``--before OLDER.json`` also prints both as a table.
+``PYTHONPATH`` names another one), opens each view in Chromium as a new visitor finds it, with the
+toy and its data, a run and nothing unfolded, and writes the counts. Code, rows of data and what is
+hidden do not count. ``--before OLDER.json`` also prints both as a table.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from typing import Any
 
 from playwright.sync_api import sync_playwright
 
+_NEW = "new?recipe=small/sft"
 VIEWS = {
-    "home": "", "new": "new", "model": "new#model", "data": "new#data", "method": "new#method",
-    "review": "new#review", "run": "run?run=a-run", "compare": "compare", "help": "help",
+    "home": "", "new": _NEW, **{step: f"{_NEW}#{step}" for step in ("model", "data", "method")},
+    "review": f"{_NEW}#review", "run": "run?run=a-run", "compare": "compare", "help": "help",
 }  # fmt: skip
 LANGUAGES = {"en": "", "de": "de-"}
 # As generous as the tests of the page: only a failure waits to the end.

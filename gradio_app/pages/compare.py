@@ -8,13 +8,14 @@ from typing import Any
 import gradio as gr
 
 from gradio_app.assets import script
+from gradio_app.chat.prompts import MAX_SCORED, held_out_prompts
 from gradio_app.compare.recipe_diff import differences
 from gradio_app.compare.results import AXES, LOSSES, comparable, compare_answers, loss_curve
 from gradio_app.compare.selection import MAX_RUNS, RunSelection, parse_ids, select_runs
 from gradio_app.pages.components import field, html, on_event, on_load
 from gradio_app.pages.layout import heading
 from gradio_app.pages.plot import Series, curve_table, plot
-from gradio_app.pages.run.live_html import answer_cell, shortened_cell
+from gradio_app.pages.run.live_html import answer_cell, prompt_turns, shortened_cell
 from gradio_app.pages.run_state import state_badge
 from gradio_app.pages.templating import render
 from gradio_app.recipe.fields import BY_PATH
@@ -185,7 +186,8 @@ def summary(curves: Curves, loss: str, axis: str, ranked: bool, t: Texts) -> str
     elif len(ends) > 1:
         best = min(ends, key=lambda label: ends[label])
         lowest = format_number(ends[best], t)
-        said.insert(0, t("compare.best", run=best, loss=t(f"run.{loss}"), value=lowest))
+        if [format_number(value, t) for value in ends.values()].count(lowest) == 1:
+            said.insert(0, t("compare.best", run=best, loss=t(f"run.{loss}"), value=lowest))
     return render("compare.summary", t, sentences=said)
 
 
@@ -277,9 +279,10 @@ def samples(found: RunSelection, t: Texts) -> str:
         given = [cell for cells in answers if (cell := cells[place]) is not None]
         exact = sum(cell["correct"] for cell in given)
         columns.append((label, t("run.samples_right", n=exact, of=len(given))))
+    known = [row for run in found.runs for row in held_out_prompts(run, MAX_SCORED)]
     rows = [
         {
-            "turns": [(None, shortened_cell(one.prompt))],
+            "turns": prompt_turns(one.prompt, one.expected, known),
             "expected": shortened_cell(one.expected),
             "answers": cells,
         }

@@ -219,13 +219,13 @@ def _row(
     prompt, expected = str(first.get("prompt", "")), str(first.get("expected", ""))
     answers = [answer_cell(said.get((step, place))) for step in steps]
     return {
-        "turns": _turns(prompt, expected, known),
+        "turns": prompt_turns(prompt, expected, known),
         "expected": shortened_cell(expected),
         "answers": answers,
     }
 
 
-def _turns(
+def prompt_turns(
     prompt: str, expected: str, known: Sequence[HeldOutPrompt]
 ) -> list[tuple[str | None, str]]:
     """Returns roles and texts of a prompt where they are known, else its text without a role."""
