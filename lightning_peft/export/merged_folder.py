@@ -21,7 +21,7 @@ from lightning_peft.engine.vocabulary import vocabulary_size
 from lightning_peft.errors import BaseMismatchError, CheckpointError, ConfigError, itemize
 from lightning_peft.export.adapters import Adapter
 from lightning_peft.export.base import INDEX, Base, find_base, make_outline
-from lightning_peft.export.file_layout import FileLayout, StoredTensor
+from lightning_peft.export.file_layout import FileLayout, StoredTensor, TensorGroup
 from lightning_peft.export.loading_code import labels_of
 from lightning_peft.export.output import (
     atomic_folder,
@@ -263,6 +263,20 @@ def merged_values(
 
     Keys of which one tensor of the model is made have to be next to each other.
     """
+    for group, merged in merged_groups(base, merge, layout, entries, order):
+        parts = group.split(merged)
+        del merged
+        yield from (parts.pop(key) for key in group.keys)
+
+
+def merged_groups(
+    base: Base,
+    merge: StreamedMerge,
+    layout: FileLayout,
+    entries: dict[str, StoredTensor],
+    order: list[str],
+) -> Iterator[tuple[TensorGroup, dict[str, Tensor]]]:
+    """The same before they are split as files have them: the tensors of the model by name."""
     replaced, groups = merge.replaced(), layout.groups_of(order)
     read = base.tensors(
         [key for group in groups if not replaced.keys() >= {*group.names} for key in group.keys]
@@ -273,10 +287,10 @@ def merged_values(
         if len(values) < len(group.names):
             values = group.joined(islice(read, len(group.keys))) | values
         dtype = entries[group.keys[0]].dtype
-        merged = {name: merge.merged(name, values.pop(name)).to(dtype) for name in group.names}
-        parts = group.split(merged)
-        del merged
-        yield from (parts.pop(key) for key in group.keys)
+        yield (
+            group,
+            {name: merge.merged(name, values.pop(name)).to(dtype) for name in group.names},
+        )
 
 
 def _write_companions(

@@ -33,6 +33,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralForCausalLM", {"sliding_window": None}),
     "qwen2": ("Qwen2ForCausalLM", {}),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32}),
+    "mixtral": (
+        "MixtralForCausalLM",
+        {"sliding_window": None, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "qwen3moe": (
+        "Qwen3MoeForCausalLM",
+        {
+            "head_dim": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+        },
+    ),
     "gemma": ("GemmaForCausalLM", {"num_key_value_heads": 1, "head_dim": 32}),
 }
 IDS = [1, 70, 71, 100, 3, 90, 91, 92, 4, 110, 50, 60, 33, 34, 35, 36, 37, 38, 39, 40]

@@ -75,7 +75,8 @@ REASONS = {
     "LILY": "its layers share one tensor, and PEFT cannot merge it",
     "OSF": "it rewrites the base weights, which checkpoints of adapters do not hold",
     "POLY": "its forward pass takes the task of each row as an argument",
-    "XLORA": "it mixes adapters that exist already through a classifier of its own",
+    "XLORA": "its model class runs each batch twice, to mix finished adapters by a classifier that "
+    "is in no layer; PEFT has it for language models alone",
     "SHADOW": "it adds a second model next to the first",
 }
 

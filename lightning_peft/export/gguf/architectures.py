@@ -6,6 +6,7 @@ An architecture is in the table if a test shows that llama.cpp gives transformer
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from lightning_peft.errors import UnsupportedError, itemize
 from lightning_peft.export.gguf.files import gguf
 
 _HEAD = "lm_head.weight"
+_EXPERTS = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
 _OTHERWISE = (
     "Export it with --format merged, and convert that folder by llama.cpp's convert_hf_to_gguf.py."
 )
@@ -37,6 +39,7 @@ class Family:
         own_head_size: Whether the size of heads is always written.
         attention_bias: Whether llama.cpp adds the biases of ``attention_bias=True``.
         read_with_biases: Whether transformers reads biases in a file of it.
+        experts: The fields of the config that count experts and give their inner size, if any.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Family:
     own_head_size: bool = False
     attention_bias: bool = True
     read_with_biases: bool = False
+    experts: tuple[str, str] | None = None
 
 
 FAMILIES = {
@@ -53,6 +57,15 @@ FAMILIES = {
     "MistralForCausalLM": Family("llama", interleaved=True),
     "Qwen2ForCausalLM": Family("qwen2", read_with_biases=True),
     "Qwen3ForCausalLM": Family("qwen3", own_head_size=True, attention_bias=False),
+    "MixtralForCausalLM": Family(
+        "llama", interleaved=True, experts=("num_local_experts", "intermediate_size")
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        "qwen3moe",
+        own_head_size=True,
+        attention_bias=False,
+        experts=("num_experts", "moe_intermediate_size"),
+    ),
     "GemmaForCausalLM": Family(
         "gemma",
         norm_offset=1.0,
@@ -108,6 +121,8 @@ class Architecture:
     @property
     def not_read_back(self) -> str | None:
         """What transformers leaves out when it reads such a file; ``None`` if it is the model."""
+        if self.family.experts is not None:
+            return "the experts"
         if self._rope["rope_type"] != "default":
             return "the scaled positions"
         biased = any(getattr(self.config, name, False) for name in ("attention_bias", "mlp_bias"))
@@ -121,9 +136,37 @@ class Architecture:
         return gguf().get_tensor_name_map(kind, self.config.num_hidden_layers)
 
     def tensor_name(self, name: str) -> str | None:
-        """Returns llama.cpp's name of a tensor of transformers, ``None`` if it has none such."""
+        """Returns llama.cpp's name of a tensor of transformers, ``None`` if it has none such.
+
+        The first one, where it has several.
+        """
+        pieces = self._expert_pieces(name)
+        if pieces:
+            return pieces[0]
         found: str | None = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
         return found
+
+    def _expert_pieces(self, name: str) -> list[str]:
+        """Returns llama.cpp's names of what a weight of all experts holds, one after the other."""
+        found = None if self.family.experts is None else _EXPERTS.fullmatch(name)
+        if found is None:
+            return []
+        kinds = ("gate", "up") if found[2] == "gate_up_proj" else ("down",)
+        return [f"blk.{found[1]}.ffn_{kind}_exps.weight" for kind in kinds]
+
+    def pieces(self, name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+        """Returns names and shapes by llama.cpp of a tensor that has a place there."""
+        pieces = self._expert_pieces(name)
+        if pieces:
+            return [(one, (shape[0], shape[1] // len(pieces), *shape[2:])) for one in pieces]
+        there = self.tensor_name(name)
+        assert there is not None
+        return [(there, shape)]
+
+    def split(self, name: str, value: Tensor) -> Iterator[Tensor]:
+        """Yields the values of :meth:`pieces`."""
+        pieces = self._expert_pieces(name)
+        yield from value.chunk(len(pieces), 1) if pieces else (self.converted(name, value),)
 
     def tensor_names(self, names: list[str]) -> dict[str, str]:
         """Returns llama.cpp's names of all tensors that are written, by those in transformers.
@@ -188,6 +231,11 @@ class Architecture:
         if self.family.own_head_size or self.head_size * heads != config.hidden_size:
             writer.add_key_length(self.head_size)
             writer.add_value_length(self.head_size)
+        if self.family.experts is not None:
+            count, inner = (getattr(config, field) for field in self.family.experts)
+            writer.add_expert_count(count)
+            writer.add_expert_used_count(config.num_experts_per_tok)
+            writer.add_expert_feed_forward_length(inner)
         rope = self._rope
         writer.add_rope_freq_base(rope["rope_theta"])
         if rope["rope_type"] == "linear":
@@ -222,5 +270,9 @@ def _obstacles(architecture: Architecture) -> Iterator[str]:
         yield f"hidden_act={config.hidden_act!r}: llama.cpp computes with {family.activation!r}"
     if getattr(config, "attention_bias", False) and not family.attention_bias:
         yield f"attention_bias=True: llama.cpp's {family.name!r} adds no biases"
+    if not getattr(config, "norm_topk_prob", True):
+        yield "norm_topk_prob=False: llama.cpp divides the weights of experts by their sum"
+    if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
+        yield "blocks without experts among others: llama.cpp has experts in all"
     if getattr(config, "use_bidirectional_attention", None):
         yield "use_bidirectional_attention=True: llama.cpp attends to earlier tokens only"

@@ -30,7 +30,6 @@ def check_adapter(merge: StreamedMerge, architecture: Architecture) -> None:
             + "\nExport the merged model, without --adapter-only and --with-adapter."
         )
     layers = engine.adapted_layers(merge.outline)
-    architecture.tensor_names([f"{name}.weight" for name in layers])
     others = [
         name
         for name, layer in layers.items()
@@ -41,6 +40,7 @@ def check_adapter(merge: StreamedMerge, architecture: Architecture) -> None:
             f"The adapter is not plain LoRA on linear layers and embeddings: {', '.join(others)}. "
             "Export the merged model, without --adapter-only and --with-adapter."
         )
+    architecture.tensor_names([f"{name}.weight" for name in layers])
 
 
 def write_adapter(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from lightning_peft.engine.streamed_merging import Into, StreamedMerge
 from lightning_peft.export.adapters import Adapter
 from lightning_peft.export.base import Base
-from lightning_peft.export.file_layout import FileLayout, StoredTensor
+from lightning_peft.export.file_layout import FileLayout, StoredTensor, TensorGroup
 from lightning_peft.export.gguf.architectures import Architecture, architecture_of
 from lightning_peft.export.gguf.files import (
     Progress,
@@ -27,7 +28,7 @@ from lightning_peft.export.gguf.files import (
 from lightning_peft.export.gguf.vocabulary import Vocabulary, vocabulary_of
 from lightning_peft.export.go_template import translate
 from lightning_peft.export.loading import load_tokenizer
-from lightning_peft.export.merged_folder import merged_values, planned, prepare
+from lightning_peft.export.merged_folder import merged_groups, planned, prepare
 
 _EMBEDDING = "model.embed_tokens.weight"
 # Merged in the dtype in which it is written; what is quantized comes from float32.
@@ -58,8 +59,11 @@ class GgufModel:
     def write_merged(self, file: Path, kind: str, facts: dict[str, str], progress: Progress) -> int:
         """Writes the model with the adapter built in, and ``facts`` by GGUF's keys."""
         values = (
-            merged_values(self.base, self.merge, self.layout, shard, self._order(shard))
+            merged.items()
             for shard in self.plan.values()
+            for _, merged in merged_groups(
+                self.base, self.merge, self.layout, shard, self._order(shard)
+            )
         )
         size = self._write(file, self.plan, chain.from_iterable(values), kind, facts, progress)
         self.merge.check_complete()
@@ -67,9 +71,15 @@ class GgufModel:
 
     def write_base(self, file: Path, kind: str, facts: dict[str, str], progress: Progress) -> int:
         """Writes the base without the adapter, as :meth:`write_merged`."""
-        values = (self.base.tensors(self._order(shard)) for shard in self.base.shards.values())
-        tensors = chain.from_iterable(values)
-        return self._write(file, self.base.shards, tensors, kind, facts, progress)
+        # In one, as several tensors of experts may be in several files.
+        whole = {key: one for shard in self.base.shards.values() for key, one in shard.items()}
+        order = self._order(whole)
+        read = self.base.tensors(order)
+        values = (
+            group.joined(islice(read, len(group.keys))).items()
+            for group in self.layout.groups_of(order)
+        )
+        return self._write(file, {"": whole}, chain.from_iterable(values), kind, facts, progress)
 
     @property
     def numel(self) -> int:
@@ -95,7 +105,7 @@ class GgufModel:
         self,
         file: Path,
         plan: dict[str, dict[str, StoredTensor]],
-        values: Iterator[Tensor],
+        values: Iterator[tuple[str, Tensor]],
         kind: str,
         facts: dict[str, str],
         progress: Progress,
@@ -111,17 +121,27 @@ class GgufModel:
         tensors = [
             WrittenTensor.of(name, value, "f32") for name, value in self.architecture.computed()
         ]
+        pieces = (one for name, value in values for one in self.architecture.split(name, value))
         for shard in plan.values():
-            for key in self._order(shard):
-                name, shape = self.layout.name(key), shard[key].shape
-                there = self.architecture.tensor_name(name)
-                assert there is not None
-                number = kind_of(shape, kind)
-                tensors.append(WrittenTensor(there, shape, self._next(name, values), number))
+            for group in self.layout.groups_of(self._order(shard)):
+                for name, shape in self._shapes(group, shard):
+                    tensors += [
+                        WrittenTensor(there, own, partial(next, pieces), kind_of(own, kind))
+                        for there, own in self.architecture.pieces(name, shape)
+                    ]
         return write_tensors(writer, tensors, progress)
 
-    def _next(self, name: str, values: Iterator[Tensor]) -> Any:
-        return lambda: self.architecture.converted(name, next(values))
+    def _shapes(
+        self, group: TensorGroup, shard: dict[str, StoredTensor]
+    ) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yields the tensors of the model that a group makes, with their shapes."""
+        if not group.is_converted:
+            yield self.layout.name(group.keys[0]), shard[group.keys[0]].shape
+            return
+        for name in group.names:
+            shape = self.layout.shape(name)
+            assert shape is not None
+            yield name, shape
 
 
 def prepare_model(
