@@ -89,33 +89,26 @@ def inject(
 ) -> Report:
     """Adds adapters to ``module`` in place and freezes the rest of the adapted parts.
 
-    The module keeps its identity, its classes and the names of its parameters. Parts that are not
-    adapted, and heads, stay as they are; so do metrics, losses, and what the module froze itself
-    while other layers of it train, which the report names. Works on any ``torch.nn.Module``;
-    without quantization, on the meta device too.
+    The module keeps its identity, classes and parameter names. Heads and parts that are not adapted
+    stay as they are; so do metrics, losses, and what the module froze itself while other layers of
+    it train, which the report names. Without quantization, the meta device works too.
 
     Args:
         module: The module; a LightningModule, a transformers model or your own.
-        peft_config: A PEFT config of any method that can be injected, or its fields with a
-            ``peft_type``. Without one, ``lora_arguments`` describe LoRA. Without
-            ``target_modules``, all linear layers besides heads are adapted, or the convolutions
-            of a part that has no such layers. Where ``peft.get_peft_model`` wrapped a part before,
-            its LoRA adapters are moved onto the layers, and with nothing asked for, kept.
+        peft_config: A PEFT config, or its fields with a ``peft_type``; by default LoRA with
+            ``lora_arguments``. Without ``target_modules``, all linear layers but heads are adapted,
+            or the convolutions of a part that has none. Where ``peft.get_peft_model`` wrapped a
+            part, its LoRA adapters are moved onto the layers, and kept if nothing is given.
         quantization_config: Quantizes the linear layers of the adapted parts first.
         adapt: Names of the submodules to adapt, whatever they are; by default the pretrained.
-        adapter_name: Name of this adapter. A second call with another name adds a second adapter,
-            which is created inactive; see :func:`lightning_peft.set_adapter`.
+        adapter_name: A second call with another name adds an adapter that is inactive; see
+            :func:`lightning_peft.set_adapter`.
         device: Where quantization happens, and where the quantized weights stay.
-        exclude_from_checkpoint: As in :class:`lightning_peft.LoRAStrategy`, for checkpoints of
-            :func:`lightning_peft.save_fabric_checkpoint`. With names this is called in all
-            processes.
-        batches: Batches on the module's device, for an ``init_lora_weights`` that is made from
-            them (``"eva"``, ``"corda"``, ``"lora_ga"``): a loader or a list. Each process of a
-            group has its own.
-        step: ``step(module, batch)`` returns a scalar loss; by default as in
-            :func:`lightning_peft.verify`.
-        **lora_arguments: ``r``, ``lora_alpha``, ``target_modules``, ... as in
-            :class:`lightning_peft.LoRAStrategy`.
+        exclude_from_checkpoint: As in ``LoRAStrategy``; then all processes have to call this.
+        batches: A loader or list of this process's batches, on the module's device, for an
+            ``init_lora_weights`` made from them (``"eva"``, ``"corda"``, ``"lora_ga"``).
+        step: ``step(module, batch)`` returns a scalar loss; as in :func:`lightning_peft.verify`.
+        **lora_arguments: As in :class:`lightning_peft.LoRAStrategy`: ``r``, ``lora_alpha``, ...
 
     Returns:
         The report that :func:`lightning_peft.report` gives.
@@ -127,16 +120,12 @@ def inject(
         UnsupportedError: If the combination would be silently wrong.
     """
     config = _config_of(peft_config, lora_arguments)
+    request = InjectionRequest(config, quantization_config, adapter_name)
+    requested = peft_config is not None or bool(lora_arguments)
     check_batches(module, config, batches, step)
     is_first = record_of(module) is None
     with restored_on_error([module] if batches is not None else []):
-        inject_config(
-            module,
-            InjectionRequest(config, quantization_config, adapter_name),
-            adapt,
-            device,
-            requested=peft_config is not None or bool(lora_arguments),
-        )
+        inject_config(module, request, adapt, device, requested=requested)
         if batches is not None:
             run = partial(step or default_step, module)
             initialize_from_batches(module, lambda: batches, run, group_size())

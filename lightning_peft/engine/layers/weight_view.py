@@ -49,13 +49,13 @@ class WeightView(Tensor):
 
     Attributes:
         compute: Returns the values.
-        values: The values, once their address was asked for.
+        addressed: The values, once their address was asked for.
         stored: The parameter behind it; attributes that a tensor does not have are read from it.
         overrides: Functions that need not see the values, and what to call in their place.
     """
 
     compute: Callable[[], Tensor]
-    values: Tensor
+    addressed: Tensor
     stored: Any
     overrides: dict[Any, Callable[..., Any]]
 
@@ -99,8 +99,8 @@ class WeightView(Tensor):
             _refuse_replacing(func, sys._getframe(1).f_code)
             if func == Tensor.data_ptr:
                 # As long as the view lives, for kernels that get an address.
-                args[0].values = args[0].compute().detach().contiguous()
-                return args[0].values.data_ptr()
+                args[0].addressed = args[0].compute().detach().contiguous()
+                return args[0].addressed.data_ptr()
         # `nn.init` gives the tensor by name, `torch._foreach_mul_` a list of them.
         written = [args[0] if args else next(iter(named.values()), None)]
         _refuse_writing(func, written, named.get("out"))
@@ -122,7 +122,7 @@ class _WithGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, make: Callable[[], WeightView], *sources: Tensor) -> WeightView:  # type: ignore[override]
+    def forward(ctx: Any, make: Callable[[], WeightView], *sources: Tensor) -> WeightView:
         """Returns the view that ``make`` makes; ``sources`` get its gradient."""
         view = make()
         ctx.compute, ctx.sources = view.compute, sources
@@ -130,7 +130,7 @@ class _WithGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Computes the values once more, and their gradients."""
         with torch.enable_grad():
             values = ctx.compute()
