@@ -58,8 +58,8 @@ def save_adapter(folder: RunFolder, name: str, step: int | None, **config: objec
     return made
 
 
-def until(found: Callable[[], Found], seconds: float = 20.0) -> Found:
-    """Waits until something is found, and returns it."""
+def until(found: Callable[[], Found], seconds: float = 120.0) -> Found:
+    """Waits until something is found, and returns it; on a busy machine for long."""
     end = time.monotonic() + seconds
     while not (value := found()):
         assert time.monotonic() < end, "it did not come"
