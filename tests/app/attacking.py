@@ -33,6 +33,7 @@ class Handler:
         inputs: How many values it is sent.
         given: How many of them are the visitor's; of the others the server has its own.
         event: Whether it receives the event data.
+        page: The page that it is on.
     """
 
     number: int
@@ -41,12 +42,13 @@ class Handler:
     inputs: int
     given: int
     event: bool
+    page: str
 
     @classmethod
-    def listed(cls, one: dict[str, Any], name: str = "", given: int = 0) -> Handler:
+    def listed(cls, one: dict[str, Any], name: str = "", given: int = 0, page: str = "") -> Handler:
         """Returns a handler as ``/config`` lists it."""
         queued, event = one["queue"] is not False, bool(one["collects_event_data"])
-        return cls(one["id"], name, queued, len(one["inputs"]), given, event)
+        return cls(one["id"], name, queued, len(one["inputs"]), given, event, page)
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def handlers_of(server: Server, client: httpx.Client) -> list[list[Handler]]:
     found: dict[int, Handler] = {}
     for row in report:
         if row["page"].partition("-")[0] != "de":
-            one = Handler.listed(listed[row["number"]], row["name"], row["given"])
+            more = (row["name"], row["given"], row["page"])
+            one = Handler.listed(listed[row["number"]], *more)
             found.setdefault(row["function"], one)
     ordered = sorted(found.values(), key=lambda one: (one.name, one.number))
     return [list(ones) for _, ones in groupby(ordered, key=lambda one: one.name)]
@@ -101,9 +104,10 @@ def attack(
     opening = [one for group in groups for one in group if one.name == load]
 
     def group_called(group: Sequence[Handler]) -> None:
-        session = uuid.uuid4().hex
+        session, pages = uuid.uuid4().hex, {one.page for one in group}
         for one in opening:
-            called(client, one, [Call([None] * one.inputs)], session)
+            if one.page in pages:
+                called(client, one, [Call([None] * one.inputs)], session)
         for number, one in enumerate(group):
             check(one, called(client, one, calls(one, number), session))
 
