@@ -33,7 +33,7 @@ from lightning_peft.engine.layers.lora import only_rows
 from lightning_peft.engine.methods.registry import method_of
 from lightning_peft.engine.record import AdaptedModuleRecord
 from lightning_peft.engine.selection.parameters import expert_weights
-from lightning_peft.engine.selection.parts import inside
+from lightning_peft.engine.selection.parts import inside, matches_suffix
 from lightning_peft.engine.selection.targets import PATTERN_FIELDS, all_names
 from lightning_peft.errors import BaseMismatchError, CheckpointError, itemize
 
@@ -198,7 +198,7 @@ def fields_for(part: nn.Module, fields: Mapping[str, Any]) -> dict[str, Any]:
     adapted = [*names, *expert_weights(part, known)]
 
     def steps(entry: str) -> bool:
-        return any(name == entry or name.endswith(f".{entry}") for name in names)
+        return any(matches_suffix(entry, name) for name in names)
 
     def ends(entry: str) -> bool:
         return any(name.endswith(entry) for name in names)

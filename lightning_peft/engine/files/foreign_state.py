@@ -19,6 +19,7 @@ from lightning_peft.engine.configuration import config_to_dict
 from lightning_peft.engine.files.adapter_format import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from lightning_peft.engine.files.adapter_loading import load_adapter
 from lightning_peft.engine.files.base_tensors import include_in_files
+from lightning_peft.engine.files.state_dicts import named_tensors
 from lightning_peft.engine.injection import inject
 from lightning_peft.engine.peft_wrappers import PeftWrapped, find_peft_wrapped
 from lightning_peft.engine.record import record_of, require_record
@@ -134,7 +135,7 @@ def load_foreign_state(
         parts=list(groups),
         saved=sorted({name for name, _ in found.saved}),
         base=base,
-        absent=[n for n in _names(module) if n not in known and "lora_" not in n],
+        absent=[n for n in named_tensors(module) if n not in known and "lora_" not in n],
         unmapped=found.unmapped,
         names=found.names,
     )
@@ -187,7 +188,7 @@ def _alphas(
 
 def sort_foreign_state(module: nn.Module, state: Mapping[str, Any]) -> ForeignState:
     """Returns the tensors of a state dict by what they are and by the names of ``module``."""
-    own, modules = _names(module), dict(module.named_modules(remove_duplicate=False))
+    own, modules = named_tensors(module), dict(module.named_modules(remove_duplicate=False))
     found, adapters = ForeignState(), Counter[str]()
     for key, value in state.items():
         if not isinstance(value, Tensor) or _BEFORE_TRAINING in key:
@@ -231,11 +232,6 @@ def _plain_names(key: str) -> Iterator[str]:
             yield name.replace("base_model.model.", "", 1)
 
 
-def _names(module: nn.Module) -> dict[str, Tensor]:
-    parameters = module.named_parameters(remove_duplicate=False)
-    return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
-
-
 def _check(module: nn.Module, found: ForeignState, lora_alpha: Any, allow_unmapped: bool) -> None:
     if not found.factors:
         raise CheckpointError(
@@ -270,7 +266,7 @@ def _load_buffers(module: nn.Module, state: Mapping[str, Any]) -> None:
 @torch.no_grad()
 def _load_rest(module: nn.Module, rest: Mapping[str, Tensor]) -> list[str]:
     """Copies values in, and returns the names of those that were others."""
-    own, differing = _names(module), []
+    own, differing = named_tensors(module), []
     for name, value in rest.items():
         mine = own[name]
         if not torch.equal(mine.cpu(), value.to(mine.dtype).cpu()):

@@ -32,7 +32,7 @@ def trainable_state_dict(module: nn.Module) -> dict[str, Any]:
     ``requires_grad``, which optimizers and callbacks toggle. Adapters, heads, modules trained in
     full and buffers of adapted parts are there even where an own ``state_dict()`` leaves them out.
     """
-    own, known = checkpoint_tensors(module), _named(module).keys()
+    own, known = checkpoint_tensors(module), named_tensors(module).keys()
     places = {_place(tensor) for tensor in own.values()} - {None}
     state = {
         key: value
@@ -49,7 +49,7 @@ def checkpoint_tensors(module: nn.Module) -> dict[str, Tensor]:
     Adapters, heads, modules trained in full, base weights that came from an adapter folder, and the
     persistent buffers of adapted parts.
     """
-    named = _named(module)
+    named = named_tensors(module)
     names = (
         entry.qualified(name)
         for entry in require_record(module).parts.values()
@@ -58,7 +58,8 @@ def checkpoint_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: named[name].detach() for name in names if name in named}
 
 
-def _named(module: nn.Module) -> dict[str, Tensor]:
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Returns parameters and buffers by all of their names."""
     parameters = module.named_parameters(remove_duplicate=False)
     return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
 

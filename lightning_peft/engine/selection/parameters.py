@@ -18,7 +18,7 @@ from lightning_peft.engine.layers.expert_weights import (
 )
 from lightning_peft.engine.layers.kinds import ADAPTABLE
 from lightning_peft.engine.methods.registry import method_of
-from lightning_peft.engine.selection.parts import Exclusions, inside
+from lightning_peft.engine.selection.parts import Exclusions, inside, matches_suffix
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def is_named(wanted: str | Iterable[str] | None, names: Iterable[str]) -> bool:
     """Whether an expression, or a list of last steps, means one of ``names``; PEFT's rule."""
     if isinstance(wanted, str):
         return any(re.fullmatch(wanted, name) for name in names)
-    return any(f".{name}".endswith(f".{entry}") for name in names for entry in wanted or ())
+    return any(matches_suffix(entry, name) for name in names for entry in wanted or ())
 
 
 def warn_of_unused_exclusions(

@@ -23,7 +23,7 @@ class Exclusions:
 
     Attributes:
         left: Those that stay as they are; no heads either.
-        fresh: The roots of those that train on top of a frozen part: heads, whatever they are
+        new_heads: The roots of those that train on top of a frozen part: heads, whatever they are
             called.
         copies: Pairs of a submodule and its copy: what is a head of one is a head of the other.
         unused: Those that get no adapter unless they are named; part of the base like any other.
@@ -36,6 +36,11 @@ class Exclusions:
 
 
 NO_EXCLUSIONS = Exclusions()
+
+
+def matches_suffix(entry: str, name: str) -> bool:
+    """Whether ``entry`` is ``name`` or its last steps."""
+    return f".{name}".endswith(f".{entry}")
 
 
 def inside(name: str, owners: Iterable[str]) -> bool:

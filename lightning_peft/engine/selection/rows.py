@@ -18,6 +18,7 @@ from torch import nn
 from lightning_peft.engine.layers.kinds import LINEAR_LIKE
 from lightning_peft.engine.layers.sizes import mismatched_shapes
 from lightning_peft.engine.methods.base import InPlaceMethod
+from lightning_peft.engine.selection.parts import matches_suffix
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ def requested_rows(
         wanted = {
             rows
             for entry, listed in written.items()
-            if any(name == entry or name.endswith(f".{entry}") for name in names[target])
+            if any(matches_suffix(entry, name) for name in names[target])
             for rows in listed
         }
         try:

@@ -24,6 +24,7 @@ from lightning_peft.engine.selection.parts import (
     has_product,
     inside,
     is_pretrained,
+    matches_suffix,
 )
 from lightning_peft.errors import TargetModulesError, itemize, similar_names
 
@@ -347,4 +348,4 @@ def _names_explicitly(wanted: str | Iterable[str] | None, root: str, part: nn.Mo
 def _matches(wanted: str | Iterable[str], pattern: str, name: str) -> bool:
     if isinstance(wanted, str):
         return re.fullmatch(pattern, name) is not None
-    return name == pattern or name.endswith(f".{pattern}")
+    return matches_suffix(pattern, name)

@@ -35,6 +35,7 @@ from lightning_peft.engine.selection.parts import (
     base_modules,
     find_heads,
     inside,
+    matches_suffix,
     output_embeddings,
     tied_layers,
 )
@@ -135,7 +136,7 @@ def _add_parameters(
     for name, part in parts.items() if entries else ():
         weights = adaptable_weights(base_modules(part), all_names(part), exclusions.left)
         known += weights
-        hits = {e: [w for w in weights if _is_suffix(e, w)] for e in entries}
+        hits = {e: [w for w in weights if matches_suffix(e, w)] for e in entries}
         matched |= {entry for entry, names in hits.items() if names}
         layers = {*found[name], *(weights[w] for names in hits.values() for w in names)}
         found[name] = [layer for layer in base_modules(part) if layer in layers]
@@ -202,7 +203,7 @@ def check_names_match(
     rule: Callable[[str, str], bool] | None = None,
 ) -> None:
     """Refuses names of submodules that match nothing."""
-    problems = _unmatched(argument, list(wanted), parts, base_modules, rule or _is_suffix)
+    problems = _unmatched(argument, list(wanted), parts, base_modules, rule or matches_suffix)
     if problems:
         raise TargetModulesError(
             f"The names do not fit {_display_name(parts)}:" + itemize(problems)
@@ -248,10 +249,6 @@ def _recurrent_note(part: nn.Module) -> str:
         ", and recurrent layers only get one by name: give it in `target_modules`, or train in "
         "full, with Lightning's own strategies"
     )
-
-
-def _is_suffix(entry: str, name: str) -> bool:
-    return name == entry or name.endswith(f".{entry}")
 
 
 def _ends_with(entry: str, name: str) -> bool:
@@ -308,7 +305,7 @@ def _unmatched(
     wanted: Any,
     parts: Parts,
     names_of: Any,
-    rule: Callable[[str, str], bool] = _is_suffix,
+    rule: Callable[[str, str], bool] = matches_suffix,
 ) -> list[str]:
     """Returns a problem for every entry that matches no name in any part."""
     names = []

@@ -11,7 +11,12 @@ from torch import nn
 from lightning_peft.engine.layers.adapter import AdapterLayer
 from lightning_peft.engine.layers.mixin import LayerMixin
 from lightning_peft.engine.layers.tokens import TokenLayer
-from lightning_peft.engine.selection.parts import base_modules, inside, parameter_holders
+from lightning_peft.engine.selection.parts import (
+    base_modules,
+    inside,
+    matches_suffix,
+    parameter_holders,
+)
 from lightning_peft.errors import ConfigError, itemize
 
 FIELD = "trainable_token_indices"
@@ -75,7 +80,7 @@ def requested_tokens(
 def _meant(part: Any, entry: str | None) -> Iterator[tuple[str, nn.Module]]:
     known = base_modules(part)
     if entry is not None:
-        yield from ((n, x) for n, x in known.items() if n == entry or n.endswith(f".{entry}"))
+        yield from ((n, x) for n, x in known.items() if matches_suffix(entry, n))
         return
     try:
         layer = part.get_input_embeddings()

@@ -27,7 +27,7 @@ from lightning_peft.engine.layers.mixin import class_key, stored_parameter
 from lightning_peft.engine.methods.registry import method_of
 from lightning_peft.engine.model_types import fused_kernel_problem
 from lightning_peft.engine.primitives import to_primitives
-from lightning_peft.engine.selection.parts import inside
+from lightning_peft.engine.selection.parts import inside, matches_suffix
 from lightning_peft.errors import UnsupportedError, itemize
 
 _CHANGE = re.compile(r"\b((?:\w+\.)+)weight(?:\.data)?\.[a-z]+_\(")
@@ -153,7 +153,7 @@ def self_modified_layers(part: nn.Module) -> dict[str, str]:
     for name, child in part.named_modules():
         origin: Any = class_key(child)[2]
         for suffix in _changed_by(origin):
-            inner = [n for n, _ in child.named_modules() if n == suffix or n.endswith(f".{suffix}")]
+            inner = [n for n, _ in child.named_modules() if matches_suffix(suffix, n)]
             found |= {f"{name}.{n}".lstrip("."): origin.__name__ for n in inner}
     return found
 
