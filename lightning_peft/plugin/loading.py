@@ -72,9 +72,13 @@ def load_from_checkpoint(
     io = bind_to_lightning(WholeFileCheckpointIO, root)()
     checkpoint = read_checkpoint(io.load_checkpoint, path, weights_only)
     if CHECKPOINT_KEY not in checkpoint:
+        others = any("lora_" in str(key) for key in checkpoint.get("state_dict") or ())
+        way = "Load it with {}.load_from_checkpoint."
+        if others:
+            way = "It has those of a plain Trainer or of PEFT: `lightning-peft import` converts it."
         raise CheckpointError(
-            f"{str(path)!r} was not written with adapters. Load it with "
-            f"{cls.__name__}.load_from_checkpoint."
+            f"{str(path)!r} was not written with adapters of this package. "
+            + way.format(cls.__name__)
         )
     described = checkpoint[CHECKPOINT_KEY]
     module = build_module(cls, root, checkpoint, hyperparameters)

@@ -91,7 +91,17 @@ def test_an_expression_that_matches_nothing() -> None:
         targets_of(tiny_llama(), target_modules=".*query")
 
 
+class Linear(nn.Module):
+    """As torch_geometric has one, which is not torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, 2))
+
+
 def test_the_error_without_targets_lists_the_layer_types() -> None:
+    with pytest.raises(TargetModulesError, match=r"kinds \S*test_targets\.Linear\."):
+        targets_of(nn.Sequential(Linear()))
     with pytest.raises(TargetModulesError, match="nothing to adapt in Sequential.*Conv2d"):
         targets_of(nn.Sequential(nn.Conv2d(1, 1, 1)))
     with pytest.raises(TargetModulesError, match="nothing to adapt in Stack"):

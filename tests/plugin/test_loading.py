@@ -81,6 +81,9 @@ def test_other_bases_and_files_are_refused(tmp_path):
     plain.save_checkpoint(tmp_path / "plain.ckpt")
     with pytest.raises(CheckpointError, match=r"Load it with Task\.load_from_checkpoint"):
         lightning_peft.load_from_checkpoint(cls, tmp_path / "plain.ckpt")
+    torch.save({"state_dict": module.state_dict()}, tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match="`lightning-peft import` converts it"):
+        lightning_peft.load_from_checkpoint(cls, tmp_path / "other.ckpt")
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         lightning_peft.load_from_checkpoint(cls, file)

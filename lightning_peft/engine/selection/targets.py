@@ -19,7 +19,7 @@ from torch.jit import ScriptModule
 
 from lightning_peft.compat.peft import check_target_module_exists
 from lightning_peft.engine.layers.expert_weights import parameter_name
-from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, LINEAR_LIKE, is_router
+from lightning_peft.engine.layers.kinds import ADAPTABLE, CONVOLUTION_LIKE, LINEAR_LIKE, is_router
 from lightning_peft.engine.methods.registry import in_place_method
 from lightning_peft.engine.selection.parameters import (
     adaptable_weights,
@@ -237,8 +237,18 @@ def all_names(part: nn.Module) -> dict[str, list[str]]:
     return names
 
 
+_NAMES = {cls.__name__ for cls in ADAPTABLE}
+
+
 def _layer_types(part: nn.Module) -> str:
-    kinds = sorted({type(part.get_submodule(name)).__name__ for name in _layers(part)})
+    classes = {type(part.get_submodule(name)) for name in _layers(part)}
+    # Other packages have a `Linear` of their own, which does not derive from torch's.
+    kinds = sorted(
+        f"{cls.__module__}.{cls.__qualname__}"
+        if cls.__name__ in _NAMES and not issubclass(cls, ADAPTABLE)
+        else cls.__name__
+        for cls in classes
+    )
     return "its layers are of the kinds " + (", ".join(kinds) or "none with parameters")
 
 
