@@ -237,7 +237,7 @@ def _add_adapters(
     plans = make_plans(module, request, adapt, record, momentum_copies)
     left = left_modules(module, record.left or {})
     if record_of(module) is None:
-        refuse_replacing_adapters(((plan.name, plan.part) for plan in plans), left)
+        refuse_replacing_adapters((plan.name, plan.part) for plan in plans)
     new = [plan.name for plan in plans if plan.name not in record.parts]
     record.eval_modules |= user_eval_modules(module, new)
     for plan in plans:

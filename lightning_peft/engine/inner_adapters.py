@@ -5,7 +5,7 @@ Adding others in their place would throw away what they learned.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import nn
@@ -75,21 +75,19 @@ def _add(record: Record, module: nn.Module, name: str, child: nn.Module) -> None
     record.changed |= set(map(outer, own.changed))
 
 
-def refuse_replacing_adapters(
-    parts: Iterable[tuple[str, nn.Module]], left: Collection[nn.Module]
-) -> None:
-    """Refuses to add the first adapters to parts that have some."""
+def refuse_replacing_adapters(parts: Iterable[tuple[str, nn.Module]]) -> None:
+    """Refuses to add the first adapters to parts that have some already."""
     there = [
         f"{part}.{name}".strip(".")
         for part, module in parts
         for name, child in module.named_modules()
-        if isinstance(child, AdapterLayer) and child not in left
+        if isinstance(child, AdapterLayer)
     ]
     if there:
         raise LifecycleError(
             "These layers have adapters that another module has the record of, or that are frozen:"
             + itemize(there, 5)
-            + "\nOthers in their place would throw away what they learned. To train them on, load "
+            + "\nOthers would take their place, or train them too. To train them on, load "
             "them by load_adapter(..., is_trainable=True), or make the module that they were added "
             "to a submodule as a whole; else fold them into the base first, by "
             "lightning_peft.merge and unload of that module."

@@ -95,18 +95,23 @@ def test_a_module_that_was_trained_is_trained_on_inside_of_another(method, tmp_p
     assert set(engine.record_of(outer).parts) == {"inner"}
 
 
-@pytest.mark.parametrize("part", ["frozen", "layer"])
+@pytest.mark.parametrize("part", ["frozen", "layer", "teacher"])
 def test_trained_adapters_are_not_replaced_in_silence(part, folder, tmp_path):
     class Holder(Steps):
         def __init__(self):
             super().__init__()
-            self.model = loaded(folder, is_trainable=part == "layer")
+            self.model = loaded(folder, is_trainable=part != "frozen")
+            if part == "teacher":
+                self.student = Linears()
+                self.model.requires_grad_(False).eval()
             if part == "layer":
                 kept, self.model = self.model, Linears()
                 self.model.layers[1] = kept.layers[1]
 
     module = Holder()
     before = module.model.layers[1].lora_B["default"].weight.clone()
-    with pytest.raises(LifecycleError, match=r"layers\.1(.|\n)*throw away(.|\n)*is_trainable"):
+    with pytest.raises(
+        LifecycleError, match=r"layers\.1(.|\n)*take their place(.|\n)*is_trainable"
+    ):
         trainer(tmp_path).fit(module, loader())
     assert torch.equal(module.model.layers[1].lora_B["default"].weight, before)
