@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from lightning_peft import engine
@@ -110,10 +111,12 @@ def strip_objects(
     # OmegaConf's containers are not dicts; the CheckpointIO warns of them.
     if not isinstance(saved, dict):
         return checkpoint, []
-    left_out = [str(name) for name, value in saved.items() if not _is_plain(value)]
-    if not left_out:
+    # Those of NumPy, as from np.logspace, are numbers too.
+    values = {k: v.item() if isinstance(v, np.generic) else v for k, v in saved.items()}
+    left_out = [str(name) for name, value in values.items() if not _is_plain(value)]
+    if not left_out and all(values[name] is value for name, value in saved.items()):
         return checkpoint, []
-    kept = {name: value for name, value in saved.items() if str(name) not in left_out}
+    kept = {name: value for name, value in values.items() if str(name) not in left_out}
     return {**checkpoint, key: kept}, left_out
 
 

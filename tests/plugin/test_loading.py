@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from modules import (
@@ -97,7 +98,7 @@ def test_a_model_among_the_hyperparameters_is_left_out(root, tmp_path, caplog):
             self.save_hyperparameters()
             self.model = model
 
-    module = WithModel(build("linears"), nn.GELU)
+    module = WithModel(build("linears"), nn.GELU, np.float64(0.02))
     with caplog.at_level(logging.WARNING, logger="lightning_peft"):
         file = saved(tmp_path, module, root=root)
     report = [r.getMessage() for r in caplog.records if "save_hyperparameters" in r.message]
