@@ -28,11 +28,12 @@ class RestartRecord:
     def division(self) -> int:
         """By what batches are divided from the start; 1 where torchrun started nothing again."""
         division = 1
-        if is_restarted():
-            if self.trainer.is_global_zero and self._file.is_file():
-                division = json.loads(self._file.read_text(encoding="utf-8"))["division"]
-            division = self.trainer.strategy.broadcast(division)
-        return division
+        if self.trainer.is_global_zero and not is_restarted():
+            # Of an earlier job.
+            self._file.unlink(missing_ok=True)
+        elif self.trainer.is_global_zero and self._file.is_file():
+            division = json.loads(self._file.read_text(encoding="utf-8"))["division"]
+        return int(self.trainer.strategy.broadcast(division))
 
     def divide(self, checkpoint: Any) -> None:
         """Counts what a checkpoint says of batches in the smaller ones."""
