@@ -407,12 +407,14 @@ def test_processes_out_of_memory_are_started_again_with_smaller_batches(tmp_path
     """At the first step, and at the fifth of six, for which there is a checkpoint of the fourth."""
     options = ["--standalone", "--nproc-per-node=2", "--max-restarts=2"]
     script = [str(HERE / "restarted_processes.py"), str(tmp_path)]
+    # Else processes look for the addresses of those that are gone.
+    own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *options, *script],
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(PATHS)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(PATHS), **own_store},
         timeout=1200,
     )
     assert run.returncode == 0, run.stderr[-4000:]
