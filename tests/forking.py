@@ -22,11 +22,13 @@ IMPORTED = ("torch", "transformers", "bitsandbytes", "peft", "torchmetrics")
 def main() -> None:
     # pyarrow 20, which pandas imports, starts a thread of its memory allocator.
     os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
+    gc.disable()
     for name in IMPORTED:
         import_module(name)
     assert not {"lightning", "pytorch_lightning", "lightning_peft"} & sys.modules.keys()
     assert len(os.listdir("/proc/self/task")) == 1, "a thread would be missing in each fork"
     gc.freeze()
+    gc.enable()
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         child = os.fork()
