@@ -188,15 +188,9 @@ def run_table(
 
 
 # What is in a column, by what it can be sorted by.
-_COLUMNS = (
-    ("name",),
-    ("state",),
-    ("model", "data"),
-    ("method",),
-    ("best",),
-    ("time", "memory"),
-    ("when",),
-)
+_COLUMNS = [
+    one.split() for one in ("name", "state", "model data", "method", "best", "time memory", "when")
+]
 
 
 def _row(run: Run, found: Summary, t: Texts) -> dict[str, Any]:

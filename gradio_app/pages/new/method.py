@@ -143,12 +143,8 @@ def _group_visibility(group: str, session: Session) -> Any:
     return gr.update(visible=any(applies(setting, session.content) for setting in of_it))
 
 
-def error_update(setting: Field, session: Session, t: Texts) -> Any:
-    """Returns the look of a setting: marked, with the reason, where its value is invalid."""
-    return gr.update(**_error_props(setting, session, t))
-
-
 def _error_props(setting: Field, session: Session, t: Texts) -> dict[str, Any]:
+    """Returns the look of a setting: marked, with the reason, where its value is invalid."""
     refused = session.field_errors.get(setting.path)
     if refused is None:
         return {"info": hint(setting, session.content, t), "elem_classes": []}
@@ -169,7 +165,8 @@ def _bind_field(
         session = editor.of(session, request)
         apply_field(session, path, normalize_decimal(BY_PATH[path], value, editor.t))
         known = [amount_of(session.content), changed_html(session, editor.t)]
-        return [session, draft_of(session), error_update(BY_PATH[path], session, editor.t), *known]
+        look = gr.update(**_error_props(BY_PATH[path], session, editor.t))
+        return [session, draft_of(session), look, *known]
 
     outputs = [editor.session, editor.draft, part, *others]
     event, given = partial(gr.on, triggers), [editor.session, part]

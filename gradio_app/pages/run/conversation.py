@@ -59,7 +59,10 @@ class Conversation:
 def without_last(talk: Conversation) -> tuple[Conversation, Question]:
     """Returns a conversation without its last question, and that question; none is empty."""
     known = {"left": talk.left, "right": talk.right}
-    places = {name: _questions(turns) for name, turns in known.items()}
+    places = {
+        name: [place for place, turn in enumerate(turns) if turn["role"] == "user"]
+        for name, turns in known.items()
+    }
     count, question = max(map(len, places.values())), Question()
     shorter: dict[str, Any] = {}
     # A column without the last question was stopped before it, or has no answers at all.
@@ -69,10 +72,6 @@ def without_last(talk: Conversation) -> tuple[Conversation, Question]:
             question = Question(last["content"], tuple(last.get("images", ())))
             shorter[name] = turns[: places[name][-1]]
     return replace(talk, **shorter, ends={}, reference="", ballot=None, row=None), question
-
-
-def _questions(turns: Turns) -> list[int]:
-    return [place for place, turn in enumerate(turns) if turn["role"] == "user"]
 
 
 class ChatInputs(NamedTuple):

@@ -59,11 +59,6 @@ class ExportInputs(NamedTuple):
     private: Any = True
 
 
-def build(studio: Studio, t: Texts, run_id: gr.State) -> None:
-    """Makes the tab."""
-    ExportTab(studio, t, run_id).bind()
-
-
 class ExportTab:
     """The tab of what can be exported, and has been."""
 

@@ -142,7 +142,9 @@ class Live:
         plots = []
         for title, unit, names in _LOAD:
             curves = [
-                _series(t(f"run.load_{name}"), color, _scaled(load.curve(name), unit))
+                _series(
+                    t(f"run.load_{name}"), color, [(x / 60, y / unit) for x, y in load.curve(name)]
+                )
                 for name, color in zip(names, (TRAINING, VALIDATION), strict=False)
             ]
             drawn = plot(
@@ -156,10 +158,6 @@ class Live:
             )
             plots.append(drawn)
         return render("live.plots", t, plots=plots)
-
-
-def _scaled(points: Points, unit: float) -> Points:
-    return [(seconds / 60, value / unit) for seconds, value in points]
 
 
 def _series(name: str, color: str, points: Points) -> Series:

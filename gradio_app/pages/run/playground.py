@@ -38,11 +38,6 @@ from gradio_app.texts import Texts
 POLL_SECONDS = 2.0
 
 
-def build(studio: Studio, t: Texts, run_id: gr.State) -> None:
-    """Makes the tab."""
-    PlaygroundTab(studio, t, run_id).bind()
-
-
 class PlaygroundTab:
     """The tab, and what its buttons do."""
 

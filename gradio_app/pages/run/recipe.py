@@ -119,8 +119,8 @@ def _base(base: object) -> list[str]:
 def _data(data: object) -> list[str]:
     if not isinstance(data, dict):
         return []
-    plain = {key: value for key, value in data.items() if isinstance(value, (str, int, float))}
-    return [", ".join(f"{key} {value}" for key, value in list(plain.items())[:8])]
+    known = [(key, one) for key, one in data.items() if one and isinstance(one, (str, int, float))]
+    return [", ".join(f"{key} {one}" for key, one in known if key != "class")]
 
 
 def _machine(hardware: object) -> str:
