@@ -347,7 +347,9 @@ def is_fsdp_asking(frame: Any) -> bool:
     """
     own = import_module("torch.distributed.fsdp._fully_shard._fsdp_param").FSDPParam
     code = own.reset_sharded_param.__code__
-    return code in (frame.f_code, frame.f_back and frame.f_back.f_code)
+    # Properties call those of the classes below them.
+    frames = [frame, frame.f_back, frame.f_back and frame.f_back.f_back]
+    return any(one is not None and one.f_code is code for one in frames)
 
 
 class StoredFlatWeights:

@@ -28,7 +28,6 @@ from lightning_peft.engine.backends.packed import Share
 from lightning_peft.engine.gathering import gathered, share_group
 from lightning_peft.engine.layers.expert_weights import weight_name
 from lightning_peft.engine.layers.mixin import LayerMixin, stored_parameter
-from lightning_peft.engine.layers.tokens import TokenLayer
 from lightning_peft.engine.methods.lora_config import changes_base
 from lightning_peft.engine.methods.registry import in_place_method
 from lightning_peft.engine.record import adapted_parts, record_of, require_record
@@ -241,11 +240,6 @@ def check_shardable(module: nn.Module) -> None:
         "never tried with it: leave it out of target_modules"
         for name, layer in module.named_modules()
         if isinstance(layer, LayerMixin) and layer.weight_name != "weight"
-    ]
-    problems += [
-        f"trained rows of {name!r} (trainable_token_indices), which were never tried with it"
-        for name, layer in module.named_modules()
-        if isinstance(layer, TokenLayer)
     ]
     whole = {
         (layer.backend.name, layer.backend.bits)

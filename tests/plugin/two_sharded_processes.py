@@ -37,6 +37,8 @@ SETTINGS = {
 VARIANTS = {
     "dora": ("qlora", {"use_dora": True}),
     "saved": ("qlora", {"modules_to_save": ["lm_head", "embed_tokens"]}),
+    "tokens": ("qlora", {"trainable_token_indices": [3, 7, 11]}),
+    "embeddings": ("lora", {"target_modules": ["embed_tokens", "q_proj"]}),
     "fp4": ("qlora", {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}),
 }
 
