@@ -153,6 +153,7 @@ class RunRecorder(RunRecord, LateBoundCallback):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Writes the numbers of the step, and follows what other programs ask for."""
+        self.pace.validation_ends(whole=False)
         if trainer.accumulate_grad_batches != self._accumulated:
             # Memory was short, or an epoch begins.
             self.pace.take_back()
@@ -164,15 +165,18 @@ class RunRecorder(RunRecord, LateBoundCallback):
         if step == self._seen_step:
             return
         self._seen_step = step
-        if self.start_times is not None:
-            self._phase_ended("first step")
-            log_info(trainer.strategy, self.start_times.table())
-            self.start_times = None
+        self._first_step_ended(trainer)
         self.pace.step(step)
         if step % trainer.log_every_n_steps == 0:
             self._log_training(trainer)
         if time.monotonic() - self._updated > UPDATE_EVERY:
             self._report_progress(trainer)
+
+    def _first_step_ended(self, trainer: Any) -> None:
+        if self.start_times is not None and trainer.global_step:
+            self._phase_ended("first step")
+            log_info(trainer.strategy, self.start_times.table())
+            self.start_times = None
 
     def _log_training(self, trainer: Any) -> None:
         values = numbers(trainer.callback_metrics, of="train")
@@ -217,7 +221,8 @@ class RunRecorder(RunRecord, LateBoundCallback):
             self._follow_control(trainer)
         sampling = unit == "samples"
         if sampling:
-            # Of the base, between two steps.
+            # Those of the base come between two steps.
+            self._first_step_ended(trainer)
             self.pace.validation_begins()
         if time.monotonic() - self._updated > UPDATE_EVERY or sampling:
             total = int(of) if math.isfinite(of) else None
