@@ -66,7 +66,7 @@ def test_a_tracker_that_refuses_ends_no_training(caplog: pytest.LogCaptureFixtur
     trainer = SimpleNamespace(callbacks=[], loggers=[Refusing(), last], global_step=2)
     callback = bind_to_lightning(LogSamples, ROOTS[0])()
     for _ in range(2):
-        callback._log(trainer, [GeneratedSample(prompt="p", expected="e", generated="g")])
+        callback._log(trainer, [GeneratedSample(prompt="p", expected="e", generated="g")], 2)
     (warning,) = caplog.messages
     assert "Refusing takes no samples: OSError('no service')" in warning
     assert [named["data"] for _, named in last.calls] == [[["p", "e", "g"]]] * 2
