@@ -216,8 +216,8 @@ def leave_step(module: nn.Module) -> None:
     """
     reset = getattr(module, "reset_iter_state", None)
     if reset is not None:
-        # Of what waits for another process that is gone.
-        with suppress(RuntimeError):
+        # Of what waits for another process that is gone, or of a module that was never called.
+        with suppress(RuntimeError, AttributeError):
             reset()
 
 
