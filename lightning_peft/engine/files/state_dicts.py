@@ -200,13 +200,14 @@ def load_trainable_state_dict(
             + "\nThe module, `target_modules`, `r` and `modules_to_save` must be those of the run "
             "that wrote it."
         )
+    # Before the rest: quantized layers take no state of other frozen weights.
+    for name, layer in quantized_holders(module, own).items():
+        layer.load_weight(state, name.removesuffix("weight"))
     module.load_state_dict(state, strict=False)
     with torch.no_grad():
         for name, tensor in own.items():
             # An own load_state_dict() may leave them out as well.
             tensor.copy_(state[name])
-    for name, layer in quantized_holders(module, own).items():
-        layer.load_weight(state, name.removesuffix("weight"))
 
 
 def quantized_holders(module: nn.Module, names: Iterable[str]) -> dict[str, Any]:
