@@ -59,7 +59,7 @@ def run(name: str, words: tuple[str, ...]) -> bool:
 
 
 def present(name: str) -> bool:
-    """Says whether there is a script of this name."""
+    """Returns whether there is a script of this name."""
     return (HERE / f"{name}.py").is_file()
 
 

@@ -64,7 +64,7 @@ class Finished(Exception):
 class Pace:
     """Times steps in blocks; the parent process starts each block.
 
-    ``switch`` is called with the setting that a block asks for, if it does.
+    ``switch`` is called with the setting that a block requests, if it does.
     """
 
     def __init__(self, device: str, switch: Callable[[str], None] | None = None) -> None:

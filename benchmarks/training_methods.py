@@ -348,7 +348,7 @@ def with_trl(
 
 
 def tokenizer() -> Any:
-    """Returns a tokenizer of one word: the trainer asks for one, and the examples are tokens."""
+    """Returns a tokenizer of one word: the trainer requests one, and the examples are tokens."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

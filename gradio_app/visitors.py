@@ -1,6 +1,6 @@
 """Identity of visitors: one owner on a laptop, separate visitors on a Space.
 
-A Space tells visitors apart by a random cookie that only this server can read back, or by the name
+A Space identifies visitors by a random cookie that only this server can read, or by the name
 they signed in with. What an owner may see is decided in ``runs.store``, run by run.
 """
 

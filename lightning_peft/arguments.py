@@ -75,7 +75,7 @@ class LoRAArguments(LoRAFields):
             or ``"adamw_8bit"``, that replaces those that ``configure_optimizers`` returns, with
             their parameter groups, hyperparameters and LR schedulers. ``"auto"`` gives
             torch's own Adam and AdamW their fused step and leaves others as they are; nothing is
-            paged unless its name says so. ``None`` leaves all.
+            paged unless its name suggests so. ``None`` leaves all.
         lora_plus_lr_ratio: LoRA+ (arXiv 2402.12354): the factors ``B`` train with the learning rate
             of their parameter group times this number, whatever LR schedulers make of it; ``None``
             means one rate for both.

@@ -93,7 +93,7 @@ def unsupported_task(run: Run) -> str:
     """Returns the class of the task that a run trains, if it is one that cannot chat.
 
     A classifier has no answer to give. Empty for a user's own task: its base may well be a language
-    model, and loading it says whether it is.
+    model, and loading it indicates whether it is.
     """
     task = task_of_run(run)
     return task.class_name if task is not None and not task.chats else ""

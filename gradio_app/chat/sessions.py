@@ -64,7 +64,7 @@ class ModelStatus:
 class AnswerChunk:
     """An answer as far as it is there: all of its text so far, and whether it is done.
 
-    ``ended`` says whether the model ended it, ``stopped`` whether the visitor did; ``dropped``
+    ``ended`` indicates whether the model ended it, ``stopped`` whether the visitor did; ``dropped``
     counts turns of the conversation that were left out, and ``seconds`` are those of a whole
     answer.
     """
@@ -370,7 +370,7 @@ class ChatSessions:
                 _log.exception("the model process could not be looked after")
 
     def check_idle(self) -> None:
-        """Ends the process where it is not used, is gone, or a run wants the machine."""
+        """Ends the process where it is not used, is gone, or a run needs the machine."""
         with self._lock:
             loaded = self._loaded
             if loaded is None or loaded.phase != "ready":

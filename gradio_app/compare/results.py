@@ -18,7 +18,7 @@ AXES = ("step", "minutes")
 # Times are read with the rows, of a very long run those of its end only.
 _MOST_BYTES = 20_000_000
 MAX_ROWS = 12
-# What tells bases apart without checksums; of a GGUF file, the hash of its bytes.
+# What distinguishes bases without checksums; of a GGUF file, the hash of its bytes.
 _IDENTITY = ("name_or_path", "revision", "gguf_sha256")
 
 

@@ -83,7 +83,7 @@ class Listing:
 
 
 def list_runs(runs: Sequence[Run], summaries: Summaries, query: Query) -> Listing:
-    """Returns the page that a query asks for, of the runs that do not wait."""
+    """Returns the page that a query requests, of the runs that do not wait."""
     resting = [run for run in runs if not run.waiting]
     chosen = STATES[query.state]
     stated = [run for run in resting if not chosen or run.status.state in chosen]

@@ -22,7 +22,7 @@ from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from lightning_peft.recipe_files import recipe_files
 
-# Most rows that one call returns; the next one asks for those after them.
+# Most rows that one call returns; the next one requests those after them.
 MAX_ROWS = 1000
 
 

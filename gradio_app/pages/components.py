@@ -93,7 +93,7 @@ def changed_updates(items: Sequence[Update], seen: object) -> tuple[Any, list[An
 
     Args:
         items: Values of components.
-        seen: What the browser keeps; anything else, such as nothing, asks for everything.
+        seen: What the browser keeps; anything else, such as nothing, requests everything.
 
     Returns:
         What it is to keep, and the values; where nothing has changed, ``gr.skip()``.

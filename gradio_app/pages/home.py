@@ -65,7 +65,7 @@ def _changed(studio: Studio, t: Texts, owner: str, before: Any) -> list[Any]:
 
 
 def _act(studio: Studio, owner: str, event: Any) -> None:
-    """Does what a button of the queue asks for."""
+    """Does what a button of the queue requests."""
     data = event_data(event)
     act, run = data.get("act"), str(data.get("run"))
     if act in ("earlier", "later"):

@@ -118,7 +118,7 @@ class RunTable:
     def _act(
         self, owner: str, query: Query, data: dict[str, Any]
     ) -> tuple[Query, str | None, list[Any] | None]:
-        """Does what a button asks for: returns the query, another search, and fields to edit."""
+        """Does what a button requests: returns the query, another search, and fields to edit."""
         act, about = data.get("act"), str(data.get("run"))
         if act == "page":
             return query.on_page(about), None, None

@@ -30,7 +30,7 @@ class AnswerCache:
         Args:
             question: What the answer belongs to.
             find: Finds the answer, unless a page that has asked the same finds it first; it is
-                given what says whether the answer is still needed.
+                given what indicates whether the answer is still needed.
             keep: Whether an answer is kept.
             still_needed: Whether the caller still needs it; by default always.
         """

@@ -27,7 +27,7 @@ PARSER_SECONDS = 120.0
 class DataReport:
     """What is known of some rows: the numbers of ``preview --json``, and the first rows of a file.
 
-    Without numbers, ``refusal`` is the message of the command. ``skipping`` says whether rows with
+    Without numbers, ``refusal`` is the message of the command. ``skipping``: whether rows with
     problems are left out, ``step`` is the step of the form that solves the refusal, and
     ``cancelled`` that the report was no longer needed.
     """

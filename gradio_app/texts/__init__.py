@@ -45,7 +45,7 @@ class Texts:
         return text.translate(_GERMAN_SEPARATORS) if self.language == "de" else text
 
     def has(self, key: str) -> bool:
-        """Says whether there is a text of that name."""
+        """Returns whether there is a text of that name."""
         return key in self._texts
 
     def url(self, page: str = "", **query: str) -> str:

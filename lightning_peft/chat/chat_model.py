@@ -143,7 +143,7 @@ class ChatModel:
         return adapter.chat_template_kwargs if adapter is not None else {}
 
     def recorded(self, name: str, otherwise: Any) -> Any:
-        """Returns how rows were encoded for the first adapter, as its record says."""
+        """Returns how rows were encoded for the first adapter, as its record specifies."""
         known = (adapter.encoding.get(name) for adapter in self.adapters)
         return next((value for value in known if value is not None), otherwise)
 

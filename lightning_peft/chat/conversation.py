@@ -76,7 +76,7 @@ class Conversation:
 
 
 def is_command(line: str) -> bool:
-    """Says whether a line is a command."""
+    """Returns whether a line is a command."""
     return line.startswith("/") and not line.startswith("//")
 
 

@@ -108,7 +108,7 @@ class Server:
 
     @contextmanager
     def _prepared(self, chat_model: ChatModel, row: Mapping[str, Any]) -> Iterator[None]:
-        """Within the body, the model answers as a request says."""
+        """Within the body, the model answers as a request specifies."""
         # Not who answered last: a request means the same whatever came before it.
         chat_model.switch(row.get("adapter", self._first))
         import_module("torch").manual_seed(row.get("seed", self._seed))
@@ -224,7 +224,7 @@ def _checked(row: dict[str, Any] | None, key: Any, names: list[str]) -> dict[str
     unknown = [name for name in row if name not in FIELDS]
     problems = [f"there is no field {name!r}{similar_names(name, FIELDS)}" for name in unknown]
     if key is None:
-        problems.append(f"id={row.get('id')!r}: a text or a whole number, to tell answers apart")
+        problems.append(f"id={row.get('id')!r}: a text or a whole number, to distinguish answers")
     adapter = row.get("adapter", names[0])
     if adapter not in names:
         problems.append(f"adapter={adapter!r}: there are {', '.join(names)}")

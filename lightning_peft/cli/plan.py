@@ -132,7 +132,7 @@ def _add_processes(parser: OptionParser) -> None:
         "--network-bandwidth": "GB/s that a node sends to the others",
     }
     for name, what in figures.items():
-        add(name, type=float, help=f"{what}; by default what the maker of --gpu says")
+        add(name, type=float, help=f"{what}; by default what the maker of --gpu specifies")
 
 
 def _survey(args: argparse.Namespace, progress: Callable[[str], None]) -> MethodComparison:

@@ -172,7 +172,7 @@ def _counted(numbers: dict[str, Any]) -> list[str]:
     if train.get("further_parts"):
         lines.append(
             f"note      {train['further_parts']:,} rows are further parts of others: pieces of a "
-            "long text, or answers that the template asks for with other turns before them"
+            "long text, or answers that the template requests with other turns before them"
         )
     if train["duplicates"]:
         lines.append(f"note      {train['duplicates']:,} duplicates are kept")

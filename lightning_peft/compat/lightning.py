@@ -28,12 +28,12 @@ def trainer_of(module: Any) -> Any:
 
 
 def is_compiled(module: Any) -> bool:
-    """Says whether ``torch.compile`` made a LightningModule."""
+    """Returns whether ``torch.compile`` made a LightningModule."""
     return getattr(module, "_compiler_ctx", None) is not None
 
 
 def is_mock_optimizer(optimizer: Any) -> bool:
-    """Says whether an optimizer is Lightning's placeholder for none."""
+    """Returns whether an optimizer is Lightning's placeholder for none."""
     return type(optimizer).__name__ == "_MockOptimizer"
 
 
@@ -92,22 +92,22 @@ def quiet_exit(root: str) -> Exception:
 
 
 def is_accumulating(loop: Any) -> bool:
-    """Says whether the batch that was trained on last ended without an optimizer step."""
+    """Returns whether the batch that was trained on last ended without an optimizer step."""
     return bool(loop._should_accumulate())
 
 
 def is_validation_due(fit: Any) -> bool:
-    """Says whether the loop over batches validates next."""
+    """Returns whether the loop over batches validates next."""
     return bool(fit.epoch_loop._should_check_val_fx(fit._data_fetcher))
 
 
 def ends_epoch(epoch: Any) -> bool:
-    """Says whether the batch that was begun is the last one of the epoch."""
+    """Returns whether the batch that was begun is the last one of the epoch."""
     return bool(epoch._num_ready_batches_reached())
 
 
 def ends_fit(trainer: Any) -> bool:
-    """Says whether training ends with the batch that was begun, by steps or epochs."""
+    """Returns whether training ends with the batch that was begun, by steps or epochs."""
     last_epoch = trainer.max_epochs != -1 and trainer.current_epoch + 1 >= trainer.max_epochs
     by_steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
     return bool(by_steps or (last_epoch and ends_epoch(trainer.fit_loop.epoch_loop)))
@@ -143,7 +143,7 @@ def data_fetcher(fit: Any) -> Any:
 
 
 def fetches_batches(fetcher: Any) -> bool:
-    """Says whether a data fetcher hands out batches, and not an iterator to ``training_step``."""
+    """Returns whether a data fetcher gives ``training_step`` batches, and not an iterator."""
     return type(fetcher).__name__ != "_DataLoaderIterDataFetcher"
 
 
@@ -158,7 +158,7 @@ def training_data(trainer: Any) -> Any:
 
 
 def reloads_training_data(fit: Any) -> bool:
-    """Says whether ``setup_data`` asks for the loaders again."""
+    """Returns whether ``setup_data`` requests the loaders again."""
     return bool(fit._should_reload_train_dl)
 
 
@@ -227,7 +227,7 @@ def save_last(checkpoint: Any, trainer: Any, counted: bool = True) -> None:
 
 
 def is_tuning(trainer: Any, had_callbacks: bool) -> bool:
-    """Says whether a fit is a trial of Lightning's tuner, which takes all callbacks away for it.
+    """Returns whether a fit is a trial of Lightning's tuner, which takes all callbacks away for it.
 
     The finder of batch sizes is a callback itself: a fit that began without any has no trials.
     """
@@ -238,7 +238,7 @@ def is_tuning(trainer: Any, had_callbacks: bool) -> bool:
 
 
 def uploads_each(logger: Any, checkpoint: Any) -> bool:
-    """Says whether a logger reads each file of a ``ModelCheckpoint`` as soon as it is saved."""
+    """Returns whether a logger reads each file of a ``ModelCheckpoint`` as soon as it is saved."""
     chosen = getattr(logger, "_log_model", False)
     return bool(chosen == "all" or (chosen is True and getattr(checkpoint, "save_top_k", 1) == -1))
 

@@ -341,7 +341,7 @@ def filled(outline: Any, part: Tensor) -> nn.Parameter:
 
 
 def is_fsdp_asking(frame: Any) -> bool:
-    """Says whether a property is read where FSDP looks for its own parameter on a layer.
+    """Returns whether a property is read where FSDP looks for its own parameter on a layer.
 
     Public alternative: none.
     """

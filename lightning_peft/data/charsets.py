@@ -180,7 +180,7 @@ def _wide_encoding(start: bytes, name: str) -> str:
     if plain(found) < 0.05 or 50 * odd > len(text):
         raise ConfigError(
             f"{name!r} holds bytes that are not text (a zero at byte {zero + 1:,}). It "
-            "is damaged, or of another kind than its name says."
+            "is damaged, or of another kind than its name suggests."
         )
     return found
 
@@ -205,7 +205,7 @@ def _guess(blocks: Blocks, name: str) -> Charset:
     if controls > len(sample) / 200 or not fitting:
         raise ConfigError(
             f"{name!r} holds bytes that are not text in UTF-8 or another encoding that is known "
-            "here. It is damaged, or of another kind than its name says. If it is text, say "
+            "here. It is damaged, or of another kind than its name suggests. If it is text, say "
             'which with encoding=, such as encoding="cp1252".'
         )
     found = _best(sample, fitting, name)

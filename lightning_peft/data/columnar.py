@@ -70,7 +70,7 @@ def _batches(path: Path, name: str, kind: str) -> Iterator[tuple[Any, Iterator[A
         except (pyarrow.ArrowException, OSError) as error:
             raise ConfigError(
                 f"{name!r} cannot be read as {kind.lower()}: it is damaged, breaks off, or is "
-                f"another kind of file than its name says. {hint}"
+                f"another kind of file than its name suggests. {hint}"
             ) from error
 
 

@@ -58,7 +58,7 @@ class Encoded:
     """One row of training data.
 
     Labels are tokens, not shifted, or -100. ``cut`` tokens were cut off at the end; ``end_added``
-    tells whether the end-of-sequence token was added, as the template has none.
+    indicates whether the end-of-sequence token was added, as the template has none.
     """
 
     input_ids: list[int]

@@ -23,7 +23,7 @@ _WORD = "Picture7240"
 class ImageTemplate(Template):
     """A chat template with the placeholder that it writes for an image, ``token``.
 
-    ``parts`` says whether the content of a turn is a list of parts, else it is a text with the
+    ``parts`` indicates whether the content of a turn is a list of parts, else it is a text with the
     token; ``start`` is the start token, where the processor puts it before each text.
     """
 

@@ -282,7 +282,7 @@ def conversion_of(image: Image) -> str | None:
     if image.mode in ("I", "F"):
         raise EncodingProblem(
             "image",
-            f"has pixels of mode {image.mode!r}, and nothing says which values are black and white",
+            f"has pixels of mode {image.mode!r}, and nothing shows which are black and white",
         )
     if getattr(image, "n_frames", 1) > 1:
         return "frames"

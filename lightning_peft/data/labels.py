@@ -50,7 +50,7 @@ class LabelNames:
         ours = self.fixed_names or []
         if str(label.number) in ours:
             return str(label.number)
-        # A name that both have says whether they have the same order.
+        # A name that both have indicates whether they have the same order.
         same = len(ours) == len(label.names) and all(
             name not in ours or name == own for name, own in zip(label.names, ours, strict=True)
         )

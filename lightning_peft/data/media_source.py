@@ -195,7 +195,7 @@ class ImageSource(_WithNamedFiles):
         return split, parts[0] if parts else ""
 
     def splits_by_name(self) -> list[str | None]:
-        """Returns the split of each file that its name says, or the one of all rows."""
+        """Returns the split of each file that its name suggests, or the one of all rows."""
         if not self._pictures:
             return super().splits_by_name()
         return [self._place_of(path)[0] for path in self._pictures]

@@ -148,7 +148,7 @@ def explain_errors(name: str, compression: str | None = None) -> Iterator[None]:
         raise ConfigError(f"{name!r} is gone: it was removed or renamed meanwhile.") from error
     except _UNREADABLE as error:
         if isinstance(error, OSError) and error.errno is not None:
-            reason = f"the system says: {os.strerror(error.errno)}"
+            reason = f"the system reports: {os.strerror(error.errno)}"
             raise ConfigError(f"{name!r} cannot be read; {reason}.") from error
         if isinstance(error, RuntimeError) and "password" in str(error):
             raise ConfigError(

@@ -60,7 +60,7 @@ def collate(rows: Sequence[Sequence[dict[str, Any]]], pad_token_id: int) -> dict
         :class:`~lightning_peft.engine.training.packed_attention.PackedMask` of shape
         ``(batch, 1, length, length)``, float32, which is added to the scores: 0 where an example
         attends to its own past, else ``-inf``. It has no storage, and its values are made for
-        attention that asks for them.
+        attention that requests them.
     """
     length = max(sum(len(example["input_ids"]) for example in row) for row in rows)
     ids = torch.full((len(rows), length), pad_token_id)
@@ -148,7 +148,7 @@ def sees_all(model: PreTrainedModel, length: int) -> bool:
 
 
 def makes_mask(model: PreTrainedModel) -> bool:
-    """Whether attention asks for the mask of length squared, in the mode that ``model`` is in."""
+    """Whether attention requests the mask of length squared, in the mode that ``model`` is in."""
     batch = _trial_row(model, *_trial_examples(_trial_size(model)))
     with torch.no_grad(), torch.random.fork_rng([]):
         model(**batch)

@@ -105,7 +105,7 @@ def check_prompt(sample: Sample) -> None:
     """Refuses a row whose turns are all the model's."""
     if all(message["role"] in ("system", "assistant") for message in sample.messages):
         raise EncodingProblem(
-            "missing", "has no prompt: nothing says where it ends and the answers begin"
+            "missing", "has no prompt: nothing shows where it ends and the answers begin"
         )
 
 

@@ -127,7 +127,7 @@ class Source:
             yield from islice(self._file_rows(path, name, split), self.limit)
 
     def splits_by_name(self) -> list[str | None]:
-        """Returns the split of each file that its name says, or the one of all rows."""
+        """Returns the split of each file that its name suggests, or the one of all rows."""
         files, root = self.files(), Path(self.data)
         if self.split or len(files) == 1:
             return [self.split] * len(files)
@@ -331,7 +331,7 @@ def _reason(error: Exception) -> str:
     if "trust_remote_code" in text or "scripts are no longer supported" in text:
         return "it is read by a script of its own, which is not run; look for a Parquet branch"
     if "gated" in text.lower():
-        return "it is gated, and asks for a login"
+        return "it is gated, and requests a login"
     if isinstance(error, DatasetNotFoundError) or kind == "RepositoryNotFoundError":
         return "there is none, or it is private"
     if isinstance(error, ConnectionError) or "offline" in text.lower() or "Connect" in kind:

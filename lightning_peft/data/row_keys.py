@@ -40,7 +40,7 @@ def check_column(
     """Returns the problems of a column that no field reads, as kind and text.
 
     An empty list where leaving it out changes nothing that is trained, so that it is only listed;
-    ``None`` where it asks for the default. ``trains_text`` says whether rows are texts to train on,
+    ``None`` where it requests the default. ``trains_text``: whether rows are texts to train on,
     which a weight could apply to.
     """
     key = name.strip().lower()
@@ -73,7 +73,7 @@ def is_of_prompt(name: str) -> bool:
 def missing_in_prompt(name: str, value: Any, prompt: Any, as_fields: bool) -> list[tuple[str, str]]:
     """Returns the problem of a column whose text the prompt, text or turns, does not have.
 
-    ``as_fields`` says whether prompt and answer can be read as the fields of Alpaca instead.
+    ``as_fields`` indicates whether prompt and answer can be read as the fields of Alpaca instead.
     """
     asked = " ".join(" ".join(texts_in(prompt)).split())
     if all(" ".join(text.split()) in asked for text in texts_in(value)):

@@ -98,7 +98,7 @@ class Sample:
     def near_digest(self) -> bytes | None:
         """Returns 16 bytes that rows share whose texts differ in case, spaces and signs alone.
 
-        ``None`` for rows without text, or whose images or recordings tell them apart.
+        ``None`` for rows without text, or whose images or recordings distinguish them.
         """
         if self.image is not None or self.images or self.audio is not None:
             return None

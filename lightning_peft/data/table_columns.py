@@ -25,7 +25,7 @@ class TableScan:
 
     ``widths`` counts rows by their number of fields; ``used`` are columns with a value. Of rows,
     ``wide`` are the first with more values than names (number and line), ``narrow`` those with
-    fewer, ``blank`` is how many have none. ``index`` says whether the first fields ascend, and
+    fewer, ``blank`` is how many have none. ``index`` indicates whether the first fields ascend, and
     ``counted`` whether by 1. ``absent`` are columns with a program's text for no value.
     """
 

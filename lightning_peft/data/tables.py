@@ -41,7 +41,7 @@ def read_table(
         raise ConfigError(f"There are no rows in {name!r}: the file is empty.")
     if head.lstrip().startswith(("{", "[{")):
         raise ConfigError(
-            f"{name!r} begins like JSON, and its name says that it is a table. Name it .jsonl "
+            f"{name!r} begins like JSON, and its name suggests that it is a table. Name it .jsonl "
             f"where each line is an object, else .json: mv {name} {Path(name).stem}.jsonl"
         )
     table = _Table(file)

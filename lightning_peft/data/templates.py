@@ -82,7 +82,7 @@ def find_template(tokenizer: PreTrainedTokenizerBase, requested: str | None) -> 
             return Template(f"of {name}", tokenizer.get_chat_template())
         except ValueError as error:
             raise ConfigError(
-                f"The tokenizer {name!r} has no chat template, so nothing says how turns become "
+                f"The tokenizer {name!r} has no chat template, so nothing shows how turns become "
                 "text. If this is the base of a chat model, use the tokenizer of that. Otherwise "
                 'choose one: chat_template="chatml" (the field\'s usual marks), "plain" (headings '
                 'in words), "raw" (prompt and answer one after the other), or Jinja source. Ask '

@@ -89,7 +89,7 @@ class TextPairData(TokenizedData):
         scores = self.score_range
         if scores is not None and scores[0] == scores[1]:
             raise ConfigError(
-                f"Every score in {self.hparams['data']!r} is {scores[0]:g}: nothing says which "
+                f"Every score in {self.hparams['data']!r} is {scores[0]:g}: nothing shows which "
                 "texts belong together. Add rows with other scores, or say which column holds "
                 'them, such as columns={"score": "my_column"}.'
             )

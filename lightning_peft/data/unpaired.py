@@ -103,7 +103,7 @@ class UnpairedPreferenceData(ConversationData):
             label = "true" if desirable else "false"
             raise ConfigError(
                 f"All {desirable + undesirable:,} training rows of {self.hparams['data']!r} have "
-                f"the label {label}, so nothing says what is to be avoided or what is wanted. Add "
+                f"the label {label}, so nothing shows what is to be avoided or what is wanted. Add "
                 "rows of the other label; where all answers are good, fine-tune on them with "
                 "CausalLM and SupervisedData."
             )

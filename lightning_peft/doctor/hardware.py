@@ -164,7 +164,7 @@ def check_compiler() -> CheckResult:
     except (OSError, subprocess.TimeoutExpired) as error:
         return CheckResult("warning", f"{compiler}: {error_line(error)}", remedy)
     version = (process.stdout or process.stderr).strip().partition("\n")[0]
-    # Microsoft's has no such option and says its version all the same.
+    # Microsoft's has no such option and reports its version all the same.
     if process.returncode and Path(compiler).stem != "cl":
         return CheckResult("warning", f"{compiler} fails: {version}", remedy)
     return CheckResult("ok", version)

@@ -89,7 +89,7 @@ def _make_config(cls: Any, fields: Mapping[str, Any]) -> Any:
         given = fields.get(name) or {}
         fields = {**fields, name: kind(**given) if isinstance(given, Mapping) else given}
     if fields.get("init_lora_weights") == "loftq":
-        # PEFT wants scipy for it, and does not use it.
+        # PEFT requires scipy for it, and does not use it.
         later |= {"init_lora_weights": "loftq", "loftq_config": loftq_settings(fields)}
         fields = {**fields, "init_lora_weights": True, "loftq_config": {}}
     try:

@@ -100,7 +100,7 @@ def checksum(tensor: Tensor) -> int:
 def exact_checksum(tensor: Tensor) -> int:
     """Returns a checksum of the bits of ``tensor`` and of its quantization constants.
 
-    Unlike :func:`checksum` it tells values apart that are equal in bfloat16.
+    Unlike :func:`checksum` it distinguishes values that are equal in bfloat16.
     """
     if tensor.is_meta:
         return NO_VALUES

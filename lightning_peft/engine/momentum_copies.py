@@ -350,7 +350,7 @@ def explain_hook_error(
             f"{name!r}: packed codes cannot be averaged, and load into layers alike only. "
             "The frozen base does not change, so average what trains: loop over `parameters()` "
             "of a copy that the module holds, which leaves the base out, or over "
-            "`named_parameters()` with `if p.requires_grad`; or use LoRAStrategy. torch says: "
+            "`named_parameters()` with `if p.requires_grad`; or use LoRAStrategy. torch reports: "
             f"{text.splitlines()[0]}"
         )
     if isinstance(error, RuntimeError) and layer is not None and _UNFREEZES.match(text):
@@ -367,14 +367,14 @@ def explain_hook_error(
         return LifecycleError(
             "A hook loads the state of adapted layers into layers without adapters. Make the copy "
             "by copy.deepcopy, or before the adapters are added (in `__init__` or `setup`). torch "
-            f"says: {text[:200]}"
+            f"reports: {text[:200]}"
         )
     if isinstance(error, RuntimeError) and _SHAPES.search(text) and _in_hook(error, callers):
         return LifecycleError(
             "A hook computes with tensors whose shapes differ. If it goes through `parameters()` "
             "and through tensors that were kept before the adapters were added, such as the "
             "averages of an EMA in `__init__`, these do not line up: keep them in `on_fit_start`, "
-            f"when the adapters are there. torch says: {text.splitlines()[0]}"
+            f"when the adapters are there. torch reports: {text.splitlines()[0]}"
         )
     key = error.args[0] if isinstance(error, KeyError) and error.args else None
     if isinstance(key, str) and key in adapter_parameters(module):

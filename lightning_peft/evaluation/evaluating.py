@@ -39,7 +39,7 @@ class Settings:
     Attributes:
         batch_size: Requests at a time; ``None`` for the most that fit on a GPU, 8 on a CPU.
         limit: First rows of each task that are taken; a share of them if below 1.
-        num_fewshot: Solved examples before each question; ``None`` for what each task says.
+        num_fewshot: Solved examples before each question; ``None`` for what each task specifies.
         apply_chat_template: Write questions as turns of a conversation.
         system: System turn, or text before the questions without a template.
         seeds: Of the random number generators.

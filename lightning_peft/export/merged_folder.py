@@ -45,7 +45,7 @@ Progress = Callable[[str, int, int], None]
 class MergedFolder:
     """A merged model on disk, with the errors of each adapted layer.
 
-    ``base_checked`` says whether the base was compared with the one recorded in training.
+    ``base_checked`` indicates whether the base was compared with the one recorded in training.
     """
 
     folder: Path
@@ -148,7 +148,7 @@ def refuse_full_disk(output: Path, size: int) -> None:
 def base_checked(
     adapter: Adapter, base: Base, merge: StreamedMerge, layout: FileLayout, progress: Progress
 ) -> bool:
-    """Compares the base with the recorded one; says whether there was a record."""
+    """Compares the base with the recorded one; indicates whether there was a record."""
     recorded = adapter.base.get("fingerprint")
     if recorded is None:
         return False

@@ -56,7 +56,7 @@ class Finding:
     problem: str = ""
     # The change, where it is mechanical.
     edits: tuple[Edit, ...] = ()
-    # Arguments of the Trainer's strategy that the change asks for.
+    # Arguments of the Trainer's strategy that the change requests.
     strategy: Mapping[str, str] | None = None
 
     @property

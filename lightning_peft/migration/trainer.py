@@ -43,7 +43,7 @@ def shards(name: str) -> bool:
 
 
 def with_strategy(base: CodeBase, findings: list[Finding]) -> list[Finding]:
-    """Returns the findings; the first that asks for a strategy has the changes of all that do.
+    """Returns the findings; the first that requests a strategy has the changes of all that do.
 
     Where no adapters of PEFT are put on in a way that is clear, the Trainer may not be the only
     one, is given more than is known here, or has another strategy, the changes that need its

@@ -74,11 +74,11 @@ class Prediction:
         return sum(process_bytes(self.trace, self.settings.device, end).values())
 
     def fits(self, device_bytes: int) -> bool:
-        """Says whether even the upper end of the interval fits."""
+        """Returns whether even the upper end of the interval fits."""
         return self.high_bytes <= device_bytes
 
     def fits_comfortably(self, device_bytes: int) -> bool:
-        """Says whether it fits with room to spare."""
+        """Returns whether it fits with room to spare."""
         return self.high_bytes <= margins.COMFORTABLE * device_bytes
 
     def verdict(self, device_bytes: int) -> str:

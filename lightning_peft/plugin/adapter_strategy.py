@@ -328,7 +328,7 @@ class AdapterStrategy(_Base):
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Loads adapters strictly, whatever ``strict`` says, on the base they were trained on.
+        """Loads adapters strictly, whatever ``strict`` specifies, on the base they were trained on.
 
         Where ``strict`` is false, what hooks of the module took out of the file may be missing.
         """

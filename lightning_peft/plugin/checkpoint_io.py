@@ -141,7 +141,7 @@ def _reason(error: Exception) -> str:
 
 
 def is_local(path: Any) -> bool:
-    """Says whether ``path`` is on this machine's file system, not behind an fsspec protocol."""
+    """Returns whether ``path`` is on this machine's file system, not behind an fsspec protocol."""
     return "://" not in str(path)
 
 

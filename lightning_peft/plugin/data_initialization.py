@@ -15,7 +15,7 @@ from lightning_peft.plugin.tracked_loader import generator_states, set_generator
 
 
 def initialize_from_data(strategy: Any) -> None:
-    """Runs batches through the module before it has optimizers, where an adapter asks for it.
+    """Runs batches through the module before it has optimizers, where an adapter requests it.
 
     In a run that was resumed, the checkpoint has the values.
 

@@ -39,7 +39,7 @@ class SaveOnInterrupt(LateBoundCallback):
             self._handlers[number] = signal.signal(number, self._handle_signal)
 
     def request(self, stop: bool = False, save: bool = False) -> None:
-        """Asks for the same from the program itself, from a thread too; ``save`` ends nothing."""
+        """Requests the same from the program itself, from a thread too; ``save`` ends nothing."""
         self._stop, self._save = self._stop or stop, self._save or save
 
     def _handle_signal(self, number: int, frame: Any) -> None:

@@ -131,7 +131,7 @@ def _instantiate(cls: Any, root: str, arguments: dict[str, Any]) -> Any:
         named = getattr(sys.modules.get(module), name, None)
         if not (isinstance(named, type) and issubclass(named, cls)):
             raise CheckpointError(
-                f"The checkpoint asks for the class {path!r}, which is not an imported subclass of "
+                f"The checkpoint requests the class {path!r}, which is not an imported subclass of "
                 f"{cls.__name__}. Import it first if you trust the file."
             )
     return import_module(f"{root}.cli").instantiate_module(cls, arguments)

@@ -177,7 +177,7 @@ class TrainingLoops:
             raise explained from error
 
     def _fit_setup_data(self) -> None:
-        """Asks for the loaders from the random state of the run that is resumed."""
+        """Requests the loaders from the random state of the run that is resumed."""
         fit = self.fit
         if combined_loader(fit) is not None and not self.tracked_loaders:
             # From before the fit, as of a setup() that reads estimated_stepping_batches.

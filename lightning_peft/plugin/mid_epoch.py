@@ -37,7 +37,7 @@ class _Loops(Protocol):
 
 
 def resumes_mid_epoch(trainer: Any, checkpoint: Mapping[str, Any]) -> bool:
-    """Says whether Lightning will go on inside the epoch of a checkpoint, or with the next one."""
+    """Returns whether Lightning continues within a checkpoint's epoch, or with the next one."""
     progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
     begun = progress["ready"], progress["started"]
     return trainer.max_steps != -1 or any(value != progress["processed"] for value in begun)

@@ -74,7 +74,7 @@ class MemoryPlanCallback(LateBoundCallback):
 
 
 def is_out_of_memory(exception: BaseException) -> bool:
-    """Says whether a device or the machine had no memory left."""
+    """Returns whether a device or the machine had no memory left."""
     if isinstance(exception, (MemoryError, torch.OutOfMemoryError)):
         return True
     words = ("not enough memory", "out of memory", "can't allocate memory")

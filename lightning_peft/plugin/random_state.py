@@ -55,7 +55,7 @@ def _cuda_state() -> dict[str, Any]:
 
 
 def same_state(a: Any, b: Any) -> bool:
-    """Says whether two states that :func:`random_state` returned are the same."""
+    """Returns whether two states that :func:`random_state` returned are the same."""
     if isinstance(a, dict):
         return all(same_state(a[key], b[key]) for key in a)
     if isinstance(a, list):

@@ -157,7 +157,7 @@ def _loops(trainer: Any) -> list[tuple[Any, str]]:
 
 
 def _set_up_data(loop: Any, usual: Any, numbers: str) -> None:
-    """Asks for loaders as usual, and compares the numbers of their batches between processes."""
+    """Requests loaders as usual, and compares the numbers of their batches between processes."""
     before = combined_loader(loop)
     usual()
     if combined_loader(loop) is before:

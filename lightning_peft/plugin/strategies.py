@@ -61,7 +61,7 @@ class SingleOrDDPStrategy(_Base, metaclass=LateBoundMeta):
         if self.num_nodes * self.num_processes > 1:
             super().set_world_ranks()
             return
-        # Not the root device, which asks for a rank: a job scheduler may have set only some of the
+        # Not the root device, which requests a rank: a job scheduler may have set only some of the
         # variables for it, or those of another job.
         (device,) = self.parallel_devices or []
         plugins = checkpoint_io_of(self), self.precision_plugin

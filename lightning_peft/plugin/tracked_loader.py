@@ -120,7 +120,7 @@ def set_generator_states(loaders: list[Any], states: list[list[torch.Tensor]]) -
 
 
 def is_stateful(loader: Any) -> bool:
-    """Says whether a loader saves and restores its position itself, through Lightning."""
+    """Returns whether a loader saves and restores its position itself, through Lightning."""
     return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 

@@ -61,12 +61,12 @@ class StagedAdapters(_Base):
         self.freeze_before_training(module)
 
     def freeze_before_training(self, pl_module: Any) -> None:
-        """Freezes modules as the callback says; the base is frozen already."""
+        """Freezes modules as the callback specifies; the base is frozen already."""
         with self._only_trained(pl_module):
             super().freeze_before_training(pl_module)
 
     def finetune_function(self, pl_module: Any, *given: Any, **named: Any) -> None:
-        """Unfreezes modules as the callback says; the base stays frozen."""
+        """Unfreezes modules as the callback specifies; the base stays frozen."""
         with self._only_trained(pl_module), self._new_by_identity():
             super().finetune_function(pl_module, *given, **named)
 

@@ -312,7 +312,7 @@ class RunRecorder(RunRecord, LateBoundCallback):
         )
 
     def _follow_control(self, trainer: Any) -> None:
-        """Passes on what another program asks for in ``control.json``: stop, or save now."""
+        """Passes on what another program requests in ``control.json``: stop, or save now."""
         if self.status is None:
             return
         try:

@@ -296,7 +296,7 @@ def log_table(
 ) -> None:
     """Logs a table to Weights & Biases, MLflow or TensorBoard; other loggers are left alone.
 
-    To be called by the first process only, as ``trainer.is_global_zero`` says.
+    To be called by the first process only, as ``trainer.is_global_zero`` specifies.
 
     Args:
         logger: One of ``trainer.loggers``: a ``WandbLogger``, which makes a table of it; an

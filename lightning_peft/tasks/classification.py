@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class ClassificationTask(HeadedTask):
-    """A transformers model with a head that tells labels apart.
+    """A transformers model with a head that distinguishes labels.
 
     The names of the labels come from the data when the model is loaded, unless they are given.
     They are kept in the model's configuration and in the hyperparameters, so that a checkpoint

@@ -218,7 +218,7 @@ class Seq2SeqLM(EncoderDecoderTask):
 
     Logs ``val_loss`` (nats per target token, the end token among them), ``val_perplexity`` (its
     exponential), ``val_token_accuracy`` (share of target tokens that are the most likely one), and
-    of generated text what ``metrics`` asks for: ``val_rouge1``, ``val_rouge2`` and ``val_rougeL``
+    of generated text what ``metrics`` requests: ``val_rouge1``, ``val_rouge2`` and ``val_rougeL``
     (F-measures), ``val_bleu``, ``val_chrf``, each from 0 to 1; and the same as ``test_...``.
 
     The arguments are those of

@@ -21,7 +21,7 @@ class HeadedTask(PretrainedTask):
     """A model with an output layer for what the data asks, which is new or in the files."""
 
     def follow(self, data: Any) -> None:
-        """Takes over what the data module says, or checks that it says the same."""
+        """Takes over what the data module specifies, or checks that it says the same."""
 
     def check_base(self, config: PretrainedConfig) -> None:
         """Refuses a base, by its own configuration, that contradicts data or arguments."""

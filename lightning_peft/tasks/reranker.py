@@ -98,7 +98,7 @@ class Reranker(PaddingOfData):
         added = [tokenizer.num_special_tokens_to_add(pair=pair) for pair in (False, True)]
         if added[0] == added[1]:
             log.warning(
-                "The tokenizer of %r puts nothing between query and passage, so that nothing says "
+                "The tokenizer of %r puts nothing between query and passage, so that nothing shows "
                 "where the passage begins. Begin each passage with a mark of your own, here and "
                 "where the model is used.",
                 self.hparams["model"],
@@ -119,7 +119,7 @@ class Reranker(PaddingOfData):
 
     @property
     def activation(self) -> str:
-        """Class of torch that makes scores of the model's outputs, as its configuration says."""
+        """Class of torch that makes scores of the model's outputs, by its configuration."""
         assert self.model is not None
         given = getattr(self.model.config, "sentence_transformers", None) or {}
         old = getattr(self.model.config, "sbert_ce_default_activation_function", None)

@@ -128,7 +128,7 @@ class ValidationBudget(_Base, metaclass=LateBoundMeta):
             trainer.val_check_batch = max(1, epoch_loop.batch_idx + 1)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Says whether the epoch is one with validations."""
+        """Returns whether the epoch is one with validations."""
         if self._active:
             self._set_next(trainer)
 

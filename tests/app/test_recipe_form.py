@@ -296,7 +296,7 @@ def test_a_model_of_ones_own_takes_over_no_example(task, model):
     # Nor what only the example needs.
     assert value_at(mine, f"{DATA}columns") is MISSING
     assert value_at(mine, f"{TRAINER}limit_train_batches") is MISSING
-    # Who asks for the example keeps it.
+    # Who requests the example keeps it.
     asked = with_data(mine, data_of(small))
     assert value_at(asked, f"{DATA}columns") == value_at(small, f"{DATA}columns")
     assert data_of(with_model(asked, "me/other", None)) == data_of(small)

@@ -120,7 +120,7 @@ def test_the_seed_decides_what_is_drawn(client):
     again, _ = client.ask(4, seed=1, **drawn)
     other, _ = client.ask(5, seed=2, **drawn)
     assert first == again != other
-    # What one request asks for is not kept for the next.
+    # What one request requests is not kept for the next.
     assert client.ask(6, adapter="base")[0] == client.ask(7, adapter="base", temperature=0)[0]
 
 

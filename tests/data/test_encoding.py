@@ -127,7 +127,7 @@ def test_answers_that_a_template_rewrites_are_learnt_as_they_are_generated(token
     first, second = encoder(tokenizer, REWRITES).encode(Sample(TALK))
     assert trained(tokenizer, first) == ["<think></think>A row of items.</s>"]
     assert trained(tokenizer, second) == ["<think></think>Items without order.</s>"]
-    # Each after the prompt that asks for it: here without the thoughts of the answer before.
+    # Each after the prompt that requests it: here without the thoughts of the answer before.
     source = find_template(tokenizer, REWRITES).text
     for row, turns in ((first, TALK[:2]), (second, TALK[:4])):
         asked = tokenizer.apply_chat_template(

@@ -58,7 +58,7 @@ LORA = {
 }
 LINEAR_ONLY = {
     "pissa": {"init_lora_weights": "pissa", "r": 4, "tolerance": 2e-4},
-    # PEFT's own folder asks for the same random numbers again.
+    # PEFT's own folder requests the same random numbers again.
     "pissa_niter_4": {
         "init_lora_weights": "pissa_niter_4",
         "r": 4,

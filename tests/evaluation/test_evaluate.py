@@ -239,7 +239,7 @@ def test_bad_input(folder, tmp_path, monkeypatch, capsys, refused):
     found = load_tasks(["small_iso_dates"])
     assert list(found.data_files) == ["small_iso_dates"]
     short = loaded([])
-    # The task asks for so many new tokens.
+    # The task requests so many new tokens.
     short.loaded.model.config.max_position_embeddings = 16
     with pytest.raises(ConfigError, match="The harness cannot evaluate small_iso_dates on this mo"):
         evaluate(short, found, Settings(limit=1))

@@ -184,7 +184,7 @@ def test_layers_that_no_optimizer_holds_are_frozen_for_this_fit(method, tmp_path
 
 
 class Forgotten(Listed):
-    """Lists of which nothing says that a layer was left out on purpose."""
+    """Lists of which nothing shows that a layer was left out on purpose."""
 
     way = ""
 

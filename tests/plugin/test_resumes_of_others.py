@@ -55,7 +55,7 @@ class Stateful(DataLoader):
 
 
 class Several(Task):
-    """Takes one batch or two, and asks for the number of steps before Lightning resumes."""
+    """Takes one batch or two, and requests the number of steps before Lightning resumes."""
 
     def training_step(self, batch, batch_idx):
         parts = batch if isinstance(batch[0], (list, tuple)) else [batch]

@@ -31,7 +31,7 @@ _PLACES = ("data", "validation_data", "test_data", "tokenizer", "processor", "fe
 
 
 def is_offline() -> bool:
-    """Says whether nothing is fetched from the hub."""
+    """Returns whether nothing is fetched from the hub."""
     return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 

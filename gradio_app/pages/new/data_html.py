@@ -22,7 +22,7 @@ _SPLITS = ("train", "validation", "test")
 
 
 def selected_data(place: str, t: Texts) -> str:
-    """Returns the line that names the data, or asks for some."""
+    """Returns the line that names the data, or requests some."""
     if not place:
         return message("not-now", t("new.data_none"), t)
     marked = place.startswith(("package:", "recipe:", UPLOAD))

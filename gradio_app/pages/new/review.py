@@ -264,7 +264,7 @@ def overview(
 ) -> str:
     """Returns the summary of the run, or the obstacles with links to their steps.
 
-    ``asked`` says whether the command line has taken the recipe.
+    ``asked`` indicates whether the command line has taken the recipe.
     """
     waits = "new.not_looked" if session.report is None else "" if asked else "new.not_asked"
     return render(

@@ -253,7 +253,7 @@ class ExportTab:
         return ["", *self.refresh(request, *values)]
 
     def _act(self, request: gr.Request, event: gr.EventData, *values: Any) -> list[Any]:
-        """Does what a button of the list asks for."""
+        """Does what a button of the list requests."""
         owner, exports = self.studio.owner(request), self.studio.exports
         run_id, data = ExportInputs(*values).run_id, event_data(event)
         act, name, file = data.get("act"), data.get("export"), None

@@ -18,7 +18,7 @@ from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from gradio_app.visitors import token_of
 
-# Seconds since the start of a run after which its page asks for news less often: how many ticks
+# Seconds since the start of a run after which its page requests news less often: how many ticks
 # apart.
 TICK_FACTORS = ((60.0, 1.0), (600.0, 2.0))
 SLOWEST_TICK = 5.0

@@ -99,7 +99,7 @@ def _bounds() -> list[float]:
 
 @cache
 def matches_bitsandbytes(kind: str) -> bool:
-    """Says whether comparing gives the codes of the bitsandbytes that is installed.
+    """Returns whether comparing gives the codes of the bitsandbytes that is installed.
 
     Tried once on the bounds themselves, their neighbours among the numbers, and values in between.
     """

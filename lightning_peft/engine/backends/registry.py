@@ -24,7 +24,7 @@ def register_backend(backend: Backend) -> None:
 
     Args:
         backend: An instance. Several may share a ``config_type`` and ``name``, where
-            ``accepts`` tells their configs apart.
+            ``accepts`` distinguishes their configs.
     """
     _BACKENDS[:] = [known for known in _BACKENDS if type(known) is not type(backend)]
     _BACKENDS.append(backend)

@@ -2,7 +2,7 @@
 
 PEFT's layer adds the adapter to the frozen weights before each forward pass and subtracts it
 afterwards, which moves them by rounding errors. Here the weight that is read has the adapter in it.
-The projection behind it, ``out_proj``, gets one with it, as PEFT says; it is a linear layer.
+The projection behind it, ``out_proj``, gets one with it, as PEFT specifies; it is a linear layer.
 """
 
 from __future__ import annotations

@@ -231,7 +231,7 @@ def _config(file: Path, architecture: str, where: dict[str, Any]) -> Any:
 def _tokenizer(where: dict[str, Any], facts: dict[str, Any]) -> Any:
     """Returns the tokenizer of a file; ``None`` where it cannot be made, with the reason noted."""
     words = facts["pre_tokenizer"]
-    # A tokenizer of the user's choice may be named; who asks for this one is answered then.
+    # A tokenizer of the user's choice may be named; who requests this one is answered then.
     if facts["byte_level"] and words is not None and words not in SPLITS:
         facts["no_tokenizer"] = f"it splits text into words by {words!r}, which is not known here"
         return None

@@ -203,7 +203,7 @@ def subtracts_from_base(config: PeftConfig) -> bool:
 
 
 def loftq_settings(config: PeftConfig | Mapping[str, Any]) -> dict[str, int] | None:
-    """PEFT's ``loftq_config`` where a config asks for LoftQ, else ``None``."""
+    """PEFT's ``loftq_config`` where a config requests LoftQ, else ``None``."""
     if _initialization(config) != "loftq":
         return None
     fields: Any = config if isinstance(config, Mapping) else vars(config)
