@@ -27,8 +27,9 @@ from lightning_peft.plugin.lightning_cli import run_subcommand
 from lightning_peft.plugin.plan_callback import is_out_of_memory
 from lightning_peft.runs.folder import RunFolder
 from lightning_peft.runs.machine import reset_peak_memory
+from lightning_peft.sweeps.record import Report, recorded
 from lightning_peft.sweeps.settings import SweepSettings, grid_of, import_optuna
-from lightning_peft.sweeps.trial import Report, TrialSession, recorded
+from lightning_peft.sweeps.trial import TrialSession
 from lightning_peft.tasks.validation_budget import NAME as VALIDATION
 
 _JOURNAL = "journal.log"

@@ -26,9 +26,11 @@ import yaml
 
 from lightning_peft.runs.alerts import Alert
 from lightning_peft.runs.folder import RunFolder
-from lightning_peft.runs.session import logged_to
+from lightning_peft.runs.log import logged_to
 from lightning_peft.runs.status import StatusFile
-from lightning_peft.sweeps.trial import recorded
+from lightning_peft.sweeps.record import recorded
+
+assert "torch" not in sys.modules, "each run would take seconds until it starts"
 
 QUESTION = "What colour is the sky?"
 

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from lightning_peft.runs.session import logged_to
+from lightning_peft.runs.log import logged_to
 
 
 def test_what_is_printed_and_logged_is_in_the_file(tmp_path, capsys):
