@@ -184,7 +184,10 @@ def test_nothing_waits_twice_and_nothing_goes_on_without_a_checkpoint(store, lin
 
 def test_a_run_that_takes_too_long_is_stopped_and_saved(store, lines):
     run = queued(store, "a", **LONG)
-    lines(limits=Limits(minutes=0.02))
+    # Without a limit until it trains: before, it would not save.
+    lines()
+    until(lambda: state(store, run) == "running")
+    lines(limits=Limits(minutes=0))
     until(lambda: state(store, run) == "stopped")
     stopped = store.get("local", run.id)
     assert stopped.metadata.out_of_time
