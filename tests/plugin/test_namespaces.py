@@ -117,9 +117,12 @@ def test_a_module_of_the_other_tree_is_refused(root, tmp_path):
         trainer(tmp_path, "lora", root).fit(task(other), loader())
 
 
-def test_attributes_are_absent_while_two_packages_leave_the_choice_open():
+def test_attributes_are_absent_while_two_packages_leave_the_choice_open(monkeypatch):
     assert all(lightning(each) for each in ROOTS)
     use_namespace(None)
+    # A test before may have imported the LightningCLI of one, which would be a choice.
+    for each in ROOTS:
+        monkeypatch.delitem(sys.modules, f"{each}.cli", raising=False)
     assert not hasattr(LoRACallback, "nothing")
     assert not hasattr(lightning_peft.LoRAStrategy, "nothing")
     with pytest.raises(AttributeError, match=r"do not mix\. Call lightning_peft\.use_namespace"):
