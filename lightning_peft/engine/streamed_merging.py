@@ -112,10 +112,10 @@ class StreamedMerge:
         load_adapter(outline, folder, adapter_name=_ADAPTER, check_base=False)
         self.outline = outline
         self._layers = adapted_layers(outline)
+        self._check_layers()
         # The folder has what their codes stand for after merges in training.
         brought = self.replaced()
         self.quantized -= {name for name in self.quantized if weight_name(name) in brought}
-        self._check_layers()
         self._owners = self._layers_by_weight()
         names = {str(dtype).removeprefix("torch."): dtype for dtype in _FLOATS}
         self._dtype_in_training = names.get((facts.get("base") or {}).get("dtype") or "")

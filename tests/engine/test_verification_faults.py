@@ -316,7 +316,7 @@ def test_faults_are_seen_without_a_pass(fault: Any, problem: str) -> None:
     model = injected(stack(), quantization_config=NF4)
     assert engine.structural_problems(model) == []
     fault(model)
-    assert problem in engine.structural_problems(model)
+    assert any(found.startswith(problem) for found in engine.structural_problems(model))
 
 
 def test_structure_is_part_of_the_verification() -> None:

@@ -138,17 +138,19 @@ def test_a_module_says_what_it_trains_on(run):
 
 def test_what_cannot_be_predicted_is_computed_again(run, monkeypatch):
     monkeypatch.setattr(activation_decision, "NEGLIGIBLE", 0)
-    model, batch = run
+    _, batch = run
 
     class Sized(nn.Module):
         def __init__(self):
             super().__init__()
-            self.model = model
+            self.model = LlamaForCausalLM(LlamaConfig(**CONFIG))
 
         def forward(self, input_ids, labels):
             return self.model(input_ids[input_ids.sum(1) >= 0], labels=labels).loss
 
-    decision = decide_activations(Sized(), batch, SETTINGS, device(10**12))
+    module = Sized()
+    engine.inject(module, r=4)
+    decision = decide_activations(module, batch, SETTINGS, device(10**12))
     assert decision.recompute
     assert decision.reason.startswith("the memory of the activations cannot be predicted: A train")
 

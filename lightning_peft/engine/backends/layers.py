@@ -133,8 +133,10 @@ class QuantizedLayer(LayerMixin):
         missing, unexpected, errors = found
         mine: dict[str, Any] = {}
         self._save_to_state_dict(mine, "", False)
-        frozen = ["weight", *self.quantization_keys()]
-        keys = [f"{prefix}{key}" for key in frozen[1:] if f"{prefix}{key}" in state_dict]
+        constants = self.quantization_keys()
+        # The codes of experts are in the state of the layer around.
+        frozen = [key for key in ("weight", *constants) if key in mine]
+        keys = [f"{prefix}{key}" for key in constants if f"{prefix}{key}" in state_dict]
         pairs = [(state_dict.get(f"{prefix}{key}"), mine[key]) for key in frozen]
         same = (x is not None and torch.equal(x.to(y), y) for x, y in pairs)
         if keys and not all(same):
