@@ -13,7 +13,7 @@ from gguf import GGUFReader, dequantize
 from llama_cpp import LlamaCpp
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import lightning_peft
 from lightning_peft import engine
@@ -121,9 +121,47 @@ def test_llama_cpp_rounds_inputs_of_eight_bit_layers(layers: int, tmp_path: Path
 
 
 def test_which_numbers_a_tensor_gets() -> None:
-    assert kind_of((64,), "f16") == "f32"
-    assert kind_of((3, 64), "q8_0") == "q8_0"
-    assert kind_of((3, 48), "q8_0") == "f16"
+    assert kind_of("output_norm.weight", (64,), "f16") == "f32"
+    assert kind_of("output.weight", (3, 64), "q8_0") == "q8_0"
+    assert kind_of("output.weight", (3, 48), "q8_0") == "f16"
+
+
+@pytest.mark.parametrize("kind", [pytest.param("f16", marks=pytest.mark.long), "q8_0"])
+def test_experts_keep_their_numbers(kind: str, tmp_path: Path) -> None:
+    name, changes = CASES["qwen3moe"]
+    # In the order of files, expert 10 comes before expert 2.
+    model = tiny_model(name, **changes | {"num_experts": 12, "num_hidden_layers": 1})
+    model.half().float()
+    _, adapter = adapted(tmp_path, model, target_modules=["q_proj"])
+    prepared(tmp_path, adapter, kind).write_base(tmp_path / "base.gguf", kind, {}, silent)
+    file = merged_file(tmp_path, adapter, kind)
+    base, merged = tensors(tmp_path / "base.gguf"), tensors(file)
+    assert base.keys() == merged.keys()
+    differing = [one for one, value in base.items() if not np.array_equal(value, merged[one])]
+    assert differing == ["blk.0.attn_q.weight"]
+    types = {t.name: t.tensor_type.name for t in GGUFReader(file).tensors}
+    assert types["blk.0.ffn_gate_inp.weight"] == "F32"
+    experts = model.model.layers[0].mlp.experts
+    gate, up = experts.gate_up_proj.detach().chunk(2, 1)
+    for kept, value in {"gate": gate, "up": up, "down": experts.down_proj.detach()}.items():
+        there = f"blk.0.ffn_{kept}_exps.weight"
+        assert types[there] == kind.upper()
+        step = value.abs().max() / (127 if kind == "q8_0" else 1024)
+        torch.testing.assert_close(torch.tensor(base[there]), value, atol=float(step), rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm_topk_prob": False}, "norm_topk_prob=False: llama.cpp divides"),
+        ({"mlp_only_layers": [0]}, "blocks without experts among others"),
+        ({"decoder_sparse_step": 2}, "blocks without experts among others"),
+    ],
+)
+def test_experts_that_llama_cpp_does_not_compute(changes: dict, message: str) -> None:
+    config = Qwen3MoeConfig(**{"norm_topk_prob": True, **changes})
+    with pytest.raises(UnsupportedError, match=message):
+        architecture_of("Qwen3MoeForCausalLM", config)
 
 
 def apart(folder: Path, adapter: Adapter) -> tuple[Path, Path]:
@@ -184,6 +222,14 @@ def test_more_than_low_rank_factors(tmp_path: Path) -> None:
     head: nn.Module = model.get_submodule("lm_head")
     expected = head.weight.detach().numpy()
     np.testing.assert_array_equal(tensors(tmp_path / "model.gguf")["output.weight"], expected)
+
+
+def test_an_adapter_on_experts_is_no_file_of_its_own(tmp_path: Path) -> None:
+    name, changes = CASES["mixtral"]
+    _, adapter = adapted(tmp_path, tiny_model(name, **changes, num_hidden_layers=1))
+    written = prepared(tmp_path, adapter)
+    with pytest.raises(UnsupportedError, match=r"not plain LoRA on linear layers.*mlp\.experts"):
+        lora.check_adapter(written.merge, written.architecture)
 
 
 @pytest.mark.parametrize(

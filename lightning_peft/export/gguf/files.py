@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,12 @@ class WrittenTensor:
         return torch.Size(self.shape).numel() // block * size
 
 
-def kind_of(shape: tuple[int, ...], kind: str) -> str:
-    """Returns the kind of a tensor in a file of one kind: llama.cpp needs float32 vectors."""
-    if len(shape) < 2:
+def kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
+    """Returns the kind of a tensor in a file of one kind, as llama.cpp's converter chooses it.
+
+    Vectors and routers of experts are float32.
+    """
+    if len(shape) < 2 or name.endswith(".ffn_gate_inp.weight"):
         return "f32"
     return "f16" if kind == "q8_0" and shape[-1] % 32 else kind
 
@@ -118,7 +122,9 @@ def _encoded(tensor: WrittenTensor) -> Any:
     values = tensor.values()
     assert tuple(values.shape) == tensor.shape, tensor.name
     parts = []
-    for rows in values.split(_ROWS):
+    # Of experts, one at a time: weights of all are too many to be copied.
+    matrices = values.unbind() if values.ndim > 2 else (values,)
+    for rows in chain.from_iterable(matrix.split(_ROWS) for matrix in matrices):
         encoded = gguf().quantize(rows.float().contiguous().numpy(), tensor.type)
         if tensor.kind == "f16" and not np.isfinite(encoded).all():
             raise CheckpointError(

@@ -72,14 +72,12 @@ class GgufModel:
     def write_base(self, file: Path, kind: str, facts: dict[str, str], progress: Progress) -> int:
         """Writes the base without the adapter, as :meth:`write_merged`."""
         # In one, as several tensors of experts may be in several files.
-        whole = {key: one for shard in self.base.shards.values() for key, one in shard.items()}
-        order = self._order(whole)
-        read = self.base.tensors(order)
-        values = (
-            group.joined(islice(read, len(group.keys))).items()
-            for group in self.layout.groups_of(order)
-        )
-        return self._write(file, {"": whole}, chain.from_iterable(values), kind, facts, progress)
+        groups = self.layout.groups_of(self._order(self.base.keys))
+        # Not in the order of the files, in which expert 10 comes before expert 2.
+        read = self.base.tensors([key for group in groups for key in group.keys])
+        values = (group.joined(islice(read, len(group.keys))).items() for group in groups)
+        plan = {"": self.base.keys}
+        return self._write(file, plan, chain.from_iterable(values), kind, facts, progress)
 
     @property
     def numel(self) -> int:
@@ -126,7 +124,7 @@ class GgufModel:
             for group in self.layout.groups_of(self._order(shard)):
                 for name, shape in self._shapes(group, shard):
                     tensors += [
-                        WrittenTensor(there, own, partial(next, pieces), kind_of(own, kind))
+                        WrittenTensor(there, own, partial(next, pieces), kind_of(there, own, kind))
                         for there, own in self.architecture.pieces(name, shape)
                     ]
         return write_tensors(writer, tensors, progress)
