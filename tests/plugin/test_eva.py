@@ -84,12 +84,14 @@ def test_ten_steps_are_those_of_peft(tmp_path):
         prepare_layer_inputs_fn=rows,
         show_progress_bar=False,
     )
-    mine = as_after_ten_steps(module, theirs, [*loader("llama"), *loader("llama")])
+    mine = as_after_ten_steps(module, theirs, [*loader("llama"), *loader("llama")], atol=1e-5)
     ranks = {len(p) for n, p in mine.items() if "lora_A" in n}
     assert len(ranks) > 1, "no rank was moved"
 
 
-def as_after_ten_steps(module: Any, theirs: Any, batches: Any) -> dict[str, torch.Tensor]:
+def as_after_ten_steps(
+    module: Any, theirs: Any, batches: Any, atol: float
+) -> dict[str, torch.Tensor]:
     """Trains ``theirs`` and compares the adapters, which are returned."""
     optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=0.01)
     for batch in list(batches)[:10]:
@@ -100,7 +102,7 @@ def as_after_ten_steps(module: Any, theirs: Any, batches: Any) -> dict[str, torc
     mine = {n: p for n, p in module.model.named_parameters() if "lora_" in n}
     assert mine.keys() == {n for n in expected if "lora_" in n}
     for name, value in mine.items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=atol, msg=name)
     return mine
 
 
@@ -140,7 +142,7 @@ def test_ten_steps_on_a_residual_are_those_of_peft(init, tmp_path):
     torch.manual_seed(0)
     theirs = get_peft_model(model, config)
     torch.testing.assert_close(theirs(input_ids=next(iter(loader("llama")))["ids"]).logits, before)
-    as_after_ten_steps(module, theirs, data)
+    as_after_ten_steps(module, theirs, data, atol=1e-4)
     # The folder is plain LoRA for the base as it was.
     read = PeftModel.from_pretrained(build("llama"), tmp_path / "adapters" / "one").eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""``adapter_config.json`` of other PEFT versions: each field is applied or refused.
+"""``adapter_config.json`` of other PEFT versions: each field is applied, named or refused.
 
 A later version may have fields that decide what is computed. Their values tell how far that can be
 judged: ``None``, ``False`` and empty ones are off; ``True``, lists and mappings switch something

@@ -144,6 +144,7 @@ def _candidates(name: str) -> list[str]:
     return [name, *(f".{end}" for end in reversed(ends[:-1]))]
 
 
+# PEFT takes an entry of `modules_to_save` for the end of a name (`fc` is `c_fc` too).
 def _means_others(entry: str, meant: set[str], keys: list[str], adapted: set[str]) -> bool:
     if any(key.endswith(entry) and key not in meant for key in keys):
         return True
