@@ -61,9 +61,14 @@ def similar_names(wanted: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Returns the first line of an error's text; the name of its class where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    """Returns the first line of an error's text; the name of its class where it has none.
+
+    With the first entry of the list that follows, where the line ends in a colon.
+    """
+    first, *rest = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    if first.endswith(":") and rest:
+        first = f"{first} {rest[0].removeprefix('- ')}"
+    return first or type(error).__name__
 
 
 def itemize(problems: Iterable[str], limit: int = 12) -> str:

@@ -15,7 +15,6 @@ from gradio_app.runs.failures import classify_error
 from gradio_app.runs.files import read_json_object, tail
 from lightning_peft.export.loading_code import (
     adapter_code,
-    labels_of,
     merged_model_code,
     sentence_class,
     sentence_code,
@@ -170,4 +169,4 @@ def loading_code(export: Export, checkpoint: Path) -> str:
         return merged_model_code(facts, place)
     base, revision = recorded_base(checkpoint)
     name = export.request.base_name or base
-    return adapter_code(facts, place, name, revision, labels_of(checkpoint))
+    return adapter_code(facts, place, name, revision, checkpoint)

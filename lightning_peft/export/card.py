@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_peft import engine
 from lightning_peft.export.adapters import Adapter
-from lightning_peft.export.loading_code import adapter_code, labels_of, sentence_code
+from lightning_peft.export.loading_code import adapter_code, sentence_code
 from lightning_peft.model_reference import written_reference
 
 # Facts of provenance.json that have a row or a section of their own.
@@ -32,7 +32,7 @@ def adapter_card(adapter: Adapter, license: str | None) -> str:
         "PATH_OR_NAME_OF_THIS_FOLDER",
         public_name(base),
         adapter.base_revision,
-        labels_of(adapter.folder),
+        adapter.folder,
     )
     use = f"## Use\n\n```python\n{code}\n```\n"
     if adapter.bits != 16:

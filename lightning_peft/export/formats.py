@@ -79,10 +79,11 @@ def as_vllm(request: ExportRequest) -> dict[str, Any]:
         )
     config = request.adapter.config
     full = [name for name in ("modules_to_save", "use_dora") if config.get(name)]
-    biased = ["bias"] if config.get("bias") not in (None, "none") else []
-    if full or biased:
+    full += ["bias"] if config.get("bias") not in (None, "none") else []
+    full += ["weights that adapters were merged into"] if request.adapter.merged_layers else []
+    if full:
         raise UnsupportedError(
-            f"The adapter has {', '.join([*full, *biased])}, and vLLM takes low-rank factors "
+            f"The adapter has {', '.join(full)}, and vLLM takes low-rank factors "
             "alone. Export it with --format merged, and serve that folder."
         )
     ranks = [config.get("r", 8), *(config.get("rank_pattern") or {}).values()]

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import (
@@ -20,7 +19,7 @@ from transformers.models.auto.modeling_auto import (
 
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError, UnsupportedError, first_line
-from lightning_peft.export.adapters import WEIGHTS, Adapter
+from lightning_peft.export.adapters import Adapter, keys_in
 from lightning_peft.export.base import Base
 
 log = logging.getLogger(__name__)
@@ -88,13 +87,7 @@ def class_name(base: Base, adapter: Adapter | None) -> str | None:
     )
     if recorded is not None or named is None:
         return recorded
-    try:
-        with safe_open(adapter.folder / WEIGHTS, framework="pt") as opened:
-            keys = [key.removeprefix("base_model.model.") for key in opened.keys()]  # noqa: SIM118
-    # Loading the adapter says what is wrong with it.
-    except (OSError, SafetensorError):
-        return None
-    return None if all(key.startswith(_OF_TEXT) for key in keys) else named
+    return None if all(key.startswith(_OF_TEXT) for key in keys_in(adapter.folder)) else named
 
 
 def writes_text(name: str) -> bool:
@@ -156,6 +149,12 @@ def load_with_adapters(
         if a.bits != base_bits
     ]
     notes += [
+        f"{a.name} was merged into {len(a.merged_layers)} layers in training, whose weights are in "
+        "its folder: these layers are dense here"
+        for a in adapters
+        if settings is not None and a.merged_layers
+    ]
+    notes += [
         f"{a.name} does not record its base, so whether it is this one was not checked"
         for a in adapters
         if not a.base.get("fingerprint")
@@ -167,14 +166,13 @@ def _quantized_on_load(
     settings: Any | None, device: torch.device, adapters: Sequence[Adapter]
 ) -> AbstractContextManager[Any]:
     """A context in which weights are quantized as they are read, where that saves memory."""
-    if (
-        settings is None
-        or device.type == "cpu"
-        or not engine.backend_for(settings).quantizes_on_load
-    ):
+    backend = None if settings is None else engine.backend_for(settings)
+    if backend is None or device.type == "cpu" or not backend.quantizes_on_load:
         return nullcontext()
-    saved = [a.facts.get("modules_to_save") or a.config.get("modules_to_save") for a in adapters]
-    dense = [name for names in saved for name in names or []]
+    dense = backend.skip_modules(settings)
+    for a in adapters:
+        dense += a.facts.get("modules_to_save") or a.config.get("modules_to_save") or []
+        dense += a.merged_layers
     dense_experts = any(engine.experts_were_dense(adapter.facts) for adapter in adapters)
     return engine.quantize_on_load(settings, device, dense, dense_experts=dense_experts)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from lightning_peft.export.adapters import merged_layers
 from lightning_peft.model_reference import written_reference
 from lightning_peft.task_registry import TASKS, TaskSpec
 
@@ -20,15 +21,17 @@ _GGUF_SETTINGS = "settings = GgufConfig(dequantize=True)"
 
 
 def adapter_code(
-    facts: Mapping[str, Any], adapter: str, base: str, revision: str | None, labels: int | None
+    facts: Mapping[str, Any], adapter: str, base: str, revision: str | None, folder: Path | None
 ) -> str:
     """Returns code that loads a base as an adapter was trained on it, and the adapter with PEFT.
 
     ``adapter`` and ``base`` are folders or names on the hub, as the code shall name them;
-    ``labels`` are those of its head, see :func:`labels_of`.
+    ``folder`` is where its weights are now.
     """
     model, reader = model_class(facts), reader_class(facts)
-    settings = _settings(facts.get("quantization"))
+    labels = None if folder is None else labels_of(folder)
+    merged = folder is not None and bool(merged_layers(folder))
+    settings = "" if merged else _settings(facts.get("quantization"))
     reference = written_reference(base)
     arguments = repr(reference.place) + (f", revision={revision!r}" if revision else "")
     if reference.gguf_file is not None:
@@ -50,6 +53,8 @@ def adapter_code(
         lines += ["# Older versions of transformers have no GgufConfig, and need none.", settings]
     elif settings:
         lines += ["# The adapter was trained on the base in fewer bits.", settings]
+    elif merged:
+        lines.append("# Adapters were merged in training: the folder has weights of a dense base.")
     elif facts.get("quantization"):
         method = facts["quantization"].get("quant_method")
         lines.append(

@@ -80,7 +80,8 @@ def load_adapter(
         adapt: The submodule to put it on; by default the only pretrained part.
         is_trainable: Whether its tensors get gradients.
         check_base: Refuse a base other than the recorded one. Files by plain PEFT record none.
-        quantization_config: Quantizes the linear layers of a module without adapters first.
+        quantization_config: Quantizes the linear layers of a module without adapters first, but
+            for those whose weights are in the folder, as :class:`MergeAndRestart` leaves them.
         allow_unknown_fields: Load a folder of a later PEFT though it switches on what the installed
             one does not know. Unknown fields that are set are named in a warning.
 
@@ -284,6 +285,8 @@ def _inject_for_file(
             {folder.part: folder.saved},
             {folder.part: rows},
             dense_experts=experts_were_dense(folder.facts),
+            # Weights that adapters were merged into in training.
+            dense=frozenset(key.replace(".base_layer.", ".") for key in folder.tensors),
         )
         inject_config(module, request, [folder.part])
     except (ConfigError, TargetModulesError) as error:

@@ -87,6 +87,9 @@ def _describe_part(part: AdaptedModuleRecord, module: nn.Module) -> dict[str, An
         "base_digest": part.base.digest(),
         "base_sums": torch.tensor(part.base.sums, dtype=torch.int64),
     }
+    dense = [name for name in part.replaced if name.removesuffix(".weight") not in part.quantized]
+    if part.quantization and dense:
+        described["dense"] = dense
     if part.changed_base is not None:
         described["changed_base_sums"] = torch.tensor(part.changed_base.sums, dtype=torch.int64)
     return described
@@ -296,6 +299,7 @@ def _inject_groups(
                 adapter,
                 _saved(parts, names),
                 dense_experts=not part["base_id"].get(EXPERTS),
+                dense=frozenset(key for name in names for key in parts[name].get("dense", ())),
             )
             inject_config(module, request, names, device)
         except (ConfigError, TargetModulesError) as error:

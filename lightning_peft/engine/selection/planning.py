@@ -16,7 +16,7 @@ from lightning_peft.engine.adapters import trained_heads
 from lightning_peft.engine.backends.registry import backend_for, is_quantized, quantization_to_dict
 from lightning_peft.engine.layers.adapter import AdapterLayer
 from lightning_peft.engine.layers.attention import with_projections
-from lightning_peft.engine.layers.expert_weights import ExpertWeight, parameter_name
+from lightning_peft.engine.layers.expert_weights import ExpertWeight, parameter_name, weight_name
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, has_quantizable_class
 from lightning_peft.engine.layers.recurrent import stores_weight
 from lightning_peft.engine.layers.sizes import refuse_uninitialized
@@ -76,6 +76,7 @@ class InjectionRequest:
             exactly; else they are those that ``config`` means.
         rows: The same of rows of layers, by part and layer.
         dense_experts: Whether weights of experts are not quantized, as before they could be.
+        dense: Names of further weights, in the part, that are not quantized.
     """
 
     config: PeftConfig
@@ -84,6 +85,7 @@ class InjectionRequest:
     saved: dict[str, list[str]] | None = None
     rows: dict[str, dict[str, Rows]] | None = None
     dense_experts: bool = False
+    dense: frozenset[str] = frozenset()
 
     @property
     def biases(self) -> str:
@@ -281,7 +283,9 @@ def _display_name(plan: InjectionPlan) -> str:
 
 def _to_quantize(plan: InjectionPlan, request: InjectionRequest) -> list[str]:
     names = layers_to_quantize(plan, request.quantization)
-    return [n for n in names if not request.dense_experts or parameter_name(n) == n]
+    if request.dense_experts:
+        names = [name for name in names if parameter_name(name) == name]
+    return [name for name in names if weight_name(name) not in request.dense]
 
 
 def layers_to_quantize(plan: InjectionPlan, config: Any | None) -> list[str]:
@@ -368,7 +372,7 @@ def _check_quantization(plans: list[InjectionPlan], request: InjectionRequest) -
         for plan in plans
         for child in plan.part.modules()
     )
-    if not already and not any(plan.quantize for plan in plans):
+    if not already and not any(layers_to_quantize(plan, request.quantization) for plan in plans):
         raise UnsupportedError(
             f"Nothing to quantize in {', '.join(map(_display_name, plans))}: there is no linear "
             "layer besides heads, saved modules and tied weights, and no adapted convolution "
