@@ -62,7 +62,7 @@ ENDED_WHEN_STUCK := -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=
 
 # pytest comes last, so that its closing line is the last thing printed. Two processes with a thread
 # each: threads of two processes on two cores wait for each other longer than tiny models compute.
-# Files stay in their order: those of the page take longest, and come first.
+# Files stay in their order, which tests/conftest.py mixes.
 test: export HF_HUB_OFFLINE = 1
 test: export OMP_NUM_THREADS = 1
 test: lint docs browser  ## Lint, type-check, build the documentation, then run the tests

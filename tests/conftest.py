@@ -50,7 +50,17 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked ``gpu`` where there is no CUDA device; long tests get more time."""
+    """Skips tests marked ``gpu`` where there is no CUDA device; long tests get more time.
+
+    Files of the page come between others: two browsers at the same time would wait for each other.
+    """
+    files = list(dict.fromkeys(item.path for item in items))
+    page = [file for file in files if file.parent.name == "app"]
+    others = [file for file in files if file.parent.name != "app"]
+    share = len(others) // max(1, len(page))
+    places = {file: place * (share + 1) for place, file in enumerate(page)}
+    places |= {file: place + place // max(1, share) + 1 for place, file in enumerate(others)}
+    items.sort(key=lambda item: places[item.path])
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
