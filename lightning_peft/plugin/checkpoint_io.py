@@ -175,6 +175,14 @@ def put_back_adapter_folder(checkpoint: Any) -> None:
         os.replace(_replaced(folder), folder)
 
 
+def put_back_adapter_folders(root: Path) -> None:
+    """Gives all checkpoints below ``root`` the adapter folders that were being replaced."""
+    for aside in list(root.rglob(".replaced-*")):
+        for checkpoint in aside.parent.parent.iterdir():
+            if checkpoint.is_file() and _replaced(adapter_folder(checkpoint)) == aside:
+                put_back_adapter_folder(checkpoint)
+
+
 def _replaced(folder: Path) -> Path:
     """Where an adapter folder is while another one takes its place."""
     return folder.with_name(f".replaced-{_code(folder)}")

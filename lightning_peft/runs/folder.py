@@ -229,8 +229,7 @@ class RunFolder:
         """Removes what a run that was killed had begun to save, and no save takes the place of."""
         # Imported here, since others only look at folders.
         saving = import_module("lightning_peft.plugin.checkpoint_io")
-        for checkpoint in self.checkpoints.glob("*.ckpt"):
-            saving.put_back_adapter_folder(checkpoint)
+        saving.put_back_adapter_folders(self.checkpoints)
         names = (".incomplete-*", ".replaced-*")
         for left in [path for name in names for path in self.checkpoints.rglob(name)]:
             if left.is_dir():

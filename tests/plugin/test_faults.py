@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_peft.errors import ConfigError, DivergenceError, LightningPeftError, StorageError
 from lightning_peft.file_errors import write_problem
+from lightning_peft.plugin.checkpoint_io import adapter_folder, write_adapter_folder
 from lightning_peft.runs.folder import RunFolder
 from lightning_peft.runs.session import RunSession, _choose_checkpoint
 
@@ -274,6 +275,32 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path):
     with folder.claimed():
         assert (folder.path / ".lock").exists()
         assert not list(folder.path.rglob(".incomplete-*"))
+
+
+def test_adapter_folders_that_were_being_replaced_are_put_back(tmp_path, monkeypatch):
+    run, rename = RunFolder.at(tmp_path / "run"), os.replace
+
+    def kill(source, target):
+        if not target.name.startswith(".replaced-"):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    names = ("one.ckpt", "val/loss=0.5.ckpt", "plain", "removed.ckpt")
+    *there, removed = (run.checkpoints / name for name in names)
+    for place in (*there, removed):
+        write_adapter_folder(place, {"adapter": b"before"})
+        monkeypatch.setattr(os, "replace", kill)
+        with pytest.raises(KeyboardInterrupt):
+            write_adapter_folder(place, {"adapter": b"after"})
+        monkeypatch.setattr(os, "replace", rename)
+        assert not adapter_folder(place).exists()
+    for place in there:
+        place.touch()
+    with run.claimed():
+        for place in there:
+            assert (adapter_folder(place) / "adapter").read_bytes() == b"before"
+        assert not adapter_folder(removed).exists()
+        assert not [*run.path.rglob(".replaced-*"), *run.path.rglob(".incomplete-*")]
 
 
 class Spoils(lightning(ROOT).Callback):
