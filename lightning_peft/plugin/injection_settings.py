@@ -100,7 +100,6 @@ def _check_exclusive(name: str, config: Any, fields: set[str]) -> None:
 
 if TYPE_CHECKING:
     from lightning_peft.arguments import LoRAArguments
-    from lightning_peft.plugin.injection_settings import InjectionSettings
 
 HOOK = "adapter_defaults"
 # Attribute of a submodule that takes any dtype: what of it trains stays float32.
