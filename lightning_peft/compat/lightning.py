@@ -251,3 +251,8 @@ def averages_models(strategy: Any) -> bool:
 def averages_by_hook(strategy: Any) -> bool:
     """Whether DDP averages gradients by a function of the user."""
     return getattr(strategy, "_ddp_comm_hook", None) is not None
+
+
+def has_static_graph(strategy: Any) -> bool:
+    """Whether DDP assumes that all steps compute the same."""
+    return bool(getattr(strategy, "_ddp_kwargs", {}).get("static_graph"))

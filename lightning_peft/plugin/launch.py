@@ -46,20 +46,35 @@ def check_restarts(has_folder: bool) -> None:
         problems.append(
             "there is no --run_dir, and each restart would begin again in a new folder. Name one"
         )
-    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if shared and os.environ.get("WORLD_SIZE") != "1":
-        # https://github.com/pytorch/pytorch/issues/135712, seen with torch 2.13 on 2026-11-30.
-        problems.append(
-            "torchrun keeps the addresses of processes that are gone, and those that are started "
-            "again wait for them. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun starts"
-        )
+    problems += stale_addresses()
     if problems:
         raise ConfigError("torchrun --max-restarts could not continue the run:" + itemize(problems))
+
+
+def stale_addresses() -> list[str]:
+    """Returns why processes that torchrun starts again would wait for ever, if they would."""
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not shared or os.environ.get("WORLD_SIZE") == "1":
+        return []
+    # https://github.com/pytorch/pytorch/issues/135712, seen with torch 2.13 on 2026-11-30.
+    return [
+        "torchrun keeps the addresses of processes that are gone, and those that are started "
+        "again wait for them. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun starts"
+    ]
 
 
 def is_restarted() -> bool:
     """Whether torchrun did so before it started this process."""
     return is_started_by_torchrun() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def is_last_restart() -> bool:
+    """Whether torchrun starts nothing again if this process ends by an error."""
+    counts = (
+        os.environ.get(f"TORCHELASTIC_{one}", "0") for one in ("RESTART_COUNT", "MAX_RESTARTS")
+    )
+    done, most = map(int, counts)
+    return done >= most
 
 
 def torchrun_layout() -> tuple[int, int] | None:

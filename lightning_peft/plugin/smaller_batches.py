@@ -27,7 +27,7 @@ from lightning_peft.compat.torch import set_batch_size
 from lightning_peft.errors import LifecycleError, UnsupportedError, itemize
 from lightning_peft.plugin.mid_epoch import epoch_sums, put_back_sums
 from lightning_peft.plugin.random_state import random_state, set_random_state
-from lightning_peft.plugin.restart_record import RestartRecord
+from lightning_peft.plugin.restart_record import RestartRecord, division_in
 from lightning_peft.plugin.step_agreement import StepAgreement, process_problems
 from lightning_peft.plugin.tracked_loader import is_stateful, length_of
 
@@ -104,12 +104,7 @@ class SmallerBatches:
         Raises:
             UnsupportedError: If batches cannot be made smaller.
         """
-        saved = (self._loops.resumed or {}).get("smaller_batches")
-        if saved and self._accumulate * saved["division"] == saved["accumulate"]:
-            # Else the run that is resumed was given the smaller batches.
-            self.division = saved["division"]
-        if self.restart is not None:
-            self.division = max(self.division, self.restart.division)
+        self.division = max(self.division, division_in(self._loops.resumed, self._accumulate))
         if not self._halves and self.division == 1:
             return
         problems = self._problems()
@@ -119,6 +114,8 @@ class SmallerBatches:
             )
         (loader,) = combined_loader(self._loops.fit).flattened
         (limit,) = combined_loader(self._loops.fit).limits
+        if self.restart is not None:
+            self.division = max(self.division, self.restart.division(loader.batch_size))
         self._full = _Full(loader, loader.batch_size, limit, self.trainer.val_check_batch)
         if self.division > 1:
             self._scale(self.division)
@@ -180,7 +177,9 @@ class SmallerBatches:
                 factor = self._factor(error)
                 reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else ""
                 if self.restart is not None:
-                    raise self.restart.end(self.division * factor, reason) from error
+                    assert self._full is not None
+                    size, division = self._full.batch_size, self.division * factor
+                    raise self.restart.end(size, division, reason) from error
             # Not before: the traceback holds what the step computed.
             self._go_back(factor, reason)
 
@@ -188,6 +187,8 @@ class SmallerBatches:
         """Returns ``closure``, after which the optimizer changes parameters."""
 
         def run() -> Any:
+            if self._agreement is not None:
+                self._agreement.begin_closure()
             result = closure()
             self._may_have_stepped = True
             return result

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from lightning_peft import engine
-from lightning_peft.compat.lightning import averages_by_hook, is_accumulating
+from lightning_peft.compat.lightning import averages_by_hook, has_static_graph, is_accumulating
 from lightning_peft.compat.torch import broadcast_buffers, exchanges_of
 from lightning_peft.errors import UnsupportedError
-from lightning_peft.plugin.launch import can_restart
+from lightning_peft.plugin.launch import can_restart, stale_addresses
 
 # Of the pieces in which gradients are averaged, as DDP's; in bytes.
 _BUCKET = 25 * 2**20
@@ -86,13 +86,16 @@ class StepAgreement:
         self._ask()
         result = usual(*args)
         # The strategy's own checks exchange something too.
-        self._known = self._count()
+        self.begin_closure()
         return result
 
+    def begin_closure(self) -> None:
+        """Called before each closure of a batch; an optimizer may call several."""
+        self._known = self._count()
+
     def _exchange(self, usual: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._settled:
-            return usual(*args, **kwargs)
-        self._ask()
+        if not self._settled:
+            self._ask()
         before = self._count()
         result = usual(*args, **kwargs)
         self._known += self._count() - before
@@ -171,15 +174,32 @@ def process_problems(trainer: Any, batches: tuple[int, float]) -> list[str]:
     ``batches`` is the size of a batch and the number of batches in this process.
     """
     strategy, module = trainer.strategy, trainer.lightning_module
-    problems = []
-    if strategy.shards_base and not can_restart():
-        problems.append(
+    if not strategy.shards_base:
+        problems = _ddp_problems(strategy, module)
+    elif can_restart():
+        problems = stale_addresses()
+    else:
+        problems = [
             "sharding='fsdp2' without torchrun --max-restarts: processes exchange parts of the "
             "base within a step, where one that is out of memory leaves the others waiting until "
             "all are started again. Start it by torchrun, or give a smaller batch_size"
-        )
+        ]
+    everyone = engine.gathered(batches, trainer.world_size)
+    if len(set(everyone)) > 1:
+        problems.append(f"other batches in each process (size and number: {everyone})")
+    return problems
+
+
+def _ddp_problems(strategy: Any, module: nn.Module) -> list[str]:
+    """Returns why gradients cannot be averaged after the backward pass, or not by DDP alone."""
+    problems = []
     if averages_by_hook(strategy):
         problems.append("ddp_comm_hook: gradients are averaged after the backward pass, without it")
+    if has_static_graph(strategy):
+        problems.append(
+            "ddp_kwargs={'static_graph': True}: DDP learns the graph in a backward pass of its "
+            "own, and takes part in none here. Leave it out"
+        )
     if any(isinstance(one, nn.SyncBatchNorm) for one in module.modules()):
         problems.append(
             "SyncBatchNorm in several processes, which exchange its sums within a step, where one "
@@ -187,7 +207,4 @@ def process_problems(trainer: Any, batches: tuple[int, float]) -> list[str]:
         )
     if any(getattr(one, "sparse", False) for one in module.modules()):
         problems.append("embeddings with sparse=True in several processes")
-    everyone = engine.gathered(batches, trainer.world_size)
-    if len(set(everyone)) > 1:
-        problems.append(f"other batches in each process (size and number: {everyone})")
     return problems

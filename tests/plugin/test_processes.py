@@ -51,11 +51,14 @@ def test_a_layer_that_the_loss_does_not_reach(ranks):
         assert rank["idle allowed"] == ("", 3)
 
 
-@pytest.mark.parametrize("case", ["asked", "step", "backward"])
+@pytest.mark.parametrize("case", ["asked", "step", "backward", "uneven", "first", "twice"])
 def test_a_process_without_memory_has_all_take_smaller_batches(case, ranks):
     for rank in ranks:
-        found, expected = rank["short"][case], rank["short"]["ddp"]
-        assert found["rows"][-12:] == expected["rows"] == [2] * 12
+        found, short = rank["short"][case], rank["short"]
+        expected = short.get(f"ddp {case}", short["ddp"])
+        # Of 22 rows in each process eleven batches, of which the last three are a step.
+        count = {"uneven": 11, "twice": 15}.get(case, 12)
+        assert found["rows"][-count:] == expected["rows"] == [2] * count
         assert not differing(found["weights"], expected["weights"])
         assert found["means"] == expected["means"]
 
@@ -67,6 +70,8 @@ def test_processes_without_memory_that_all_end(ranks):
             "training_step, or its backward pass, exchanges something"
             in (rank["short"]["unserved"])
         )
+        assert "ddp_kwargs={'static_graph': True}: DDP learns" in rank["short"]["static"]
+        assert "Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in rank["short"]["stale"]
 
 
 @pytest.mark.parametrize("sharding", [None, "fsdp2"])

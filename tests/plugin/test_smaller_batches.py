@@ -21,7 +21,9 @@ from modules import (
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SequentialSampler
 
 from lightning_peft.errors import LifecycleError, UnsupportedError
+from lightning_peft.plugin.checkpoint_content import CHECKPOINT_KEY
 from lightning_peft.plugin.namespace import bind_to_lightning
+from lightning_peft.plugin.restart_record import RestartRecord
 from lightning_peft.runs.recorder import RunRecorder
 from lightning_peft.tasks.validation_budget import ValidationBudget
 
@@ -107,6 +109,46 @@ def test_a_run_with_smaller_batches_is_resumed(tmp_path):
     # The user has made them smaller.
     _, other = fit(tmp_path, 4, 4, ckpt_path=tmp_path / "step=2.ckpt")
     assert not differing(weights(other), weights(module))
+
+
+def test_processes_started_again_take_the_division_of_their_fit(tmp_path, monkeypatch):
+    """Of two fits in a folder; the second ends at the last restart."""
+    points = saver(ROOT, tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    run, _ = fit(tmp_path, max_epochs=1, callbacks=[points])
+    other, _ = fit(tmp_path, 6, 1, max_epochs=1)
+    counts = {"RUN_ID": "1", "MAX_RESTARTS": "2", "RESTART_COUNT": "1"}
+    for name, value in counts.items():
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    assert "torchrun starts all processes again" in str(RestartRecord(run).end(8, 4, ""))
+    assert RestartRecord(run).division(8) == 4
+    assert RestartRecord(run).division(6) == RestartRecord(other).division(8) == 1
+
+    def divided(by, saved):
+        content = torch.load(tmp_path / "step=2.ckpt", weights_only=True)
+        (mine,) = content[CHECKPOINT_KEY]["processes"]
+        mine["smaller_batches"] = saved
+        RestartRecord(by).divide(content)
+        progress = content["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        count = mine["loaders"][0]["yielded"]
+        # As Lightning counts at the end of a batch.
+        wanted = dict.fromkeys(("ready", "started", "processed"), count)
+        assert progress == {**wanted, "completed": count - 1}
+        return count, mine["smaller_batches"]
+
+    smaller = {"division": 4, "accumulate": 8}
+    assert divided(run, None) == (16, smaller)
+    assert divided(run, {"division": 2, "accumulate": 4}) == (8, smaller)
+    assert divided(run, smaller) == (4, smaller)
+    # The user has made them smaller since.
+    assert divided(run, {"division": 2, "accumulate": 2}) == (16, smaller)
+    assert divided(other, None) == (4, None)
+
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    text = str(RestartRecord(other).end(6, 2, ""))
+    assert "with batch_size=3 and accumulate_grad_batches=2, the same rows" in text
+    assert (RestartRecord(run).division(8), RestartRecord(other).division(6)) == (4, 2)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert RestartRecord(run).division(8) == 1
 
 
 def test_validations_come_after_the_same_rows(tmp_path):

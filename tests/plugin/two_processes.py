@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -49,15 +50,33 @@ def fit_residuals(folder, wanted):
     return {"losses": module.losses, "weights": weights(module)}
 
 
-def fit_short(folder, size, most=99, where="", victim=1, **given):
+class Twice(torch.optim.SGD):
+    """Calls its closure once more, as sharpness-aware minimization does."""
+
+    def step(self, closure=None):
+        closure()
+        return super().step(closure)
+
+
+# What torchrun sets where processes that it starts again would wait for those that are gone.
+STALE = {"RUN_ID": "1", "MAX_RESTARTS": "1", "USE_AGENT_STORE": "True"}
+
+
+def fit_short(folder, size, most=99, where="", victim=1, count=48, kind="", **options):
     """Trains with half the rows where one process has no memory.
 
     Where: in ``training_step`` around a value that all processes log, in the backward pass, before
-    the step, or always. ``"unserved"`` exchanges something in the step.
+    the step, or always. ``"unserved"`` exchanges something in the step. Kinds: an optimizer that
+    calls its closure ``"twice"``, and a layer of the ``"first"`` process only.
     """
     torch.manual_seed(5)
     module, seen = task(ROOT, kind="residuals"), []
     usual = module.training_step
+    if kind == "twice":
+        module.configure_optimizers = lambda: Twice(module.parameters(), lr=0.1)
+    if kind == "first":
+        module.first = torch.nn.Linear(32, 1)
+        options["ddp_kwargs"] = {"find_unused_parameters": True}
 
     def is_short(batch):
         return module.trainer.global_rank == victim and len(batch[0]) > most
@@ -69,6 +88,8 @@ def fit_short(folder, size, most=99, where="", victim=1, **given):
         seen.append(len(batch[0]))
         loss = usual(batch, batch_idx)
         module.log("loss", loss, sync_dist=True)
+        if kind == "first" and module.trainer.global_rank == 0:
+            loss = loss + module.first(batch[0]).square().mean()
         if where == "unserved":
             distributed.all_reduce(loss.detach())
         if is_short(batch) and where == "step":
@@ -82,17 +103,24 @@ def fit_short(folder, size, most=99, where="", victim=1, **given):
             fail()
 
     module.training_step, module.on_train_batch_start = step, start
-    ours = strategy("lora", ROOT, target_modules=["up", "down"], halve_batch_on_oom=bool(where))
-    given = {"accumulate_grad_batches": 8 // size, "gradient_clip_val": 0.5, **given}
+    ours = strategy(
+        "lora", ROOT, target_modules=["up", "down"], halve_batch_on_oom=bool(where), **options
+    )
+    given = {"accumulate_grad_batches": 8 // size, "gradient_clip_val": 0.5}
     run = trainer(folder / "root", ours, ROOT, devices=2, **given)
-    data = DataLoader(rows("residuals", 48), batch_size=size, shuffle=True)
+    data = DataLoader(rows("residuals", count), batch_size=size, shuffle=True)
+    stale = {f"TORCHELASTIC_{name}": value for name, value in STALE.items()}
+    module.on_fit_start = lambda: os.environ.update(stale if kind == "stale" else {})
     try:
         run.fit(module, data)
     except LightningPeftError as error:
         return str(error)
-    adapters = {n: t for n, t in weights(module).items() if "lora_" in n}
+    finally:
+        for name in stale:
+            os.environ.pop(name, None)
+    trained = {n: t for n, t in weights(module).items() if "lora_" in n or n.startswith("first")}
     means = {name: float(value) for name, value in run.callback_metrics.items()}
-    return {"rows": seen, "weights": adapters, "means": means}
+    return {"rows": seen, "weights": trained, "means": means}
 
 
 SHORT = {
@@ -101,6 +129,17 @@ SHORT = {
     "backward": {"size": 4, "most": 2, "where": "backward", "victim": 0},
     "one row": {"size": 1, "most": 0, "where": "start"},
     "unserved": {"size": 4, "where": "unserved"},
+    "uneven": {"size": 4, "most": 2, "where": "step", "count": 44},
+    "first": {"size": 4, "most": 2, "where": "step", "kind": "first"},
+    "twice": {"size": 2, "where": "nowhere", "kind": "twice"},
+    "static": {"size": 4, "where": "nowhere", "ddp_kwargs": {"static_graph": True}},
+    "stale": {"size": 4, "where": "nowhere", "kind": "stale", "sharding": "fsdp2"},
+}
+# By what DDP itself does.
+DDP = {
+    "ddp": {},
+    "ddp uneven": {"count": 44},
+    **{f"ddp {x}": {"kind": x} for x in ("first", "twice")},
 }
 
 
@@ -232,7 +271,7 @@ def main(folder: Path) -> None:
     seen["guided"] = [fit_guided(folder, rank, sharding) for sharding in (None, "fsdp2")]
 
     seen["short"] = {case: fit_short(folder, **given) for case, given in SHORT.items()}
-    seen["short"]["ddp"] = fit_short(folder, 2)
+    seen["short"] |= {case: fit_short(folder, 2, **given) for case, given in DDP.items()}
 
     seen["left out"] = left_out(rank)
 
