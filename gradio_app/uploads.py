@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 import secrets
 import shutil
@@ -22,6 +23,7 @@ from gradio_app.settings import Settings
 from gradio_app.visitors import LOCAL
 from lightning_peft.errors import LightningPeftError
 
+_log = logging.getLogger(__name__)
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".xlsx", ".parquet", ".txt")
 MAX_FILES = 50
 _OWNER = re.compile(r"[A-Za-z0-9][\w-]{0,99}")
@@ -75,12 +77,18 @@ class Uploads:
         check_content(path, suffix)
         if len(self.list()) >= MAX_FILES:
             raise UserError("checks.upload_many", most=MAX_FILES)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"{day}-{secrets.token_hex(4)}-{_slug(path.stem)}{suffix}"
-        target = self.folder / name
-        shutil.copyfile(path, target)
+        target = self.folder / f"{day}-{secrets.token_hex(4)}-{_slug(path.stem)}{suffix}"
+        try:
+            self._copy(path, target)
+        except FileNotFoundError:
+            # Empty folders are removed meanwhile.
+            self._copy(path, target)
         target.chmod(0o600)
         return _upload(target)
+
+    def _copy(self, path: Path, target: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
 
     def drop_oldest(self, recipes: str) -> Upload:
         """Deletes and returns the oldest file whose name does not occur in some recipes.
@@ -114,20 +122,30 @@ class Uploads:
 def drop_expired(settings: Settings, recipes: Callable[[str], str]) -> None:
     """Deletes visitors' files that are older than ``limits.keep_hours``, and empty folders.
 
-    ``recipes`` returns the recipes of an owner's runs: files that they name stay.
+    ``recipes`` returns the recipes of an owner's runs: files that they name stay. Where it, or
+    anything of an owner's files, raises an OSError, they stay until the next time.
     """
     oldest = time.time() - 3600 * (settings.limits.keep_hours or float("inf"))
     for folder in settings.uploads.iterdir() if settings.uploads.is_dir() else ():
         if folder.name == LOCAL or not _OWNER.fullmatch(folder.name):
             continue
-        old = [one for one in Uploads(settings, folder.name).list() if _changed(one.path) < oldest]
-        kept = recipes(folder.name) if old else ""
-        for one in old:
-            if one.name not in kept:
-                one.path.unlink(missing_ok=True)
-        if _changed(folder) < oldest:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        try:
+            _drop_expired_of(Uploads(settings, folder.name), oldest, recipes)
+        except OSError as error:
+            _log.warning("uploads of %s were not deleted: %s", folder.name, error)
+
+
+def _drop_expired_of(uploads: Uploads, oldest: float, recipes: Callable[[str], str]) -> None:
+    owner = uploads.folder.name
+    old = [one for one in uploads.list() if _changed(one.path) < oldest]
+    kept = recipes(owner) if old else ""
+    for one in old:
+        # Read once more: a run may have been made meanwhile.
+        if one.name not in kept and one.name not in recipes(owner):
+            one.path.unlink(missing_ok=True)
+    if _changed(uploads.folder) < oldest:
+        with contextlib.suppress(OSError):
+            uploads.folder.rmdir()
 
 
 def _changed(path: Path) -> float:

@@ -224,7 +224,7 @@ class RunQueue:
             last = max(run.created, run.status.updated)
             old = time.time() - last > hours * 3600
             if old and run.owner != LOCAL and not run.active and not run.waiting:
-                # What is being exported is deleted at a later round.
-                with contextlib.suppress(UserError):
+                # What is being exported or cannot be erased is deleted at a later round.
+                with contextlib.suppress(UserError, OSError):
                     self.store.erase(run.owner, run.id)
         drop_expired(self.settings, self.store.recipes)

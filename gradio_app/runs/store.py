@@ -57,9 +57,16 @@ class RunStore:
         return [run for run in self._runs_in(self._deleted) if run.owner == owner]
 
     def recipes(self, owner: str) -> str:
-        """Returns the recipes of all runs of ``owner``, also of deleted ones."""
-        runs = [*self.list(owner), *self.deleted(owner)]
-        return "\n".join(run.recipe_text for run in runs)
+        """Returns the recipes of all runs of ``owner``, also of deleted ones.
+
+        Raises OSError where one cannot be read now: it may name any file.
+        """
+        # The deleted ones first: a run that is restored meanwhile is in both lists.
+        runs = [*self.deleted(owner), *self.list(owner)]
+        texts = [run.recipe_text for run in runs]
+        if not all(texts):
+            raise OSError(f"The recipe of run {runs[texts.index('')].id} cannot be read.")
+        return "\n".join(texts)
 
     def _runs_in(self, root: Path) -> Sequence[Run]:
         try:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
+from lightning_peft.engine.files.adapter_files import write_file
 from lightning_peft.errors import ConfigError, LightningPeftError, StorageError
 from lightning_peft.file_errors import storage_problem
 from lightning_peft.plugin.interruption import SaveOnInterrupt
@@ -109,7 +110,8 @@ class RunSession:
             self._recorder.start_times = self._times
         self._recorder.open()
         self._open.enter_context(logged_to(self.folder.log))
-        self.folder.recipe.write_text(recipe, encoding="utf-8")
+        # The page reads it meanwhile: files that it names are kept.
+        write_file(self.folder.recipe, recipe.encode())
         for stale in (self.folder.control, self.folder.error):
             stale.unlink(missing_ok=True)
         trainer = config["trainer"]

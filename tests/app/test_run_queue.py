@@ -16,6 +16,7 @@ from gradio_app.runs.run_queue import RunQueue
 from gradio_app.runs.store import RunStore
 from gradio_app.settings import Limits
 from gradio_app.studio import Studio
+from gradio_app.uploads import drop_expired
 from tests.app.runs import queued, recipe, settings, until
 from tests.app.test_store import written
 
@@ -229,6 +230,31 @@ def test_visitors_uploads_are_deleted_after_some_hours_unless_a_run_names_them(s
     line._sweep()
     assert folder.is_dir()
     assert not gone.exists()
+
+
+def test_an_upload_stays_while_a_recipe_cannot_be_read_and_others_are_still_deleted(store):
+    old, files = time.time() - 25 * 3600, {}
+    for owner in ("v-a", "v-b", "v-c", "v-d"):
+        file = files[owner] = store.settings.uploads / owner / "20261126-00000000-rows.jsonl"
+        file.parent.mkdir(parents=True)
+        file.write_text("{}")
+        os.utime(file, (old, old))
+    run = store.create("v-a", f"data: {files['v-a']}\n", "being written")
+    run.folder.recipe.write_text("")
+    made = []
+
+    def recipes(owner):
+        if owner == "v-b":
+            raise PermissionError(owner)
+        found = store.recipes(owner)
+        if owner == "v-c" and not made:
+            # A run that is made between the first look and the deletion.
+            made.append(store.create(owner, f"data: {files[owner]}\n", "new"))
+        return found
+
+    drop_expired(replace(store.settings, limits=Limits(keep_hours=24)), recipes)
+    assert made
+    assert {owner for owner, file in files.items() if file.exists()} == {"v-a", "v-b", "v-c"}
 
 
 def test_a_run_that_cannot_wait_is_not_kept(tmp_path):

@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -202,6 +203,19 @@ def test_an_owner_cannot_fill_the_disk_with_many_files(uploads, settings, tmp_pa
         Uploads(larger, "v-2").save(path, DAY)
 
 
+def test_a_folder_that_is_removed_in_between_is_made_again(uploads, tmp_path, monkeypatch):
+    path, copyfile, removed = written(tmp_path, "rows.jsonl", LINES), shutil.copyfile, []
+
+    def remove_and_copy(*paths):
+        if not removed:
+            removed.append(uploads.folder.rmdir())
+        return copyfile(*paths)
+
+    monkeypatch.setattr(shutil, "copyfile", remove_and_copy)
+    assert uploads.save(path, DAY).path.read_text() == LINES
+    assert removed
+
+
 def test_the_oldest_upload_that_no_run_or_recipe_names_makes_room(tmp_path):
     studio = Studio(run_settings(tmp_path))
     try:
@@ -218,6 +232,10 @@ def test_the_oldest_upload_that_no_run_or_recipe_names_makes_room(tmp_path):
         assert set(left) == {one.name for one in old} - {old[2].name} | {left[0]}
         assert data_of(content) == f"upload:{left[0]}"
         assert "rows.jsonl" in session.notice
+        # A recipe that cannot be read may name each of them.
+        studio.store.list("local")[0].folder.recipe.write_text("")
+        with pytest.raises(UserError, match=r"checks\.upload_many"):
+            _keep_upload(Editor(studio, Texts()), session, path)
     finally:
         studio.close()
 
