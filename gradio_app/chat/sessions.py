@@ -141,6 +141,12 @@ class ChatSessions:
         with self._lock:
             self._unload(self._loaded)
 
+    @property
+    def process_id(self) -> int | None:
+        """Number of the model process, while there is one, whoever's it is."""
+        loaded = self._loaded
+        return loaded.process.pid if loaded is not None else None
+
     def model_status(self, owner: str) -> ModelStatus:
         """Returns the state of a visitor's model; that of another visitor's is not revealed."""
         loaded = self._loaded

@@ -15,11 +15,13 @@ from gradio_app.errors import UserError
 from gradio_app.experiments.summaries import Summaries
 from gradio_app.pages.new import data, memory, model, review
 from gradio_app.pages.new.editor import Editor, Session, _replace_content
+from gradio_app.recipe.command_worker import CommandResult
 from gradio_app.recipe.content import value_at, with_value
 from gradio_app.recipe.edits import base_recipe, with_data, with_model
-from gradio_app.recipe.presets import DEMO_BASE
+from gradio_app.recipe.presets import DEMO_BASE, THIS_MACHINE
 from gradio_app.recipe.preview import DataReport
 from gradio_app.runs.store import RunStore
+from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from lightning_peft.data.templates import NAMED
 from lightning_peft.demo.real_base import absence_of_smollm2
@@ -33,6 +35,7 @@ from tests.app.browsing import (
     violations,
 )
 from tests.app.runs import erase_runs, settings
+from tests.app.test_store import written
 from tools.first_run import COUNT_CLICKS
 
 STEPS = ("model", "data", "method", "review")
@@ -131,6 +134,33 @@ def test_the_disk_that_a_run_needs_has_the_download_of_its_model(monkeypatch, tm
     assert memory._disk(10**9, None, tmp_path, t) == ""
 
 
+def test_a_plan_is_shared_while_its_files_and_what_runs_here_stay_the_same(tmp_path):
+    studio, folder = Studio(settings(tmp_path, max_concurrent_runs=0)), tmp_path / "model"
+    try:
+        content = with_value(base_recipe("sft"), "model.init_args.model", str(folder))
+
+        def states():
+            return [memory.machine_state(studio, content, one) for one in (THIS_MACHINE, "24 GB")]
+
+        seen = [states()]
+        assert states() == seen[0]
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        seen.append(states())
+        written(studio.store.create("local", "seed: 1\n", "a run").folder.path)
+        seen.append(states())
+        here, there = zip(*seen, strict=True)
+        assert [here.index(one) for one in here] == [0, 1, 2]
+        assert [there.index(one) for one in there] == [0, 1, 1]
+    finally:
+        studio.close()
+    fits, fits_not = (CommandResult(0, json.dumps({"fits": one})) for one in (True, False))
+    assert memory.keeps_plan(THIS_MACHINE, fits)
+    assert not memory.keeps_plan(THIS_MACHINE, fits_not)
+    assert memory.keeps_plan("24 GB", fits_not)
+    assert not memory.keeps_plan("24 GB", CommandResult(2))
+
+
 def test_own_data_with_bad_rows_is_put_right_and_started(visit, site):
     before = set(site.runs.glob("*/recipe.yaml"))
     page = open_new_run(visit, site, "#data")
@@ -162,7 +192,6 @@ def test_own_data_with_bad_rows_is_put_right_and_started(visit, site):
     page.get_by_role("link", name="Next: Method").click()
     page.get_by_role("link", name="Next: Review").click()
     page.locator("#overview [role=alert]").get_by_text("3 rows have problems").wait_for()
-    assert page.get_by_role("button", name="Start training").is_disabled()
     assert page.get_by_role("button", name="Start training").is_disabled()
     assert set(site.runs.glob("*/recipe.yaml")) == before
     page.locator("#overview").get_by_role("link", name="To the data").first.click()
@@ -359,7 +388,8 @@ def test_a_first_run_with_a_model_and_data_of_ones_own_is_short(visit, site, sto
     report.get_by_text("All 60 rows are usable").wait_for()
     page.locator("#overview .fine").wait_for()
     strip = page.locator("#start-strip")
-    strip.get_by_text(re.compile(r"^[\d.]+ [GM]B of [\d.]+ GB$")).first.wait_for()
+    memory = strip.get_by_text(re.compile(r"^[\d.]+ [GM]B of [\d.]+ GB$")).first
+    memory.wait_for(timeout=90_000)
     assert strip.get_by_text("unknown", exact=True).count() == 1
     start = page.get_by_role("button", name="Start training")
     assert start.is_enabled()

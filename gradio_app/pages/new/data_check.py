@@ -13,6 +13,7 @@ from gradio_app.errors import UserError
 from gradio_app.guards import shortened
 from gradio_app.pages.error_reporting import as_gradio_error, localized_message
 from gradio_app.pages.new.editor import Editor, Session
+from gradio_app.recipe.answer_cache import file_stamps
 from gradio_app.recipe.content import data_of, value_at, with_value
 from gradio_app.recipe.edits import base_recipe
 from gradio_app.recipe.model_files import is_cached
@@ -121,7 +122,8 @@ def _check(editor: Editor, session: Session, data: Any) -> DataReport:
 
         if not is_bundled(content):
             return find(still_needed)
-        question = ("preview", dump_yaml(content["data"]))
+        stamps = [file_stamps(local_path(place)) for place in _places(content)]
+        question = ("preview", dump_yaml(content["data"]), stamps)
         return editor.studio.answers.ask(question, find, lambda one: one.ok, still_needed)
     except UserError as refused:
         return DataReport(refusal=localized_message(refused, t))
@@ -130,10 +132,14 @@ def _check(editor: Editor, session: Session, data: Any) -> DataReport:
 
 
 def is_bundled(content: dict[str, Any]) -> bool:
-    """Whether the data of a checked recipe comes with the package, and so never changes."""
+    """Whether the data of a checked recipe comes with the package, so that all pages share it."""
     marks = tuple(bundled_folders())
+    return bool(data_of(content)) and all(one.startswith(marks) for one in _places(content))
+
+
+def _places(content: dict[str, Any]) -> list[str]:
     found = [value_at(content, f"data.init_args.{key}", None) for key in _PLACES]
-    return all(str(place).startswith(marks) for place in found if place is not None)
+    return [str(place) for place in found if place is not None]
 
 
 def data_path(editor: Editor, session: Session) -> Path:
@@ -149,7 +155,13 @@ def data_path(editor: Editor, session: Session) -> Path:
 
 def recipes_in_use(editor: Editor, session: Session) -> str:
     """Returns a visitor's recipes: of runs, also deleted ones, to undo a change, and to reset."""
-    return f"{session.undo}\n{session.baseline}\n{editor.studio.store.recipes(session.owner)}"
+    try:
+        of_runs = editor.studio.store.recipes(session.owner)
+    except OSError:
+        # Any upload may be in use.
+        uploads = Uploads(editor.studio.settings, session.owner).list()
+        of_runs = "\n".join(one.name for one in uploads)
+    return f"{session.undo}\n{session.baseline}\n{of_runs}"
 
 
 def keep_upload(

@@ -17,6 +17,7 @@ from gradio_app.pages.error_reporting import localized_message
 from gradio_app.pages.new.data_check import unavailable_model
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.pages.templating import message, render
+from gradio_app.recipe.answer_cache import file_stamps
 from gradio_app.recipe.command_worker import CommandResult
 from gradio_app.recipe.content import value_at
 from gradio_app.recipe.edits import base_recipe
@@ -34,6 +35,7 @@ from gradio_app.recipe.planner import (
 from gradio_app.recipe.presets import GPUS, MODELS, THIS_MACHINE
 from gradio_app.recipe.validation import validate_content
 from gradio_app.runs.formatting import format_bytes
+from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from lightning_peft.compat.gradio import event_data
 
@@ -101,11 +103,12 @@ def _plan_updates(
     except UserError as refused:
         yield [message("careful", localized_message(refused, t), t), unknown]
         return
-    studio = editor.studio
+    studio, state = editor.studio, machine_state(editor.studio, content, name)
 
     def ask(words: list[str]) -> CommandResult:
         find = partial(studio.planning_worker.run, words, SECONDS)
-        return studio.answers.ask(tuple(words), find, lambda one: one.code == 0, still_needed)
+        keep = partial(keeps_plan, name)
+        return studio.answers.ask([words, state], find, keep, still_needed)
 
     plan = plan_memory(content, name, ask, longest)
     needs = needs_html(editor, session, plan=plan)
@@ -118,6 +121,23 @@ def _plan_updates(
         found.append(fix)
         yield [plan_html(plan, t, found, more=True), needs]
     yield [plan_html(plan, t, found), needs]
+
+
+def machine_state(studio: Studio, content: dict[str, Any], device: str) -> list[object]:
+    """Returns the files of the model and, for this machine, what uses its memory."""
+    model = value_at(content, "model.init_args.model", None)
+    state: list[object] = [file_stamps(planned_place(str(model)))] if model else []
+    if device == THIS_MACHINE:
+        run = studio.queue.active()
+        state += [run and run.id, studio.chat.process_id]
+    return state
+
+
+def keeps_plan(device: str, found: CommandResult) -> bool:
+    """Whether a plan is kept; free memory changes, so one that does not fit here is not."""
+    return found.code == 0 and (
+        device != THIS_MACHINE or (found.json() or {}).get("fits") is not False
+    )
 
 
 def needs_html(editor: Editor, session: Session, waits: str = "", plan: Plan | None = None) -> str:
