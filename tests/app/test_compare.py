@@ -9,7 +9,7 @@ import pytest
 
 from gradio_app.compare.recipe_diff import differences
 from gradio_app.compare.results import comparable, compare_answers, loss_curve
-from gradio_app.compare.selection import MAX_RUNS, parse_ids, select_runs
+from gradio_app.compare.selection import MAX_RUNS, RunSelection, parse_ids, select_runs
 from gradio_app.pages import compare
 from gradio_app.runs.metrics import Metrics
 from gradio_app.runs.outcomes import outcome_of
@@ -93,6 +93,12 @@ def test_curves_outcomes_and_samples(store, tmp_path):
     said = compare_answers([one, other, again])
     assert [row.prompt for row in said] == ["What colour is the sky?"]
     assert said[0].answers == ("blue, as all know", None, "blue, as all know")
+    turns = [{"role": "system", "content": "What"}, {"role": "user", "content": "the sky?"}]
+    row = [*turns, {"role": "assistant", "content": said[0].expected}]
+    again.folder.write(again.folder.prompts, {"held_out": [row]})
+    shown = compare.samples(RunSelection((one, other, again)), Texts())
+    assert '<span class="role">System</span> What</div>' in shown
+    assert '<span class="role">User</span> the sky?</div>' in shown
     # A run that is going on has no result yet, and its last validation counts.
     one.folder.result.unlink()
     assert outcome_of(one, metrics).before == {"val_loss": 3.15}
@@ -155,6 +161,10 @@ def test_only_runs_on_the_same_rows_are_ranked(store):
     unranked = compare.summary(curves, "val_loss", "step", False, Texts())
     assert "Lowest" not in unranked
     assert "Not ranked" in unranked
+    curves["A one"][-1] = (5.0, 0.50001)
+    equal = compare.summary(curves, "val_loss", "step", True, Texts())
+    assert "A one" in equal
+    assert "Lowest at the end" not in equal
 
 
 def test_settings_have_the_names_of_the_form(store):

@@ -1,6 +1,6 @@
 """What the data step writes without a browser."""
 
-from gradio_app.pages.new import data_html
+from gradio_app.pages.new import data_html, file_format
 from gradio_app.pages.new.data_html import report, selected_data
 from gradio_app.recipe.preview import DataReport
 from gradio_app.texts import Texts
@@ -98,3 +98,14 @@ def test_rows_of_a_file_are_named_in_the_language_of_the_page():
     one |= {"title": "", "what_to_do": ""}
     shown = data_html._problem(one, {}, Texts("de"))["rest"]
     assert "Zeilen 1-19 von a.csv; 1-19 von b.csv." in shown
+
+
+def test_files_of_the_same_name_are_distinguished():
+    usual = {"kind": "CSV", "encoding": "cp1252", "usual": False}
+    for files, shown in (
+        (("en/rows.csv", "de/rows.csv"), ("en/rows.csv: ", "de/rows.csv: ")),
+        ((NAMES[0].replace("-ab-", "-0123abcd-"), "y.csv"), ("x.csv: ", "y.csv: ")),
+    ):
+        numbers = {"read_as": [{**usual, "file": file} for file in files]}
+        found = file_format.unusual_formats(DataReport(numbers), Texts("en"))
+        assert all(line.startswith(one) for line, one in zip(found, shown, strict=True))

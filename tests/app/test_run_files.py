@@ -11,7 +11,8 @@ import pytest
 from gradio_app.chat.prompts import HeldOutPrompt
 from gradio_app.pages.run import live_html
 from gradio_app.pages.run.evaluation_html import evaluation
-from gradio_app.pages.run.live_html import samples
+from gradio_app.pages.run.live_html import prompt_turns, samples
+from gradio_app.pages.run.recipe import data_facts
 from gradio_app.runs.curves import downsample, relative_increase, smooth, trend
 from gradio_app.runs.failures import find_failure, report
 from gradio_app.runs.files import cached_text, read_json_object, read_rows, remove_noise, tail
@@ -391,6 +392,66 @@ def test_of_json_without_spaces_only_what_differs_is_marked():
     row = {"step": 1, "sample": 0, "expected": texts["mugs"], "generated": texts["chairs"]}
     shown = samples([row], [], Texts())
     assert re.findall("<mark>(.*?)</mark>", shown) == ["chairs"]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected", "marked"),
+    [
+        # A sign or space that both have must not keep words from being paired.
+        ("It's Berlin", "Berlin is big", ["It's"]),
+        ("Berlin is big", "It's Berlin", ["is", "big"]),
+        ('{"a": 1, "b": 2}', '{"a": 1, "b": 3}', ["2"]),
+        # Of what is expected, only what is shown is compared.
+        ("a word", f"a {'x ' * 200} word", ["word"]),
+    ],
+)
+def test_words_that_are_not_expected_are_marked(said, expected, marked):
+    words = live_html.answer_cell({"generated": said, "expected": expected})["words"]
+    assert "".join(text for text, _ in words) == said
+    assert [text for text, different in words if different] == marked
+
+
+def test_texts_that_repeat_themselves_are_not_compared(monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("would take minutes")
+
+    monkeypatch.setattr(live_html, "SequenceMatcher", refuse)
+    for said, expected in (("a," * 200, ", b" * 3000), ("a," * 200, "a " * 200)):
+        cell = live_html.answer_cell({"generated": said, "expected": expected})
+        assert cell["words"] == [(said, False)]
+
+
+def test_the_turns_of_a_prompt_are_those_of_its_row():
+    system = ("system", "Be kind", ())
+    earlier = (system, ("user", "Bye", ()), ("assistant", "See you", ()))
+    known = [
+        HeldOutPrompt("Hello", "x", ()),
+        HeldOutPrompt("Say Hello", "x", (system,)),
+        HeldOutPrompt("Hello", "x", earlier),
+    ]
+
+    def turns(*said):
+        return prompt_turns("\n".join(said), "x", known)
+
+    assert turns("user", "Hello") == [("user", "Hello")]
+    wanted = [("system", "Be kind"), ("user", "Say Hello")]
+    assert turns("Be kind", "user", "Say Hello") == wanted
+    spoken = [(role, text) for role, text, _ in earlier]
+    assert turns("Be kind", "Bye", "See you", "user", "Hello") == [*spoken, ("user", "Hello")]
+    assert turns("Other") == [(None, "Other")]
+
+
+@pytest.mark.parametrize(
+    ("record", "facts"),
+    [
+        ({"class": "lightning_peft.SupervisedData", "rows": 96}, ["rows 96"]),
+        ({"class": "mine.Data"}, ["mine.Data"]),
+        ({}, []),
+        (None, []),
+    ],
+)
+def test_data_without_facts_is_named_by_its_class(record, facts):
+    assert data_facts(record) == facts
 
 
 def test_a_log_is_shown_without_adverts_and_bars():

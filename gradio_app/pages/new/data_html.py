@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gradio_app.pages.new import file_format
+from gradio_app.pages.new.file_format import file_title
 from gradio_app.pages.templating import message, render
 from gradio_app.recipe.preview import DataReport
 from gradio_app.recipe.table import Table
@@ -106,7 +107,7 @@ def _problem(one: dict[str, Any], numbers: dict[str, Any], t: Texts) -> dict[str
     return {
         "title": t(f"new.problem_{one['kind']}") if known else one["title"],
         "todo": t(f"new.todo_{one['kind']}") if known else one["what_to_do"],
-        "rows": [(row["row"], row["detail"], _file_title(row["file"], numbers)) for row in rows],
+        "rows": [(row["row"], row["detail"], file_title(row["file"], numbers)) for row in rows],
         "count": t.number(len(one["rows"])),
         "rest": t("new.more_rows", more=more, numbers=places) if more > 0 else "",
     }
@@ -208,11 +209,4 @@ def _numbered(row: dict[str, Any], numbers: dict[str, Any], of: str = "") -> str
     """Returns the number of a row, with its file where rows of several are read."""
     number = row[f"{of}row"]
     several = len(numbers.get("read_as") or ()) > 1
-    return f"{number} ({_file_title(row[f'{of}file'], numbers)})" if several else str(number)
-
-
-def _file_title(name: str, numbers: dict[str, Any]) -> str:
-    """Returns the name that an upload had, unless another file has the same."""
-    names = {str(one["file"]) for one in numbers.get("read_as") or ()} - {name}
-    title = short_name(name)
-    return name if title in map(short_name, names) else title
+    return f"{number} ({file_title(row[f'{of}file'], numbers)})" if several else str(number)

@@ -67,7 +67,17 @@ def _change(name: str, session: Session, given: Any) -> dict[str, Any]:
 def unusual_formats(found: DataReport, t: Texts) -> list[str]:
     """Returns how files were read that are not read as usual, a line each."""
     unusual = [one for one in found.numbers.get("read_as", []) if not one.get("usual")]
-    return [_describe(one, t) for one in unusual[:_MAX_NAMED_FILES]]
+    return [
+        f"{file_title(str(one['file']), found.numbers)}: {_describe(one, t)}"
+        for one in unusual[:_MAX_NAMED_FILES]
+    ]
+
+
+def file_title(name: str, numbers: dict[str, Any]) -> str:
+    """Returns the name that an upload had, unless another file has the same."""
+    names = {str(one["file"]) for one in numbers.get("read_as") or ()} - {name}
+    title = short_name(name)
+    return name if title in map(short_name, names) else title
 
 
 def _describe(one: dict[str, Any], t: Texts) -> str:
@@ -84,4 +94,4 @@ def _describe(one: dict[str, Any], t: Texts) -> str:
     if one.get("sheet"):
         parts.append(t("new.read_sheet", name=one["sheet"]))
     notes = [str(note) for note in one.get("notes") or ()]
-    return f"{short_name(one['file'])}: {'; '.join([', '.join(filter(None, parts)), *notes])}"
+    return "; ".join([", ".join(filter(None, parts)), *notes])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from itertools import groupby
@@ -44,6 +45,10 @@ MAX_PROMPTS = 12
 _MAX_CELL = 400
 # JSON has few spaces: signs are words of their own.
 _WORDS = re.compile(r"\w+|\W")
+# Where so many pairs of words are equal, texts repeat themselves: comparing them takes minutes.
+_MAX_PAIRS = 10_000
+# No word of a text: what stands before it is compared from the end.
+_END = "end\n"
 Row = Mapping[str, Any]
 
 
@@ -229,17 +234,21 @@ def prompt_turns(
     prompt: str, expected: str, known: Sequence[HeldOutPrompt]
 ) -> list[tuple[str | None, str]]:
     """Returns roles and texts of a prompt where they are known, else its text without a role."""
+    best: list[tuple[str, str]] = []
     for row in known:
-        if (
-            row.turns is not None
-            and row.reference.strip() == expected.strip()
-            and row.prompt.strip() in prompt
-        ):
-            turns = [*row.turns, ("user", row.prompt, row.images)]
-            # A sample's text says where its images are.
-            if not any(images for *_, images in turns):
-                return [(role, shortened_cell(text)) for role, text, _ in turns]
-    return [(None, shortened_cell(prompt))]
+        if row.turns is None or row.reference.strip() != expected.strip():
+            continue
+        turns = [*row.turns, ("user", row.prompt, row.images)]
+        # A sample's text says where its images are.
+        if any(images or text.strip() not in prompt for _, text, images in turns):
+            continue
+        # A short question occurs in others: what explains most of the prompt is taken.
+        best = max(best, [(role, text.strip()) for role, text, _ in turns], key=_length)
+    return [(role, shortened_cell(text)) for role, text in best or [(None, prompt)]]
+
+
+def _length(turns: Sequence[tuple[str, str]]) -> int:
+    return sum(len(text) for _, text in turns)
 
 
 def _is_correct(row: Row) -> bool:
@@ -256,21 +265,32 @@ def answer_cell(row: Row | None, most: int = _MAX_CELL) -> dict[str, Any] | None
     correct = _is_correct(row)
     text, expected = str(row.get("generated", "")).strip(), str(row.get("expected", ""))
     compared = not correct and len(text) <= most
-    words = _differences(text, expected) if compared else [(shortened_cell(text, most), False)]
+    words = (
+        _differences(text, expected.strip()[:most])
+        if compared
+        else [(shortened_cell(text, most), False)]
+    )
     return {"words": words, "correct": correct, "cut": row.get("cut") is True and not correct}
 
 
 def _differences(text: str, expected: str) -> list[tuple[str, bool]]:
     """Returns the parts of a text, and which of them are not expected."""
-    found, wanted = (_WORDS.findall(one) for one in (text, expected.strip()))
-    blocks = SequenceMatcher(None, found, wanted, autojunk=False).get_matching_blocks()
-    same = {block.a + place for block in blocks for place in range(block.size)}
+    found, wanted = (_WORDS.findall(one) for one in (text, expected))
+    times = Counter(word for word in wanted if not _is_sign(word))
     # Where no word is shared, marks would say nothing.
-    if not any(found[place][0].isalnum() for place in same):
+    if not 0 < sum(times[word] for word in found) <= _MAX_PAIRS:
         return [(text, False)]
+    # Signs count where words around them do: they alone are in every text.
+    matcher = SequenceMatcher(_is_sign, [*found, _END], [*wanted, _END], autojunk=False)
+    blocks = matcher.get_matching_blocks()
+    same = {block.a + place for block in blocks for place in range(block.size)}
     differs = [place not in same and not word.isspace() for place, word in enumerate(found)]
     groups = groupby(zip(found, differs, strict=True), key=lambda one: one[1])
     return [("".join(word for word, _ in parts), different) for different, parts in groups]
+
+
+def _is_sign(word: str) -> bool:
+    return not word[0].isalnum()
 
 
 def shortened_cell(text: object, most: int = _MAX_CELL) -> str:

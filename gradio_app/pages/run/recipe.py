@@ -95,7 +95,7 @@ class RecipeTab:
             if known.get(key) is not None:
                 facts.append((t(f"run.fact_{name}"), str(known[key])))
         facts += [(t("run.fact_base"), line) for line in _base(known.get("base"))]
-        facts += [(t("run.fact_data"), line) for line in _data(known.get("data"))]
+        facts += [(t("run.fact_data"), line) for line in data_facts(known.get("data"))]
         if known:
             listed = ", ".join(f"{name} {version}" for name, version in versions(run).items())
             facts.append((t("run.fact_versions"), listed))
@@ -116,11 +116,13 @@ def _base(base: object) -> list[str]:
     return lines
 
 
-def _data(data: object) -> list[str]:
+def data_facts(data: object) -> list[str]:
+    """Returns the facts of the data in provenance; its class where there are no others."""
     if not isinstance(data, dict):
         return []
     known = [(key, one) for key, one in data.items() if one and isinstance(one, (str, int, float))]
-    return [", ".join(f"{key} {one}" for key, one in known if key != "class")]
+    facts = [f"{key} {one}" for key, one in known if key != "class"] or [one for _, one in known]
+    return [", ".join(map(str, facts))] if facts else []
 
 
 def _machine(hardware: object) -> str:
