@@ -79,13 +79,14 @@ def _cards(studio: Studio, t: Texts) -> None:
         with gr.Column(elem_classes="card", min_width=260):
             absent = absence_of_smollm2()
             text = t("home.try_toy", fix=absent) if absent else t("home.try_text")
-            markup(render("home.card", t, name="try", text=text))
+            markup(render("home.card", t, name="try", text=text, warns=bool(absent)))
             start = gr.Button(t("home.try_button"), variant="primary", elem_id="start-demo")
-        qlora = t("home.big_text" if this_machine().gpu else "home.big_slow")
+        slow = not this_machine().gpu
+        qlora = t("home.big_slow" if slow else "home.big_text")
         for name, text, query in (("own", "", {}), ("big", qlora, {"method": "qlora"})):
             with gr.Column(elem_classes="card", min_width=260):
                 link = t.url("new", **query)
-                markup(render("home.card", t, name=name, text=text, link=link))
+                markup(render("home.card", t, name=name, text=text, link=link, warns=slow))
     to = gr.Textbox(visible=False)
 
     def begin(request: gr.Request) -> str:

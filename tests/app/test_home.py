@@ -140,6 +140,9 @@ def test_runs_are_searched_sorted_named_and_tagged(site, store, visit):
     page = visit(site.url)
     names = page.locator("table.runs tbody th a")
     page.get_by_role("row", name="bees").get_by_text("Rank 8, Batch size 4").wait_for()
+    # Of the cards, warnings alone are left of the texts.
+    for text in page.locator("#cards .way p").all():
+        assert text.is_visible() == ("warns" in (text.get_attribute("class") or ""))
     assert names.all_inner_texts() == ["cats", "Ants", "bees"]
     for count, name in enumerate(("bees", "Ants"), start=1):
         page.get_by_role("checkbox", name=f"Select {name}").click()
@@ -325,6 +328,7 @@ def test_the_card_of_qlora_says_where_it_is_slow(gpu, key, monkeypatch, tmp_path
     (shown,) = [card for card in cards if t("home.big_title") in card]
     said = [one for one in ("home.big_text", "home.big_slow") if t(one) in shown]
     assert said == [key]
+    assert ('<p class="warns">' in shown) == (key == "home.big_slow")
 
 
 def test_the_list_comes_in_pages(tmp_path):
