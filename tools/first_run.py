@@ -20,6 +20,9 @@ from typing import Any
 
 import psutil
 
+from gradio_app.runs.store import RunStore
+from gradio_app.settings import Settings
+from gradio_app.visitors import LOCAL
 from lightning_peft.recipe_files import recipes_folder
 from tools.page_words import browser, page_server, words_shown
 
@@ -44,10 +47,9 @@ def _first_run(folder: Path) -> dict[str, Any]:
     begun, points = time.monotonic(), {}
     words = 0
     with page_server(folder) as (url, server), browser() as opened:
-        page_process, run_process = psutil.Process(server.pid), None
 
         def reached(point: str) -> None:
-            seconds = sum(map(_processor_seconds, filter(None, (page_process, run_process))))
+            seconds = _processor_seconds(psutil.Process(server.pid))
             points[point] = [round(time.monotonic() - begun, 1), round(seconds, 1)]
             print(point, points[point], file=sys.stderr)
 
@@ -69,32 +71,26 @@ def _first_run(folder: Path) -> dict[str, Any]:
         page.get_by_role("button", name="Start training").click()
         page.wait_for_url("**/run?run=*")
         reached("page of the run")
-        run = folder / "runs" / page.url.partition("run=")[2]
-        run_process = _process(run)
-        while not _steps(run):
+        store, run_id = RunStore(Settings(runs=folder / "runs")), page.url.partition("run=")[2]
+        while not (run := store.get(LOCAL, run_id)).status.step:
+            if not (run.active or run.waiting):
+                raise RuntimeError(f"The run ended without a step: {run.status}")
             time.sleep(0.2)
         reached("first step")
         page.get_by_text(re.compile(r"step \d+ of")).wait_for()
         clicks = int(page.evaluate("sessionStorage.clicks"))
+        record = json.loads((run.folder.path / "proc.json").read_text("utf-8"))
+        run_process = psutil.Process(record["pid"])
         run_process.terminate()
         run_process.wait(600)
     return {"clicks": clicks, "words": words, "seconds: clock, processors": points}
 
 
 def _processor_seconds(process: psutil.Process) -> float:
+    """Returns those of a process and of all that it has started, runs and what has ended too."""
     found = [process, *process.children(recursive=True)]
-    return sum(one.cpu_times().user + one.cpu_times().system for one in found)
-
-
-def _process(run: Path) -> psutil.Process:
-    while not (run / "proc.json").is_file():
-        time.sleep(0.1)
-    return psutil.Process(json.loads((run / "proc.json").read_text("utf-8"))["pid"])
-
-
-def _steps(run: Path) -> int:
-    status = run / "status.json"
-    return int(json.loads(status.read_text("utf-8"))["step"]) if status.is_file() else 0
+    # The last two fields are of children that have ended.
+    return sum(sum(one.cpu_times()[:4]) for one in found)
 
 
 if __name__ == "__main__":
