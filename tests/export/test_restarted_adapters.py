@@ -12,6 +12,7 @@ import lightning_peft
 from lightning_peft import engine
 from lightning_peft.chat.chat_model import ChatModel
 from lightning_peft.errors import UnsupportedError, first_line
+from lightning_peft.export import loading
 from lightning_peft.export.adapters import find_adapter
 from lightning_peft.export.base import find_base
 from lightning_peft.export.card import adapter_card
@@ -26,7 +27,10 @@ IDS = torch.arange(3, 27).view(2, 12)
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("targets", "dense"), [("all-linear", 7), (["q_proj"], 1)])
+@pytest.mark.parametrize(
+    ("targets", "dense"),
+    [("all-linear", 7), pytest.param(["q_proj"], 1, marks=pytest.mark.long)],
+)
 def test_layers_that_the_folder_has_weights_of_are_dense(targets, dense, tmp_path: Path) -> None:
     tiny_model("LlamaForCausalLM", num_hidden_layers=1).save_pretrained(tmp_path / "base")
     byte_tokenizer(ascii_only=True).save_pretrained(tmp_path / "base")
@@ -43,6 +47,9 @@ def test_layers_that_the_folder_has_weights_of_are_dense(targets, dense, tmp_pat
     loaded = load_with_adapters(base, [adapter], device=CPU)
     (entry,) = engine.require_record(loaded.model).parts.values()
     assert len(entry.quantized) == 7 - dense
+    nf4.llm_int8_skip_modules = ["o_proj"]
+    with loading._quantized_on_load(nf4, torch.device("cuda"), [adapter]) as on_load:
+        assert {*on_load.dense} == {"o_proj", *adapter.merged_layers}
     assert loaded.notes == [
         f"adapter was merged into {dense} layers in training, whose weights are in its folder: "
         "these layers are dense here"

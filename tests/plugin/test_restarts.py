@@ -221,6 +221,29 @@ def test_folders_hold_the_merged_weights_and_peft_reads_them(method, tmp_path):
     assert torch.allclose(outputs(module, "llama"), outputs(loaded, "llama"), atol=1e-5)
 
 
+@pytest.mark.long
+def test_a_folder_over_codes_trains_on_and_its_checkpoints_load(tmp_path):
+    points = saver(ROOTS[0], tmp_path, filename="one")
+    settings = {"method": "qlora", "target_modules": ["0"]}
+    fitted(tmp_path, restarts(3), points, settings=settings)
+    module = task()
+    folder = tmp_path / "adapters" / "one"
+    lightning_peft.load_adapter(module, folder, quantization_config=NF4, is_trainable=True)
+    (entry,) = engine.require_record(module).parts.values()
+    assert entry.quantized
+    assert module.model.layers[0].weight.shape == (32, 32)
+    same = {"method": "qlora", "lora_alpha": 16, "target_modules": ["0"]}
+    same["modules_to_save"] = ["model.head"]
+    run = make_trainer(tmp_path, strategy(**same), max_epochs=1)
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "two.ckpt")
+    loaded = lightning_peft.load_from_checkpoint(task_class(ROOTS[0]), tmp_path / "two.ckpt")
+    assert torch.equal(outputs(loaded), outputs(module))
+    other = make_trainer(tmp_path, strategy(**same), max_epochs=2)
+    with pytest.raises(CheckpointError, match=r"model.layers.0.weight: \(32, 32\) in the check"):
+        other.fit(task(), loader(), ckpt_path=tmp_path / "two.ckpt")
+
+
 def test_states_of_the_optimizer_are_pruned_by_magnitude():
     param, whole = torch.nn.Parameter(torch.randn(10, 10)), torch.nn.Parameter(torch.randn(4))
     optimizer = torch.optim.AdamW([param, whole])
