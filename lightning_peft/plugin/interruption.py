@@ -75,6 +75,10 @@ class SaveOnInterrupt(LateBoundCallback):
         trainer.fit_loop.min_epochs = 0
         self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
 
+    def is_stopping(self, trainer: Any) -> bool:
+        """Whether the fit ends with this step; of several processes, once they have agreed."""
+        return self.saved is not None or (self._stop and trainer.world_size == 1)
+
     def _save_interrupted(self, trainer: Any) -> None:
         path = _checkpoint_folder(trainer) / "interrupted.ckpt"
         trainer.save_checkpoint(path)
@@ -97,8 +101,9 @@ class SaveOnInterrupt(LateBoundCallback):
         What was validated of the rows is dropped, so that no metric of a part of them is logged.
         With several processes, which would have to agree at each batch, the validation is finished.
         """
-        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
-        if not (fitting and self._stop and trainer.world_size == 1) or self.saved is not None:
+        # Samples of the base come inside a step, which callbacks after this one have to see.
+        between = trainer.state.fn == "fit" and trainer.validating
+        if not (between and self.is_stopping(trainer)) or self.saved is not None:
             return
         epoch_loop = trainer.fit_loop.epoch_loop
         if is_accumulating(epoch_loop):

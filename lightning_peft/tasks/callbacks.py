@@ -12,6 +12,7 @@ from lightning_peft import engine
 from lightning_peft.compat.lightning import last_saved_step, save_last
 from lightning_peft.errors import ConfigError
 from lightning_peft.generation import BATCH_SIZE, ready
+from lightning_peft.plugin.interruption import SaveOnInterrupt
 from lightning_peft.plugin.namespace import LateBoundMeta
 from lightning_peft.plugin.optimization import log_info
 from lightning_peft.plugin.restarts import MergeAndRestart
@@ -222,12 +223,11 @@ class LogSamples(_Callback, metaclass=LateBoundMeta):
         """Generates with the base after the first step."""
         self.sample_base(trainer, pl_module)
 
-    def sample_base(self, trainer: Any, pl_module: Any) -> None:
-        """Generates with the base, where that is due and the run was not interrupted."""
-        interrupted = any(getattr(callback, "saved", None) for callback in trainer.callbacks)
-        if self._base_waits and trainer.global_step and not interrupted:
-            self._generate(trainer, pl_module, of_base=True)
-            self._base_waits = False
+    def sample_base(self, trainer: Any, pl_module: Any) -> bool:
+        """Generates with the base, where that is due; returns whether it is still to come."""
+        if self._base_waits and trainer.global_step and not _is_stopping(trainer):
+            self._base_waits = not self._generate(trainer, pl_module, of_base=True)
+        return self._base_waits
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Generates with what has been learnt so far."""
@@ -235,11 +235,14 @@ class LogSamples(_Callback, metaclass=LateBoundMeta):
         due = not self.waits_for_end or trainer.should_stop
         if due and not trainer.sanity_checking:
             self._generate(trainer, pl_module)
+            # Before the first step the model is the base.
+            self._base_waits = self._base_waits and trainer.global_step > 0
 
-    def _generate(self, trainer: Any, pl_module: Any, of_base: bool = False) -> None:
+    def _generate(self, trainer: Any, pl_module: Any, of_base: bool = False) -> bool:
+        """Returns whether that is done; not with the base where the run is stopping."""
         rows = trainer.datamodule.read().splits.get("validation")
         if rows is None or self._is_impossible(trainer):
-            return
+            return True
         samples: list[GeneratedSample] = []
         began = time.monotonic()
         count = min(self.count, len(rows))
@@ -255,13 +258,16 @@ class LogSamples(_Callback, metaclass=LateBoundMeta):
                     before = getattr(callback, "on_validation_part", None)
                     if before is not None:
                         before(trainer, unit="samples", done=start, of=count)
+                if of_base and _is_stopping(trainer):
+                    return False
                 some = [rows[place] for place in range(start, min(start + BATCH_SIZE, count))]
-                # Within, for a run that is interrupted above saves what is trained.
+                # Not around the callbacks, which may save what is trained.
                 with engine.disable_adapters(pl_module) if of_base else nullcontext():
                     samples += pl_module.generate_samples(some, self.max_new_tokens)
         self.seconds += time.monotonic() - began
         if trainer.is_global_zero:
             self._log(trainer, samples, 0 if of_base else trainer.global_step)
+        return True
 
     def _log(self, trainer: Any, samples: list[GeneratedSample], step: int) -> None:
         for callback in trainer.callbacks:
@@ -279,6 +285,11 @@ class LogSamples(_Callback, metaclass=LateBoundMeta):
                 if kind not in self._refused:
                     log.warning("LogSamples: %s takes no samples: %r", kind, error)
                 self._refused.add(kind)
+
+
+def _is_stopping(trainer: Any) -> bool:
+    ours = [one for one in trainer.callbacks if isinstance(one, SaveOnInterrupt)]
+    return any(callback.is_stopping(trainer) for callback in ours)
 
 
 def _is_base_without_adapters(trainer: Any, module: Any) -> bool:

@@ -30,10 +30,10 @@ TIMED = 8
 class ValidationBudget(_Base, metaclass=LateBoundMeta):
     """Limits validation and samples to a share of a run's time, or 20 seconds.
 
-    Where that is too little for ``most`` validations an epoch, samples are generated before
-    training and at its end only; then validations become fewer, but one comes at the end of the
-    run, also inside an epoch. It is decided once, from the first validation and the first batches,
-    and kept with checkpoints and in the record of a run.
+    Where that is too little for ``most`` validations an epoch, the model generates samples at the
+    end of training only; then validations become fewer, but one comes at the end of the run, also
+    inside an epoch. It is decided once, from the first validation, the samples of the base and the
+    first batches, and kept with checkpoints and in the record of a run.
 
     The Trainer's own ``val_check_interval`` and ``check_val_every_n_epoch`` win where they are not
     1, and in a config for the command line ``val_check_interval: 1.0`` does too. Nothing is changed
@@ -128,7 +128,7 @@ class ValidationBudget(_Base, metaclass=LateBoundMeta):
             trainer.val_check_batch = max(1, epoch_loop.batch_idx + 1)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Returns whether the epoch is one with validations."""
+        """Sets whether this epoch validates."""
         if self._active:
             self._set_next(trainer)
 
@@ -153,15 +153,16 @@ class ValidationBudget(_Base, metaclass=LateBoundMeta):
     def _time_batch(self, trainer: Any, pl_module: Any, batch_idx: int) -> None:
         if NAME in self.decided:
             return
-        for callback in _sampling(trainer):
-            # Now, for their time is a part of the decision.
-            callback.sample_base(trainer, pl_module)
+        # Now, for their time is a part of the decision.
+        waiting = [callback.sample_base(trainer, pl_module) for callback in _sampling(trainer)]
         self._batches += 1
         if self._batches == 1:
             return
         self._trained += _now(pl_module) - _sampling_seconds(trainer) - self._since
         soon = (batch_idx + 1) % trainer.val_check_batch == 0
-        if self._validation is not None and (soon or self._batches > TIMED):
+        if self._validation is None or any(waiting):
+            return
+        if soon or self._batches > TIMED:
             self._decide(trainer, self._trained / (self._batches - 1))
 
     def _end_validation(self, trainer: Any) -> None:

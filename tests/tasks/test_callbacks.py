@@ -8,7 +8,10 @@ from torch.utils.data import DataLoader
 from lightning_peft.data.supervised import SupervisedData
 from lightning_peft.demo.run import BASE, INSTRUCTIONS
 from lightning_peft.errors import ConfigError
+from lightning_peft.plugin.interruption import SaveOnInterrupt
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
+from lightning_peft.plugin.restarts import MergeAndRestart
+from lightning_peft.plugin.strategies import LoRAStrategy
 from lightning_peft.tasks.callbacks import BestCheckpoint, LogSamples, StopEarly
 from lightning_peft.tasks.causal_lm import CausalLM
 from lightning_peft.tasks.samples import GeneratedSample
@@ -70,7 +73,7 @@ def test_training_stops_without_improvement(tmp_path):
     assert trainer.global_step == 8
 
 
-def answers_of_a_fit(folder, root, method=None, learning_rate=1e-2):
+def answers_of_a_fit(folder, root, method=None, rate=1e-2, callbacks=(), start=None, **options):
     """Trains two steps; returns the data, and steps and answers with their step in order."""
     lightning = importlib.import_module(root)
     events = []
@@ -92,20 +95,28 @@ def answers_of_a_fit(folder, root, method=None, learning_rate=1e-2):
     trainer = short_runs.trainer(
         method,
         root,
-        callbacks=[bind_to_lightning(LogSamples, root)(count=2, max_new_tokens=4), Keep()],
-        **{"limit_train_batches": 2, "limit_val_batches": 1, "max_epochs": 1},
-    )
+        callbacks=[
+            bind_to_lightning(LogSamples, root)(count=2, max_new_tokens=4), Keep(), *callbacks
+        ],
+        **{"limit_train_batches": 2, "limit_val_batches": 1, "max_epochs": 1} | options,
+    )  # fmt: skip
     task = bind_to_lightning(CausalLM, root)(
-        str(BASE), learning_rate=learning_rate, warmup=0.0, dtype="float32"
+        str(BASE), learning_rate=rate, warmup=0.0, dtype="float32"
     )
-    trainer.fit(task, datamodule=data)
+    trainer.fit(task, datamodule=data, ckpt_path=start)
     # A generation leaves the module as it was.
     assert task.model.training
     return data, events
 
 
-def test_base_and_model_answer(tmp_path):
-    data, events = answers_of_a_fit(tmp_path, ROOTS[0])
+@pytest.fixture(scope="module")
+def without_adapters(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("without")
+    return folder, *answers_of_a_fit(folder, ROOTS[0])
+
+
+def test_base_and_model_answer(without_adapters):
+    folder, data, events = without_adapters
     (before, first), *steps, (after, last) = events
     assert (before, steps, after) == (0, ["step", "step"], 2)
     assert all(isinstance(sample, GeneratedSample) for sample in first)
@@ -116,12 +127,67 @@ def test_base_and_model_answer(tmp_path):
     assert first[0].prompt + first[0].expected == whole
     assert [s.generated for s in first] != [s.generated for s in last]
     # Below adapters the base is still there after the first step, which so comes earlier.
-    _, events = answers_of_a_fit(tmp_path, ROOTS[1], "lora", learning_rate=0.3)
+    _, events = answers_of_a_fit(folder, ROOTS[1], "lora", 0.3)
     assert events[0] == "step"
     assert events[1] == (0, first)
     assert events[2] == "step"
     assert events[3][0] == 2
     assert events[3][1] != first
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "first"),
+    [
+        ({"use_dora": True, "modules_to_save": ["norm"]}, {}, "step"),
+        # With adapters off, a part of the weights is missing.
+        ({"init_lora_weights": "pissa"}, {}, "base"),
+        ({}, {"callbacks": [bind_to_lightning(MergeAndRestart, ROOTS[0])(1)]}, "base"),
+        # A validation before the first step has them.
+        (
+            {},
+            {"accumulate_grad_batches": 2, "val_check_interval": 1, "limit_train_batches": 2},
+            "base",
+        ),
+        # As of an adapter that was trained before.
+        ({"init_lora_weights": False}, {}, "others"),
+    ],
+)
+def test_answers_at_step_0_are_those_of_the_base(without_adapters, given, options, first):
+    folder, _, ((_, plain), *_) = without_adapters
+    strategy = bind_to_lightning(LoRAStrategy, ROOTS[0])
+    method = strategy(r=4, announce=False, optimizer=None, **given)
+    options = {"limit_train_batches": 1, **options}
+    _, events = answers_of_a_fit(folder, ROOTS[0], method, 0.3, **options)
+    assert events.index("step") == (first != "step")
+    (step, before), (_, after) = [event for event in events if event != "step"]
+    assert step == 0
+    assert (before == plain) == (first != "others")
+    assert after != before
+
+
+def test_a_run_that_is_stopped_in_its_first_step_leaves_the_base_for_later(
+    without_adapters, tmp_path
+):
+    folder, _, ((_, plain), *_) = without_adapters
+    listener = bind_to_lightning(SaveOnInterrupt, ROOTS[0])()
+
+    class Stops(importlib.import_module(ROOTS[0]).Callback):
+        batches = 0
+
+        def on_train_batch_start(self, *_):
+            listener.request(stop=True)
+
+        def on_train_batch_end(self, *_):
+            self.batches += 1
+
+    stops = Stops()
+    given = {"callbacks": [stops, listener], "default_root_dir": str(tmp_path)}
+    _, events = answers_of_a_fit(folder, ROOTS[0], "lora", 0.3, **given)
+    # Callbacks behind see the step.
+    assert (events, stops.batches) == (["step"], 1)
+    _, events = answers_of_a_fit(folder, ROOTS[0], "lora", 0.3, start=listener.saved)
+    assert events[:2] == ["step", (0, plain)]
+    assert [step for step, _ in events[2:]] == [2]
 
 
 def test_samples_that_cannot_be_had_are_refused(tmp_path):

@@ -132,6 +132,21 @@ def test_samples_between_steps_count_and_are_no_training(tmp_path, slow):
     assert (chosen["samples_seconds"], chosen["batch_seconds"]) == (30.0, 37.5)
 
 
+def test_the_decision_waits_for_the_samples_of_the_base(tmp_path, slow):
+    class AfterStep(importlib.import_module(ROOTS[0]).Callback):
+        seconds, waits_for_end = 0.0, False
+
+        def sample_base(self, trainer, module):
+            self.seconds = 30.0 * min(trainer.global_step, 1)
+            return not self.seconds
+
+    made = budget()
+    rows = torch.arange(40.0)[:, None]
+    fit(tmp_path, [made, AfterStep()], rows=rows, max_epochs=1, accumulate_grad_batches=16)
+    chosen = made.decided["validation"]
+    assert (chosen["samples_seconds"], chosen["samples"]) == (30.0, "at the end")
+
+
 @pytest.mark.parametrize("given", [{"val_check_interval": 4}, {"check_val_every_n_epoch": 2}])
 def test_an_interval_of_the_user_wins(given, tmp_path, slow):
     steps, samples, _ = fit(tmp_path, [budget()], **given)
