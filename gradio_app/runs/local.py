@@ -62,10 +62,11 @@ class LocalExecutor(Executor):
         folder = run.folder.path
         run.folder.control.unlink(missing_ok=True)
         cwd = self.directory(self.settings, folder)
-        begun = read_json_object(run.folder.sweep).get("directory")
-        if isinstance(begun, str) and Path(begun).is_dir():
-            # A sweep of the command line; it refuses to go on elsewhere.
-            cwd = Path(begun)
+        for record in (run.folder.sweep, run.folder.provenance):
+            begun = read_json_object(record).get("directory")
+            if isinstance(begun, str) and Path(begun).is_dir():
+                # Of the command line, perhaps, which refuses to go on elsewhere.
+                cwd = Path(begun)
         with (folder / START_LOG).open("wb") as log:
             self.launch(folder, self.argv(run), cwd, stdout=log)
 

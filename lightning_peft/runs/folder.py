@@ -32,6 +32,8 @@ except ImportError:  # Windows
 log = logging.getLogger(__name__)
 
 DEFAULT_ROOT = "runs"
+# Arguments of models and data that name what is read.
+_READ = {"config", "data", "model", "processor", "test_data", "tokenizer", "validation_data"}
 
 
 class RunFolder:
@@ -128,7 +130,8 @@ class RunFolder:
     def check_directory(self, overrides: Sequence[str] = ()) -> None:
         """Refuses to run the recipe where relative paths in it do not lead to its files.
 
-        ``overrides`` are arguments of the command line, which may name others.
+        ``overrides`` are arguments of the command line, which may name others; nothing is refused
+        where another config is among them.
 
         Raises:
             ConfigError: If the run began in another folder, which has files that are not found
@@ -142,11 +145,14 @@ class RunFolder:
         except (OSError, ValueError, yaml.YAMLError):
             # Reading it for the run says what is wrong.
             return
-        keys = {word.partition("=")[0] for word in overrides}
+        words = {word.partition("=")[0].replace(".init_args", "") for word in overrides}
+        if "--config" in words:
+            return
         lost = [
             f"{key}: {value!r}"
             for key, value in _texts(recipe)
-            if f"--{key}" not in keys
+            if key.rpartition(".")[2] in _READ
+            and not any(f"--{key}.".replace(".init_args", "").startswith(f"{w}.") for w in words)
             and not os.path.exists(value)
             and os.path.exists(os.path.join(begun, value))
         ]

@@ -100,28 +100,30 @@ def test_what_is_tried_is_counted_and_what_cannot_be_is_refused():
     assert not {path for path in paths if re.search("callbacks|data.data|logger|devices", path)}
 
 
-def test_a_sweep_of_the_command_line_is_one_here_and_goes_on_where_it_was_begun(tmp_path):
+@pytest.mark.parametrize("kind", ["sweep", "fit"])
+def test_what_the_command_line_began_goes_on_there(kind, tmp_path):
     begun = tmp_path / "elsewhere"
     begun.mkdir()
     show = "import os, sys; print(os.getcwd(), *sys.argv[1:])"
     made = replace(settings(tmp_path), command=(sys.executable, "-c", show))
-    folder = RunFolder(made.runs / "20261130-101500-sweep-sft-1f0c")
-    folder.path.mkdir()
-    folder.write(folder.sweep, {"directory": str(begun)})
-    stopped = Status(state="stopped", kind="sweep", step=1, total_steps=4)
+    folder = RunFolder.at(made.runs / "20261130-101500-sft-1f0c")
+    (folder.checkpoints / "last.ckpt").touch()
+    record = {"sweep": folder.sweep, "fit": folder.provenance}[kind]
+    folder.write(record, {"directory": str(begun)})
+    stopped = Status(state="stopped", kind=kind, step=1, total_steps=4)
     folder.write(folder.status_file, asdict(stopped))
     executor = LocalExecutor(made)
     store = RunStore(made, {"local": executor})
     run = store.get("local", folder.path.name)
-    assert run.is_sweep
+    assert run.is_sweep == (kind == "sweep")
     assert run.can_resume
     assert {"resume", "delete"} <= available_actions(run)
     # As the queue does it: once it was launched, its status is not of that process.
     run = store.update_metadata(run, resume=True, launched=time.time() + 60)
-    assert run.is_sweep
+    assert run.is_sweep == (kind == "sweep")
     executor.start(run)
     log = folder.path / START_LOG
-    assert until(log.read_text) == f"{begun} sweep --resume={folder.path}\n"
+    assert until(log.read_text).startswith(f"{begun} {kind} --resume={folder.path}")
 
 
 def test_on_a_space_the_form_says_why_there_are_no_sweeps(space):

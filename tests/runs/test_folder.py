@@ -49,8 +49,12 @@ def test_a_recipe_runs_where_its_paths_lead_to_its_files(tmp_path, monkeypatch):
     begun, elsewhere = tmp_path / "über hier", tmp_path / "elsewhere"
     begun.mkdir(), elsewhere.mkdir()
     (begun / "rows.jsonl").touch()
+    # Folders that share a name with another argument, and one that is written to.
+    (begun / "lora").mkdir(), (begun / "question").mkdir(), (begun / "cache").mkdir()
     run = RunFolder.at(begun / "run")
-    run.recipe.write_text("data: {init_args: {data: rows.jsonl, name: org/name}}", "utf-8")
+    rows = "data: rows.jsonl, tokenizer: org/name, columns: {prompt: question}, cache_dir: cache"
+    recipe = f"{{trainer: {{strategy: lora}}, data: {{init_args: {{{rows}}}}}}}"
+    run.recipe.write_text(recipe, "utf-8")
     monkeypatch.chdir(elsewhere)
     # Runs of before do not say where they began.
     run.check_directory()
@@ -58,9 +62,12 @@ def test_a_recipe_runs_where_its_paths_lead_to_its_files(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="lead nowhere") as refused:
         run.check_directory()
     assert "data.init_args.data: 'rows.jsonl'" in str(refused.value)
-    assert "org/name" not in str(refused.value)
+    assert str(refused.value).count("\n") == 2
     assert f"cd '{begun}'" in str(refused.value)
-    run.check_directory(["--data.init_args.data=/other.jsonl"])
+    for given in (["--data.init_args.data=/o.jsonl"], ["--data.data", "/o.jsonl"], ["--config=o"]):
+        run.check_directory(given)
+    with pytest.raises(ConfigError):
+        run.check_directory(["--data.data_share=1"])
     monkeypatch.chdir(begun)
     run.check_directory()
     (begun / "rows.jsonl").rename(elsewhere / "rows.jsonl")
