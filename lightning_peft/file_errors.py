@@ -36,16 +36,17 @@ def write_problem(path: Path, error: BaseException) -> str | None:
 
 
 def new_file_problem(file: str) -> str | None:
-    """Returns why there can be no new ``file``, as words behind its name; ``None`` if there can.
+    """Returns why there can be no new ``file``, and what to do, as words behind its name.
 
-    Folders in its path may be absent.
+    ``None`` if there can. Folders in its path may be absent.
     """
     if os.path.lexists(file):
-        return " exists already"
+        return " exists already (remove it, or name another)"
     there = next(p for p in Path(file).resolve().parents if os.path.lexists(p))
     if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
         return None
-    return f": {str(there)!r} {'cannot be written to' if there.is_dir() else 'is not a folder'}"
+    kind = "cannot be written to" if there.is_dir() else "is not a folder"
+    return f": {str(there)!r} {kind} (name another place)"
 
 
 def storage_problem(folder: Path, error: OSError) -> str | None:

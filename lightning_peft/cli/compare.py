@@ -65,7 +65,7 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
 
     problem = new_file_problem(args.output) if args.output else None
     if problem:
-        raise ConfigError(f"--output {args.output!r}{problem}")
+        raise ConfigError(f"--output {args.output!r}{problem}.")
     prompts = comparison.read_prompts(args.prompts) if args.prompts else None
     if args.held_out:
         prompts = comparison.held_out_prompts(_first_folder(args.adapters), args.limit)

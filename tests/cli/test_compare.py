@@ -125,8 +125,8 @@ def test_bad_input(lora_run, examples, tmp_path, refused):
         ([run, "--prompts", str(broken)], "line 2, 3 is not a JSON object with a text"),
         ([run, "--data", "absent.jsonl"], "not a file or folder here"),
         ([*data, "--columns", "prompt"], "--columns prompt: write OURS=THEIRS"),
-        ([*data, "--output", str(taken)], "exists already"),
-        ([*data, "--output", str(taken / "below")], "taken' is not a folder"),
+        ([*data, "--output", str(taken)], "taken' exists already (remove it, or name another)."),
+        ([*data, "--output", str(taken / "below")], "taken' is not a folder (name another place)."),
         ([*data, *COLUMNS, "--split", "test"], "no rows for 'test'; it has train (3), valid"),
     ]:
         assert message in refused("compare", *words)

@@ -227,7 +227,7 @@ def test_bad_input(folder, tmp_path, monkeypatch, capsys, refused):
         (["--base", "x", "--num-fewshot", "-1"], "--num-fewshot -1: 0 or more"),
         (["--base", "x", "--seed", "-1"], "--seed -1: from 0 to 4294967295"),
         (["--base", "x", "--seed", str(2**32)], "--seed 4294967296: from 0 to 4294967295"),
-        (["--base", "x", "--output", f"{bad}/hub.yaml/x/o.json"], "hub.yaml' is not a folder"),
+        (["--base", "x", "--output", f"{bad}/hub.yaml/x/o.json"], "not a folder (name another pl"),
         (["--base", "x", "--chat-template", "raw"], "no effect without --apply-chat-template"),
         (["--base", str(BASE), "--include-path", "absent"], "'absent' is not a folder here"),
         (["--base", str(BASE), "--include-path", str(BASE)], "base' has none"),
