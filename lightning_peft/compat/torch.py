@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -61,15 +62,18 @@ def compiled_late() -> Iterator[None]:
     """Within the body, ``torch.compile`` compiles functions when they are called first.
 
     Packages that compile functions of theirs as they are imported load the compiler with it, which
-    takes a second, also where none of these functions is ever called.
+    takes a second, also where none of these functions is ever called. Modules, and other things
+    that are more than a call, are compiled at once.
     """
     compile = torch.compile
 
-    def late(function: Any = None, **options: Any) -> Any:
-        if function is None:
+    def late(model: Any = None, **options: Any) -> Any:
+        if model is None:
             return functools.partial(late, **options)
-        compiled = functools.cache(lambda: compile(function, **options))
-        return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+        if not isinstance(model, FunctionType):
+            return compile(model, **options)
+        compiled = functools.cache(lambda: compile(model, **options))
+        return functools.wraps(model)(lambda *args, **kwargs: compiled()(*args, **kwargs))
 
     torch.compile = late  # type: ignore[assignment]
     try:

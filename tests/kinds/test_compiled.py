@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lightning_peft
 from lightning_peft import engine
+from lightning_peft.compat.torch import compiled_late
 
 from . import sequence, vision
 
@@ -40,6 +41,22 @@ def net_and_input(kind: str) -> tuple[nn.Module, Any]:
     if len(shape) == 2:
         return make(), torch.randint(1, 64, shape)
     return make(), torch.randn(shape)
+
+
+def test_only_functions_wait_for_their_first_call(monkeypatch) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or model)
+    module = nn.Linear(1, 1)
+
+    def double(x: int) -> int:
+        return 2 * x
+
+    with compiled_late():
+        late = torch.compile(dynamic=False)(double)
+        assert torch.compile(model=module) is module
+    assert compiled == [module]
+    assert late(2) == 4
+    assert compiled == [module, double]
 
 
 @pytest.mark.parametrize(
