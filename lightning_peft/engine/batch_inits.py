@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.nn.utils import skip_init
 from lightning_peft.compat.peft import CordaEigens, Linear, collect_eigens_for_layer
 from lightning_peft.engine.adapters import adapter_file_tensors
 from lightning_peft.engine.fingerprint import stored_fingerprint
-from lightning_peft.engine.gathering import from_first
+from lightning_peft.engine.gathering import from_first, gathered
 from lightning_peft.engine.layers.kinds import as_rows, from_rows
 from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.methods.lora_config import alpha_of, rank_of
@@ -35,6 +36,17 @@ _GRADIENT_BATCHES = 8
 
 Rows = Callable[[Any, Tensor | None, str], Tensor]
 Mask = Callable[[Any], Tensor | None]
+_END: Any = object()
+
+
+def _agreed(batches: Iterable[Any], is_enough: Callable[[], bool], processes: int) -> Iterator[Any]:
+    """Batches, until the first process has enough or one has no more: as many in each."""
+    own = iter(batches)
+    while not from_first(is_enough(), processes):
+        batch = next(own, _END)
+        if not all(gathered(batch is not _END, processes)):
+            return
+        yield batch
 
 
 def _covariances(
@@ -53,39 +65,54 @@ def _covariances(
     def add(name: str, _: nn.Module, inputs: Any) -> None:
         x = rows(inputs, kept[0], name).float()
         if len(x):
-            x = x / x.max().abs()
-            sums[name] = sums.get(name, 0) + x.t() @ x
+            sums.setdefault(name, x.new_zeros(x.shape[1], x.shape[1]))
+            if not x.any():
+                return
+            # PEFT's, and where it is zero, what is never zero.
+            x = x / (x.max().abs() or x.abs().max())
+            sums[name].addmm_(x.t(), x)
             calls[name] += 1
             tokens[name] += len(x)
+
+    def is_enough() -> bool:
+        enough = [tokens[name] >= _TOKENS_PER_INPUT * len(x) for name, x in sums.items()]
+        return len(sums) == len(layers) and all(enough)
 
     hooks = [layer.register_forward_pre_hook(partial(add, name)) for name, layer in layers.items()]
     count = 0
     try:
-        for batch in batches:
+        for batch in _agreed(batches, is_enough, processes):
             kept[0] = mask(batch)
             run(batch)
             count += 1
-            enough = [tokens[name] >= _TOKENS_PER_INPUT * len(x) for name, x in sums.items()]
-            if from_first(len(sums) == len(layers) and all(enough), processes):
-                break
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: total / calls[name] for name, total in sums.items()}, count
+    return {name: total.div_(max(1, calls[name])) for name, total in sums.items()}, count
 
 
 def _gradients(
-    layers: Mapping[str, nn.Module], batches: Iterable[Any], run: Callable[[Any], Any]
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    run: Callable[[Any], Any],
+    processes: int,
 ) -> tuple[dict[str, Tensor], int]:
     """The mean gradients of the weights of ``layers``, as rows; and how many batches ran."""
     weights = {name: stored_parameter(layer, "weight") for name, layer in layers.items()}
     for weight in weights.values():
         weight.requires_grad_(True)
     count = 0
-    for count, batch in enumerate(batches, 1):
-        run(batch).backward()
-        if count == _GRADIENT_BATCHES:
-            break
+    some = islice(batches, _GRADIENT_BATCHES)
+    for batch in _agreed(some, lambda: False, processes):
+        loss = run(batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            found = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else "no tensor"
+            raise ConfigError(
+                f"init_lora_weights='lora_ga': the loss of a batch is {type(loss).__name__}, "
+                f"{found}. `step` or the training_step has to return one number with a gradient."
+            )
+        loss.backward()
+        count += 1
     found = {
         n: as_rows(layers[n], w.grad) / count for n, w in weights.items() if w.grad is not None
     }
@@ -114,26 +141,33 @@ def factors_from_batches(
             of the first.
 
     Raises:
-        ConfigError: If there are no batches.
-        UnsupportedError: If a layer is not called, or a decomposition has no numbers.
+        ConfigError: If there are no batches, or no loss.
+        UnsupportedError: If a layer is not called, or a decomposition has no numbers; in all
+            processes, where it is so in one.
     """
     if config.init_lora_weights == "corda":
         found, count = _covariances(layers, batches(), torch.no_grad()(run), rows, mask, processes)
     else:
-        found, count = _gradients(layers, batches(), run)
+        found, count = _gradients(layers, batches(), run, processes)
     init = config.init_lora_weights
     if not count:
-        raise ConfigError(f"init_lora_weights={init!r}: the training data has no batches.")
+        raise ConfigError(
+            f"init_lora_weights={init!r}: the training data has no batches"
+            + (" in one of the processes." if processes > 1 else ".")
+        )
     problems = [
         f"{name}: a training step does not call it" for name in layers.keys() - found.keys()
     ]
     problems += [
         f"{n}: not all numbers are finite" for n, x in found.items() if not x.isfinite().all()
     ]
+    if init == "corda":
+        problems += [f"{n}: it gets only zeros" for n, x in found.items() if not x.any()]
+    problems = sorted({one for some in gathered(problems, processes) for one in some})
     if problems:
         raise UnsupportedError(
             f"PEFT cannot initialise the adapters by init_lora_weights={init!r}:"
-            + itemize(sorted(problems), 5)
+            + itemize(problems, 5)
             + "\nLeave these layers out by `exclude_modules`."
         )
     made = {}
@@ -174,15 +208,24 @@ def start_residual(
     name: str,
     factors: Mapping[str, tuple[Tensor, Tensor]],
 ) -> None:
-    """Gives the adapter ``name`` its factors, and takes their product off the base."""
+    """Gives the adapter ``name`` its factors, and takes their product off the base.
+
+    A resumed run does it again, maybe on another device, and has to get the same numbers: products
+    of float32 are exact in float64, and are added one after the other.
+    """
     info = entry.adapters[name]
     for target, values in factors.items():
         layer: Any = part.get_submodule(target)
         for kind, value in zip(("lora_A", "lora_B"), values, strict=True):
             getattr(layer, kind)[name].weight.copy_(value)
-        a, b = layer.upcast_factors(name)
+        a, b = (factor.double() for factor in layer.factors(name))
+        product = a.new_zeros(len(b), a.shape[1])
+        for row, column in zip(a, b.t(), strict=True):
+            product.add_(column.unsqueeze(1) * row)
+        product.mul_(layer.adapter_settings[name].scaling)
         weight = stored_parameter(layer, "weight")
-        weight.copy_(weight.to(a.dtype) - from_rows(layer, b @ a))
+        # Not in place: `restored_on_error` keeps the tensor that was there.
+        weight.data = (weight.double() - from_rows(layer, product)).to(weight.dtype)
         layer.start_adapter(name)
     made = adapter_file_tensors(part, info.targets, name)
     info.initial = {key: tensor.detach().cpu().clone() for key, tensor in made.items()}

@@ -28,7 +28,9 @@ from lightning_peft.engine.gathering import from_first
 from lightning_peft.engine.layers.adapter import detach
 from lightning_peft.engine.methods.lora_config import alpha_of, needs_data, rank_of
 from lightning_peft.engine.methods.registry import method_of
+from lightning_peft.engine.peft_wrappers import find_peft_wrapped
 from lightning_peft.engine.record import AdaptedModuleRecord, AdapterInfo, adapted_parts
+from lightning_peft.engine.rollback import restored_on_error
 from lightning_peft.engine.verification.probe import preserved_state
 from lightning_peft.errors import ConfigError, UnsupportedError
 
@@ -71,8 +73,12 @@ def initialize_from_batches(
             start = _start_eva if config.init_lora_weights == "eva" else _start_residual
             with preserved_state(module), disable_adapters(module):
                 module.eval()
+                # Nothing is added to gradients that are there, which come back.
+                for param in module.parameters():
+                    param.grad = None
                 finish = start(part, entry, name, config, batches, run, processes)
-            sentences.append(f"{finish()} of {entry.name or 'the module'}")
+            with restored_on_error([part]):
+                sentences.append(f"{finish()} of {entry.name or 'the module'}")
             info.needs_data = False
     return sentences
 
@@ -142,6 +148,11 @@ def check_batches(
     init = getattr(config, "init_lora_weights", None)
     if batches is not None and not needs_data(config):
         raise ConfigError(f"inject with batches: nothing is made from them by {init!r}.")
+    if batches is not None and find_peft_wrapped(module, ()):
+        raise ConfigError(
+            "inject with batches: get_peft_model put the adapters into the module already, and "
+            "they keep their values. Give inject the model without get_peft_model, or no batches."
+        )
     if init == "lora_ga" and step is None and not hasattr(module, "training_step"):
         raise ConfigError(
             f"init_lora_weights='lora_ga': {type(module).__name__} has no training_step. Pass "
@@ -308,7 +319,8 @@ def restore_from_batches(module: nn.Module, described: Mapping[str, Any]) -> Non
         for name, info in entry.adapters.items():
             fields = saved.get(name, {}).get("config", {})
             same = fields.get("init_lora_weights") == info.config.get("init_lora_weights")
-            if not (info.needs_data and same):
+            # A checkpoint from before the first batch has no values.
+            if not (info.needs_data and same) or saved[name].get("needs_data"):
                 continue
             if fields["init_lora_weights"] != "eva":
                 restore_residual(part, entry, name, saved[name]["initial"])

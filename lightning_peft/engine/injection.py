@@ -105,8 +105,8 @@ def inject(
             :func:`lightning_peft.set_adapter`.
         device: Where quantization happens, and where the quantized weights stay.
         exclude_from_checkpoint: As in ``LoRAStrategy``; then all processes have to call this.
-        batches: A loader or list of this process's batches, on the module's device, for an
-            ``init_lora_weights`` made from them (``"eva"``, ``"corda"``, ``"lora_ga"``).
+        batches: This process's, on the module's device, for an ``init_lora_weights`` made from
+            them (``"eva"``, ``"corda"``, ``"lora_ga"``); then all processes have to call this.
         step: ``step(module, batch)`` returns a scalar loss; as in :func:`lightning_peft.verify`.
         **lora_arguments: As in :class:`lightning_peft.LoRAStrategy`: ``r``, ``lora_alpha``, ...
 

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from lightning_peft.engine.adapters import adapted_layers, adapted_layers_of
 from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.files.base_tensors import include_in_files
+from lightning_peft.engine.gathering import from_first
 from lightning_peft.engine.layers.expert_weights import ExpertWeight
 from lightning_peft.engine.layers.kinds import TRANSPOSED, as_rows, from_rows
 from lightning_peft.engine.layers.lora import LoraLayer, only_rows
@@ -93,12 +94,15 @@ def _problem(layer: Any) -> str | None:
     return None
 
 
-def merge_and_restart(module: nn.Module, seed: int) -> MergeReport:
+def merge_and_restart(module: nn.Module, seed: int, processes: int = 1) -> MergeReport:
     """Merges the adapters of ``module`` into its weights, and gives them first values again.
 
     Args:
         module: A module that :func:`check_restartable` passed.
-        seed: Of the first values; the same numbers on any device and in any process.
+        seed: Of the first values. They are the same numbers on any device; on quantized layers,
+            where they are decomposed from what rounding loses, in all processes.
+        processes: How many processes do this, each with the same base and adapters; the
+            decompositions are those of the first.
 
     Returns:
         The measured error of every layer: that of a quantized one with its new adapter, and without
@@ -122,7 +126,7 @@ def merge_and_restart(module: nn.Module, seed: int) -> MergeReport:
             if delta is None or target is None:
                 layer.start_adapter(adapter)
             else:
-                merged = _start_at_rest(layer, name, adapter, delta, target, seed)
+                merged = _start_at_rest(layer, name, adapter, (delta, target), seed, processes)
         return merged
 
     report = merge_layers(module, restart)
@@ -166,9 +170,10 @@ def _store_nearest(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def _start_at_rest(
-    layer: Any, name: str, adapter: str, delta: Tensor, target: Tensor, seed: int
+    layer: Any, name: str, adapter: str, wanted: tuple[Tensor, Tensor], seed: int, processes: int
 ) -> MergedLayer:
-    """Starts a new adapter at what the codes lack of ``target``: ``A`` as long as it was drawn."""
+    """Starts a new adapter at what the codes lack of a target: ``A`` as long as it was drawn."""
+    delta, target = wanted
     rest = target - _exact_weight(layer)
     rounding = relative_norm(rest, delta)
     rows, settings = as_rows(layer, rest), layer.adapter_settings[adapter]
@@ -178,7 +183,9 @@ def _start_at_rest(
     devices = [rows.device] if rows.is_cuda else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        u, s, v = torch.svd_lowrank(rows, min(size + 8, most), niter=4)
+        found = torch.svd_lowrank(rows, min(size + 8, most), niter=4)
+    # Another library or card may have other last bits, and directions.
+    u, s, v = (x.to(rows.device) for x in from_first([x.cpu() for x in found], processes))
     # A direction of which there is nothing has an `A` too: it can train.
     lengths = a.flatten(1)[:size].norm(dim=1)
     a.flatten(1)[:size] = v.t()[:size] * lengths.unsqueeze(1)

@@ -112,7 +112,7 @@ class AdapterStrategy(_Base):
         """
         self.lifecycle.check_restored(self._restored)
         self.lifecycle.checks.new_run()
-        if trainer.state.fn == "fit" and not self._restored:
+        if trainer.state.fn == "fit":
             initialize_from_data(self)
         if self._saves.enabled:
             check_background_saves(trainer, not hasattr(self.checkpoint_io, "background"))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
 
 from lightning_peft import engine
 from lightning_peft.compat.lightning import trainer_of, training_data
-from lightning_peft.errors import UnsupportedError, itemize
+from lightning_peft.errors import ConfigError, UnsupportedError, itemize
 from lightning_peft.plugin.optimization import log_info
 from lightning_peft.plugin.tracked_loader import generator_states, set_generator_states
 
@@ -17,7 +18,7 @@ from lightning_peft.plugin.tracked_loader import generator_states, set_generator
 def initialize_from_data(strategy: Any) -> None:
     """Runs batches through the module before it has optimizers, where an adapter requests it.
 
-    In a run that was resumed, the checkpoint has the values.
+    In a run that was resumed, the checkpoint has the values; not one from before the first batch.
 
     Raises:
         UnsupportedError: With ``sharding="fsdp2"``, manual optimization or momentum copies.
@@ -34,8 +35,16 @@ def initialize_from_data(strategy: Any) -> None:
     def batches() -> Iterator[Any]:
         set_generator_states([loader], before)
         # As many in each process, and other ones: loaders have no samplers for processes yet.
-        for some in zip(*[iter(loader)] * strategy.world_size, strict=False):
+        source, processes, count = iter(loader), strategy.world_size, 0
+        while len(some := [*islice(source, processes)]) == processes:
+            count += 1
             yield strategy.batch_to_device(some[strategy.global_rank], strategy.root_device)
+        if some and not count:
+            raise ConfigError(
+                "An init_lora_weights that is made from data needs a batch for each of "
+                f"{processes} processes, and the training data has {len(some)}: use a smaller "
+                "batch_size, or fewer processes."
+            )
 
     def run(batch: Any) -> Tensor:
         with strategy.precision_plugin.train_step_context():

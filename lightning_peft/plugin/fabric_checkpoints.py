@@ -90,12 +90,14 @@ def load_fabric_checkpoint(
     """Loads what :func:`save_fabric_checkpoint` saved, strictly; called in all processes.
 
     The random state is restored where the number of processes is the same. Nothing in the file can
-    run code.
+    run code. A module without adapters gets those of the file, before there is an optimizer: the
+    way to go on with adapters that ``inject`` made from batches.
 
     Args:
         fabric: The ``Fabric``.
         path: The file.
-        module: The module with adapters of the same settings, as for saving.
+        module: The module with adapters of the same settings, as for saving; or without any, before
+            ``fabric.setup``.
         optimizers: As for saving, in the same order; may be left out for evaluation.
 
     Returns:
@@ -106,13 +108,16 @@ def load_fabric_checkpoint(
         BaseMismatchError: If the base is another one than the adapters were trained on.
     """
     plain = _plain_module(module)
-    checkpoint = unpack_checkpoint(plain, read_checkpoint(_read, path, None))
+    checkpoint = read_checkpoint(_read, path, None)
     if _STATE not in checkpoint or CHECKPOINT_KEY not in checkpoint:
         raise CheckpointError(
             f"{str(path)!r} was not written by save_fabric_checkpoint. Checkpoints of a Trainer "
             "are loaded by lightning_peft.load_from_checkpoint, adapter folders by load_adapter."
         )
     own = _listed(optimizers)
+    if engine.record_of(plain) is None:
+        engine.inject_as_described(plain := module, checkpoint[CHECKPOINT_KEY])
+    checkpoint = unpack_checkpoint(plain, checkpoint)
     if own:
         engine.check_same_optimizers(checkpoint[CHECKPOINT_KEY], plain, own)
     engine.check_description(plain, checkpoint[CHECKPOINT_KEY])

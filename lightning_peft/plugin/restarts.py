@@ -139,7 +139,8 @@ class MergeAndRestart(LateBoundCallback):
         if step - self._last < self.every_n_steps or ends_fit(trainer):
             return
         self._restarts, self._last = self._restarts + 1, step
-        report = engine.merge_and_restart(pl_module, self._seed + self._restarts)
+        seed = self._seed + self._restarts
+        report = engine.merge_and_restart(pl_module, seed, trainer.world_size)
         engine.prune_states(
             real_optimizers(trainer.strategy),
             engine.all_adapter_parameters(pl_module),

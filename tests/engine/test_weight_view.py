@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -142,6 +143,28 @@ def test_functions_with_a_backward_pass_of_their_own_train_the_adapter(settings:
         grads = [p.grad for n, p in model.qkv.named_parameters() if "lora" in n]
         assert all(grad is not None and grad.any() for grad in grads)
         found.append([output.detach(), inputs.grad, *grads])
+    for theirs, ours in zip(*found, strict=True):
+        assert relative_error(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("inside", ["both", "forward", "backward"])
+def test_the_backward_pass_is_of_the_adapters_that_ran(inside: str) -> None:
+    model = adapted(FusedReader, **NF4)
+    found = []
+    for product in (F.linear, Product.apply):
+        inputs = torch.linspace(-1, 1, 288).view(3, 96).requires_grad_()
+        model.zero_grad()
+        off = lightning_peft.disable_adapters
+        with nullcontext() if inside == "backward" else off(model):
+            output = product(inputs, model.qkv.weight)
+            if inside == "both":
+                output.pow(2).sum().backward()
+        with off(model) if inside == "backward" else nullcontext():
+            if inside != "both":
+                output.pow(2).sum().backward()
+        grads = [p.grad for n, p in model.qkv.named_parameters() if "lora" in n]
+        assert all((grad is None) == (inside != "backward") for grad in grads)
+        found.append([output.detach(), inputs.grad, *(x for x in grads if x is not None)])
     for theirs, ours in zip(*found, strict=True):
         assert relative_error(ours, theirs) < 1e-5
 

@@ -24,10 +24,12 @@ from modules import trainer as make_trainer
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
+from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_peft
 from lightning_peft import engine
+from lightning_peft.engine.layers.lora import LoraLinear
 from lightning_peft.errors import ConfigError, LifecycleError, UnsupportedError
 
 SETTINGS = {
@@ -245,6 +247,92 @@ def test_layers_that_get_no_rank_lose_their_adapter(tmp_path):
     assert torch.equal(outputs(loaded, "llama"), outputs(module, "llama"))
 
 
+def test_a_failure_in_between_leaves_the_module_as_it_was(monkeypatch):
+    model = build("llama")
+    before = copy.deepcopy(model.state_dict())
+    rewritten = []
+
+    def fails(layer: Any, name: str) -> None:
+        # Injection starts an adapter too, and there are no values in it.
+        if layer.lora_B[name].weight.any():
+            rewritten.append(layer)
+        if len(rewritten) == 3:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(LoraLinear, "start_adapter", fails)
+    data = [{"input_ids": batch["ids"]} for batch in loader("llama")]
+    with pytest.raises(torch.OutOfMemoryError):
+        lightning_peft.inject(model, residual("corda"), batches=data)
+    assert engine.record_of(model) is None
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_the_residual_is_the_same_on_any_device():
+    """What float64 gives, rounded once; sums of float32 depend on the order of a kernel."""
+    model = build("llama")
+    before = {name: x.clone() for name, x in model.named_parameters()}
+    data = [{"input_ids": batch["ids"]} for batch in loader("llama")]
+    lightning_peft.inject(model, residual("corda"), batches=data)
+    for name, layer in engine.adapted_layers(model).items():
+        a, b = (x.double() for x in layer.factors("default"))
+        product = layer.adapter_settings["default"].scaling * (b @ a)
+        exact = (before[f"{name}.weight"].double() - product).float()
+        assert torch.equal(layer._parameters["weight"], exact)
+
+
+def test_gradients_that_are_there_do_not_count():
+    torch.manual_seed(5)
+    module, other = WithLoss(), WithLoss()
+    other.load_state_dict(module.state_dict())
+    other.loss({"ids": next(iter(loader("llama")))["ids"].flip(1)}).mul(100).backward()
+    kept = {p: p.grad.clone() for p in other.parameters() if p.grad is not None}
+    for one in (module, other):
+        lightning_peft.inject(one, residual("lora_ga"), batches=loader("llama"))
+    found = engine.adapter_parameters(other)
+    assert all(torch.equal(x, found[n]) for n, x in engine.adapter_parameters(module).items())
+    assert torch.equal(outputs(module, "llama"), outputs(other, "llama"))
+    assert kept
+    assert all(p.grad is None or torch.equal(p.grad, x) for p, x in kept.items())
+
+
+class Gated(nn.Module):
+    """Two layers, one of which gets what a batch says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return self.one(x) + self.two(x * gate)
+
+
+def test_inputs_of_zeros_do_not_count():
+    draw = torch.Generator().manual_seed(1)
+    rows_of = [-torch.rand(4, 6, generator=draw) for _ in range(40)]
+    batches = [(x, torch.tensor(float(index % 2))) for index, x in enumerate(rows_of)]
+    config = {"peft_type": "LORA", "init_lora_weights": "corda", "r": 2}
+    config |= {"corda_config": {"corda_method": "kpm"}, "target_modules": ["one", "two"]}
+    model, x = Gated(), rows_of[0]
+    before = model(x, torch.tensor(1.0))
+    lightning_peft.inject(model, config, batches=batches)
+    torch.testing.assert_close(model(x, torch.tensor(1.0)), before)
+    with pytest.raises(UnsupportedError, match="two: it gets only zeros"):
+        lightning_peft.inject(Gated(), config, batches=batches[::2])
+
+
+@pytest.mark.parametrize("init", ["eva", "corda"])
+def test_a_checkpoint_from_before_the_first_batch_has_no_values(init, tmp_path):
+    settings = SETTINGS if init == "eva" else residual(init)
+    run = make_trainer(tmp_path, strategy(r=16, peft_config=copy.deepcopy(settings)))
+    run.validate(task(kind="llama"), loader("llama"), verbose=False)
+    run.save_checkpoint(tmp_path / "early.ckpt")
+    loaded = lightning_peft.load_from_checkpoint(task_class(ROOTS[0]), tmp_path / "early.ckpt")
+    assert engine.lacks_data(loaded)
+
+
 def test_what_it_cannot_do_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_peft.engine.eva._MOST_BATCHES", 8)
     with pytest.raises(UnsupportedError, match=r"training data of a Trainer(.|\n)*pass `batches`"):
@@ -256,6 +344,15 @@ def test_what_it_cannot_do_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="has no batches"):
         lightning_peft.inject(model := build("llama"), residual("corda"), batches=[])
     assert engine.record_of(model) is None
+    data = [{"input_ids": torch.ones(1, 4, dtype=torch.long)}]
+    with pytest.raises(ConfigError, match="one number with a gradient"):
+        lightning_peft.inject(model, residual("lora_ga"), batches=data, step=lambda *_: None)
+    wrapped = get_peft_model(build("llama"), engine.as_peft_config(SETTINGS))
+    with pytest.raises(ConfigError, match="put the adapters into the module already"):
+        lightning_peft.inject(wrapped, SETTINGS, batches=data)
+    halves = residual("corda")["corda_config"] | {"use_float16_for_covariance": True}
+    with pytest.raises(ConfigError, match="use_float16_for_covariance: leave it out"):
+        lightning_peft.inject(model, {**residual("corda"), "corda_config": halves}, batches=data)
     with pytest.raises(UnsupportedError, match="the layers are quantized before"):
         fitted(tmp_path, method="qlora", settings=residual("corda"))
     few = {**SETTINGS, "r": 64, "lora_alpha": 64}

@@ -15,7 +15,7 @@ from lightning.fabric import Fabric
 from torch import nn
 
 import lightning_peft
-from lightning_peft.errors import CheckpointError, ConfigError, LifecycleError
+from lightning_peft.errors import BaseMismatchError, CheckpointError, ConfigError, LifecycleError
 
 HERE = Path(__file__).parent
 
@@ -67,6 +67,34 @@ def test_the_file_resumes_in_this_process_and_holds_no_base(fabric, tmp_path):
     assert saved == {"step": 2}
     assert train(fabric, again, optimizer, 3, 6) == whole[3:]
     assert equal(module.state_dict(), again.state_dict())
+
+
+@pytest.mark.parametrize("init", ["eva", "corda"])
+def test_adapters_made_from_batches_come_from_the_file(init, fabric, tmp_path):
+    def net():
+        torch.manual_seed(4)
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    draw = torch.Generator().manual_seed(1)
+    data = [torch.randn(32, 6, generator=draw) for _ in range(40)]
+    config = {"peft_type": "LORA", "init_lora_weights": init, "r": 2}
+    config["target_modules"] = ["0", "2"]
+    if init == "corda":
+        config["corda_config"] = {"corda_method": "kpm"}
+    module = net()
+    lightning_peft.inject(module, config, batches=data)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.05)
+    module, optimizer = fabric.setup(module, optimizer)
+    whole = train(fabric, module, optimizer, 0, 6, tmp_path)
+    path, again = tmp_path / "middle.ckpt", net()
+    lightning_peft.load_fabric_checkpoint(fabric, path, again)
+    again, optimizer = fabric.setup(again, torch.optim.AdamW(again.parameters(), lr=0.05))
+    lightning_peft.load_fabric_checkpoint(fabric, path, again, optimizer)
+    assert train(fabric, again, optimizer, 3, 6) == whole[3:]
+    other = net()
+    lightning_peft.inject(other, config, batches=[5 * x[:, [0, 0, 0, 0, 0, 1]] for x in data])
+    with pytest.raises((BaseMismatchError, CheckpointError), match="load it onto a new module"):
+        lightning_peft.load_fabric_checkpoint(fabric, path, other)
 
 
 def test_values_that_could_not_be_loaded_are_refused_before_anything_is_written(fabric, tmp_path):

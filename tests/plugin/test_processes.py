@@ -157,6 +157,10 @@ def test_resume_is_exact_in_both_processes(ranks):
 def test_processes_start_from_the_same_data(ranks):
     first, second = (rank["made from data"] for rank in ranks)
     assert not differing(first, second)
+    for first, second in zip(*(rank["made by inject"] for rank in ranks), strict=True):
+        assert not differing(first, second)
+    for rank in ranks:
+        assert "has no batches in one of the processes" in rank["made from none"]
 
 
 def test_gradient_checkpointing_changes_no_number_in_two_processes(ranks):

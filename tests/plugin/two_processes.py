@@ -179,6 +179,20 @@ def fit_guided(folder, rank, sharding=None):
     return found
 
 
+def made_by_inject(init, rank, counts=(3, 2)):
+    """Returns the weights that ``inject`` makes from other batches, and fewer, in each process."""
+    torch.manual_seed(3)
+    module = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+    config = {"peft_type": "LORA", "init_lora_weights": init, "r": 1, "target_modules": ["0", "2"]}
+    draw = torch.Generator().manual_seed(rank)
+    batches = [torch.randn(300, 6, generator=draw) for _ in range(counts[rank])]
+    try:
+        inject(module, config, batches=batches, step=lambda net, x: net(x).pow(2).sum())
+    except LightningPeftError as error:
+        return str(error)
+    return module.state_dict()
+
+
 def left_out(rank):
     """Returns the weights that are left out by default of a layer whose bias differs."""
     body, guide = torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.nn.Linear(4, 4)
@@ -261,6 +275,8 @@ def main(folder: Path) -> None:
     config = {"peft_type": "LORA", "init_lora_weights": "eva", "r": 2, "target_modules": ["q_proj"]}
     _, made = fit(folder, strategy("lora", ROOT, r=16, peft_config=config), max_steps=1)
     seen["made from data"] = weights(made)
+    seen["made by inject"] = [made_by_inject(init, rank) for init in ("corda", "lora_ga")]
+    seen["made from none"] = made_by_inject("lora_ga", rank, (3, 0))
 
     seen["kept"], seen["checkpointed"] = (fit_residuals(folder, on) for on in (False, True))
 

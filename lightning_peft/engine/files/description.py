@@ -19,6 +19,7 @@ from lightning_peft.engine.injection import EXPERTS, inject_config
 from lightning_peft.engine.inner_adapters import adopt_inner_adapters
 from lightning_peft.engine.layers.attention import projection_scale, scale_problem
 from lightning_peft.engine.layers.expert_weights import parameter_name
+from lightning_peft.engine.methods.lora_config import needs_data
 from lightning_peft.engine.primitives import to_primitives
 from lightning_peft.engine.record import (
     AdaptedModuleRecord,
@@ -76,6 +77,7 @@ def _describe_part(part: AdaptedModuleRecord, module: nn.Module) -> dict[str, An
                 "rows": to_primitives(info.rows),
                 "projection_scale": projection_scale(module, info.targets),
                 "initial": recorded_initial(info),
+                "needs_data": info.needs_data,
             }
             for name, info in part.adapters.items()
         },
@@ -118,12 +120,24 @@ def check_description(module: nn.Module, described: Mapping[str, Any]) -> None:
             "The checkpoint was written with other adapters than the module has now:"
             + itemize(problems)
             + "\nUse the settings of the run that wrote it."
+            + _advice_on_batches(record)
         )
     for name, part in record.parts.items():
         replaced = described["parts"][name].get("replaced")
         if replaced:
             include_in_files(module, part, replaced)
-        _check_base(part, described["parts"][name])
+        _check_base(part, described["parts"][name], _advice_on_batches(record))
+
+
+def _advice_on_batches(record: Record) -> str:
+    adapters = (info for part in record.parts.values() for info in part.adapters.values())
+    if not any(needs_data(info.config) for info in adapters):
+        return ""
+    return (
+        "\nThe adapters were made from batches already. The file has what they were made to: load "
+        "it onto a new module, with load_fabric_checkpoint before there are adapters and an "
+        "optimizer, else with load_from_checkpoint or fit(new_module, ckpt_path=path)."
+    )
 
 
 def _part_problems(record: Record, described: Mapping[str, Any]) -> list[str]:
@@ -157,6 +171,11 @@ def _part_problems(record: Record, described: Mapping[str, Any]) -> list[str]:
             for side, opposite in (("checkpoint", "module"), ("module", "checkpoint")):
                 alone = [name for name in targets[side] if name not in set(targets[opposite])]
                 problems += [f"{where}: layer {n!r} is adapted in the {side} only" for n in alone]
+            if info.needs_data != saved.get("needs_data", False):
+                side = "checkpoint" if info.needs_data else "module"
+                problems.append(
+                    f"{where}: adapter {adapter!r} has its first values in the {side} only"
+                )
             rows = to_primitives(info.rows)
             if rows != saved.get("rows", {}):
                 problems.append(
@@ -192,7 +211,7 @@ def _without_experts(settings: Mapping[str, Any] | None) -> dict[str, Any] | Non
     return {name: value for name, value in kept.items() if name not in arguments or value}
 
 
-def _check_base(part: AdaptedModuleRecord, described: Mapping[str, Any]) -> None:
+def _check_base(part: AdaptedModuleRecord, described: Mapping[str, Any], advice: str) -> None:
     where = part.name or "the module"
     if part.base.digest() != described["base_digest"]:
         since = sorted(set(part.replaced).difference(described.get("replaced", ())))
@@ -227,8 +246,11 @@ def _check_base(part: AdaptedModuleRecord, described: Mapping[str, Any]) -> None
                 f"The initialisation of the adapter on {where} rewrote the base in another way "
                 "than in the run that wrote the checkpoint:"
                 + itemize(found, 5)
-                + "\nUse an initialisation without randomness (init_lora_weights='pissa' instead "
-                "of 'pissa_niter_N'), or call seed_everything with the seed of that run."
+                + (
+                    advice
+                    or "\nUse an initialisation without randomness (init_lora_weights='pissa' "
+                    "instead of 'pissa_niter_N'), or call seed_everything with that run's seed."
+                )
             )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -138,6 +138,23 @@ class AdapterLayer(LayerMixin):
         for name in self.effective_adapters():
             total = total + self.delta_weight(name, base)
         return total.to(weight.dtype)
+
+    def weight_as_now(
+        self, compute: Callable[[], Tensor]
+    ) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        """Returns ``compute`` with the adapters that run now, and the tensors of these."""
+        names = tuple(self.effective_adapters())
+
+        def computed() -> Tensor:
+            # A backward pass may come where others run. Merged ones are in the weight by then.
+            before = self.active_adapters, self.disable_adapters
+            self.active_adapters, self.disable_adapters = names, False
+            try:
+                return compute()
+            finally:
+                self.active_adapters, self.disable_adapters = before
+
+        return computed, [x for name in names for x in self.adapter_tensors(name).values()]
 
     def summed_delta(self, weight: Tensor, names: Sequence[str]) -> Tensor:
         """The sum of what the adapters ``names`` add to ``weight``, on its device."""

@@ -74,8 +74,8 @@ class LayerMixin(DynamicMixin):
             # The compiler knows no tensors that are not there yet; it drops what is not used.
             return self.effective_weight()
         shape, dtype = self.weight_info()
-        view = partial(WeightView, self.effective_weight, shape, dtype, stored)
-        return with_gradient(view, self.parameters())  # type: ignore[attr-defined]
+        compute, sources = self.weight_as_now(self.effective_weight)
+        return with_gradient(partial(WeightView, compute, shape, dtype, stored), [stored, *sources])
 
     def register_parameter(self, name: str, param: Any) -> None:
         """Registers a parameter, unless it stands for the weight or bias from now on."""
@@ -95,6 +95,12 @@ class LayerMixin(DynamicMixin):
             f"quantized layers ({type(self).__name__}). Call lightning_peft.merge and unload "
             "first, or trace: to_torchscript(method='trace', example_inputs=...)."
         )
+
+    def weight_as_now(
+        self, compute: Callable[[], Tensor]
+    ) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        """Returns ``compute`` with the adapters that run now, and what trains of these."""
+        return compute, []
 
     def stored_weight(self) -> Any:
         """The stored weight as the layer's backend takes it; ``None`` where there is none."""

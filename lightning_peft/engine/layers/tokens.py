@@ -6,7 +6,7 @@ looked up, and the outputs that belong to trained rows, are exchanged: the same 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -185,6 +185,12 @@ class TiedRows(_WithRows):
     def weight_is_stored(self) -> bool:
         """Whether no adapter changes what the weight does."""
         return super().weight_is_stored() and not self.token_layer.effective_adapters()
+
+    def weight_as_now(
+        self, compute: Callable[[], Tensor]
+    ) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        """As of the layer that holds the rows."""
+        return self.token_layer.weight_as_now(compute)
 
     def effective_weight(self) -> Tensor:
         """Returns the weight with the rows of the running adapters."""

@@ -95,8 +95,13 @@ def _init_problems(fields: Mapping[str, Any]) -> list[str]:
     if init == "corda":
         given = fields.get("corda_config")
         settings = given if isinstance(given, Mapping) else vars(given or object)
-        files = [name for name in ("cache_file", "covariance_file") if settings.get(name)]
-        return [f"corda_config with {', '.join(files)}: leave files out" for _ in files[:1]]
+        names = ("cache_file", "covariance_file", "use_float16_for_covariance")
+        given = [name for name in names if settings.get(name)]
+        return [
+            f"corda_config with {', '.join(given)}: leave it out, since the covariances are made "
+            "from the training data, in float32"
+            for _ in given[:1]
+        ]
     return _loftq_problems(fields) if init == "loftq" else []
 
 

@@ -231,10 +231,11 @@ def _check_additional_adapter(entry: AdaptedModuleRecord, request: InjectionRequ
             "one set of base weights for all adapters, so another one would run with weights that "
             "it was not trained with."
         )
-    if entry.changed_base is not None or changes_base(config):
+    if any(map(changes_base, (config, *(other.config for other in others)))):
         raise UnsupportedError(
-            "An initialisation that rewrites the base (pissa, olora, loftq) is supported for the "
-            "only adapter of a part: the others would run on a base that they were not made for."
+            "An initialisation that rewrites the base (pissa, olora, corda, loftq, lora_ga) is "
+            "supported for the only adapter of a part: the others would run on a base that they "
+            "were not made for."
         )
 
 
