@@ -331,6 +331,11 @@ def test_a_checkpoint_from_before_the_first_batch_has_no_values(init, tmp_path):
     run.save_checkpoint(tmp_path / "early.ckpt")
     loaded = lightning_peft.load_from_checkpoint(task_class(ROOTS[0]), tmp_path / "early.ckpt")
     assert engine.lacks_data(loaded)
+    if init == "corda":
+        with pytest.raises(
+            UnsupportedError, match="corda, loftq, lora_ga. is supported for the only"
+        ):
+            lightning_peft.inject(loaded, r=2, target_modules=["q_proj"], adapter_name="second")
 
 
 def test_what_it_cannot_do_is_refused(tmp_path, monkeypatch):

@@ -58,10 +58,10 @@ class Watch:
         self.before: list[Any] = []
         self.merge = engine.merge_and_restart
 
-    def __call__(self, module: torch.nn.Module, seed: int) -> Any:
+    def __call__(self, module: torch.nn.Module, *given) -> Any:
         base = {n: p.clone() for n, p in module.named_parameters() if n.endswith("weight")}
         expected = outputs(module)
-        report = self.merge(module, seed)
+        report = self.merge(module, *given)
         self.before.append((expected, outputs(module), base, copy.deepcopy(factors(module))))
         return report
 
