@@ -26,7 +26,7 @@ from gradio_app.texts import LANGUAGES, Texts
 from lightning_peft.demo.real_base import SMOLLM2_PLACE, absence_of_smollm2
 from lightning_peft.runs.status import Status, write_json
 from tests.app.browsing import DESKTOP, PHONE, assert_readable, not_german, screenshot, violations
-from tests.app.runs import erase_runs, queued, recipe, settings
+from tests.app.runs import erase_runs, queued, recipe, settings, until
 from tests.app.test_store import written
 
 HOSTILE = '<img src=x onerror="window.hacked=1">'
@@ -105,6 +105,8 @@ def test_the_line_is_put_in_order_and_left(site, store, visit):
     for run in store.list("local"):
         if run.waiting:
             store.update_metadata(run, waiting=None)
+    # Before, there would be nothing to save.
+    until(lambda: store.get("local", first.id).status.state == "running")
     page.get_by_role("button", name="Stop & save").click()
     page.get_by_role("status").get_by_text(re.compile(r"Stopped at step \d+")).wait_for()
     assert store.get("local", first.id).can_resume

@@ -186,6 +186,8 @@ def test_a_sweep_is_followed_stopped_and_resumed(visit, site, store):
     assert_readable(page)
     page.set_viewport_size(PHONE)
     assert overflow(page) <= 0
+    # Its process ends after it has written the result.
+    until(lambda: not store.get("local", run.id).active)
     store.delete("local", run.id)
 
 
