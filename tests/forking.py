@@ -41,7 +41,8 @@ def main() -> None:
 
 
 def become(job: dict[str, Any]) -> None:
-    """Goes on as a program with an environment and streams of its own."""
+    """Goes on as a program with an environment, streams and a process group of its own."""
+    os.setsid()
     os.environ.clear()
     os.environ.update(job["environment"])
     os.chdir(job["folder"])

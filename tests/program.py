@@ -7,6 +7,7 @@ another order of its sets, and what libraries read of the environment when they 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -41,7 +42,8 @@ for number in range(1, {ranks}):
         rank, others = number, []
         break
 if {ranks}:
-    os.environ["LOCAL_RANK"] = str(rank)
+    from lightning_utilities.core.rank_zero import rank_zero_only
+    os.environ["LOCAL_RANK"], rank_zero_only.rank = str(rank), rank
 runpy.run_path(sys.argv[0], run_name="__main__")
 for other in others:
     if os.waitpid(other, 0)[1]:
@@ -120,6 +122,7 @@ class Program:
                 stdin=asked.open(),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
+                start_new_session=True,
             )
         self._end_last()
         streams = [self._folder / f"{self._count}.{name}" for name in ("out", "err")]
@@ -131,12 +134,17 @@ class Program:
         return self._last
 
     def run(self, folder: Path, *words: str, **given: Any) -> tuple[int, str, str]:
-        """Runs it to its end, and returns its exit code, output and errors."""
+        """Runs it to its end, and returns its exit code, output and errors.
+
+        What it started and has left, such as other ranks, is ended.
+        """
         process = self.start(folder, *words, **given)
         try:
             out, err = process.communicate()
         finally:
             process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         return process.returncode, out, err
 
     def succeed(self, folder: Path, *words: str, **given: Any) -> str:
@@ -146,7 +154,11 @@ class Program:
         return out
 
     def run_script(self, folder: Path, script: Path, *words: str, ranks: int = 0) -> str:
-        """Runs a script of tests in a folder, as so many ranks, and returns its output."""
+        """Runs a script of tests in a folder, as so many ranks, and returns its output.
+
+        Ranks are forked from one process, and share the seed of their hashes: with 0, Lightning
+        starts the others as for a user, each with an order of its sets of its own.
+        """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

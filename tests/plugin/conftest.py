@@ -42,15 +42,20 @@ def said() -> Iterator[list[str]]:
 
 
 @pytest.fixture
-def run_processes(program: Any) -> Callable[..., list[Any]]:
-    """Runs a script as so many ranks, and returns the findings of each."""
+def run_processes(program: Any, request: pytest.FixtureRequest) -> Callable[..., list[Any]]:
+    """Runs a script as so many ranks, and returns the findings of each.
+
+    In long tests Lightning starts the others; by default they are forked, which takes less time,
+    and have one order of their sets: that ranks agree in spite of it is shown by the long ones.
+    """
+    long = request.node.get_closest_marker("long") is not None
 
     def run(
         folder: Path, count: int, *cases: str, script: str = "two_sharded_processes.py"
     ) -> list[Any]:
-        program.run_script(
-            folder, Path(__file__).with_name(script), str(folder), str(count), *cases, ranks=count
-        )
+        words = [str(folder), str(count), *cases]
+        ranks = 0 if long else count
+        program.run_script(folder, Path(__file__).with_name(script), *words, ranks=ranks)
         return [torch.load(folder / f"rank{rank}.pt") for rank in range(count)]
 
     return run
