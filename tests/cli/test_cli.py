@@ -57,9 +57,11 @@ def test_no_command_or_a_wrong_one_is_bad_input(capsys, refused):
     assert capsys.readouterr().out.startswith("lightning-peft 0")
 
 
-def test_a_wrong_option_and_a_wrong_value_are_named(refused):
+def test_a_wrong_option_and_a_wrong_value_are_named(refused, tmp_path):
     assert "there is no option --methd; near names: --method" in refused("demo", "--methd", "lora")
     assert "dora" in refused("demo", "--method", "dora")
+    (tmp_path / "demo.yaml").write_text("method: vera\n")
+    assert "vera" in refused("demo", "--config", tmp_path / "demo.yaml")
     order = "there is no option --output: write ADAPTER OUTPUT in this order, without names"
     assert order in refused("merge", "a", "--output", "b")
 
@@ -112,21 +114,20 @@ def test_the_demo_runs_and_tunes(new_process, tmp_path):
     assert_the_demo_tuned(tmp_path / "demo-output", done.stdout, "qlora", 12)
 
 
-LONG = pytest.mark.long
-
-
 @pytest.mark.usefixtures("few_rows")
 @pytest.mark.parametrize(
-    "method", ["qlora", pytest.param("lora", marks=LONG), pytest.param("full", marks=LONG)]
+    "method", [None, *(pytest.param(name, marks=pytest.mark.long) for name in ("lora", "full"))]
 )
 def test_the_demo_takes_arguments_from_a_file(tmp_path, monkeypatch, capsys, method):
+    """By default those of the model and the steps: its own are the method and the folder."""
     monkeypatch.setenv("COLUMNS", "100")
-    settings = f"model: toy\nmethod: {method}\nsteps: 2\noutput: elsewhere\n"
-    (tmp_path / "demo.yaml").write_text(settings)
+    settings = f"method: {method}\noutput: elsewhere\n" if method else ""
+    (tmp_path / "demo.yaml").write_text(f"model: toy\nsteps: 2\n{settings}")
     assert main(["demo", "--config", "demo.yaml", "--steps", "12", "--seed", "3"]) == 0
-    assert_the_demo_tuned(tmp_path / "elsewhere", capsys.readouterr().out, method, 12)
+    folder = tmp_path / ("elsewhere" if method else "demo-output")
+    assert_the_demo_tuned(folder, capsys.readouterr().out, method or "qlora", 12)
     if method == "lora":
-        assert_plain_peft_reads(tmp_path / "elsewhere" / "checkpoints" / "adapters" / "demo")
+        assert_plain_peft_reads(folder / "checkpoints" / "adapters" / "demo")
 
 
 def assert_plain_peft_reads(folder):

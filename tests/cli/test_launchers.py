@@ -116,6 +116,14 @@ def launched(tmp_path):
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
         process.wait(timeout=60)
+    # For a test that hangs, and is ended by pytest.
+    print(errors(tmp_path))
+
+
+def errors(folder):
+    """Returns the end of what each command wrote to its error output."""
+    files = sorted(folder.glob("*.err"))
+    return "\n".join(f"{path.name}: {path.read_text()[-4000:]}" for path in files)
 
 
 def family(process):
@@ -128,8 +136,7 @@ def family(process):
 
 def ends(process, folder, code=0):
     process.wait()
-    errors = "\n".join(path.read_text()[-4000:] for path in sorted(folder.glob("*.err")))
-    assert process.returncode == code, errors
+    assert process.returncode == code, errors(folder)
 
 
 def torchrun(*options):
@@ -205,9 +212,9 @@ def test_a_killed_rank_is_started_again_by_torchrun(launched, tmp_path):
 def test_restarts_that_could_not_continue_are_refused(launched, tmp_path):
     words = torchrun("--standalone", "--nproc-per-node=2", "--max-restarts=1")
     ends(launched(*words, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="0"), tmp_path, code=1)
-    errors = (tmp_path / "0.err").read_text()
-    assert "--max-restarts could not continue the run:\n  - there is no --run_dir" in errors
-    assert "\n  - torchrun keeps the addresses of processes that are gone" in errors
+    said = (tmp_path / "0.err").read_text()
+    assert "--max-restarts could not continue the run:\n  - there is no --run_dir" in said
+    assert "\n  - torchrun keeps the addresses of processes that are gone" in said
     assert not (tmp_path / "runs").exists()
 
 

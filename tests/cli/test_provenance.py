@@ -94,10 +94,11 @@ def test_a_checkpoint_is_evaluated_and_predicts(trained, program):
     """The recipe that a run leaves is a config like any other."""
     run = RunFolder(trained / "runs" / "one")
     again = [f"--config={run.recipe}", f"--ckpt_path={run.checkpoints / 'best.ckpt'}"]
-    out = program.succeed(trained, "validate", *again, "--run_dir=validated", "--json")
+    out = program.succeed(trained, "validate", *again, "--json")
     after = json.loads(run.result.read_text())["after"]
     assert json.loads(out)["after"] == pytest.approx(after)
-    folder = RunFolder(trained / "validated")
+    (path,) = (trained / "runs").glob("*-validate-*")
+    folder = RunFolder(path)
     assert "lightning_peft" in folder.recipe.read_text()
     assert folder.status.kind == "validate"
     assert folder.status.state == "finished"

@@ -13,11 +13,6 @@ from lightning_peft.runs.folder import RunFolder
 RECIPES = [name for name in recipe_files() if not name.startswith("small/") and name != "forkme"]
 
 
-def run_folder(folder, kind=""):
-    (found,) = [path for path in (folder / "runs").iterdir() if f"-{kind}" in path.name]
-    return RunFolder(found)
-
-
 def test_all_recipes_are_tested():
     assert sorted(name for file in TASKS for name in recipes_of(file)) == sorted(RECIPES)
     here = Path(__file__).parent
@@ -40,7 +35,8 @@ def test_bad_input_is_named_and_costs_nothing(word, refused, tmp_path, monkeypat
     assert WRONG[word] in refused("fit", "--config=sft-lora", "--config=small/sft", word)
     assert not list(tmp_path.rglob("*.ckpt"))
     if "nowhere.jsonl" in word:
-        folder = run_folder(tmp_path)
+        (path,) = (tmp_path / "runs").iterdir()
+        folder = RunFolder(path)
         assert folder.status.state == "failed"
         assert WRONG[word] in json.loads(folder.error.read_text())["message"]
 
