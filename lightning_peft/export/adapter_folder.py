@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from lightning_peft import engine
-from lightning_peft.export.adapters import CONFIG, PROVENANCE, WEIGHTS
+from lightning_peft.export.adapters import CONFIG, PROVENANCE
 from lightning_peft.export.base import license_of
 from lightning_peft.export.card import adapter_card, public
+from lightning_peft.export.loading_code import WEIGHTS
 from lightning_peft.export.output import write_json
 from lightning_peft.export.request import ExportRequest
 from lightning_peft.model_reference import written_reference

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError, itemize
+from lightning_peft.export.loading_code import merged_layers
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 PROVENANCE = "provenance.json"
-_BASE_WEIGHT = ".base_layer.weight"
 # What the model without an adapter is called among them.
 BASE = "base"
 # Where a run keeps the adapters of its checkpoints.
@@ -86,30 +83,6 @@ class Adapter:
         """Values for variables of the chat template that it was trained with."""
         variables = self.encoding.get("chat_template_kwargs")
         return variables if isinstance(variables, dict) else {}
-
-
-def keys_in(folder: Path) -> list[str]:
-    """Returns the names of the tensors in an adapter's file, without PEFT's prefix.
-
-    Empty where it cannot be read: loading the adapter says what is wrong with it.
-    """
-    with suppress(OSError, SafetensorError), safe_open(folder / WEIGHTS, framework="pt") as opened:
-        return [key.removeprefix("base_model.model.") for key in opened.keys()]  # noqa: SIM118
-    return []
-
-
-def merged_layers(folder: Path) -> list[str]:
-    """Returns the layers into which adapters were merged in training: their weights are there.
-
-    Not embeddings, whose weights are in the file of a vocabulary that was resized too.
-    """
-    keys = keys_in(folder)
-    layers = {key.removesuffix(".lora_A.weight") for key in keys}
-    return [
-        name
-        for key in keys
-        if key.endswith(_BASE_WEIGHT) and (name := key.removesuffix(_BASE_WEIGHT)) in layers
-    ]
 
 
 def find_adapter(path: str) -> Adapter:

@@ -19,8 +19,9 @@ from transformers.models.auto.modeling_auto import (
 
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError, UnsupportedError, first_line
-from lightning_peft.export.adapters import Adapter, keys_in
+from lightning_peft.export.adapters import Adapter
 from lightning_peft.export.base import Base
+from lightning_peft.export.loading_code import keys_in
 
 log = logging.getLogger(__name__)
 

@@ -9,10 +9,11 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from lightning_peft.export.adapters import merged_layers
 from lightning_peft.model_reference import written_reference
 from lightning_peft.task_registry import TASKS, TaskSpec
 
+WEIGHTS = "adapter_model.safetensors"
+_BASE_WEIGHT = ".base_layer.weight"
 # Last layers of the classification heads of transformers.
 _HEADS = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight")
 _READER = "AutoTokenizer"
@@ -122,7 +123,7 @@ def _task_of_data(facts: Mapping[str, Any]) -> TaskSpec | None:
 
 def labels_of(folder: Path) -> int | None:
     """Returns the rows of the classification head in an adapter folder; ``None`` without one."""
-    file = folder / "adapter_model.safetensors"
+    file = folder / WEIGHTS
     if not file.is_file():
         return None
     # Loading the adapter says what is wrong with it.
@@ -131,6 +132,33 @@ def labels_of(folder: Path) -> int | None:
             if name.endswith(_HEADS):
                 return int(weights.get_slice(name).get_shape()[0])
     return None
+
+
+def keys_in(folder: Path) -> list[str]:
+    """Returns the names of the tensors in an adapter's file, without PEFT's prefix.
+
+    Empty where it cannot be read: loading the adapter says what is wrong with it.
+    """
+    with (
+        suppress(OSError, SafetensorError),
+        safe_open(folder / WEIGHTS, framework="numpy") as opened,
+    ):
+        return [key.removeprefix("base_model.model.") for key in opened.keys()]  # noqa: SIM118
+    return []
+
+
+def merged_layers(folder: Path) -> list[str]:
+    """Returns the layers into which adapters were merged in training: their weights are there.
+
+    Not embeddings, whose weights are in the file of a vocabulary that was resized too.
+    """
+    keys = keys_in(folder)
+    layers = {key.removesuffix(".lora_A.weight") for key in keys}
+    return [
+        name
+        for key in keys
+        if key.endswith(_BASE_WEIGHT) and (name := key.removesuffix(_BASE_WEIGHT)) in layers
+    ]
 
 
 def _is_texts(value: object) -> bool:
