@@ -75,7 +75,7 @@ def compiled_late() -> Iterator[None]:
         compiled = functools.cache(lambda: compile(model, **options))
         return functools.wraps(model)(lambda *args, **kwargs: compiled()(*args, **kwargs))
 
-    torch.compile = late  # type: ignore[assignment]
+    torch.compile = late
     try:
         yield
     finally:

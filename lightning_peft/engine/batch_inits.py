@@ -106,10 +106,10 @@ def _gradients(
     for batch in _agreed(some, lambda: False, processes):
         loss = run(batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            found = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else "no tensor"
+            kind = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else "no tensor"
             raise ConfigError(
                 f"init_lora_weights='lora_ga': the loss of a batch is {type(loss).__name__}, "
-                f"{found}. `step` or the training_step has to return one number with a gradient."
+                f"{kind}. `step` or the training_step has to return one number with a gradient."
             )
         loss.backward()
         count += 1

@@ -100,5 +100,6 @@ def division_in(state: dict[str, Any] | None, accumulate: int) -> int:
     1 where the user has given the smaller batches since, of which ``accumulate`` are a step.
     """
     saved = (state or {}).get("smaller_batches")
-    matches = saved and accumulate * saved["division"] == saved["accumulate"]
-    return int(saved["division"]) if matches else 1
+    if not saved or accumulate * saved["division"] != saved["accumulate"]:
+        return 1
+    return int(saved["division"])

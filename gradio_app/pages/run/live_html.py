@@ -244,7 +244,9 @@ def prompt_turns(
             continue
         # A short question occurs in others: what explains most of the prompt is taken.
         best = max(best, [(role, text.strip()) for role, text, _ in turns], key=_length)
-    return [(role, shortened_cell(text)) for role, text in best or [(None, prompt)]]
+    if not best:
+        return [(None, shortened_cell(prompt))]
+    return [(role, shortened_cell(text)) for role, text in best]
 
 
 def _length(turns: Sequence[tuple[str, str]]) -> int:

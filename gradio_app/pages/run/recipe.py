@@ -121,8 +121,9 @@ def data_facts(data: object) -> list[str]:
     if not isinstance(data, dict):
         return []
     known = [(key, one) for key, one in data.items() if one and isinstance(one, (str, int, float))]
-    facts = [f"{key} {one}" for key, one in known if key != "class"] or [one for _, one in known]
-    return [", ".join(map(str, facts))] if facts else []
+    facts = [f"{key} {one}" for key, one in known if key != "class"]
+    facts = facts or [str(one) for _, one in known]
+    return [", ".join(facts)] if facts else []
 
 
 def _machine(hardware: object) -> str:

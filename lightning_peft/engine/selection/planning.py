@@ -231,7 +231,7 @@ def _check_additional_adapter(entry: AdaptedModuleRecord, request: InjectionRequ
             "one set of base weights for all adapters, so another one would run with weights that "
             "it was not trained with."
         )
-    if any(map(changes_base, (config, *(other.config for other in others)))):
+    if changes_base(config) or any(changes_base(other.config) for other in others):
         raise UnsupportedError(
             "An initialisation that rewrites the base (pissa, olora, corda, loftq, lora_ga) is "
             "supported for the only adapter of a part: the others would run on a base that they "
