@@ -30,7 +30,8 @@ from lightning_peft.runs.log import logged_to
 from lightning_peft.runs.status import StatusFile
 from lightning_peft.sweeps.record import recorded
 
-assert "torch" not in sys.modules, "each run would take seconds until it starts"
+if __name__ == "__main__":
+    assert "torch" not in sys.modules, "each run would take seconds until it starts"
 
 QUESTION = "What colour is the sky?"
 
