@@ -18,13 +18,13 @@ from .backends.registry import quantization_to_dict as quantization_to_dict
 from .backends.registry import recorded_backend as recorded_backend
 from .backends.registry import register_backend as register_backend
 from .backends.registry import workspace_bytes as workspace_bytes
+from .batch_initialization import initialize_from_batches as initialize_from_batches
+from .batch_initialization import lacks_data as lacks_data
+from .batch_initialization import restore_from_batches as restore_from_batches
 from .configuration import as_peft_config as as_peft_config
 from .configuration import config_differences as config_differences
 from .configuration import config_to_dict as config_to_dict
 from .configuration import lora_config as lora_config
-from .eva import initialize_from_batches as initialize_from_batches
-from .eva import lacks_data as lacks_data
-from .eva import restore_from_batches as restore_from_batches
 from .files.adapter_checks import experts_were_dense as experts_were_dense
 from .files.adapter_files import packed_adapters as packed_adapters
 from .files.adapter_files import save_adapter as save_adapter

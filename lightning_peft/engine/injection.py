@@ -20,8 +20,8 @@ from lightning_peft.compat.transformers import origin_of
 from lightning_peft.engine.adapters import activate, adapted_layers, adapter_file_tensors
 from lightning_peft.engine.backends.conversion import adopt_prequantized, release_freed_memory
 from lightning_peft.engine.backends.registry import is_quantized, quantization_to_dict
+from lightning_peft.engine.batch_initialization import check_batches, initialize_from_batches
 from lightning_peft.engine.configuration import as_peft_config, config_to_dict, lora_config
-from lightning_peft.engine.eva import check_batches, initialize_from_batches
 from lightning_peft.engine.files.adapter_files import replace_save_pretrained
 from lightning_peft.engine.files.base_tensors import include_in_files
 from lightning_peft.engine.files.excluded_weights import agree_on_excluded, note_excluded

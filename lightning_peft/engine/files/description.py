@@ -10,9 +10,8 @@ from torch import nn
 
 from lightning_peft.engine.adapters import all_adapter_parameters, set_adapter
 from lightning_peft.engine.backends.registry import backend_for, backends, quantization_from_dict
-from lightning_peft.engine.batch_inits import recorded_initial
+from lightning_peft.engine.batch_initialization import restore_from_batches
 from lightning_peft.engine.configuration import config_differences, config_from_dict
-from lightning_peft.engine.eva import restore_from_batches
 from lightning_peft.engine.files.adapter_checks import stored_as
 from lightning_peft.engine.files.base_tensors import include_in_files
 from lightning_peft.engine.injection import EXPERTS, inject_config
@@ -28,6 +27,7 @@ from lightning_peft.engine.record import (
     require_record,
     set_record,
 )
+from lightning_peft.engine.residual_inits import recorded_initial
 from lightning_peft.engine.selection.planning import InjectionRequest
 from lightning_peft.engine.vocabulary import resized_as_recorded, vocabulary_mismatch
 from lightning_peft.errors import (

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch.nn.utils import skip_init
 
 from lightning_peft.compat.peft import CordaEigens, Linear, collect_eigens_for_layer
 from lightning_peft.engine.adapters import adapter_file_tensors
+from lightning_peft.engine.batches import Batches, layer_rows, token_mask
 from lightning_peft.engine.fingerprint import stored_fingerprint
 from lightning_peft.engine.gathering import from_first, gathered
 from lightning_peft.engine.layers.kinds import as_rows, from_rows
@@ -34,28 +34,22 @@ _TOKENS_PER_INPUT = 128
 # Of whose gradients LoRA-GA takes the mean.
 _GRADIENT_BATCHES = 8
 
-Rows = Callable[[Any, Tensor | None, str], Tensor]
-Mask = Callable[[Any], Tensor | None]
 _END: Any = object()
 
 
-def _agreed(batches: Iterable[Any], is_enough: Callable[[], bool], processes: int) -> Iterator[Any]:
+def _agreed(batches: Batches, is_enough: Callable[[int], bool]) -> Iterator[Any]:
     """Batches, until the first process has enough or one has no more: as many in each."""
-    own = iter(batches)
-    while not from_first(is_enough(), processes):
+    own, count = iter(batches.make()), 0
+    while not from_first(is_enough(count), batches.processes):
         batch = next(own, _END)
-        if not all(gathered(batch is not _END, processes)):
+        if not all(gathered(batch is not _END, batches.processes)):
             return
+        count += 1
         yield batch
 
 
 def _covariances(
-    layers: Mapping[str, nn.Module],
-    batches: Iterable[Any],
-    run: Callable[[Any], Any],
-    rows: Rows,
-    mask: Mask,
-    processes: int,
+    layers: Mapping[str, nn.Module], batches: Batches
 ) -> tuple[dict[str, Tensor], int]:
     """The means of ``x^T x`` of what layers get, as PEFT takes them; and how many batches ran."""
     sums: dict[str, Tensor] = {}
@@ -63,7 +57,7 @@ def _covariances(
     kept: list[Tensor | None] = [None]
 
     def add(name: str, _: nn.Module, inputs: Any) -> None:
-        x = rows(inputs, kept[0], name).float()
+        x = layer_rows(inputs, kept[0]).float()
         if len(x):
             sums.setdefault(name, x.new_zeros(x.shape[1], x.shape[1]))
             if not x.any():
@@ -74,16 +68,17 @@ def _covariances(
             calls[name] += 1
             tokens[name] += len(x)
 
-    def is_enough() -> bool:
+    def is_enough(_: int) -> bool:
         enough = [tokens[name] >= _TOKENS_PER_INPUT * len(x) for name, x in sums.items()]
         return len(sums) == len(layers) and all(enough)
 
     hooks = [layer.register_forward_pre_hook(partial(add, name)) for name, layer in layers.items()]
     count = 0
     try:
-        for batch in _agreed(batches, is_enough, processes):
-            kept[0] = mask(batch)
-            run(batch)
+        for batch in _agreed(batches, is_enough):
+            kept[0] = token_mask(batch)
+            with torch.no_grad():
+                batches.run(batch)
             count += 1
     finally:
         for hook in hooks:
@@ -91,20 +86,14 @@ def _covariances(
     return {name: total.div_(max(1, calls[name])) for name, total in sums.items()}, count
 
 
-def _gradients(
-    layers: Mapping[str, nn.Module],
-    batches: Iterable[Any],
-    run: Callable[[Any], Any],
-    processes: int,
-) -> tuple[dict[str, Tensor], int]:
+def _gradients(layers: Mapping[str, nn.Module], batches: Batches) -> tuple[dict[str, Tensor], int]:
     """The mean gradients of the weights of ``layers``, as rows; and how many batches ran."""
     weights = {name: stored_parameter(layer, "weight") for name, layer in layers.items()}
     for weight in weights.values():
         weight.requires_grad_(True)
     count = 0
-    some = islice(batches, _GRADIENT_BATCHES)
-    for batch in _agreed(some, lambda: False, processes):
-        loss = run(batch)
+    for batch in _agreed(batches, lambda drawn: drawn == _GRADIENT_BATCHES):
+        loss = batches.run(batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             kind = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else "no tensor"
             raise ConfigError(
@@ -119,37 +108,23 @@ def _gradients(
     return found, count
 
 
-def factors_from_batches(
-    layers: Mapping[str, nn.Module],
-    config: LoraConfig,
-    batches: Callable[[], Iterable[Any]],
-    run: Callable[[Any], Any],
-    rows: Rows,
-    mask: Mask,
-    processes: int,
+def _factors_from_batches(
+    layers: Mapping[str, nn.Module], config: LoraConfig, batches: Batches
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
-    """``A`` and ``B`` of each layer, and how many batches ran.
+    """``A`` and ``B`` of each layer, those of the first process, and how many batches ran.
 
     Args:
         layers: Linear layers with dense weights, by name, whose adapters are switched off.
         config: With ``init_lora_weights`` ``"corda"`` or ``"lora_ga"``.
-        batches: Returns the batches of an epoch.
-        run: Returns the loss of a batch.
-        rows: Takes the rows that count out of a layer's input.
-        mask: Returns which tokens of a batch count.
-        processes: How many processes run this, each on batches of its own; the factors are those
-            of the first.
+        batches: The batches.
 
     Raises:
         ConfigError: If there are no batches, or no loss.
         UnsupportedError: If a layer is not called, or a decomposition has no numbers; in all
             processes, where it is so in one.
     """
-    if config.init_lora_weights == "corda":
-        found, count = _covariances(layers, batches(), torch.no_grad()(run), rows, mask, processes)
-    else:
-        found, count = _gradients(layers, batches(), run, processes)
-    init = config.init_lora_weights
+    init, processes = config.init_lora_weights, batches.processes
+    found, count = (_covariances if init == "corda" else _gradients)(layers, batches)
     if not count:
         raise ConfigError(
             f"init_lora_weights={init!r}: the training data has no batches"
@@ -201,8 +176,22 @@ def _factors(layer: Any, name: str, config: Any, data: Tensor) -> tuple[Tensor, 
     return a.float().cpu(), b.float().cpu()
 
 
-@torch.no_grad()
 def start_residual(
+    part: nn.Module, entry: AdaptedModuleRecord, name: str, config: Any, batches: Batches
+) -> Callable[[], str]:
+    """Runs the batches; returns what then changes adapter and base, and says how in a sentence."""
+    layers = {target: part.get_submodule(target) for target in entry.adapters[name].targets}
+    factors, count = _factors_from_batches(layers, config, batches)
+
+    def finish() -> str:
+        _take_off(part, entry, name, factors)
+        return f"{config.init_lora_weights}: {count} batches; {len(layers)} layers"
+
+    return finish
+
+
+@torch.no_grad()
+def _take_off(
     part: nn.Module,
     entry: AdaptedModuleRecord,
     name: str,
@@ -242,7 +231,7 @@ def restore_residual(
         target: tuple(initial[f"{target}.{kind}.weight"] for kind in kinds)
         for target in entry.adapters[name].targets
     }
-    start_residual(part, entry, name, factors)  # type: ignore[arg-type]
+    _take_off(part, entry, name, factors)  # type: ignore[arg-type]
 
 
 def recorded_initial(info: AdapterInfo) -> dict[str, Tensor]:
