@@ -74,7 +74,6 @@ from .loading.quantize_on_load import quantize_on_load as quantize_on_load
 from .loading.tracked_loads import store_quantized as store_quantized
 from .merging import merge as merge
 from .merging import unmerge as unmerge
-from .meta import SharedWeight as SharedWeight
 from .meta import float32_products as float32_products
 from .meta import inject_on_meta as inject_on_meta
 from .meta import is_materialized as is_materialized
@@ -82,7 +81,6 @@ from .meta import quantizable_layers as quantizable_layers
 from .meta import quantize_on_meta as quantize_on_meta
 from .meta import quantized_tensors as quantized_tensors
 from .meta import recreate_parameter as recreate_parameter
-from .meta import shared_weights as shared_weights
 from .methods.lora_config import needs_data as needs_data
 from .methods.registry import register_method as register_method
 from .momentum_copies import check_momentum_copies as check_momentum_copies
@@ -122,12 +120,12 @@ from .training.causal_lm_loss import cross_entropy_and_gradient as cross_entropy
 from .training.causal_lm_loss import has_default_loss as has_default_loss
 from .training.causal_lm_loss import row_chunks as row_chunks
 from .training.causal_lm_loss import summed_cross_entropy as summed_cross_entropy
+from .training.lora_plus import scale_b_rates as scale_b_rates
 from .training.optimizer_groups import add_adapters_to_optimizers as add_adapters_to_optimizers
 from .training.optimizer_groups import freeze_unoptimized as freeze_unoptimized
 from .training.optimizer_groups import held_ids as held_ids
 from .training.optimizer_groups import held_parameters as held_parameters
 from .training.optimizer_groups import optimizers_of as optimizers_of
-from .training.optimizer_groups import scale_b_rates as scale_b_rates
 from .training.optimizer_groups import unfreeze_unoptimized as unfreeze_unoptimized
 from .training.optimizers import check_optimizer_name as check_optimizer_name
 from .training.optimizers import check_same_optimizers as check_same_optimizers
@@ -152,3 +150,5 @@ from .verification.result import Verification as Verification
 from .verification.verify import REPLACED as REPLACED
 from .verification.verify import structural_problems as structural_problems
 from .verification.verify import verify as verify
+from .weight_shares import SharedWeight as SharedWeight
+from .weight_shares import shared_weights as shared_weights

@@ -31,7 +31,7 @@ _MOST_BATCHES = 300
 def start_eva(
     part: nn.Module, entry: AdaptedModuleRecord, name: str, config: Any, batches: Batches
 ) -> Callable[[], str]:
-    """Runs the batches; returns what then changes the adapter ``name``, and says how in a sentence.
+    """Runs the batches; returns a function that changes the adapter ``name`` and reports how.
 
     Raises:
         ConfigError: If there are no batches, or too few tokens in them.

@@ -1,4 +1,4 @@
-"""Adapters and quantized layers on the meta device, for planning; shares of a sharded base.
+"""Adapters and quantized layers on the meta device, for planning.
 
 For predictions of memory. Tensors on the meta device, or fake ones, go through the same injection
 and the same forward pass as real ones; only the values are missing.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from lightning_peft.compat.torch import FakeTensor
 from lightning_peft.engine.adapters import adapter_parameters
 from lightning_peft.engine.backends.conversion import use_backend
 from lightning_peft.engine.backends.layers import QuantizedLayer
-from lightning_peft.engine.backends.packed import packed_bytes
 from lightning_peft.engine.backends.registry import backend_for, backend_of
 from lightning_peft.engine.injection import inject
 from lightning_peft.engine.layers.expert_weights import expose_experts, exposed_experts
@@ -40,7 +38,6 @@ from lightning_peft.engine.selection.planning import (
     layers_to_quantize,
     make_plans,
 )
-from lightning_peft.engine.sharding import gathered_blocks, spread_parameters
 from lightning_peft.errors import UnsupportedError
 
 
@@ -153,40 +150,3 @@ def recreate_parameter(tensor: Tensor, make: Callable[[Tensor], Tensor]) -> Any:
         return backend.map_tensors(tensor, make)
     made: Any = make(tensor)
     return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
-
-
-@dataclass(frozen=True)
-class SharedWeight:
-    """A frozen weight that processes share.
-
-    Attributes:
-        bytes: Of the whole weight, with the constants of a quantized one.
-        rows: Size of the dimension that is cut up; a quantized weight is one row of bytes.
-        block: Name of the block that it is gathered with; ``None`` where it is outside of blocks.
-        is_quantized: Whether it is a quantized one.
-    """
-
-    bytes: int
-    rows: int
-    block: str | None
-    is_quantized: bool
-
-    def share(self, processes: int) -> int:
-        """Returns the bytes of the largest part, to which the others are padded."""
-        return -(-self.rows // processes) * (self.bytes // self.rows)
-
-
-def shared_weights(module: nn.Module) -> list[SharedWeight]:
-    """Returns the weights that ``sharding="fsdp2"`` would spread, also of a module on meta."""
-    block_of = {
-        id(param): name
-        for name, block in gathered_blocks(module).items()
-        for param in block.parameters()
-    }
-    found = []
-    for param in {id(one): one for one in spread_parameters(module).values()}.values():
-        backend = backend_of(param)
-        size = param.nbytes if backend is None else packed_bytes(backend, param)
-        rows = param.shape[0] if backend is None else size
-        found.append(SharedWeight(size, rows, block_of.get(id(param)), backend is not None))
-    return [one for one in found if one.rows]

@@ -179,7 +179,7 @@ def _factors(layer: Any, name: str, config: Any, data: Tensor) -> tuple[Tensor, 
 def start_residual(
     part: nn.Module, entry: AdaptedModuleRecord, name: str, config: Any, batches: Batches
 ) -> Callable[[], str]:
-    """Runs the batches; returns what then changes adapter and base, and says how in a sentence."""
+    """Runs the batches; returns a function that changes adapter and base, and reports how."""
     layers = {target: part.get_submodule(target) for target in entry.adapters[name].targets}
     factors, count = _factors_from_batches(layers, config, batches)
 

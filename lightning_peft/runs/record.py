@@ -12,10 +12,11 @@ import torch
 
 from lightning_peft import engine
 from lightning_peft.runs.folder import RunFolder
+from lightning_peft.runs.load import LoadLog
 from lightning_peft.runs.machine import hardware, peak_memory, versions
 from lightning_peft.runs.provenance import text_digest
 from lightning_peft.runs.status import StartTimes, StatusFile
-from lightning_peft.runs.throughput import LoadLog, Throughput
+from lightning_peft.runs.throughput import Throughput
 
 
 class RunRecord:

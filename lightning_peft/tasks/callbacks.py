@@ -1,10 +1,9 @@
-"""Callbacks of the recipes: best checkpoint, early stopping, samples and tables in loggers."""
+"""Callbacks of the recipes: best checkpoint, early stopping and samples."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +17,7 @@ from lightning_peft.plugin.optimization import log_info
 from lightning_peft.plugin.restarts import MergeAndRestart
 from lightning_peft.tasks.reference import moving_base
 from lightning_peft.tasks.samples import GeneratedSample
+from lightning_peft.tasks.tables import log_table
 
 if TYPE_CHECKING:
     from pytorch_lightning.callbacks import Callback as _Callback
@@ -300,36 +300,3 @@ def _is_base_without_adapters(trainer: Any, module: Any) -> bool:
         and not moving_base(module)
         and not any(isinstance(callback, MergeAndRestart) for callback in trainer.callbacks)
     )
-
-
-def log_table(
-    logger: Any, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int
-) -> None:
-    """Logs a table to Weights & Biases, MLflow or TensorBoard; other loggers are left alone.
-
-    To be called by the first process only, as ``trainer.is_global_zero`` specifies.
-
-    Args:
-        logger: One of ``trainer.loggers``: a ``WandbLogger``, which makes a table of it; an
-            ``MLFlowLogger``, which adds rows with their step to the artifact ``NAME.json``; a
-            ``TensorBoardLogger``, which shows it as text. Known by the methods that it has.
-        name: What it is called there.
-        columns: Names of the columns.
-        rows: A value for each column; texts, numbers or ``None``. Weights & Biases refuses texts
-            and numbers in one column.
-        step: Optimizer steps so far.
-    """
-    if hasattr(logger, "log_table"):
-        logger.log_table(name, columns=[*columns], data=[[*row] for row in rows], step=step)
-    elif hasattr(logger, "run_id") and hasattr(logger.experiment, "log_table"):
-        values = {column: [row[i] for row in rows] for i, column in enumerate(columns)}
-        table = {"step": [step] * len(rows), **values}
-        logger.experiment.log_table(logger.run_id, table, f"{name}.json")
-    elif hasattr(logger.experiment, "add_text"):
-        lines = [columns, ["---"] * len(columns), *rows]
-        logger.experiment.add_text(name, "\n".join(map(_markdown, lines)), step)
-
-
-def _markdown(row: Sequence[Any]) -> str:
-    cells = (str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in row)
-    return f"| {' | '.join(cells)} |"

@@ -1,21 +1,16 @@
-"""Classification of texts and images: label names that agree in model, data and files."""
+"""Shared parts of classifiers: label names that agree in model, data and files."""
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
-from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from lightning_peft.errors import CheckpointError, ConfigError
-from lightning_peft.tasks.heads import HeadedTask, PaddingOfData
-
-log = logging.getLogger(__name__)
-
+from lightning_peft.tasks.heads import HeadedTask
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -195,76 +190,3 @@ def _difference(other: list[str], ours: list[str]) -> str:
     new = [name for name in ours if name not in other]
     parts = [f"only there: {lacking}"] * bool(lacking) + [f"only here: {new}"] * bool(new)
     return f"There are {len(other)} there and {len(ours)} here; {'; '.join(parts)}."
-
-
-class ImageClassifier(RowClassifier):
-    """An image model with a head for the classes of the data.
-
-    Logs ``val_loss`` (nats per image), ``val_accuracy`` (share of images whose class is the most
-    likely one) and ``val_f1`` (the mean over classes of F1), and the same as ``test_...``. A base
-    that comes with a head for another number of classes, as those trained on ImageNet do, gets a
-    fresh one, which is trained in full.
-
-    The arguments are those of
-    :class:`ClassificationTask <lightning_peft.tasks.classification.ClassificationTask>`.
-
-    Raises:
-        ConfigError: If arguments contradict each other or the data's labels.
-    """
-
-    auto_class = AutoModelForImageClassification
-    architecture = "ForImageClassification"
-    # A pretrained head is for the classes of its own data.
-    loading = {"ignore_mismatched_sizes": True}
-
-    def check_head(self, base_labels: list[str]) -> None:
-        """Refuses a head for the same labels in another order.
-
-        One for as many other labels is the start of training; one of another size is replaced.
-        """
-        if sorted(base_labels) == sorted(self.labels):
-            super().check_head(base_labels)
-        if len(base_labels) == len(self.labels):
-            log.warning(
-                "The head of %r is for other labels (%s). It has as many outputs as there are "
-                "labels here, so its weights are kept as the start of training; until then its "
-                "answers mean nothing.",
-                self.hparams["model"],
-                ", ".join(base_labels[:20]),
-            )
-
-
-class TextClassifier(PaddingOfData, RowClassifier):
-    """A transformers model that gives each text one of some labels.
-
-    Logs ``val_loss`` (cross-entropy in nats per row), ``val_accuracy`` (share of rows whose most
-    likely label is the right one) and ``val_f1`` (macro: the mean over labels of 2 TP / (2 TP + FP
-    + FN), without labels that are neither in the rows nor among the answers), and the same as
-    ``test_...``. The head on top of the base is new, and is trained in full next to the adapters.
-
-    A decoder reads its answer at the last token that is not padding, so its configuration has to
-    know the padding. It is taken from the data; a base that says otherwise is refused.
-
-    Args:
-        model: As of :class:`PretrainedTask <lightning_peft.tasks.pretrained.PretrainedTask>`.
-        labels: The names of the labels in the order of their numbers; by default those of the
-            data module.
-        pad_token_id: The token that fills up short rows; by default that of the data module.
-        **options: Keyword arguments of
-            :class:`PretrainedTask <lightning_peft.tasks.pretrained.PretrainedTask>`.
-
-    Raises:
-        ConfigError: If arguments contradict each other, or the data.
-    """
-
-    auto_class = AutoModelForSequenceClassification
-    architecture = "ForSequenceClassification"
-
-    def __init__(
-        self,
-        model: str,
-        labels: list[str] | None = None,
-        pad_token_id: int | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(model, labels, **options)

@@ -18,15 +18,14 @@ from lightning_peft.sentence_folder import (
     Similarity,
     read_sentence_folder,
 )
-from lightning_peft.tasks.pretrained import PretrainedTask
-from lightning_peft.tasks.retrieval import (
-    RankCorrelation,
-    Retrieval,
+from lightning_peft.tasks.embedding_losses import (
     cosent_loss,
     false_negatives,
     pair_similarities,
     ranking_loss,
 )
+from lightning_peft.tasks.pretrained import PretrainedTask
+from lightning_peft.tasks.retrieval import RankCorrelation, Retrieval
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -13,7 +13,7 @@ from torchmetrics.classification import BinaryAveragePrecision
 from transformers import AutoModelForSequenceClassification
 
 from lightning_peft.errors import ConfigError
-from lightning_peft.tasks.heads import PaddingOfData
+from lightning_peft.tasks.padding import PaddingOfData
 from lightning_peft.tasks.retrieval import RankCorrelation
 
 if TYPE_CHECKING:

@@ -274,7 +274,7 @@ def test_base_and_tuned_are_shown_images(space, image_run, visit, tmp_path):
 @pytest.mark.long
 def test_what_cannot_talk_is_offered_no_chat(space, store, visit, lora_run):
     run = tried(store, owner_with(HERS), lora_run)
-    task = "lightning_peft.tasks.classification.TextClassifier"
+    task = "lightning_peft.tasks.text_classification.TextClassifier"
     write_json(run.folder.provenance, {"task": task})
     page = opened(visit, space, run, HERS)
     page.get_by_role("heading", name="This model cannot chat").wait_for()

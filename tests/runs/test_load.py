@@ -9,15 +9,15 @@ import psutil
 import pytest
 import torch
 
-from lightning_peft.runs import throughput
+from lightning_peft.runs import load
 from lightning_peft.runs.folder import RunFolder
-from lightning_peft.runs.throughput import LoadLog
+from lightning_peft.runs.load import LoadLog
 
 
 def test_load_is_written_over_all_sessions_until_it_is_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(throughput, "SHORTEST", 0.02)
+    monkeypatch.setattr(load, "SHORTEST", 0.02)
     folder = RunFolder.at(tmp_path)
     log = LoadLog(folder, earlier=60.0, more=lambda: {"tokens_per_second": 7.0})
     end = time.monotonic() + 20

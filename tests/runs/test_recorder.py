@@ -11,7 +11,7 @@ from trainer_fixtures import QUIET, small_module
 from lightning_peft.errors import DivergenceError
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 from lightning_peft.plugin.strategies import LoRAStrategy
-from lightning_peft.runs import throughput
+from lightning_peft.runs import load
 from lightning_peft.runs.folder import RunFolder
 from lightning_peft.runs.recorder import RunRecorder
 
@@ -36,7 +36,7 @@ def run(root, folder, broken=None, callbacks=(), epochs=2, resumed=None, **optio
 
 @pytest.mark.parametrize("root", ROOTS)
 def test_a_run_in_python_is_recorded(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(throughput, "SHORTEST", 0.005)
+    monkeypatch.setattr(load, "SHORTEST", 0.005)
     run(root, tmp_path)
     folder = RunFolder(tmp_path)
     assert folder.status.state == "finished"

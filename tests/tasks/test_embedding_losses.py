@@ -5,14 +5,13 @@ import math
 import pytest
 import torch
 
-from lightning_peft.tasks.retrieval import (
-    RankCorrelation,
-    Retrieval,
+from lightning_peft.tasks.embedding_losses import (
     cosent_loss,
     false_negatives,
     pair_similarities,
     ranking_loss,
 )
+from lightning_peft.tasks.retrieval import RankCorrelation, Retrieval
 
 pytest.importorskip("sentence_transformers", reason="compares with sentence-transformers")
 WIDTH = 12

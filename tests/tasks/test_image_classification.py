@@ -14,7 +14,7 @@ from lightning_peft.data.images import ImageData
 from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.loading import load_from_checkpoint
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
-from lightning_peft.tasks.classification import ImageClassifier
+from lightning_peft.tasks.image_classification import ImageClassifier
 
 pytest.importorskip("PIL")
 

@@ -18,7 +18,7 @@ from lightning_peft.data.speech import SpeechData
 from lightning_peft.demo.run import BASE
 from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
-from lightning_peft.tasks.encoder_decoder import SpeechRecognizer
+from lightning_peft.tasks.speech_recognition import SpeechRecognizer
 
 SHIPPED = BASE.parents[2] / "recipes" / "small" / "data" / "telephone_keys.parquet"
 HEARD = {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 16, "chunk_length": 1}

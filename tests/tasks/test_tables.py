@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
-from lightning_peft.tasks.callbacks import LogSamples, log_table
+from lightning_peft.tasks.callbacks import LogSamples
 from lightning_peft.tasks.samples import GeneratedSample
+from lightning_peft.tasks.tables import log_table
 
 COLUMNS, ROWS = ["text", "score"], [["a|b\nc", 1.5], ["d", None]]
 

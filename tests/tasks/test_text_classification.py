@@ -13,7 +13,7 @@ from lightning_peft.demo.run import BASE
 from lightning_peft.errors import CheckpointError, ConfigError
 from lightning_peft.plugin.loading import load_from_checkpoint
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
-from lightning_peft.tasks.classification import TextClassifier
+from lightning_peft.tasks.text_classification import TextClassifier
 
 TEXTS = {"file": "open the file and read", "mail": "send a message to", "sum": "add one number to"}
 LABELS = list(TEXTS)

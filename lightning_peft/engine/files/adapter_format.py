@@ -27,12 +27,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.engine.adapters import adapter_file_tensors, adapter_parameters, trained_heads
 from lightning_peft.engine.configuration import config_from_dict
-from lightning_peft.engine.files.base_tensors import (
-    changed_buffers,
-    keys_in_file,
-    replaced_under_one_name,
-    saved_entries,
-)
+from lightning_peft.engine.files.base_tensors import changed_buffers, keys_in_file
+from lightning_peft.engine.files.peft_names import replaced_under_one_name, saved_entries
 from lightning_peft.engine.files.state_dicts import quantized_holders
 from lightning_peft.engine.fingerprint import Fingerprint, checksum
 from lightning_peft.engine.layers.adapter import without_adapters

@@ -1,4 +1,4 @@
-"""Tracking of loaded models until injection, and caching of a base sharded over processes.
+"""Tracking of loaded models until injection.
 
 Codes go into the cache only if they are certainly those of the file: nobody changed the weight
 between loading and quantizing. Where codes came out of it, what the user does to the layers until
@@ -8,9 +8,6 @@ the injection must be what it would be without them, or be refused.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from importlib import import_module
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,7 +15,7 @@ from transformers import PreTrainedModel
 from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.backends.packed import current_share
 from lightning_peft.engine.backends.registry import backend_for
-from lightning_peft.engine.gathering import gather_device, gathered, group_size, share_group
+from lightning_peft.engine.gathering import group_size
 from lightning_peft.engine.layers.expert_weights import (
     exposed_experts,
     layer_name,
@@ -33,6 +30,7 @@ from lightning_peft.engine.loading.quantized_cache import (
     CacheEntry,
     DenseInfo,
 )
+from lightning_peft.engine.loading.shared_store import GatheredWeights, writers
 from lightning_peft.engine.loading.streamed_quantizer import (
     Loading,
     covered_by_cache,
@@ -195,55 +193,3 @@ def _checksums(module: nn.Module) -> dict[int, int]:
             if layer is not None:
                 found[id(layer)] = total
     return found
-
-
-class GatheredWeights(Mapping[str, CachedWeight]):
-    """Weights that are put together when they are read: by all processes, in one order.
-
-    One that is read another time has no values.
-    """
-
-    def __init__(
-        self, known: Mapping[str, CachedWeight], layers: Mapping[str, QuantizedLayer]
-    ) -> None:
-        self._known, self._layers = known, layers
-        self._rest = list(known)
-
-    def __getitem__(self, name: str) -> CachedWeight:
-        if name not in self._rest:
-            return self._known[name]
-        self._rest.remove(name)
-        packed, part = self._layers[name].packed, self._layers[name]._parameters["weight"]
-        assert packed is not None
-        distributed = import_module("torch.distributed")
-        share = current_share()
-        assert share is not None
-        count, group = share.count, share_group(share.count)
-        # The first part is the largest.
-        padded = part.new_zeros(-(-packed.size // count), device=gather_device(group))
-        padded[: len(part)] = part
-        whole = padded.new_empty(count * len(padded))
-        distributed.all_gather_into_tensor(whole, padded, group=group)
-        stored = packed.views(whole[: packed.size].to(part.device))
-        return replace(self._known[name], stored=stored)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._known)
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-    def finish(self) -> None:
-        """Takes part in the reading of others."""
-        while self._rest:
-            self[self._rest[0]]
-
-
-def writers(names: list[tuple[str, list[str]]], sizes: list[int], processes: int) -> list[bool]:
-    """Returns for each entry whether any process writes it, so that all have to give their parts.
-
-    Nobody does where they did not load the same, or only some of their machines had the entry.
-    """
-    everyone = gathered((names, sizes), processes)
-    same = all(theirs == names for theirs, _ in everyone)
-    return [same and any(each[i] for _, each in everyone) for i in range(len(names))]

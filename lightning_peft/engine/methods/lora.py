@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_peft.compat.peft import ParamWrapper
 from lightning_peft.compat.torch import ConvTransposeNd
 from lightning_peft.engine.layers.attention import LoraAttention, attention_factors
-from lightning_peft.engine.layers.convolution import TransposedFactors, bare_convolution
+from lightning_peft.engine.layers.convolution_adapters import TransposedFactors, bare_convolution
 from lightning_peft.engine.layers.expert_adapters import LoraExperts
 from lightning_peft.engine.layers.expert_weights import ExpertWeight, run_problem
 from lightning_peft.engine.layers.kinds import (
