@@ -18,7 +18,11 @@ from lightning_peft.arguments import LoRAFields
 from lightning_peft.compat.peft import get_pattern_key
 from lightning_peft.compat.transformers import origin_of
 from lightning_peft.engine.adapters import activate, adapted_layers, adapter_file_tensors
-from lightning_peft.engine.backends.conversion import adopt_prequantized, release_freed_memory
+from lightning_peft.engine.backends.conversion import (
+    adopt_prequantized,
+    loaded_formats,
+    release_freed_memory,
+)
 from lightning_peft.engine.backends.registry import is_quantized, quantization_to_dict
 from lightning_peft.engine.batch_initialization import check_batches, initialize_from_batches
 from lightning_peft.engine.configuration import as_peft_config, config_to_dict, lora_config
@@ -222,7 +226,7 @@ def add_adapters(
 ) -> None:
     """Does what :func:`inject` does, for a module that PEFT has not wrapped."""
     refuse_sharded(module, "Adding adapters")
-    with exposed_experts(module):
+    with loaded_formats(module), exposed_experts(module):
         _add_adapters(module, request, adapt, device)
 
 

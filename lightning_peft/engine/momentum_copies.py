@@ -119,10 +119,13 @@ def are_equal(child: nn.Module, kept: nn.Module) -> bool:
 
 
 def _shapes(module: nn.Module) -> tuple[tuple[str, torch.Size], ...]:
-    """Returns the shapes of the parameters; none where lazy layers have not seen a batch."""
+    """Returns the shapes of the parameters; none where values are missing or in other classes.
+
+    Lazy layers have none before the first batch; tensor classes of libraries cannot compare theirs.
+    """
     named = list(module.named_parameters())
-    lazy = any(is_lazy(param) for _, param in named)
-    return () if lazy else tuple((name, param.shape) for name, param in named)
+    others = any(is_lazy(param) or hasattr(param, "__tensor_flatten__") for _, param in named)
+    return () if others else tuple((name, param.shape) for name, param in named)
 
 
 def _sample(module: nn.Module) -> tuple[float, ...]:

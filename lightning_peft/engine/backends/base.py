@@ -141,8 +141,12 @@ class QuantizationBackend(ABC, Generic[Config]):
         """Sets the attributes of a layer whose weight, of ``dtype`` before, is quantized now."""
         layer.compute_dtype = self.compute_dtype(config)
 
+    def claims(self, layer: nn.Module) -> bool:
+        """Whether ``layer`` is one of the library itself, for :meth:`adopt`."""
+        return isinstance(layer, self.module_classes)
+
     def adopt(self, layer: Any) -> None:
-        """Gives a layer of :attr:`module_classes` this backend's mixin.
+        """Gives a layer that this backend claims its mixin.
 
         Raises:
             UnsupportedError: If its weight is not quantized yet.

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_peft.engine.backends.layers import QuantizedBackup, QuantizedLayer
+from lightning_peft.engine.backends.loaded import LoadedFormat
 from lightning_peft.engine.backends.packed import Share
-from lightning_peft.engine.backends.registry import backend_for, backends
+from lightning_peft.engine.backends.registry import backend_for, backends, claiming_backend
 from lightning_peft.engine.layers.expert_weights import ExpertWeight
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, as_rows, from_rows
 from lightning_peft.engine.layers.mixin import class_for_key, class_key, stored_parameter
@@ -101,10 +104,40 @@ def adopt_prequantized(layer: Any) -> None:
     """Gives a layer that its library or ``from_pretrained`` quantized the safe forward pass."""
     if isinstance(layer, QuantizedLayer):
         return
+    backend = claiming_backend(layer)
+    if backend is not None:
+        backend.adopt(layer)
+
+
+@contextmanager
+def loaded_formats(module: nn.Module) -> Iterator[None]:
+    """Puts layers of this package in place of those of libraries whose format is read here.
+
+    Other code then meets plain parameters. An error in the body puts the libraries' layers back.
+    Layers in a layout that cannot be read stay, for planning to refuse.
+    """
+    made: dict[nn.Module, nn.Module] = {}
+    places = []
+    for owner in module.modules():
+        for name, layer in owner._modules.items():
+            backend = None if layer is None else claiming_backend(layer)
+            if layer is None or not isinstance(backend, LoadedFormat):
+                continue
+            if layer not in made and backend.reading_problem(layer) is None:
+                made[layer] = backend.replacement(layer)
+            if layer in made:
+                places.append((owner, name, layer))
+    for owner, name, layer in places:
+        owner._modules[name] = made[layer]
+    try:
+        yield
+    except BaseException:
+        for owner, name, layer in places:
+            owner._modules[name] = layer
+        raise
     for backend in backends():
-        if isinstance(layer, backend.module_classes):
-            backend.adopt(layer)
-            return
+        if places and isinstance(backend, LoadedFormat):
+            backend.forget(module)
 
 
 def convert_to_dense(layer: Any, weight: Tensor) -> QuantizedBackup:

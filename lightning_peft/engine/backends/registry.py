@@ -11,12 +11,15 @@ from lightning_peft.engine.backends import bnb_config
 from lightning_peft.engine.backends.base import QuantizationBackend
 from lightning_peft.engine.backends.bnb4 import FOUR_BIT
 from lightning_peft.engine.backends.bnb8 import EIGHT_BIT
+from lightning_peft.engine.backends.compressed import COMPRESSED_TENSORS
 from lightning_peft.engine.backends.layers import QuantizedLayer
+from lightning_peft.engine.backends.quanto import QUANTO
+from lightning_peft.engine.backends.torchao import TORCHAO
 from lightning_peft.errors import ConfigError
 
 Backend = QuantizationBackend[Any]
 
-_BACKENDS: list[Backend] = [FOUR_BIT, EIGHT_BIT]
+_BACKENDS: list[Backend] = [FOUR_BIT, EIGHT_BIT, TORCHAO, QUANTO, COMPRESSED_TENSORS]
 
 
 def register_backend(backend: Backend) -> None:
@@ -56,6 +59,13 @@ def backend_of(stored: Any) -> Backend | None:
     return next((backend for backend in _BACKENDS if backend.owns(stored)), None)
 
 
+def claiming_backend(layer: nn.Module) -> Backend | None:
+    """The backend for a layer that a library quantized, and that is not one of this package's."""
+    if isinstance(layer, QuantizedLayer):
+        return None
+    return next((backend for backend in _BACKENDS if backend.claims(layer)), None)
+
+
 def requantizes_when_merged(wrapper: nn.Module) -> bool:
     """Whether PEFT's wrapper is one for quantized layers, which merges into codes."""
     name = type(wrapper).__module__.rpartition(".")[2]
@@ -64,7 +74,7 @@ def requantizes_when_merged(wrapper: nn.Module) -> bool:
 
 def is_quantized(layer: nn.Module) -> bool:
     """Whether the weight of ``layer`` is quantized, by this package or before."""
-    return isinstance(layer, (QuantizedLayer, *(c for b in _BACKENDS for c in b.module_classes)))
+    return isinstance(layer, QuantizedLayer) or claiming_backend(layer) is not None
 
 
 def quantization_constants(param: Tensor) -> list[Tensor]:

@@ -21,7 +21,14 @@ from peft import PeftConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.engine.backends.registry import backend_for, backend_of, backends, is_quantized
+from lightning_peft.engine.backends.loaded import LoadedFormat
+from lightning_peft.engine.backends.registry import (
+    backend_for,
+    backend_of,
+    backends,
+    claiming_backend,
+    is_quantized,
+)
 from lightning_peft.engine.layers.kinds import CONVOLUTIONS, is_dilated, pads_with_values
 from lightning_peft.engine.layers.mixin import class_key, stored_parameter
 from lightning_peft.engine.methods.registry import method_of
@@ -103,6 +110,10 @@ def refuse_stored_formats(module: nn.Module, parts: Iterable[str]) -> None:
     served = {backend.name for backend in backends()}
     problems = []
     for name, child in module.named_modules():
+        backend = claiming_backend(child)
+        if isinstance(backend, LoadedFormat) and any(not n or inside(name, [n]) for n in parts):
+            reason = backend.reading_problem(child) or "it is not inside of a module"
+            problems.append(f"{name or type(child).__name__}: {reason}")
         config = getattr(child.__dict__.get("hf_quantizer"), "quantization_config", None)
         method = str(to_primitives(getattr(config, "quant_method", None)))
         meant = any(not n or not name or inside(name, [n]) or inside(n, [name]) for n in parts)
@@ -116,7 +127,7 @@ def refuse_stored_formats(module: nn.Module, parts: Iterable[str]) -> None:
     if problems:
         raise UnsupportedError(
             "Adapters do not train on weights that another library keeps in a format of its own:"
-            + itemize(problems)
+            + itemize(problems, 5)
             + f"\n{_REMEDY}"
         )
 
