@@ -10,13 +10,14 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo app test test-long test-faults test-published test-trackers test-min bench bench-check screenshots \
+.PHONY: help setup demo app test test-long test-faults test-published test-trackers test-formats test-min bench bench-check screenshots \
 	browser lint docs clean space
 
 PYTHON ?= python3
 VENV ?= .venv
 MIN_VENV ?= .venv-min
 TRACKERS_VENV ?= .venv-trackers
+FORMATS_VENV ?= .venv-formats
 ARGS ?=
 PIP_ARGS ?=
 SPACE ?=
@@ -86,6 +87,10 @@ test-published: $(READY_PUBLISHED)  ## Train LightningModules of other packages,
 test-trackers: export HF_HUB_OFFLINE = 1
 test-trackers: $(TRACKERS_VENV)/.ready  ## Log to TensorBoard, Weights & Biases and MLflow, which it installs
 	$(TRACKERS_VENV)/bin/python -m pytest tests/cli/test_trackers.py $(ARGS)
+
+test-formats: export HF_HUB_OFFLINE = 1
+test-formats: $(FORMATS_VENV)/.ready  ## Train on bases of torchao, quanto and compressed-tensors, which it installs
+	$(FORMATS_VENV)/bin/python -m pytest tests/formats $(ARGS)
 
 # An environment of its own: constraints.txt pins newer versions. The page's tests are left out, since
 # gradio has one supported release.
@@ -168,6 +173,14 @@ $(TRACKERS_VENV)/.ready: $(REQUIREMENTS)
 	for packages in torch "-e .[dev,mlflow,tensorboard,wandb]"; do \
 		$(TRACKERS_VENV)/bin/python -m pip install --disable-pip-version-check \
 			-c $(TRACKERS_VENV)/constraints.txt $(PIP_ARGS) $$packages || exit 1; done
+	@touch $@
+
+# The libraries without their dependencies, all of which are there.
+$(FORMATS_VENV)/.ready: $(REQUIREMENTS)
+	$(PYTHON) -m venv $(FORMATS_VENV)
+	for packages in torch "-e .[dev] loguru" "--no-deps torchao compressed-tensors optimum-quanto"; do \
+		$(FORMATS_VENV)/bin/python -m pip install --disable-pip-version-check \
+			-c constraints.txt $(PIP_ARGS) $$packages || exit 1; done
 	@touch $@
 
 $(READY_PUBLISHED): $(REQUIREMENTS) | $(BIN)/python

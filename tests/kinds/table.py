@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lightning_peft.engine.backends.loaded import LoadedFormat
+from lightning_peft.engine.backends.registry import backends
 from lightning_peft.engine.selection.unsupported_layers import FORMATS
 
 from . import classic, language, sequence, vision
@@ -71,9 +73,12 @@ def format_table() -> str:
             "bitsandbytes",
         )
         lines.append("| " + " | ".join(cells) + " |")
+    read = {backend.name for backend in backends() if isinstance(backend, LoadedFormat)}
     for stored in FORMATS.values():
         answers = ["refused"] * 4
-        if stored.name == "gguf":
+        if stored.name in read:
+            answers = ["yes, weights only", "to dense weights", "no", exported]
+        elif stored.name == "gguf":
             answers = ["on dense weights, or NF4 of them", "yes", "NF4 of it", "yes"]
         elif stored.dense is not None:
             tried = "" if stored.tried else " (not tried here)"

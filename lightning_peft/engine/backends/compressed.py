@@ -66,7 +66,11 @@ class CompressedTensors(LoadedFormat):
                 f"compressed-tensors' {scheme.format} has scales of scales. {_DENSE}"
             )
         shape = tuple(codes.shape) if packed is None else tuple(held["weight_shape"].tolist())
-        names = {"scale": "weight_scale", "zero_point": "weight_zero_point", "order": "weight_g_idx"}
+        names = {
+            "scale": "weight_scale",
+            "zero_point": "weight_zero_point",
+            "order": "weight_g_idx",
+        }
         tensors = {name: held[key] for name, key in names.items() if held.get(key) is not None}
         if weights.symmetric:
             tensors.pop("zero_point", None)

@@ -304,7 +304,6 @@ def layers_to_quantize(plan: InjectionPlan, config: Any | None) -> list[str]:
         for name, child in plan.part.named_modules()
         if name not in rewritten
         and has_quantizable_class(child)
-        and not is_quantized(child)
         and getattr(child, "owner", child) not in plan.left
         and (not isinstance(child, ExpertWeight) or backend.takes_experts(child))
         # Elsewhere convolutions are small and sensitive, as in the first layer of a speech model.

@@ -1,0 +1,141 @@
+"""Weights as other libraries pack them, read against codes written by hand."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import TorchAoConfig
+
+from lightning_peft.engine.backends.compressed import COMPRESSED_TENSORS
+from lightning_peft.engine.backends.loaded import LoadedFormat, scaled, unpacked
+from lightning_peft.engine.backends.quanto import QUANTO
+from lightning_peft.engine.backends.registry import (
+    backend_of,
+    parameter_count,
+    quantization_config,
+    storage_bytes,
+)
+from lightning_peft.engine.backends.torchao import TORCHAO
+from lightning_peft.errors import UnsupportedError
+
+
+def stored_as(
+    backend: LoadedFormat,
+    codes: torch.Tensor,
+    shape: tuple[int, int],
+    settings: dict[str, Any],
+    **tensors: torch.Tensor,
+) -> Any:
+    described = torch.tensor(list(json.dumps([shape, settings]).encode()), dtype=torch.uint8)
+    dtype = torch.empty(0, dtype=torch.bfloat16)
+    state = {"codes": codes, "dtype": dtype, "description": described, **tensors}
+    return backend.from_state_tensors(state, torch.device("cpu"))
+
+
+def words_of(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Packs rows of unsigned numbers into int32 words, by Python's integers."""
+    rows = []
+    for row in values.tolist():
+        whole = sum(value << bits * place for place, value in enumerate(row))
+        count = -(-len(row) * bits // 32)
+        rows.append(list(whole.to_bytes(4 * count, "little")))
+    return torch.tensor(rows, dtype=torch.uint8).view(torch.int32)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_numbers_of_any_width_are_unpacked(bits: int) -> None:
+    values = torch.randint(0, 1 << bits, (3, 37))
+    octets = words_of(values, bits).view(torch.uint8)
+    assert unpacked(octets, bits, 37).long().equal(values)
+
+
+def test_blocks_that_do_not_divide_a_weight_are_cut_off() -> None:
+    codes = torch.randint(-8, 8, (5, 7))
+    scales, zeros = torch.rand(2, 3), torch.randint(-2, 3, (2, 3))
+    rows, columns = torch.arange(5) // 3, torch.arange(7) // 3
+    expected = (codes - zeros[rows][:, columns]) * scales[rows][:, columns]
+    assert scaled(codes, scales, zeros, (3, 3)).equal(expected)
+
+
+def _torchao_int4() -> tuple[Any, torch.Tensor]:
+    codes, scale, zero = torch.randint(-8, 8, (4, 8)), torch.rand(2, 4), torch.randn(2, 4)
+    packed = (codes[:, 1::2] << 4 | codes[:, ::2] & 15).to(torch.int8)
+    meant = codes * scale.t().repeat_interleave(4, 1) + zero.t().repeat_interleave(4, 1)
+    settings = {"layout": "Int4Tensor", "values": "int8"}
+    return stored_as(TORCHAO, packed, (4, 8), settings, scale=scale, zero_point=zero), meant
+
+
+def _torchao_float8() -> tuple[Any, torch.Tensor]:
+    codes, scale = torch.randn(4, 8).to(torch.float8_e4m3fn), torch.rand(4, 1)
+    settings = {"layout": "Float8Tensor", "values": "float8_e4m3fn"}
+    stored = stored_as(TORCHAO, codes.view(torch.uint8), (4, 8), settings, scale=scale)
+    return stored, codes.float() * scale
+
+
+def _quanto_int4() -> tuple[Any, torch.Tensor]:
+    groups, scale, shift = torch.randint(0, 16, (8, 4)), torch.rand(8, 1), torch.randn(8, 1)
+    packed = (groups[:4] | groups[4:] << 4).to(torch.uint8)
+    settings = {"values": "uint8", "bits": 4, "groups": 2}
+    stored = stored_as(QUANTO, packed, (4, 8), settings, scale=scale, shift=shift)
+    return stored, (groups * scale - shift).view(4, 8)
+
+
+def _compressed_int4() -> tuple[Any, torch.Tensor]:
+    codes, zeros = torch.randint(-8, 8, (8, 16)), torch.randint(-8, 8, (8, 2))
+    scale, order = torch.rand(8, 2), torch.randperm(16) % 2
+    meant = (codes - zeros[:, order]) * scale[:, order]
+    tensors = {"zero_point": words_of((zeros + 8).t(), 4).t().contiguous(), "order": order}
+    settings = {"values": "int32", "bits": 4, "block": None}
+    packed = words_of(codes + 8, 4)
+    return stored_as(COMPRESSED_TENSORS, packed, (8, 16), settings, scale=scale, **tensors), meant
+
+
+MADE = [_torchao_int4, _torchao_float8, _quanto_int4, _compressed_int4]
+
+
+@pytest.mark.parametrize("made", MADE, ids=lambda made: made.__name__)
+def test_codes_mean_what_the_format_says(made: Any) -> None:
+    torch.manual_seed(0)
+    stored, meant = made()
+    backend = backend_of(stored)
+    assert backend is not None
+    assert backend.dequantize(stored, torch.float32).allclose(meant.float(), atol=1e-6)
+    assert backend.dequantize(stored).dtype == torch.bfloat16
+    assert parameter_count(stored) == meant.numel()
+    held = [stored, *stored.tensors.values()]
+    assert storage_bytes(stored) == sum(one.numel() * one.element_size() for one in held)
+
+
+@pytest.mark.parametrize("made", MADE, ids=lambda made: made.__name__)
+def test_copies_keep_what_belongs_to_the_codes(made: Any) -> None:
+    torch.manual_seed(0)
+    stored, meant = made()
+    backend = backend_of(stored)
+    assert backend is not None
+    rebuilt = backend.from_state_tensors(backend.state_tensors(stored), torch.device("cpu"))
+    pickled = backend.restore(pickle.loads(pickle.dumps(stored)), torch.device("cpu"))
+    mapped = backend.map_tensors(stored, torch.clone)
+    for copied in (copy.deepcopy(stored), rebuilt, pickled, mapped):
+        assert copied is not stored
+        assert backend.dequantize(copied, torch.float32).allclose(meant.float(), atol=1e-6)
+        assert copied.tensors["scale"].equal(stored.tensors["scale"])
+
+
+def test_a_cast_of_the_module_leaves_float8_codes() -> None:
+    stored, meant = _torchao_float8()
+    layer = nn.Linear(8, 4)
+    layer.weight = stored
+    layer.to(torch.float16)
+    assert TORCHAO.dequantize(layer.weight, torch.float32).equal(meant)
+
+
+def test_these_formats_are_not_made_here() -> None:
+    for given in (TorchAoConfig.__new__(TorchAoConfig), {"quant_method": "torchao"}):
+        with pytest.raises(UnsupportedError, match="torchao weights are trained on as from_pre"):
+            quantization_config(given)
