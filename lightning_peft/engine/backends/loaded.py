@@ -70,7 +70,7 @@ class LoadedParameter(nn.Parameter):
 
 
 def _parameter(codes: Tensor, attributes: Mapping[str, Any]) -> LoadedParameter:
-    made: LoadedParameter = torch.Tensor._make_subclass(LoadedParameter, codes, False)
+    made = LoadedParameter(codes, requires_grad=False)
     vars(made).update(attributes)
     return made
 
@@ -121,8 +121,8 @@ class LoadedFormat(QuantizationBackend[Any]):
         """The layer of this package for one that the library made; both hold the same codes."""
         read = self.read(layer)
         made: Any = nn.Linear(1, 1, device="meta")
-        own = {*vars(made), *vars(layer)} - {"forward", *self.library_attributes}
-        vars(made).update({name: vars(layer)[name] for name in own if name in vars(layer)})
+        left = {"_parameters", "_buffers", "forward", *self.library_attributes}
+        vars(made).update({name: one for name, one in vars(layer).items() if name not in left})
         stored = _parameter(
             read.codes.detach(),
             {
@@ -134,7 +134,6 @@ class LoadedFormat(QuantizationBackend[Any]):
             },
         )
         made._parameters = {"weight": stored, "bias": layer._parameters.get("bias")}
-        made._buffers, made._non_persistent_buffers_set = {}, set()
         made.out_features, made.in_features = read.shape
         add_mixin(made, self.layer_class)
         made.compute_dtype = None
