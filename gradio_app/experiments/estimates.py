@@ -1,14 +1,17 @@
-"""Estimates of training size and duration, based on earlier runs on this machine."""
+"""Estimates of training size and duration, by earlier runs or the speed of this machine."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+
+import numpy as np
 
 from gradio_app.experiments.summaries import Summaries, kind_of
 from gradio_app.recipe.content import count_at, value_at
@@ -18,6 +21,11 @@ from gradio_app.runs.types import Run
 
 # So many runs are looked at, the newest first.
 MOST_RUNS = 10
+# The side of the matrices whose products are timed, and for how many seconds.
+_SIDE, _SECONDS = 1024, 0.5
+# Steps of SmolLM2 on two cores took %s of the time of their products in float32; bfloat16 is up to
+# twice as fast. A run loads, validates and saves besides.
+_FASTEST, _SLOWEST, _BESIDES = 0.5, 6.0, (10.0, 180.0)
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Duration:
-    """Between how many seconds a run takes, by so many earlier runs."""
+    """Between how many seconds a run takes, by so many earlier runs; 0 for a calculation."""
 
     low: float
     high: float
@@ -99,6 +107,36 @@ def expected_duration(
     if not ranges:
         return None
     return Duration(min(low for low, _ in ranges), max(high for _, high in ranges), len(ranges))
+
+
+def calculated_duration(
+    content: dict[str, Any], work: Work, plan: dict[str, Any]
+) -> Duration | None:
+    """Returns how long some work takes on the processor; ``None`` where it has no tokens.
+
+    ``plan`` are the numbers of ``plan --json``. A token takes 2 operations for each parameter in
+    the forward pass, as many for the gradients of what the frozen layers got, and again 2 with
+    gradient checkpointing. At most every row is as long as the longest.
+    """
+    if not work.tokens:
+        return None
+    passes = 3 if plan["run"]["gradient_checkpointing"] else 2
+    each, most = 2 * passes * plan["total_parameters"], _most_seconds(content)
+    padded = max(work.tokens, min(work.rows * plan["run"]["seq_len"], 2 * work.tokens))
+    fastest, usual = _processor_speeds()
+    low = min(_FASTEST * work.tokens * each / fastest, most)
+    high = min(_SLOWEST * padded * each / usual, most)
+    return Duration(_BESIDES[0] + low, _BESIDES[1] + high, 0)
+
+
+def _processor_speeds() -> tuple[float, float]:
+    """Returns operations per second of products of float32 matrices: the fastest, and the mean."""
+    factor, seconds = np.ones((_SIDE, _SIDE), np.float32), []
+    while sum(seconds) < _SECONDS:
+        begun = time.perf_counter()
+        factor @ factor
+        seconds.append(time.perf_counter() - begun)
+    return 2 * _SIDE**3 / min(seconds), 2 * _SIDE**3 * len(seconds) / sum(seconds)
 
 
 def _most_seconds(content: dict[str, Any]) -> float:

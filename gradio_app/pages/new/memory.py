@@ -12,6 +12,7 @@ import gradio as gr
 
 from gradio_app.assets import CLICK_DELEGATE
 from gradio_app.errors import UserError
+from gradio_app.experiments.estimates import calculated_duration, expected_duration, planned_work
 from gradio_app.pages.components import field, html, on_event
 from gradio_app.pages.error_reporting import localized_message
 from gradio_app.pages.new.data_check import unavailable_model
@@ -34,7 +35,8 @@ from gradio_app.recipe.planner import (
 )
 from gradio_app.recipe.presets import GPUS, MODELS, THIS_MACHINE
 from gradio_app.recipe.validation import validate_content
-from gradio_app.runs.formatting import format_bytes
+from gradio_app.runs.formatting import format_bytes, format_duration
+from gradio_app.runs.machine import this_machine
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from lightning_peft.compat.gradio import event_data
@@ -141,7 +143,7 @@ def keeps_plan(device: str, found: CommandResult) -> bool:
 
 
 def needs_html(editor: Editor, session: Session, waits: str = "", plan: Plan | None = None) -> str:
-    """Returns memory and disk that a run needs, each of what there is, as far as known."""
+    """Returns time, memory and disk that a run needs, each of what there is, as far as known."""
     t, unknown = editor.t, waits or editor.t("new.not_known")
     numbers = plan.numbers if plan is not None else {}
     memory = disk = unknown
@@ -150,8 +152,29 @@ def needs_html(editor: Editor, session: Session, waits: str = "", plan: Plan | N
         memory = _share(plan.required_bytes, has, t)
         saved = _DISK_BYTES * numbers["trainable_parameters"]
         disk = _disk(saved, fetched_bytes(session.content), editor.studio.settings.runs, t) or disk
-    cards = [(t("new.memory"), memory, ""), (t("new.strip_disk"), disk, "")]
+    spent = _duration(editor, session, numbers) or (unknown, "")
+    cards = [(t("new.strip_time"), *spent), (t("new.memory"), memory, "")]
+    cards.append((t("new.strip_disk"), disk, ""))
     return render("parts.numbers", t, cards=cards, label="", kind="numbers")
+
+
+def _duration(editor: Editor, session: Session, plan: dict[str, Any]) -> tuple[str, str] | None:
+    """Returns how long a run takes here, and by what: earlier runs, else the processor's speed."""
+    t, studio, content = editor.t, editor.studio, session.content
+    work = planned_work(content, session.report.numbers) if session.report else None
+    if work is None:
+        return None
+    runs = studio.store.list(session.owner)
+    runs = [one for one in runs if studio.store.executor(one).uses_this_machine]
+    found = expected_duration(content, work, runs, studio.summaries)
+    if found is None and plan and not (studio.settings.zero_gpu or this_machine().gpu):
+        found = calculated_duration(content, work, plan)
+    if found is None:
+        return None
+    low, high = (format_duration(one, t) for one in (found.low, found.high))
+    between = t("new.strip_between", low=low, high=high) if low != high else low
+    by = t("new.strip_by", count=found.runs) if found.runs else t("new.strip_calculated")
+    return between, by
 
 
 def _share(needs: int, has: int, t: Texts) -> str:

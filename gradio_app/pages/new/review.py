@@ -11,7 +11,7 @@ from urllib.parse import quote
 import gradio as gr
 
 from gradio_app.errors import UserError
-from gradio_app.experiments.estimates import expected_duration, planned_work
+from gradio_app.experiments.estimates import planned_work
 from gradio_app.guards import shortened
 from gradio_app.pages import hub_job
 from gradio_app.pages.components import field, html, on_event
@@ -31,7 +31,6 @@ from gradio_app.recipe.preview import DataReport, parser_error
 from gradio_app.recipe.validation import validate_content
 from gradio_app.recipe.yaml_text import dump_yaml, parse_yaml
 from gradio_app.redaction import short_name
-from gradio_app.runs.formatting import format_duration
 from gradio_app.settings import Settings
 from gradio_app.texts import Texts
 from lightning_peft.task_registry import task_of_config
@@ -52,7 +51,10 @@ def build(editor: Editor) -> None:
     with gr.Row(elem_id="start-strip"):
         facts = html(elem_id="start-facts")
         editor.needs.render()
-    overview = html(elem_id="overview")
+    obstacles = html(elem_id="overview")
+    # What was found for the recipe before does not stay while this one is checked.
+    settings = editor.studio.settings
+    editor.show([obstacles], lambda session: [overview(session, [], settings, t, asked=False)])
     with gr.Row(elem_id="start-row"):
         start = gr.Button(t("new.start"), variant="primary", size="lg", elem_id="start")
         trial = gr.Button(t("new.dry_run"), size="lg", elem_id="dry-run")
@@ -74,7 +76,7 @@ def build(editor: Editor) -> None:
     for button, steps in ((start, None), (trial, 5)):
         handler = _start_handler(editor, steps)
         on_event(t, button.click, handler, [editor.session, name], [gone, *buttons])
-    editor.after_change(_refresh_handler(editor), [], [overview, facts, text, forms, *buttons])
+    editor.after_change(_refresh_handler(editor), [], [obstacles, facts, text, forms, *buttons])
     sweep.build(editor, name, gone, startable)
     hub_job.build(editor.studio, t, text, name, gone)
     url = t.url("run", run="")
@@ -143,7 +145,7 @@ def _refresh_handler(editor: Editor) -> Any:
     def shown(session: Session, problem: str | None, forms: list[Any]) -> list[Any]:
         blocking = _blockers(editor, session, problem)
         text = overview(session, blocking, editor.studio.settings, editor.t, problem is not None)
-        facts = facts_html(editor, session)
+        facts = facts_html(session, editor.t)
         if session.starting:
             # What is said meanwhile stays.
             return [text, facts, *forms, *[gr.skip()] * 3]
@@ -279,27 +281,15 @@ def overview(
     )
 
 
-def facts_html(editor: Editor, session: Session) -> str:
-    """Returns how long the run takes here, by earlier runs, and how much it trains on."""
-    t, store = editor.t, editor.studio.store
-    unknown = t("new.not_known")
+def facts_html(session: Session, t: Texts) -> str:
+    """Returns the method, and how much a run trains on."""
     work = planned_work(session.content, session.report.numbers) if session.report else None
-    time, amount, unit = (unknown, ""), unknown, "rows"
+    amount, unit = t("new.not_known"), "rows"
     if work is not None:
         unit = "tokens" if work.trained else "tokens_read" if work.tokens else "rows"
         amount = t.number(work.trained or work.tokens or work.rows)
-        runs = [one for one in store.list(session.owner) if store.executor(one).uses_this_machine]
-        found = expected_duration(session.content, work, runs, editor.studio.summaries)
-        if found is not None:
-            low, high = (format_duration(one, t) for one in (found.low, found.high))
-            between = t("new.strip_between", low=low, high=high) if low != high else low
-            time = between, t("new.strip_by", count=found.runs)
     method = t(f"new.method_{method_of(session.content)}")
-    cards = [
-        (t("new.method"), method, ""),
-        (t("new.strip_time"), *time),
-        (t(f"new.strip_{unit}"), amount, ""),
-    ]
+    cards = [(t("new.method"), method, ""), (t(f"new.strip_{unit}"), amount, "")]
     return render("parts.numbers", t, cards=cards, label="", kind="numbers")
 
 
