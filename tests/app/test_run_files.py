@@ -441,17 +441,16 @@ def test_the_turns_of_a_prompt_are_those_of_its_row():
     assert turns("Other") == [(None, "Other")]
 
 
-@pytest.mark.parametrize(
-    ("record", "facts"),
-    [
-        ({"class": "lightning_peft.SupervisedData", "rows": 96}, ["rows 96"]),
-        ({"class": "mine.Data"}, ["mine.Data"]),
-        ({}, []),
-        (None, []),
-    ],
-)
-def test_data_without_facts_is_named_by_its_class(record, facts):
-    assert data_facts(record) == facts
+def test_provenance_of_data_is_put_into_words():
+    splits = {"train": {"rows": 1200, "tokens": 5}, "validation": {"rows": 90}, "test": {"rows": 0}}
+    record = {"class": "mine.Data", "data": "orders.csv", "shape": "prompt_completion"}
+    counts = {"key": "d51b", "rows": 1300, "rejected": 10, "splits": splits}
+    assert data_facts({**record, **counts}, Texts("de")) == (
+        "orders.csv, Prompt und Antwort, Trainingszeilen: 1.200, Validierungszeilen: 90, "
+        "übersprungen: 10 von 1.300"
+    )
+    assert data_facts({"class": "mine.Data"}, Texts()) == "mine.Data"
+    assert data_facts(None, Texts()) == data_facts({}, Texts()) == ""
 
 
 def test_a_log_is_shown_without_adverts_and_bars():

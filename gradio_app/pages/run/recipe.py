@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -16,7 +17,7 @@ from gradio_app.pages.components import Update, markup
 from gradio_app.pages.run.view import CurveOptions
 from gradio_app.pages.templating import render
 from gradio_app.runs.failures import versions
-from gradio_app.runs.files import read_json_object
+from gradio_app.runs.files import number, read_json_object
 from gradio_app.runs.local import skipped_rows_file
 from gradio_app.runs.types import Run
 from gradio_app.studio import Studio
@@ -94,16 +95,18 @@ class RecipeTab:
         for name, key in (("task", "task"), ("seed", "seed"), ("recipe", "recipe_sha256")):
             if known.get(key) is not None:
                 facts.append((t(f"run.fact_{name}"), str(known[key])))
-        facts += [(t("run.fact_base"), line) for line in _base(known.get("base"))]
-        facts += [(t("run.fact_data"), line) for line in data_facts(known.get("data"))]
+        facts += [(t("run.fact_base"), line) for line in _base(known.get("base"), t)]
+        data = data_facts(known.get("data"), t)
+        facts += [(t("run.fact_data"), data)] if data else []
         if known:
             listed = ", ".join(f"{name} {version}" for name, version in versions(run).items())
             facts.append((t("run.fact_versions"), listed))
-            facts.append((t("run.fact_machine"), _machine(known.get("hardware"))))
-        return render("run.facts", t, rows=facts, known=bool(known))
+            facts.append((t("run.fact_machine"), _machine(known.get("hardware"), t)))
+        record = json.dumps(known, indent=1, ensure_ascii=False) if known else ""
+        return render("run.facts", t, rows=facts, record=record)
 
 
-def _base(base: object) -> list[str]:
+def _base(base: object, t: Texts) -> list[str]:
     if not isinstance(base, dict):
         return []
     lines = []
@@ -111,24 +114,32 @@ def _base(base: object) -> list[str]:
         found = entry if isinstance(entry, dict) else {}
         name = str(found.get("name_or_path") or "")
         words = [word for word in (name, str(found.get("revision") or "")) if word]
-        words.append(f"fingerprint {str(found.get('fingerprint', ''))[:16]}")
+        words.append(t("run.fact_fingerprint", hash=str(found.get("fingerprint", ""))[:16]))
         lines.append(f"{part}: {', '.join(words)}")
     return lines
 
 
-def data_facts(data: object) -> list[str]:
-    """Returns the facts of the data in provenance; its class where there are no others."""
+def data_facts(data: object, t: Texts) -> str:
+    """Returns what provenance says of the data in words; its class where that is all."""
     if not isinstance(data, dict):
-        return []
-    known = [(key, one) for key, one in data.items() if one and isinstance(one, (str, int, float))]
-    facts = [f"{key} {one}" for key, one in known if key != "class"]
-    facts = facts or [str(one) for _, one in known]
-    return [", ".join(facts)] if facts else []
+        return ""
+    place, shape, splits = (data.get(key) for key in ("data", "shape", "splits"))
+    words = [place] if isinstance(place, str) else []
+    if isinstance(shape, str) and t.has(f"new.shape_{shape}"):
+        words.append(t(f"new.shape_{shape}"))
+    for name, split in splits.items() if isinstance(splits, dict) else ():
+        rows = number(split.get("rows")) if isinstance(split, dict) else None
+        if rows and t.has(f"new.fact_{name}"):
+            words.append(f"{t(f'new.fact_{name}')}: {t.number(rows)}")
+    rows, rejected = number(data.get("rows")), number(data.get("rejected"))
+    if rejected and rows:
+        words.append(t("run.fact_skipped", n=t.number(rejected), of=t.number(rows)))
+    return ", ".join(words) or str(data.get("class", ""))
 
 
-def _machine(hardware: object) -> str:
+def _machine(hardware: object, t: Texts) -> str:
     if not isinstance(hardware, dict):
         return ""
     gpus = hardware.get("gpus") or []
-    words = [str(hardware.get("processor", "")), f"{hardware.get('cores', '?')} cores"]
+    words = [str(hardware.get("processor", "")), t("run.fact_cores", n=hardware.get("cores", "?"))]
     return ", ".join([*words, *map(str, gpus)])
