@@ -46,13 +46,14 @@ class ModelProcess(LineProcess):
 
 
 def start_chat_process(
-    settings: Settings, run: Run, checkpoint: str
+    settings: Settings, run: Run, *checkpoints: str
 ) -> tuple[ModelProcess, dict[str, str]]:
     """Starts the process for a run; returns it with the names of the checkpoints in it.
 
-    Raises UserError if there is no such checkpoint, or the process cannot be started.
+    Raises UserError if there is no such checkpoint, if two of them cannot share a base, or the
+    process cannot be started.
     """
-    chosen = _select_checkpoints(run, checkpoint)
+    chosen = _select_checkpoints(run, checkpoints)
     # Names of our own: those of folders could hold what a command line or a module cannot.
     names = {one.name: f"checkpoint-{number}" for number, one in enumerate(chosen, 1)}
     words = [*settings.command, "chat", "--serve"]
@@ -64,17 +65,19 @@ def start_chat_process(
         raise UserError("run.refused_start", why=error.strerror or type(error).__name__) from None
 
 
-def _select_checkpoints(run: Run, checkpoint: str) -> list[Checkpoint]:
+def _select_checkpoints(run: Run, names: Sequence[str]) -> list[Checkpoint]:
     known = run.checkpoints()
-    wanted = [one for one in known if one.name == checkpoint]
-    if not wanted:
-        raise UserError("playground.refused_checkpoint", name=checkpoint)
+    wanted = [one for one in known if one.name in names]
+    if missing := set(names) - {one.name for one in wanted}:
+        raise UserError("playground.refused_checkpoint", name=min(missing))
     # Copies of trained layers cannot share a base.
     whole = any(
         read_json_object(one.folder / "adapter_config.json").get("modules_to_save") for one in known
     )
-    others = [] if whole else [one for one in known if one.name != checkpoint]
-    return [*wanted, *others[: MOST_ADAPTERS - 1]]
+    if whole and len(wanted) > 1:
+        raise UserError("playground.refused_together")
+    others = [] if whole else [one for one in known if one not in wanted]
+    return [*wanted, *others][:MOST_ADAPTERS]
 
 
 def redact_message(text: object, settings: Settings) -> str:

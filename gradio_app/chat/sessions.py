@@ -113,8 +113,8 @@ class _LoadedModel:
     ready: dict[str, Any] | None = None
     answering: int | None = None
 
-    def serves(self, run: Run, checkpoint: str | None) -> bool:
-        same = self.run_id == run.id and checkpoint in (None, *self.names)
+    def serves(self, run: Run, *checkpoints: str | None) -> bool:
+        same = self.run_id == run.id and {None, *self.names}.issuperset(checkpoints)
         return same and self.phase in ("ready", "answering") and self.process.alive
 
 
@@ -181,21 +181,21 @@ class ChatSessions:
         free = loaded.phase == "ready" and rested
         return None if free else UserError("playground.refused_other")
 
-    def load(self, owner: str, run: Run, checkpoint: str) -> Iterator[ModelStatus]:
-        """Loads a run's base and adapters, unless they are; yields how far it is.
+    def load(self, owner: str, run: Run, *checkpoints: str) -> Iterator[ModelStatus]:
+        """Loads a run's base and checkpoints, unless they are; yields how far it is.
 
         Raises UserError if a run uses the machine, or another visitor the model; if there is no
-        such checkpoint; if it cannot be loaded, and why; if what the run trains cannot talk.
+        such checkpoint, or two cannot share a base; if it cannot be loaded, and why; if what the run trains cannot talk.
         """
         if unsupported_task(run):
             raise UserError("playground.refused_silent", name=run.name)
         with self._lock:
             self._check(owner)
             loaded = self._loaded
-            if loaded is not None and loaded.owner == owner and loaded.serves(run, checkpoint):
+            if loaded is not None and loaded.owner == owner and loaded.serves(run, *checkpoints):
                 return
             self._unload(loaded)
-            process, names = start_chat_process(self.settings, run, checkpoint)
+            process, names = start_chat_process(self.settings, run, *checkpoints)
             loaded = _LoadedModel(process, names, owner, run.id, time.monotonic())
             self._loaded = loaded
         try:

@@ -23,7 +23,7 @@ from gradio_app.recipe.preview import DataReport
 from gradio_app.recipe.table import Table, count_rows, first_rows
 from gradio_app.redaction import UPLOAD
 from gradio_app.uploads import KINDS
-from lightning_peft.task_registry import task_of_config
+from lightning_peft.task_registry import Shapes, task_of_config
 
 # Most fields that rows of any shape have.
 MAX_FIELDS = 5
@@ -229,7 +229,8 @@ def _check_updates(editor: Editor, session: Any, request: gr.Request) -> Iterato
     shapes = task.shapes if task else ()
     current = session.report.numbers.get("shape", {}).get("name")
     names = [(t(f"new.shape_{name}"), name) for name, _ in shapes]
-    chosen = current or (shapes[0][0] if shapes else None)
+    chosen = current or _likely_shape(session.report, shapes)
+    mapped = session.report.numbers.get("columns") or _in_order(session.report, shapes, chosen)
     yield [
         session,
         data_html.report(session.report, t),
@@ -239,7 +240,7 @@ def _check_updates(editor: Editor, session: Any, request: gr.Request) -> Iterato
         ),
         gr.update(choices=names, value=chosen),
         *_dropdowns(editor, session, chosen),
-        data_html.mapped_rows(session.report, session.report.numbers.get("columns", {}), t),
+        data_html.mapped_rows(session.report, mapped, t),
     ]
 
 
@@ -253,13 +254,26 @@ def _first_rows(editor: Editor, session: Session) -> tuple[Table | None, int | N
     return first_rows(place, session.content), count_rows(place)
 
 
+def _likely_shape(report: DataReport, shapes: Shapes) -> str | None:
+    """Returns the shape to begin a mapping with: that of a table has a field for each column."""
+    tables = [name for name, fields in shapes if name != "messages"]
+    known = tables if report.needs_column_names and len(report.columns) > 1 else []
+    return next(iter([*known, *(name for name, _ in shapes)]), None)
+
+
+def _in_order(report: DataReport, shapes: Shapes, shape: object) -> dict[str, str]:
+    """Returns a mapping to check: unknown columns in their order."""
+    fields = dict(shapes).get(str(shape), ())
+    return dict(zip(fields, report.columns, strict=False)) if report.needs_column_names else {}
+
+
 def _dropdowns(editor: Editor, session: Any, shape: Any) -> list[Any]:
     task = task_of_config(session.content)
     shapes = dict(task.shapes) if task else {}
     fields = shapes.get(str(shape), ())
     report = session.report or DataReport()
     mapped = value_at(session.content, _DATA + "columns", None) or {}
-    found = report.numbers.get("columns", {})
+    found = report.numbers.get("columns") or _in_order(report, tuple(shapes.items()), shape)
     updates = []
     for place in range(MAX_FIELDS):
         if place >= len(fields):

@@ -236,6 +236,8 @@ def startable(
 
 def _data_error(report: DataReport) -> UserError:
     """Returns why no run can be started with some data."""
+    if report.needs_column_names and report.table is not None:
+        return UserError("new.columns_say", names=", ".join(report.table.columns))
     if report.refusal or not report.numbers:
         key = "new.blocked_model" if report.step == "model" else "new.blocked_data"
         return UserError(key, reason=shortened(report.refusal, 300))

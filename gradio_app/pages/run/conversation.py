@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from gradio_app.chat.command import sees_images
@@ -22,6 +24,8 @@ from gradio_app.errors import UserError
 from gradio_app.runs.types import Checkpoint, Run
 
 MODES = ("both", "tuned", "base", "blind")
+# Characters of a saved conversation.
+MAX_ROW = 2_000_000
 
 
 class Question(NamedTuple):
@@ -37,6 +41,7 @@ class Conversation:
 
     Attributes:
         checkpoint: Whose answers the tuned ones are; ``None`` before that is chosen.
+        other: The checkpoint that answers in place of the base; ``None`` for the base.
         blind: Whether it is hidden who is who.
         left: Turns of the left column: the base, or A.
         right: Turns of the right column: the tuned model, or B.
@@ -47,6 +52,7 @@ class Conversation:
     """
 
     checkpoint: Checkpoint | None = None
+    other: Checkpoint | None = None
     blind: bool = False
     left: Turns = field(default_factory=list)
     right: Turns = field(default_factory=list)
@@ -87,6 +93,7 @@ class ChatInputs(NamedTuple):
     top_k: Any
     repetition: Any
     stop: Any
+    other: Any = ""
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,7 @@ class ChatRequest:
         question: A text with its images, or a row of the data.
         mode: Who answers.
         checkpoint: Whose answers the tuned ones are.
+        other: The checkpoint that answers in place of the base, if one does.
         system: System turn, or empty.
         sampling: How tokens are drawn.
     """
@@ -106,6 +114,12 @@ class ChatRequest:
     checkpoint: Checkpoint
     system: str
     sampling: Sampling
+    other: Checkpoint | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of its checkpoints."""
+        return [one.name for one in (self.checkpoint, self.other) if one is not None]
 
 
 def parse_request(run: Run, question: Any, inputs: ChatInputs) -> ChatRequest:
@@ -133,13 +147,51 @@ def parse_request(run: Run, question: Any, inputs: ChatInputs) -> ChatRequest:
     else:
         system = validate_text(inputs.system, "system")
     checkpoint, sampling = parse_settings(run, inputs)
+    mode = inputs.mode if inputs.mode in MODES else "both"
     return ChatRequest(
         question=asked,
-        mode=inputs.mode if inputs.mode in MODES else "both",
+        mode=mode,
         checkpoint=checkpoint,
         system=system,
         sampling=sampling,
+        # Votes are for the base or the tuned model.
+        other=find_checkpoint(run, inputs.other) if inputs.other and mode != "blind" else None,
     )
+
+
+def saved_row(talk: Conversation, system: Any) -> str:
+    """Returns a conversation as a JSON line that ``SupervisedData`` trains on.
+
+    It has the answers of the tuned model, and those of the base where that has answered alone.
+    Raises UserError where nothing was answered, or images belong to it.
+    """
+    turns = talk.right or talk.left
+    if not turns or turns[-1]["role"] != "assistant":
+        raise UserError("playground.refused_save")
+    if any("images" in turn for turn in turns):
+        raise UserError("playground.refused_save_images")
+    messages = build_messages(validate_text(system, "system"), turns)
+    return json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
+
+
+def opened_row(file: Any) -> tuple[str, Conversation]:
+    """Returns system prompt and conversation of the first row of a file of JSON lines.
+
+    Raises UserError where it is none that can be continued.
+    """
+    try:
+        with Path(str(file)).open(encoding="utf-8") as lines:
+            messages = json.loads(lines.readline(MAX_ROW))["messages"]
+        said = [(str(one["role"]), validate_text(one["content"])) for one in messages]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError("playground.refused_open") from None
+    system = said.pop(0)[1] if said and said[0][0] == "system" else ""
+    roles = [role for role, _ in said]
+    if not said or roles != ["user", "assistant"] * (len(said) // 2):
+        raise UserError("playground.refused_open")
+    turns = [{"role": role, "content": text} for role, text in said]
+    build_messages(system, turns)
+    return system, Conversation(left=turns, right=list(turns))
 
 
 def parse_settings(run: Run, inputs: ChatInputs) -> tuple[Checkpoint, Sampling]:
@@ -147,7 +199,7 @@ def parse_settings(run: Run, inputs: ChatInputs) -> tuple[Checkpoint, Sampling]:
 
     Raises UserError if the checkpoint does not exist, or a setting is out of range.
     """
-    return find_checkpoint(run, inputs.checkpoint), validate_sampling(*inputs[3:])
+    return find_checkpoint(run, inputs.checkpoint), validate_sampling(*inputs[3:10])
 
 
 def find_checkpoint(run: Run, name: Any) -> Checkpoint:
@@ -166,19 +218,22 @@ def stream_answers(
 ) -> Iterator[Conversation]:
     """Yields a conversation while it goes on. Raises UserError if the model cannot answer."""
     blind = asked.mode == "blind"
-    known = talk.checkpoint is not None and talk.checkpoint.name == asked.checkpoint.name
-    if blind or talk.blind or not known:
+    before = [one and one.name for one in (talk.checkpoint, talk.other)]
+    known = before == [asked.checkpoint.name, asked.other and asked.other.name]
+    # A conversation that was opened is that of nobody yet.
+    if blind or talk.blind or not (known or talk.checkpoint is None):
         # Answers that are judged must not lean on what one of them has said before.
-        talk = Conversation(checkpoint=asked.checkpoint, blind=blind)
+        talk = Conversation(checkpoint=asked.checkpoint, other=asked.other, blind=blind)
     question, reference = _question(speakers, run, asked)
     if isinstance(asked.question, HeldOutPrompt) and asked.question.turns is not None:
-        before = [
+        earlier = [
             {**turn, "images": list(map(image_file, turn["images"]))} if "images" in turn else turn
             for turn in asked.question.earlier
         ]
-        talk = Conversation(asked.checkpoint, blind, list(before), list(before))
+        talk = Conversation(asked.checkpoint, asked.other, blind, list(earlier), list(earlier))
     row = asked.question if isinstance(asked.question, HeldOutPrompt) else None
-    talk = replace(talk, checkpoint=asked.checkpoint, reference=reference, row=row)
+    talk = replace(talk, checkpoint=asked.checkpoint, other=asked.other)
+    talk = replace(talk, reference=reference, row=row)
     talk = replace(talk, ends={}, ballot=None)
     who = shuffle_sides() if blind else dict(zip(SIDES, ("base", "tuned"), strict=True))
     columns = dict(zip(SIDES, ("left", "right"), strict=True))
@@ -225,8 +280,10 @@ def _answer(
     messages = build_messages(asked.system, said)
     turns: dict[str, Any] = {column: said}
     yield replace(talk, **turns)
-    checkpoint = None if name == "base" else asked.checkpoint.name
-    pieces = speakers.answer(run.owner, run, checkpoint, messages, asked.sampling)
+    checkpoint = asked.other if name == "base" else asked.checkpoint
+    pieces = speakers.answer(
+        run.owner, run, checkpoint and checkpoint.name, messages, asked.sampling
+    )
     for piece in pieces:
         turns = {column: [*said, {"role": "assistant", "content": piece.text}]}
         ends = {**talk.ends, column: piece} if piece.done else talk.ends

@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 
+from gradio_app.assets import script
 from gradio_app.chat import votes
 from gradio_app.chat.command import sees_images, unsupported_task
 from gradio_app.chat.prompts import MAX_PROMPTS, MAX_SCORED, held_out_prompts, labels, system_prompt
@@ -22,7 +23,9 @@ from gradio_app.pages.run.conversation import (
     Conversation,
     Question,
     find_checkpoint,
+    opened_row,
     parse_request,
+    saved_row,
     stream_answers,
     without_last,
 )
@@ -36,6 +39,7 @@ from gradio_app.texts import Texts
 
 # How often the tab looks whether the model, the checkpoints or the machine have changed.
 POLL_SECONDS = 2.0
+_SAVE = script("save_text.js")
 
 
 class PlaygroundTab:
@@ -68,6 +72,10 @@ class PlaygroundTab:
         on_event(t, p.clear_system.click, lambda: "", None, p.system, **calm)
         on_event(t, p.again.click, self._again, given, [p.seed, *shown], **every)
         on_event(t, p.edit.click, self._edit, [self.talk, p.mode], [*asked, *talk], **calm)
+        on_event(t, p.save.click, self._save, [self.talk, p.system], p.saved).success(
+            None, p.saved, None, js=_SAVE
+        )
+        on_event(t, p.open.upload, self._open, [p.open, p.mode], [p.system, *talk], **calm)
         for name, button in p.presets.items():
             on_event(t, button.click, partial(list, PRESETS[name]), None, p.preset_outputs, **calm)
         checkpoint = [self.run_id, p.checkpoint]
@@ -79,7 +87,14 @@ class PlaygroundTab:
         scored = [self.run_id, p.score.rows, *p.settings]
         shows = [*p.score.outputs, p.model_status]
         on_event(t, p.score.start.click, score, scored, shows, **every)
-        resets = (p.reset.click, p.mode.input, p.checkpoint.input, p.left.clear, p.right.clear)
+        resets = (
+            p.reset.click,
+            p.mode.input,
+            p.checkpoint.input,
+            p.other.input,
+            p.left.clear,
+            p.right.clear,
+        )
         on_event(t, resets, self._reset, [self.run_id, *p.settings], talk, **calm)
         for name, button in p.votes.items():
             voted = [*talk, p.vote_summary]
@@ -142,6 +157,13 @@ class PlaygroundTab:
         images = self.parts.image_updates(question.images)
         return (question.text, *images, shorter, *self.parts.updates(shorter, str(mode)))
 
+    def _save(self, talk: Any, system: Any) -> str:
+        return saved_row(talk if isinstance(talk, Conversation) else Conversation(), system)
+
+    def _open(self, file: Any, mode: Any) -> tuple[Any, ...]:
+        system, talk = opened_row(file)
+        return (system, talk, *self.parts.updates(talk, str(mode)))
+
     def _show_images(self, images: Any) -> tuple[Any, ...]:
         try:
             return self.parts.image_updates(validate_images(images))
@@ -166,7 +188,7 @@ class PlaygroundTab:
             if isinstance(question, str):
                 question = Question(question, validate_images(images))
             asked = parse_request(run, question, inputs)
-            for _ in self.studio.chat.load(run.owner, run, asked.checkpoint.name):
+            for _ in self.studio.chat.load(run.owner, run, *asked.names):
                 skips = (gr.skip(),) * len(self.parts.conversation_outputs)
                 yield True, (gr.skip(), *skips, self._model_status(run))
             for now in stream_answers(self.studio.chat, run, talk, asked):
@@ -266,6 +288,7 @@ class PlaygroundTab:
         there = bool(known)
         chosen = next((one for one in known if one.name == checkpoint), known[0] if known else None)
         choices = tuple((checkpoint_label(one, t), one.name) for one in known)
+        others = ((t("playground.base"), ""), *choices)
         name = chosen.name if chosen else None
         nothing = (
             render("playground.unsupported", t, kind=kind)
@@ -293,6 +316,7 @@ class PlaygroundTab:
             (gr.Button(visible=phase == "none", interactive=free), (phase == "none", free)),
             (gr.Button(visible=phase != "none"), phase != "none"),
             (gr.Dropdown(choices=list(choices), value=name), (choices, name)),
+            (gr.Dropdown(choices=list(others), visible=len(choices) > 1), others),
             (gr.Column(visible=bool(texts)), bool(texts)),
             *prompts,
             *[(hidden, None)] * (MAX_PROMPTS - len(prompts)),

@@ -61,14 +61,15 @@ class PlaygroundView:
             sampling = self._build_sampling()
             self.score = ScoreView(t)
             self.vote_summary = html(elem_id="try-tally")
-        self.settings: list[Any] = [self.mode, self.checkpoint, self.system, *sampling]
+        self.settings: list[Any] = [self.mode, self.checkpoint, self.system, *sampling, self.other]
         self.image_outputs: list[Any] = [self.images, self.shown_images]
         self.conversation_outputs: list[Any] = [
             *(self.left, self.right, self.notes, self.reference),
-            *(self.ballot, self.revealed, self.stop, self.again, self.edit),
+            *(self.ballot, self.revealed, self.stop, self.again, self.edit, self.save),
         ]
         self.polled_outputs: list[Any] = [
-            *(self.empty, self.body, self.model_status, self.load, self.unload, self.checkpoint),
+            *(self.empty, self.body, self.model_status, self.load, self.unload),
+            *(self.checkpoint, self.other),
             *(self.held_out, *self.prompts, self.ask, self.image_row),
             *(self.vote_summary, self.system, self.system_note),
             *self.score.polled_outputs,
@@ -97,6 +98,16 @@ class PlaygroundView:
                 "playground.checkpoint",
                 "try-checkpoint",
                 choices=[],
+                filterable=False,
+                scale=1,
+            )
+            self.other = field(
+                gr.Dropdown,
+                t,
+                "playground.other",
+                "try-other",
+                choices=[(t("playground.base"), "")],
+                value="",
                 filterable=False,
                 scale=1,
             )
@@ -184,6 +195,11 @@ class PlaygroundView:
                 self.again = self._button("again", "again", "lg", interactive=False)
                 self.edit = self._button("edit", "edit", "lg", interactive=False)
                 self.reset = self._button("reset", "reset", "lg")
+                self.save = self._button("save", "save", "lg", interactive=False)
+                self.open = gr.UploadButton(
+                    self.t("playground.open"), file_types=[".jsonl"], size="lg", scale=0
+                )
+                self.saved = gr.Textbox(visible="hidden", elem_id="try-saved")
 
     def _build_sampling(self) -> list[Any]:
         usual = Sampling()
@@ -236,10 +252,11 @@ class PlaygroundView:
 
         After a vote, ``revealed`` is said, and ``who`` are the models behind A and B.
         """
-        t, tuned = self.t, self.t("playground.mode_tuned")
-        if talk.checkpoint is not None:
-            tuned = t("playground.tuned", which=checkpoint_label(talk.checkpoint, t, short=True))
-        names = {"base": t("playground.base"), "tuned": tuned}
+        t = self.t
+        names = {"base": t("playground.base"), "tuned": t("playground.mode_tuned")}
+        for name, one in (("base", talk.other), ("tuned", talk.checkpoint)):
+            if one is not None:
+                names[name] = t("playground.tuned", which=checkpoint_label(one, t, short=True))
         left, right = names["base"], names["tuned"]
         if talk.blind:
             left, right = t("playground.side_a"), t("playground.side_b")
@@ -256,7 +273,7 @@ class PlaygroundView:
             gr.Column(visible=voting),
             revealed,
             gr.Button(interactive=in_progress),
-            *[gr.Button(interactive=bool(talk.left or talk.right) and not in_progress)] * 2,
+            *[gr.Button(interactive=bool(talk.left or talk.right) and not in_progress)] * 3,
         )
 
 
