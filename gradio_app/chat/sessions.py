@@ -185,7 +185,8 @@ class ChatSessions:
         """Loads a run's base and checkpoints, unless they are; yields how far it is.
 
         Raises UserError if a run uses the machine, or another visitor the model; if there is no
-        such checkpoint, or two cannot share a base; if it cannot be loaded, and why; if what the run trains cannot talk.
+        such checkpoint, or two cannot share a base; if it cannot be loaded, and why; if what the
+        run trains cannot talk.
         """
         if unsupported_task(run):
             raise UserError("playground.refused_silent", name=run.name)

@@ -209,11 +209,13 @@ class PlaygroundTab:
     def _reset(self, request: gr.Request, run_id: Any, *values: Any) -> tuple[Any, ...]:
         inputs = ChatInputs(*values)
         try:
-            checkpoint = find_checkpoint(self.studio.run(request, run_id), inputs.checkpoint)
+            run = self.studio.run(request, run_id)
+            checkpoint = find_checkpoint(run, inputs.checkpoint)
+            other = find_checkpoint(run, inputs.other) if inputs.other else None
         except UserError:
             # The run or checkpoint is gone; a reset empties the page all the same.
-            checkpoint = None
-        talk = Conversation(checkpoint, blind=inputs.mode == "blind")
+            checkpoint = other = None
+        talk = Conversation(checkpoint, other, blind=inputs.mode == "blind")
         return (talk, *self.parts.updates(talk, str(inputs.mode)))
 
     # The model
