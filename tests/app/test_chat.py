@@ -34,7 +34,9 @@ from gradio_app.pages.run.conversation import (
     ChatInputs,
     Conversation,
     Question,
+    opened_row,
     parse_request,
+    saved_row,
     stream_answers,
     without_last,
 )
@@ -90,8 +92,8 @@ def speak(given: Settings) -> Iterator[Callable[..., ChatSessions]]:
         one.close()
 
 
-def loaded(speakers: ChatSessions, run: Run, checkpoint: str = "best") -> None:
-    for _ in speakers.load(run.owner, run, checkpoint):
+def loaded(speakers: ChatSessions, run: Run, *checkpoints: str) -> None:
+    for _ in speakers.load(run.owner, run, *(checkpoints or ["best"])):
         pass
 
 
@@ -167,6 +169,48 @@ def test_adapters_with_whole_layers_are_loaded_one_at_a_time(speak, store):
     loaded(speakers, run, "last")
     assert ask(speakers, run, who="last").text == "checkpoint-1 heard Hello"
     assert gone(started(run)["pid"])
+    with refused("refused_together"):
+        loaded(speakers, run, "best", "last")
+
+
+def test_a_checkpoint_answers_in_place_of_the_base(speak, store):
+    speakers, run = speak(), with_adapters(store)
+    values = ("best", "Be kind", 0, 1, 8, 0, 0, 1, "", "last")
+    asked = parse_request(run, "Hello", ChatInputs("both", *values))
+    assert asked.names == ["best", "last"]
+    loaded(speakers, run, *asked.names)
+    *_, talk = stream_answers(speakers, run, Conversation(), asked)
+    said = [turns[-1]["content"] for turns in (talk.left, talk.right)]
+    assert said == ["checkpoint-2 heard Hello", "checkpoint-1 heard Hello"]
+    # Another pair begins a conversation of its own; votes are for the base.
+    again = parse_request(run, "Hello", ChatInputs("both", *values[:-1]))
+    *_, other = stream_answers(speakers, run, talk, again)
+    assert [one["content"] for one in other.left] == ["Hello", "base heard Hello"]
+    assert parse_request(run, "Hello", ChatInputs("blind", *values)).other is None
+
+
+def test_a_saved_conversation_is_a_row_and_goes_on(speak, store, tmp_path):
+    speakers, run = speak(), with_adapters(store)
+    asked = parse_request(
+        run, "Größe?", ChatInputs("both", "best", "Be kind", 0, 1, 8, 0, 0, 1, "")
+    )
+    loaded(speakers, run)
+    *_, talk = stream_answers(speakers, run, Conversation(), asked)
+    file = tmp_path / "conversation.jsonl"
+    file.write_text(saved_row(talk, "Be kind"), encoding="utf-8")
+    system = {"role": "system", "content": "Be kind"}
+    assert json.loads(file.read_text("utf-8")) == {"messages": [system, *talk.right]}
+    system_prompt, opened = opened_row(file)
+    assert (system_prompt, opened.left, opened.right) == ("Be kind", talk.right, talk.right)
+    *_, more = stream_answers(speakers, run, opened, asked)
+    assert [one["role"] for one in more.right] == ["user", "assistant"] * 2
+    with refused("refused_save"):
+        saved_row(Conversation(), "")
+    bad = ["", "[]", '{"messages": 7}', '{"messages": [{"role": "user", "content": "a"}]}', "\xff"]
+    for text in bad:
+        file.write_text(text, encoding="latin-1")
+        with refused("refused_open"):
+            opened_row(file)
 
 
 def test_there_is_one_process_and_the_next_run_takes_its_place(speak, store):

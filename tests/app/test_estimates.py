@@ -2,7 +2,12 @@
 
 import yaml
 
-from gradio_app.experiments.estimates import Work, expected_duration, planned_work
+from gradio_app.experiments.estimates import (
+    Work,
+    calculated_duration,
+    expected_duration,
+    planned_work,
+)
 from gradio_app.experiments.summaries import Summaries, kind_of
 from gradio_app.recipe.content import with_value
 from gradio_app.recipe.edits import base_recipe, with_method
@@ -81,3 +86,16 @@ def test_a_range_is_that_of_the_steps_of_earlier_runs_of_the_same_kind(tmp_path)
     took(content, [70.0], 20)
     found = expected()
     assert (found.low, found.high, found.runs) == (1800 / 70, 20 + 1800 / 100, 2)
+
+
+def test_before_the_first_run_a_range_is_calculated_from_the_processor():
+    content = base_recipe("sft", small=False)
+    plan = {"total_parameters": 10**8, "run": {"gradient_checkpointing": False, "seq_len": 100}}
+    assert calculated_duration(content, Work(9, 0), plan) is None
+    found = calculated_duration(content, Work(50, 5000), plan)
+    # 2e12 operations, by a processor of a billion to ten thousand billion a second.
+    assert 10.1 < found.low < found.high < 180 + 6 * 2000
+    assert found.runs == 0
+    limited = with_value(content, "trainer.max_time", "00:00:00:01")
+    slow = calculated_duration(limited, Work(50, 5_000_000), plan)
+    assert (slow.low, slow.high) == (11, 181)
