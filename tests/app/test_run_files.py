@@ -349,6 +349,8 @@ def test_samples_are_those_of_few_steps_and_escaped():
     assert "&lt;i&gt;" in shown
     assert "&lt;90&gt;" in shown
     assert "LogSamples" in samples([], [], Texts())
+    many = [{**rows[0], "sample": place} for place in range(5)]
+    assert ("<details" in shown, samples(many, [], Texts()).count("(2)")) == (False, 2)
 
 
 def test_samples_say_who_spoke_what_was_cut_and_what_is_as_expected():

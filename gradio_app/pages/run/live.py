@@ -65,7 +65,10 @@ class Live:
                 scale=0,
                 min_width=280,
             )
-            self.choices = [smoothing, field(gr.Checkbox, t, "run.log_scale", "curve-log", scale=0)]
+            log = field(gr.Checkbox, t, "run.log_scale", "curve-log", scale=0)
+            least: dict[str, Any] = {"value": 0, "minimum": 0, "precision": 0, "scale": 0}
+            first = field(gr.Number, t, "run.from_step", "curve-first", min_width=120, **least)
+            self.choices = [smoothing, log, first]
         shown = [markup(elem_id="loss-plot"), markup(elem_id="curve-text")]
         with gr.Accordion(t("run.as_table"), open=False, elem_id="curve-table"):
             shown.append(markup())
@@ -114,8 +117,11 @@ class Live:
         t = self.t
         training = smooth(metrics.curve("train_loss"), choices.smoothing)
         curves = [
-            _series(t("run.training"), TRAINING, training),
-            _series(t("run.validation"), VALIDATION, metrics.curve("val_loss")),
+            _series(name, color, [point for point in points if point[0] >= choices.first])
+            for name, color, points in (
+                (t("run.training"), TRAINING, training),
+                (t("run.validation"), VALIDATION, metrics.curve("val_loss")),
+            )
         ]
         return plot(
             curves,

@@ -42,6 +42,8 @@ TABLE_ROWS = 40
 MAX_OTHER_METRICS = 3
 MAX_STEPS = 4
 MAX_PROMPTS = 12
+# Others are folded: on a phone each prompt takes a screen.
+SHOWN_PROMPTS = 3
 _MAX_CELL = 400
 # JSON has few spaces: signs are words of their own.
 _WORDS = re.compile(r"\w+|\W")
@@ -169,7 +171,8 @@ def summary(metrics: Metrics, t: Texts) -> str:
     if validation:
         step, least = min(validation, key=lambda point: point[1])
         best = {"best": format_number(least, t), "best_step": step}
-        said.append(t("run.curves_validation", **best, **_endpoints(validation, t)))
+        key = "run.curves_validation" if len(validation) > 1 else "run.curves_validation_one"
+        said.append(t(key, **best, **_endpoints(validation, t)))
     else:
         said.append(t("run.curves_no_validation"))
     return message("note", " ".join(said), t, role="")
@@ -211,7 +214,7 @@ def samples(rows: Sequence[Row], known: Sequence[HeldOutPrompt], t: Texts) -> st
             (t("run.after_step", step=step) if step else t("run.before_training"), right)
         )
     table = [_row(place, steps, said, known) for place in places[:MAX_PROMPTS]]
-    return render("live.samples", t, columns=columns, rows=table)
+    return render("live.samples", t, columns=columns, rows=table, shown=SHOWN_PROMPTS)
 
 
 def _row(

@@ -120,7 +120,7 @@ def _base(base: object, t: Texts) -> list[str]:
 
 
 def data_facts(data: object, t: Texts) -> str:
-    """Returns what provenance says of the data in words; its class where that is all."""
+    """Returns the data of provenance in words; its class where that is all."""
     if not isinstance(data, dict):
         return ""
     place, shape, splits = (data.get(key) for key in ("data", "shape", "splits"))

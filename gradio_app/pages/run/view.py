@@ -34,15 +34,18 @@ class CurveOptions:
     Attributes:
         smoothing: Weight of the past in the curves, 0 to 1.
         logarithmic: Whether the loss is on a log scale.
+        first: The first step of the curves of the loss.
     """
 
     smoothing: float = 0.0
     logarithmic: bool = False
+    first: float = 0
 
     @classmethod
-    def of(cls, smoothing: Any = None, logarithmic: Any = None) -> CurveOptions:
-        """Returns the options of two inputs; a browser can send anything."""
-        return cls(_SMOOTHING.get(str(smoothing), 0.0), logarithmic is True)
+    def of(cls, smoothing: Any = None, logarithmic: Any = None, first: Any = 0) -> CurveOptions:
+        """Returns the options of three inputs; a browser can send anything."""
+        first = first if isinstance(first, (int, float)) else 0
+        return cls(_SMOOTHING.get(str(smoothing), 0.0), logarithmic is True, first)
 
 
 class PageSection(Protocol):
