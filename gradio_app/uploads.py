@@ -227,8 +227,8 @@ def _check_parquet(path: Path, head: bytes) -> None:
 
 def _slug(text: str) -> str:
     """Returns a safe file name of letters and digits."""
-    ascii_only = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
-    return re.sub(r"[^a-z0-9]+", "-", ascii_only.lower()).strip("-")[:40].strip("-") or "rows"
+    ascii_only = unicodedata.normalize("NFKD", text.casefold()).encode("ascii", "ignore").decode()
+    return re.sub(r"[^a-z0-9]+", "-", ascii_only).strip("-")[:40].strip("-") or "rows"
 
 
 def _upload(path: Path) -> Upload:

@@ -53,7 +53,7 @@ class DataReport:
     @property
     def needs_column_names(self) -> bool:
         """Whether only which column is which has to be said."""
-        return "Say which column is which" in self.refusal and self.table is not None
+        return "ay which column is which" in self.refusal and self.table is not None
 
     @property
     def columns(self) -> list[str]:

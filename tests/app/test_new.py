@@ -168,11 +168,11 @@ def test_own_data_with_bad_rows_is_put_right_and_started(visit, site):
     bad = [*GOOD[:3], {"question": "empty?", "reply": ""}, *GOOD[3:], GOOD[5]]
     upload_rows(page, "mine <b>.jsonl", bad, "\nno json at all")
     page.get_by_text("mine-b.jsonl").first.wait_for()
-    # Neither column has a known name.
+    # Only one column has a known name: both are mapped in their order.
     page.locator("#data-report .failure").wait_for()
-    assert page.get_by_label("Prompt and completion").is_checked()
     mapped = page.locator("#mapped-rows table")
     mapped.get_by_role("cell", name="It is 2.").wait_for()
+    assert page.get_by_label("Prompt and completion").is_checked()
     assert mapped.locator("thead th").all_inner_texts() == ["Prompt", "Completion"]
     page.get_by_role("button", name="Apply and read again").click()
     report = page.locator("#data-report")

@@ -56,8 +56,10 @@ def build(editor: Editor) -> None:
     settings = editor.studio.settings
     editor.show([obstacles], lambda session: [overview(session, [], settings, t, asked=False)])
     with gr.Row(elem_id="start-row"):
-        start = gr.Button(t("new.start"), variant="primary", size="lg", elem_id="start")
-        trial = gr.Button(t("new.dry_run"), size="lg", elem_id="dry-run")
+        # Until the first look at the recipe there is nothing to start.
+        waits: dict[str, Any] = {"size": "lg", "interactive": False}
+        start = gr.Button(t("new.start"), variant="primary", elem_id="start", **waits)
+        trial = gr.Button(t("new.dry_run"), elem_id="dry-run", **waits)
     note = html(elem_id="start-said")
     gone = gr.Textbox(visible="hidden", elem_id="gone-to")
     forms = html(elem_id="forms")
