@@ -94,8 +94,8 @@ def test_before_the_first_run_a_range_is_calculated_from_the_processor():
     assert calculated_duration(content, Work(9, 0), plan) is None
     found = calculated_duration(content, Work(50, 5000), plan)
     # 2e12 operations, by a processor of a billion to ten thousand billion a second.
-    assert 10.1 < found.low < found.high < 180 + 6 * 2000
+    assert 10.1 < found.low < found.high < 240 + 3 * 2000
     assert found.runs == 0
     limited = with_value(content, "trainer.max_time", "00:00:00:01")
     slow = calculated_duration(limited, Work(50, 5_000_000), plan)
-    assert (slow.low, slow.high) == (11, 181)
+    assert (slow.low, slow.high) == (11, 241)
