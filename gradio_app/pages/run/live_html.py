@@ -165,7 +165,8 @@ def summary(metrics: Metrics, t: Texts) -> str:
         return ""
     said = []
     if training:
-        said.append(t("run.curves_text", **_endpoints(training, t)))
+        key = "run.curves_text" if len(training) > 1 else "run.curves_text_one"
+        said.append(t(key, **_endpoints(training, t)))
         way = _trend(training, t).partition(" ")[2]
         said += [t("run.curves_trend", direction=way)] if way else []
     if validation:
