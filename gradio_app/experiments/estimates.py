@@ -23,10 +23,11 @@ from gradio_app.runs.types import Run
 MOST_RUNS = 10
 # The side of the matrices whose products are timed, and for how many seconds.
 _SIDE, _SECONDS = 1024, 0.5
-# Steps of SmolLM2 with LoRA in bf16-mixed took 0.8 to 1 times the products of as many operations in
-# float32; processors with fast bfloat16 may take half, short batches and 4-bit weights more. A run
-# loads, validates and saves besides.
-_FASTEST, _SLOWEST, _BESIDES = 0.5, 3.0, (10.0, 240.0)
+# A step of SmolLM2 in bf16-mixed took about as long as so many operations of float32 products with
+# LoRA, and 2 to 5 times as long with QLoRA, on a busy machine. Processors with fast bfloat16 may
+# take half, short batches more. A run loads, validates and saves besides.
+_FASTEST, _SLOWEST, _SLOWEST_QLORA = 0.5, 3.0, 6.0
+_LEAST_BESIDES, _MOST_BESIDES = 10.0, 240.0
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,10 @@ def calculated_duration(
     each, most = 2 * passes * plan["total_parameters"], _most_seconds(content)
     padded = max(work.tokens, min(work.rows * plan["run"]["seq_len"], 2 * work.tokens))
     fastest, usual = _processor_speeds()
+    slowest = _SLOWEST_QLORA if plan["run"]["method"] == "qlora" else _SLOWEST
     low = min(_FASTEST * work.tokens * each / fastest, most)
-    high = min(_SLOWEST * padded * each / usual, most)
-    return Duration(_BESIDES[0] + low, _BESIDES[1] + high, 0)
+    high = min(slowest * padded * each / usual, most)
+    return Duration(_LEAST_BESIDES + low, _MOST_BESIDES + high, 0)
 
 
 def _processor_speeds() -> tuple[float, float]:

@@ -90,7 +90,8 @@ def test_a_range_is_that_of_the_steps_of_earlier_runs_of_the_same_kind(tmp_path)
 
 def test_before_the_first_run_a_range_is_calculated_from_the_processor():
     content = base_recipe("sft", small=False)
-    plan = {"total_parameters": 10**8, "run": {"gradient_checkpointing": False, "seq_len": 100}}
+    run = {"method": "lora", "gradient_checkpointing": False, "seq_len": 100}
+    plan = {"total_parameters": 10**8, "run": run}
     assert calculated_duration(content, Work(9, 0), plan) is None
     found = calculated_duration(content, Work(50, 5000), plan)
     # 2e12 operations, by a processor of a billion to ten thousand billion a second.
