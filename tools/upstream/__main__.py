@@ -87,7 +87,8 @@ def pytest_command(given: argparse.Namespace, side: str, record: Path) -> list[s
     command += ["-o", "addopts=", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     # By a thread, which ends the process: a test that hangs in C++ takes no signal.
     command += [f"--timeout={given.timeout}", "--timeout-method=thread", "--disable-warnings"]
-    command += [f"--side={side}", f"--record={record}", f"--every={given.every}"]
+    command += [f"--side={side}", f"--record={record}"]
+    command += [f"--every={given.every}", f"--offset={given.offset}"]
     return command + (["-k", given.k] if given.k else [])
 
 
@@ -135,6 +136,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tests", nargs="+", help="files or folders in the checkout")
     parser.add_argument("--side", help="lora (default) or qlora for Lightning's; inject for PEFT's")
     parser.add_argument("--every", type=int, default=1, help="run each n-th of all tests")
+    parser.add_argument("--offset", type=int, default=0, help="first of every n-th, from 0")
     parser.add_argument("-k", help="pytest's expression; by default no tests of several processes")
     parser.add_argument("--minutes", type=float, default=60, help="stop after; both sides together")
     parser.add_argument("--timeout", type=int, default=60, help="seconds for one test")

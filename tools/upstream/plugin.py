@@ -23,12 +23,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--side", default="stock", choices=("stock", "lora", "qlora", "inject"))
     group.addoption("--record", type=Path, required=True)
     group.addoption("--every", type=int, default=1)
+    group.addoption("--offset", type=int, default=0)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Patches before any test module is imported."""
     seed_layers()
-    side = config.getoption("--side")
+    side, wanted = config.getoption("--side"), None
+    chosen = slice(config.getoption("--offset"), None, config.getoption("--every"))
     if side != "stock":
         # Not above: stock is without this package.
         from tools.upstream.patches import SIDES
@@ -37,10 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
         # What fails stock says nothing.
         stock = read_record(config.getoption("--record").with_name("stock.jsonl"))
         wanted = {test for test, one in stock.items() if one.get("outcome") == "passed"}
-        every = 1
-    else:
-        wanted, every = None, config.getoption("--every")
-    config.pluginmanager.register(Recorder(config.getoption("--record"), every, wanted))
+        chosen = slice(None)
+    config.pluginmanager.register(Recorder(config.getoption("--record"), chosen, wanted))
 
 
 def seed_layers() -> None:
@@ -80,17 +80,17 @@ def append(path: Path, **result: Any) -> None:
 class Recorder:
     """Runs what the record has no outcome of, and adds each outcome as soon as it is known."""
 
-    def __init__(self, path: Path, every: int, wanted: set[str] | None) -> None:
-        self.path, self.every, self.wanted = path, every, wanted
+    def __init__(self, path: Path, chosen: slice, wanted: set[str] | None) -> None:
+        self.path, self.chosen, self.wanted = path, chosen, wanted
         self.result: dict[str, Any] = {}
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Takes every n-th test or the wanted ones, without those that have an outcome."""
+        """Takes the chosen or the wanted tests, without those that have an outcome."""
         ended = {name for name, one in read_record(self.path).items() if one.get("outcome")}
         items[:] = [
             item
-            for item in items[:: self.every]
+            for item in items[self.chosen]
             if item.nodeid not in ended and (self.wanted is None or item.nodeid in self.wanted)
         ]
 
