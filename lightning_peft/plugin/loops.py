@@ -199,9 +199,14 @@ class TrainingLoops:
         finally:
             combined = combined_loader(fit)
             if combined is not None and self._user_loaders:
-                if data_fetcher(fit) is not None:
+                fetcher = data_fetcher(fit)
+                if fetcher is not None:
                     # The loop iterates over a copy with tracked loaders; all others see the user's.
-                    data_fetcher(fit).setup(copy.copy(combined))
+                    fetcher.setup(copy.copy(combined))
+                    fetcher.iterator = fetcher.combined_loader
+                    # Only for the length: the first epoch's workers would live as long as the fit.
+                    make = type(combined._iterator)
+                    combined._iterator = make(self._user_loaders, combined.limits)
                 combined.flattened = self._user_loaders
                 self.batches.set_up()
         # Nothing to go back to where nothing was drawn.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from modules import (
     lightning,
     loader,
     resumed,
+    rows,
     saver,
     seed,
     strategy,
@@ -247,6 +249,27 @@ def test_the_users_loader_stays_what_it_was(tmp_path):
     assert vars(data).keys() == before.keys()
     assert data.dataset is before["dataset"]
     assert len(list(data)) == 6
+
+
+def test_each_epoch_has_one_iterator(tmp_path):
+    """Those of epochs before are gone, and their worker processes with them."""
+
+    alive, counts = WeakSet(), []
+
+    class Counted(DataLoader):
+        def __iter__(self):
+            iterator = super().__iter__()
+            alive.add(iterator)
+            return iterator
+
+    class Watched(task_class(ROOTS[0])):
+        def on_train_batch_start(self, *_):
+            counts.append(len(alive))
+
+    given = {"max_epochs": 3, "limit_train_batches": 2}
+    run = make_trainer(tmp_path, strategy("lora"), **given)
+    run.fit(Watched(), Counted(rows("linears", 12), 4))
+    assert counts == [1] * 6
 
 
 def test_one_trainer_resumes_its_own_run(tmp_path):
