@@ -23,9 +23,9 @@ from gradio_app.runs.types import Run
 MOST_RUNS = 10
 # The side of the matrices whose products are timed, and for how many seconds.
 _SIDE, _SECONDS = 1024, 0.5
-# A step of SmolLM2 in bf16-mixed took about as long as so many operations of float32 products with
-# LoRA, and 2 to 5 times as long with QLoRA, on a busy machine. Processors with fast bfloat16 may
-# take half, short batches more. A run loads, validates and saves besides.
+# Steps of SmolLM2 in bf16-mixed took 1 to 2 times the processor time of as many operations of
+# float32 products with LoRA, and 4 to 5 times with QLoRA. Processors with fast bfloat16 may take
+# half, short batches more. A run loads, validates and saves besides.
 _FASTEST, _SLOWEST, _SLOWEST_QLORA = 0.5, 3.0, 6.0
 _LEAST_BESIDES, _MOST_BESIDES = 10.0, 240.0
 
