@@ -109,7 +109,7 @@ def test_curves_are_smoothed_and_in_a_table(site, store, visit):
         page.locator("#recipe-text").get_by_text("steps: 30")
     ).first.wait_for()
     page.get_by_text(f"lightning-peft fit --config {run.folder.recipe}").wait_for()
-    page.get_by_text("lightning_peft.tasks.causal_lm.CausalLM").wait_for()
+    page.get_by_text("lightning_peft.tasks.causal_lm.CausalLM", exact=True).wait_for()
     with page.expect_download() as download:
         page.get_by_role("button", name="Download recipe.yaml").click()
     assert download.value.path().read_text() == run.folder.recipe.read_text()

@@ -169,7 +169,7 @@ def ask_again(page) -> None:
 
 def two_checkpoints(page) -> None:
     """The best checkpoint in place of the base, and the conversation saved and opened again."""
-    page.get_by_label("Compare with").click()
+    page.get_by_role("combobox", name="Compare with").click()
     page.get_by_role("option", name="best (step 6)").click()
     page.locator("#try-left").get_by_text("Tuned (step 6)", exact=True).wait_for()
     page.get_by_role("button", name="Ask", exact=True).click()
@@ -181,7 +181,7 @@ def two_checkpoints(page) -> None:
     page.locator("#try-actions input[type=file]").set_input_files(saved.value.path())
     for side in ("left", "right"):
         page.locator(f"#try-{side} .user").get_by_text("And `max`?").wait_for()
-    page.get_by_label("Compare with").click()
+    page.get_by_role("combobox", name="Compare with").click()
     page.get_by_role("option", name="Base", exact=True).click()
 
 
