@@ -9,19 +9,22 @@ dimensions are below (a minute or two; nothing is loaded), and writes three tabl
 from __future__ import annotations
 
 from dataclasses import astuple, replace
-from typing import Any
+from typing import Any, cast
 
 from planner_anchors import GB, GIB, LLAMAS, Anchor, plan_of
 from planner_anchors import table as anchor_table
 from planner_grid import PAGE
 from record import markdown, read, write_between
 from sharding import COUNTS, METHODS, SIZES
+from torch import Tensor, nn
 
 from lightning_peft.plan.cluster import cluster_of, step_bounds
 from lightning_peft.plan.device_memory import readable
 from lightning_peft.plan.prediction import PARTS, Prediction, process_bytes
 from lightning_peft.plan.settings import PlanSettings
+from lightning_peft.plan.trace import Step
 from lightning_peft.plan.work import Work
+from lightning_peft.tasks.token_loss import chunked_loss
 
 # Those of Llama 3.1 are the dimensions of Llama 3.
 MODELS: dict[str, dict[str, int]] = {
@@ -32,14 +35,20 @@ MODELS: dict[str, dict[str, int]] = {
         "num_hidden_layers": 126, "num_attention_heads": 128, "num_key_value_heads": 8,
     },
     "Llama-2-70B": {**LLAMAS["Llama-3-70B"], "vocab_size": 32000},
+    "Llama-2-7B": LLAMAS["Llama-7B"],
+    "Yi-34B": {
+        "vocab_size": 64000, "hidden_size": 7168, "intermediate_size": 20480,
+        "num_hidden_layers": 60, "num_attention_heads": 56, "num_key_value_heads": 8,
+    },
 }  # fmt: skip
 # LoRA of the large ones does not fit into one.
 GPUS = {"qlora": (1, 8, 64, 512), "lora": (8, 64)}
 IN_A_NODE = 8
 SOME_LAYERS = (4, 8)
+_MLP = ("gate", "up", "down")
 
 
-def plan(model: str, settings: PlanSettings, chunked: bool = True) -> Prediction:
+def plan(model: str, settings: PlanSettings, step: Step | None = chunked_loss) -> Prediction:
     """Returns the plan of one process, in bfloat16.
 
     Layers are alike, so that all numbers lie on a straight line; two points of it are planned.
@@ -49,7 +58,7 @@ def plan(model: str, settings: PlanSettings, chunked: bool = True) -> Prediction
         plan_of(
             {**MODELS[model], "max_position_embeddings": 131072, "num_hidden_layers": count},
             settings,
-            chunked,
+            step,
         )
         for count in SOME_LAYERS
     )
@@ -126,33 +135,77 @@ def all_shared(found: Prediction) -> float:
     return whole - trained * (1 - 1 / found.settings.processes)
 
 
-def without_base(found: Prediction) -> float:
-    """The same without the process's part of the base, which waits in the CPU's memory."""
-    return all_shared(found) - base_bytes(found)
+def in_16_bits(found: Prediction) -> float:
+    """The same with FSDP1: what trains in bfloat16, and the scales of 4-bit weights whole."""
+    parts, count = found.breakdown, found.settings.processes
+    trained = parts["adapters"] + parts["gradients"] + parts["optimizer"]
+    return all_shared(found) - trained / (2 * count) + (count - 1) * _scales(found)
+
+
+def on_the_cpu(found: Prediction) -> float:
+    """The same without the process's part of base and adapters, which FSDP1 leaves on the CPU."""
+    parts, count = found.breakdown, found.settings.processes
+    trained = parts["adapters"] + parts["gradients"] + parts["optimizer"]
+    return in_16_bits(found) - base_bytes(found) - trained / (2 * count) + _scales(found)
+
+
+def _scales(found: Prediction) -> float:
+    """A process's part of the scales: 0.127 of the 4.127 bits of a weight."""
+    return found.breakdown["weights_quantized"] * 0.127 / 4.127
+
+
+def loss_of_2024(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The loss as transformers computed it then: logits in float32, shifted by a copy, and held."""
+    labels = batch["labels"]
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = module(**inputs, use_cache=False).logits.float()
+    shifted = logits[:, :-1].contiguous().flatten(0, 1)
+    loss: Any = nn.functional.cross_entropy(shifted, labels[:, 1:].flatten())
+    loss.logits = logits
+    return cast("Tensor", loss)
 
 
 def anchors() -> list[Anchor]:
     """Returns the published figures."""
 
-    def run(count: int, **given: Any) -> PlanSettings:
+    def run(count: int, method: Any = "qlora", **given: Any) -> PlanSettings:
         return PlanSettings(
-            "qlora", processes=count, sharding="fsdp2", precision="bf16-mixed", **given
-        )
+            method, processes=count, sharding="fsdp2", padded=False,
+            **{"precision": "bf16-true", "optimizer": "adamw_torch", **given},
+        )  # fmt: skip
 
-    long = run(2, batch_size=2, seq_len=2048, lora={"r": 8}, padded=False)
+    # All but o_proj, as train.py of fsdp_qlora has it.
+    six = {"r": 64, "target_modules": [f"{name}_proj" for name in ("q", "k", "v", *_MLP)]}
+    long: dict[str, Any] = {"batch_size": 2, "seq_len": 2048}
+    one = {"lora": six, "gradient_checkpointing": True}
+    allocated, reserved = "allocated", "reserved by the allocator"
     return [
-        Anchor("PEFT docs, r=8, batch 2, 2048 tokens, 2 GPUs", "Llama-2-70B", long, 35.6 * GB,
-               all_shared, ""),
-        Anchor("the same, base on the CPU", "Llama-2-70B", long, 19.6 * GB, without_base,
-               "not planned: what is left without the base"),
-        Anchor("axolotl, 512 tokens, 2 x 24 GB", "Llama-2-70B",
-               run(2, lora={"r": 32}, optimizer="adamw_8bit"), 14 * GB, without_base,
-               "not planned: what is left without the base"),
+        Anchor("fsdp_qlora, LoRA r=64, 512 tokens, 2 GPUs", "Llama-2-7B",
+               run(2, "lora", **one), 8.28 * GIB, in_16_bits, allocated, loss_of_2024),
+        Anchor("the same, 2048 tokens", "Llama-2-7B",
+               run(2, "lora", seq_len=2048, **one), 9.16 * GIB, in_16_bits, allocated,
+               loss_of_2024),
+        Anchor("fsdp_qlora, QLoRA r=64, batch 4, 2048 tokens, 2 GPUs", "Llama-2-7B",
+               run(2, batch_size=4, seq_len=2048, lora=six), 11.22 * GIB, in_16_bits, reserved,
+               loss_of_2024),
+        Anchor("the same, batch 2", "Yi-34B", run(2, **long, lora=six), 23.05 * GIB, in_16_bits,
+               reserved, loss_of_2024),
+        Anchor("the same, on the CPU", "Llama-2-70B", run(2, **long, lora=six), 14.92 * GIB,
+               on_the_cpu, reserved, loss_of_2024),
+        Anchor("PEFT docs, r=8, batch 2, 2048 tokens, 2 GPUs", "Llama-2-70B",
+               run(2, **long, lora={"r": 8}), 35.6 * GB, in_16_bits, "of the process",
+               loss_of_2024),
+        Anchor("the same, on the CPU", "Llama-2-70B", run(2, **long, lora={"r": 8}), 19.6 * GB,
+               on_the_cpu, "of the process", loss_of_2024),
+        Anchor("axolotl, r=32, batch 4, 512 tokens, 2 GPUs, on the CPU", "Llama-2-70B",
+               run(2, batch_size=4, lora={"r": 32}), 14 * GB, on_the_cpu, "of the process",
+               loss_of_2024),
         Anchor("torchtune, LoRA r=16, batch 2, 2048 tokens, 8 x A100, compiled", "Llama-3.1-70B",
-               PlanSettings("lora", processes=8, sharding="fsdp2", batch_size=2, seq_len=2048,
-                            padded=False), 27.6 * GIB, all_shared, "", True),
+               PlanSettings("lora", processes=8, sharding="fsdp2", **long, padded=False),
+               27.6 * GIB, all_shared, "", chunked_loss),
         Anchor("torchtune, QLoRA r=16, batch 1, 8 x A100", "Llama-3.1-405B",
-               run(8), 44.8 * GB, all_shared, "512 tokens, not stated by the source", True),
+               PlanSettings("qlora", processes=8, sharding="fsdp2", precision="bf16-mixed"),
+               44.8 * GB, all_shared, "512 tokens, not stated by the source", chunked_loss),
     ]  # fmt: skip
 
 
@@ -170,7 +223,7 @@ def counted_plan(method: str, count: int) -> Prediction:
         processes=count,
         sharding="fsdp2",
     )
-    return plan_of(dimensions, settings, chunked=False)
+    return plan_of(dimensions, settings)
 
 
 def counted_table() -> str:
@@ -194,6 +247,6 @@ def counted_table() -> str:
 
 if __name__ == "__main__":
     write_between("counted", counted_table(), PAGE)
-    published = anchor_table(anchors(), lambda one: plan(one.model, one.settings, one.chunked))
+    published = anchor_table(anchors(), lambda one: plan(one.model, one.settings, one.step))
     write_between("published of several", published, PAGE)
     write_between("many gpus", table(), PAGE)

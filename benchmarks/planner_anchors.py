@@ -16,7 +16,7 @@ from record import markdown, write_between
 from lightning_peft.plan.prediction import Prediction, predict
 from lightning_peft.plan.settings import PlanSettings
 from lightning_peft.plan.sources import from_config
-from lightning_peft.tasks.token_loss import chunked_loss
+from lightning_peft.plan.trace import Step
 
 GB, GIB = 1e9, 2**30
 
@@ -51,8 +51,8 @@ class Anchor:
     # What of the prediction it is compared with; what that is, and why the rest is left out.
     share: Callable[[Prediction], float]
     note: str
-    # Whether logits are made by chunks there.
-    chunked: bool = False
+    # How the loss is computed there, where the model does not do it.
+    step: Step | None = None
 
 
 def peak(plan: Prediction) -> float:
@@ -109,22 +109,22 @@ def anchors() -> list[Anchor]:
 
 
 def plan_of(
-    dimensions: dict[str, int], settings: PlanSettings, chunked: bool = False
+    dimensions: dict[str, int], settings: PlanSettings, step: Step | None = None
 ) -> Prediction:
     """Returns the plan of one process for a Llama of some dimensions, in bfloat16."""
     import transformers
 
     config = transformers.LlamaConfig(**dimensions, architectures=["LlamaForCausalLM"])
     source = from_config(config, dtype="bfloat16")
-    return predict(source, settings, chunked_loss if chunked else None)
+    return predict(source, settings, step)
 
 
 def table(anchors: Iterable[Anchor], plan: Callable[[Anchor], Prediction]) -> str:
     """Returns published figures and what ``plan`` predicts of them."""
-    made: dict[tuple[str, str, bool], Prediction] = {}
+    made: dict[tuple[str, str, Step | None], Prediction] = {}
     rows = []
     for anchor in anchors:
-        key = (anchor.model, repr(anchor.settings), anchor.chunked)
+        key = (anchor.model, repr(anchor.settings), anchor.step)
         if key not in made:
             made[key] = plan(anchor)
         value = anchor.share(made[key])

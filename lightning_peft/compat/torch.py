@@ -306,6 +306,16 @@ def exchanges_of(group: Any) -> int:
     return int(group._get_sequence_number_for_group())
 
 
+def group_store(prefix: str) -> Any:
+    """Returns the store of the default process group, for keys below ``prefix``.
+
+    Public alternative: none; a ``TCPStore`` of its own needs another port.
+    """
+    distributed = import_module("torch.distributed")
+    store = import_module("torch.distributed.distributed_c10d")._get_default_store()
+    return distributed.PrefixStore(prefix, store)
+
+
 def broadcast_buffers(ddp: Any) -> None:
     """Gives the buffers of the first process to all, where DDP does before a forward pass.
 

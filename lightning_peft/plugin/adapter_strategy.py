@@ -31,6 +31,7 @@ from lightning_peft.plugin.checkpoint_io import (
     put_back_adapter_folder,
     read_checkpoint,
     remove_adapter_folder,
+    saved_place,
     write_adapter_folder,
 )
 from lightning_peft.plugin.data_initialization import initialize_from_data
@@ -68,6 +69,7 @@ class AdapterStrategy(_Base):
 
     lifecycle: Lifecycle
     _restored = False
+    _resumed_from: tuple[Any, dict[str, Any]] | None = None
     _warned_hyperparameters = False
     _training_loops: TrainingLoops | None = None
     _master_weights: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
@@ -90,8 +92,8 @@ class AdapterStrategy(_Base):
     @property
     def _loops(self) -> TrainingLoops:
         if self._training_loops is None:
-            trainer, halves = self._module.trainer, self.lifecycle.halve_batch_on_oom
-            self._training_loops = TrainingLoops(trainer, halves)
+            halves, failures = self.lifecycle.halve_batch_on_oom, self.lifecycle.failures
+            self._training_loops = TrainingLoops(self._module.trainer, failures, halves)
         return self._training_loops
 
     @property
@@ -104,6 +106,16 @@ class AdapterStrategy(_Base):
         self._restored, self._training_loops = False, None
         self.lifecycle.checks.restored = engine.RestoredState()
         self.lifecycle.install(model, self)
+
+    def setup_environment(self) -> None:
+        """Lets processes know of each other's errors from here on."""
+        super().setup_environment()
+        self.lifecycle.failures.start(self.global_rank, self.world_size)
+
+    def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Waits for all processes; where one cannot come, all end with an error."""
+        self.lifecycle.failures.meet(name or "barrier")
+        super().barrier(name, *args, **kwargs)
 
     def setup(self, trainer: Any) -> None:
         """Checks that no adapters were lost, and keeps their master weights in float32.
@@ -187,6 +199,7 @@ class AdapterStrategy(_Base):
         engine.link_late_copies(self._module)
         self.lifecycle.divergence.start(self._module.trainer)
         self.lifecycle.checks.start(self)
+        self._match_adapter_folder()
         self._loops.start()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -211,13 +224,15 @@ class AdapterStrategy(_Base):
         if unfinished and self.is_global_zero:
             log.warning(unfinished)
         self.lifecycle.checks.end()
+        self.lifecycle.checks.compare_trained(self)
         if self._saves.enabled:
             self._saves.wait()
             # Others read what the first process writes.
             self.barrier("async_save")
 
     def on_exception(self, exception: BaseException) -> None:
-        """Waits for checkpoints that are being written."""
+        """Tells the other processes, and waits for checkpoints that are being written."""
+        self.lifecycle.failures.send(exception)
         super().on_exception(exception)
         self._saves.wait_after(exception)
 
@@ -254,12 +269,14 @@ class AdapterStrategy(_Base):
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
     ) -> None:
         """Writes the checkpoint with its description, and its adapter folder."""
+        self.lifecycle.failures.meet("save_checkpoint")
         # No more than one is in memory.
         self._saves.wait()
         if engine.record_of(self._module) is None:
             super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
             return
         self.lifecycle.divergence.check(self._module.trainer)
+        self.lifecycle.checks.compare_trained(self)
         check_frozen(self._module)
         engine.check_momentum_copies(self._module)
         with averages_in(self._module):
@@ -322,6 +339,8 @@ class AdapterStrategy(_Base):
         if self.is_global_zero and fits:
             put_back_adapter_folder(checkpoint_path)
         checkpoint = read_checkpoint(super().load_checkpoint, checkpoint_path, weights_only)
+        place = {name: checkpoint.get(name) for name in ("epoch", "global_step")}
+        self._resumed_from = (checkpoint_path, place) if fits else None
         checkpoint = unpack_checkpoint(self._module, checkpoint)
         if fits and self._loops.batches.restart is not None:
             self._loops.batches.restart.divide(checkpoint)
@@ -346,6 +365,23 @@ class AdapterStrategy(_Base):
             self.lifecycle.checks.restored.note_tensors(continued)
         self._restored = True
         self._resume(checkpoint)
+
+    def _match_adapter_folder(self) -> None:
+        """Writes the adapter folder again that a killed process wrote for a later checkpoint."""
+        path, place = self._resumed_from or (None, {})
+        found = saved_place(path) if self.is_global_zero and path and is_local(path) else None
+        if found is None or found == place:
+            return
+        with averages_in(self._module):
+            files = engine.packed_adapters(self._module, {**self.lifecycle.provenance, **place})
+        write_adapter_folder(path, files)
+        log.warning(
+            "The adapter folder of %s was of step %d, and the checkpoint is of step %d: a process "
+            "was killed between the two. The folder has the adapters of the checkpoint again.",
+            path,
+            found["global_step"],
+            place["global_step"],
+        )
 
     def _resume(self, checkpoint: Mapping[str, Any]) -> None:
         trainer, saved = self._module.trainer, checkpoint[CHECKPOINT_KEY]["processes"]
@@ -383,5 +419,6 @@ class AdapterStrategy(_Base):
             self._training_loops.detach()
         self.lifecycle.uninstall()
         self.lifecycle.checks.stop()
+        self.lifecycle.failures.stop()
         super().teardown()
         self._saves.close()

@@ -55,6 +55,8 @@ class _AdapterCallback(LateBoundCallback):
             _check_served(strategy, type(self).__name__)
             strategy.__class__ = mixed_class(AdapterStrategy, type(strategy))
             strategy.lifecycle = self.lifecycle
+            # The environment is there already.
+            self.lifecycle.failures.start(strategy.global_rank, strategy.world_size)
         if strategy.lifecycle is not self.lifecycle:
             raise UnsupportedError(
                 f"{type(self).__name__} with {type(strategy).__name__}, or with another "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_peft.engine.files.adapter_format import PROVENANCE_FILE
 from lightning_peft.errors import CheckpointError, StorageError
 from lightning_peft.file_errors import write_problem
 from lightning_peft.plugin.background_saving import BackgroundSaves
@@ -173,6 +175,15 @@ def put_back_adapter_folder(checkpoint: Any) -> None:
     folder = adapter_folder(checkpoint)
     if is_local(checkpoint) and _replaced(folder).is_dir() and not folder.exists():
         os.replace(_replaced(folder), folder)
+
+
+def saved_place(checkpoint: Any) -> dict[str, int] | None:
+    """Returns epoch and step of a checkpoint's adapter folder; ``None`` where it has none."""
+    for file in sorted(adapter_folder(checkpoint).rglob(PROVENANCE_FILE)):
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        if "epoch" in facts and "global_step" in facts:
+            return {name: facts[name] for name in ("epoch", "global_step")}
+    return None
 
 
 def put_back_adapter_folders(root: Path) -> None:

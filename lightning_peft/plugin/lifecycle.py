@@ -28,6 +28,7 @@ from lightning_peft.plugin.adapter_checks import (
 from lightning_peft.plugin.averaging import serve_averages
 from lightning_peft.plugin.background_saving import BackgroundSaves
 from lightning_peft.plugin.divergence import DivergenceCheck
+from lightning_peft.plugin.failure_notice import FailureNotice
 from lightning_peft.plugin.injection_settings import injection_settings, with_adapter_defaults
 from lightning_peft.plugin.sharding import early_share
 from lightning_peft.plugin.training_checks import TrainingChecks
@@ -50,6 +51,7 @@ class Lifecycle:
         halve_batch_on_oom: Whether batches become smaller where memory is short.
         saves: Checkpoints that are being written.
         checks: What is checked when training starts.
+        failures: What processes know of each other's errors.
         provenance: Further content for the ``provenance.json`` of every saved adapter.
         decided: What ``"auto"`` was decided to be, by the name of the argument. What is there
             before a run is taken instead of a new decision.
@@ -63,6 +65,7 @@ class Lifecycle:
         self.saves = BackgroundSaves(arguments.async_save)
         self.checks = TrainingChecks(arguments.verify)
         self.divergence = DivergenceCheck()
+        self.failures = FailureNotice()
         self.provenance: dict[str, Any] = {}
         self.decided: dict[str, Any] = {}
         self._pending_module: Any = None

@@ -25,6 +25,7 @@ from lightning_peft.compat.lightning import (
     reloads_training_data,
     restore_loader_states,
 )
+from lightning_peft.plugin.failure_notice import FailureNotice
 from lightning_peft.plugin.mid_epoch import merge_epoch_sums, mid_epoch_state, restore_mid_epoch
 from lightning_peft.plugin.random_state import random_state, same_state, set_random_state
 from lightning_peft.plugin.smaller_batches import SmallerBatches
@@ -36,6 +37,7 @@ from lightning_peft.plugin.tracked_loader import (
     set_generator_states,
 )
 
+_EPOCH_END = "end of the epoch"
 _METHODS = (
     ("fit", "run"),
     ("fit", "setup_data"),
@@ -64,7 +66,7 @@ class TrainingLoops:
         batches: Their batches, which become smaller where memory is short and ``halves`` is set.
     """
 
-    def __init__(self, trainer: Any, halves: bool = False) -> None:
+    def __init__(self, trainer: Any, failures: FailureNotice, halves: bool = False) -> None:
         self.fit = trainer.fit_loop
         self.epoch = self.fit.epoch_loop
         self.validation = self.epoch.val_loop
@@ -79,7 +81,8 @@ class TrainingLoops:
         self._validation_generators: Any = None
         self._final_prefetch: tuple[int, int] | None = None
         self._had_callbacks = False
-        self.batches = SmallerBatches(self, halves)
+        self._failures = failures
+        self.batches = SmallerBatches(self, failures, halves)
 
     def attach(self) -> None:
         """Extends the loops."""
@@ -242,6 +245,7 @@ class TrainingLoops:
 
     def _fit_on_advance_end(self) -> None:
         fit = self.fit
+        self._failures.meet(_EPOCH_END)
         self.merge_epoch_sums()
         self.sums = {}
         if not fit.restarted_on_epoch_end:
@@ -255,7 +259,15 @@ class TrainingLoops:
             self.ending_epoch = False
 
     def _epoch_advance(self, fetcher: Any) -> None:
-        self.batches.advance(fetcher)
+        self._failures.begin_batch()
+        try:
+            self.batches.advance(fetcher)
+        except StopIteration:
+            self._failures.begin_batch(-1)
+            raise
+        if self.epoch.batch_progress.is_last_batch:
+            # Before validation, in which the others would wait for this process as well.
+            self._failures.meet(_EPOCH_END)
 
     def _epoch_reset(self) -> None:
         """Resets the loop, without the advice to make loaders resumable: they are."""

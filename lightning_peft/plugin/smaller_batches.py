@@ -25,6 +25,7 @@ from lightning_peft.compat.lightning import (
 )
 from lightning_peft.compat.torch import set_batch_size
 from lightning_peft.errors import LifecycleError, UnsupportedError, itemize
+from lightning_peft.plugin.failure_notice import FailureNotice
 from lightning_peft.plugin.mid_epoch import epoch_sums, put_back_sums
 from lightning_peft.plugin.random_state import random_state, set_random_state
 from lightning_peft.plugin.restart_record import RestartRecord, division_in
@@ -78,9 +79,9 @@ class SmallerBatches:
             an optimizer step multiplied.
     """
 
-    def __init__(self, loops: _Loops, halves: bool) -> None:
+    def __init__(self, loops: _Loops, failures: FailureNotice, halves: bool) -> None:
         self.division = 1
-        self._loops, self._halves = loops, halves
+        self._loops, self._failures, self._halves = loops, failures, halves
         self.trainer = loops.fit.trainer
         self._accumulate: int = self.trainer.accumulate_grad_batches
         self._full: _Full | None = None
@@ -134,7 +135,7 @@ class SmallerBatches:
             self._scale(self.division)
         several = self.trainer.world_size > 1 and self.restart is None
         if self._halves and several and not self._loops.is_trial:
-            self._agreement = StepAgreement(self.trainer)
+            self._agreement = StepAgreement(self.trainer, self._failures)
 
     def stop(self) -> None:
         """Gives Trainer and loader what the user gave them."""
@@ -258,9 +259,9 @@ class SmallerBatches:
         # First, so that all processes end with an error where this one does.
         if self._agreement is not None and not self._agreement.leaves(error):
             problem = (
-                "the other processes have had memory for the batch and go on. It was short where "
-                "gradients are averaged, in the optimizer's step, or in a hook after it. Continue "
-                "from the newest checkpoint with a smaller batch_size"
+                "the other processes have had memory for the batch, and end too. It was short in "
+                "the optimizer's step, or in a hook after it. Continue from the newest checkpoint "
+                "with a smaller batch_size"
             )
         elif size == 1:
             problem = "the batch is one row. Shorten rows (max_length), or plan for less memory"

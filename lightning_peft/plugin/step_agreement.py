@@ -20,6 +20,7 @@ from lightning_peft import engine
 from lightning_peft.compat.lightning import averages_by_hook, has_static_graph, is_accumulating
 from lightning_peft.compat.torch import broadcast_buffers, exchanges_of
 from lightning_peft.errors import UnsupportedError
+from lightning_peft.plugin.failure_notice import FailureNotice
 from lightning_peft.plugin.launch import can_restart, stale_addresses
 
 # Of the pieces in which gradients are averaged, as DDP's; in bytes.
@@ -34,7 +35,7 @@ class OtherProcessError(torch.OutOfMemoryError):
 class StepAgreement:
     """What the processes of a fit ask each other in each batch, and the mean of their gradients."""
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, failures: FailureNotice) -> None:
         self._strategy, self._fit = trainer.strategy, trainer.fit_loop
         self._module: nn.Module = trainer.lightning_module
         self._ddp: Any = self._strategy.model
@@ -49,6 +50,7 @@ class StepAgreement:
             self._extend(self._strategy, name, self._exchange)
         self._extend(self._strategy.precision_plugin, "post_backward", self._end)
         self._ddp.require_backward_grad_sync = self._ddp.require_forward_param_sync = False
+        self._failures, failures.waits_alone = failures, self._waits_alone
 
     @staticmethod
     def _extend(owner: Any, name: str, around: Callable[..., Any]) -> None:
@@ -63,7 +65,7 @@ class StepAgreement:
     def stop(self) -> None:
         """Gives strategy and DDP their own ways back."""
         # What is logged keeps a function of here.
-        self._settled = True
+        self._settled, self._failures.waits_alone = True, None
         for name in ("on_train_batch_start", *_EXCHANGES):
             self._strategy.__dict__.pop(name, None)
         self._strategy.precision_plugin.__dict__.pop("post_backward", None)
@@ -104,19 +106,30 @@ class StepAgreement:
     def _end(self, usual: Callable[..., Any], *args: Any) -> Any:
         """Comes between the backward pass and what looks at gradients."""
         reached = self._ask()
-        if self._count() != self._known:
-            raise UnsupportedError(
-                "halve_batch_on_oom=True with several processes: training_step, or its backward "
-                "pass, exchanges something by torch.distributed (SyncBatchNorm and all_gather "
-                "with sync_grads=True do), where a process out of memory would leave the others "
-                "waiting. Use self.trainer.strategy.reduce or sync_dist=True, which are served, "
-                "or halve_batch_on_oom=False with a smaller batch_size."
-            )
+        problem = self._waits_alone()
+        if problem is not None:
+            raise UnsupportedError(problem)
+        averages = not is_accumulating(self._fit)
+        buckets = self._copies(reached) if averages else []
+        if averages:
+            # Once more, since copies need memory too.
+            self._ask()
         self._settled = True
-        if not is_accumulating(self._fit):
-            self._average(reached)
+        if averages:
+            self._average(buckets)
             broadcast_buffers(self._ddp)
         return usual(*args)
+
+    def _waits_alone(self) -> str | None:
+        if self._settled or self._count() == self._known:
+            return None
+        return (
+            "halve_batch_on_oom=True with several processes: training_step, or its backward "
+            "pass, exchanges something by torch.distributed (SyncBatchNorm and all_gather "
+            "with sync_grads=True do), where a process out of memory would leave the others "
+            "waiting. Use self.trainer.strategy.reduce or sync_dist=True, which are served, "
+            "or halve_batch_on_oom=False with a smaller batch_size."
+        )
 
     def _count(self) -> int:
         return exchanges_of(self._distributed.group.WORLD)
@@ -130,7 +143,13 @@ class StepAgreement:
         number = (self._strategy.global_rank + 1) * short
         mine = [number, *(p.grad is not None for p in self._trained())]
         answers = torch.tensor(mine, dtype=torch.int32)
-        self._distributed.all_reduce(answers, self._distributed.ReduceOp.MAX, self._group)
+        biggest = self._distributed.ReduceOp.MAX
+        if short:
+            self._failures.tell_short()
+        asked = self._distributed.all_reduce(answers, biggest, self._group, async_op=True)
+        if short:
+            self._failures.wait_for(asked.is_completed)
+        asked.wait()
         number, *reached = answers.tolist()
         if number and not short:
             raise OtherProcessError(f"process {number - 1} is out of memory")
@@ -139,8 +158,11 @@ class StepAgreement:
     def _trained(self) -> list[nn.Parameter]:
         return [param for param in self._module.parameters() if param.requires_grad]
 
-    def _average(self, reached: list[bool]) -> None:
-        """Averages gradients as DDP does; a parameter that no process reached keeps none."""
+    def _copies(self, reached: list[bool]) -> list[tuple[list[torch.Tensor], torch.Tensor]]:
+        """Returns gradients in buckets, each with a copy of its share of the mean.
+
+        A parameter that no process reached has none.
+        """
         found = []
         for param, used in zip(self._trained(), reached, strict=True):
             if used and param.grad is None:
@@ -148,8 +170,15 @@ class StepAgreement:
             if param.grad is not None:
                 found.append(param.grad)
         share = 1 / self._strategy.world_size
-        for bucket in _buckets(found):
-            flat = torch.cat([gradient.reshape(-1) for gradient in bucket]).mul_(share)
+        return [
+            (bucket, torch.cat([gradient.reshape(-1) for gradient in bucket]).mul_(share))
+            for bucket in _buckets(found)
+        ]
+
+    def _average(self, buckets: list[tuple[list[torch.Tensor], torch.Tensor]]) -> None:
+        """Averages gradients as DDP does."""
+        while buckets:
+            bucket, flat = buckets.pop()
             self._distributed.all_reduce(flat)
             for gradient, mean in zip(
                 bucket, flat.split([one.numel() for one in bucket]), strict=True

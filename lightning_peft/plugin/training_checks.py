@@ -10,6 +10,7 @@ import torch
 
 from lightning_peft import engine
 from lightning_peft.compat.lightning import averages_models
+from lightning_peft.compat.torch import tree_leaves
 from lightning_peft.errors import ConfigError, LifecycleError, itemize
 from lightning_peft.plugin.adapter_checks import exclusion_advice
 
@@ -49,6 +50,13 @@ class ProcessChecks:
             )
         self._bits = engine.GatheredBits(module)
         self._postponed = False
+        self._batch: int | None = None
+
+    def note_batch(self, batch: Any) -> None:
+        """Remembers the first batch, to be compared after its step."""
+        tensors = [one for one in tree_leaves(batch) if isinstance(one, torch.Tensor)]
+        if self._batch is None and tensors:
+            self._batch = hash(tuple(engine.exact_checksum(one) for one in tensors))
 
     def after_batch(
         self, gradients: Mapping[str, str], infinite: list[str], due: bool, last: bool
@@ -72,6 +80,7 @@ class ProcessChecks:
             "gathered": self._bits.sums,
             "gradients": gradients,
             "trained": engine.checksums_of_trained(module),
+            "batch": self._batch,
         }
         self.stop()
         everyone = engine.gathered(facts, self._strategy.world_size)
@@ -87,11 +96,23 @@ class ProcessChecks:
                 + itemize(problems, 8)
                 + _OFF
             )
+        if self._strategy.is_global_zero and {self._batch} == {one["batch"] for one in everyone}:
+            _warn_of_same_rows(self._batch)
         return True
 
     def stop(self) -> None:
         """Takes away all hooks."""
         self._bits.stop()
+
+
+def _warn_of_same_rows(batch: int | None) -> None:
+    if batch is not None:
+        log.warning(
+            "The first batch is the same in all processes: each of them trains on the same rows, "
+            "and several devices are of no use. Lightning gives each process its own rows of a "
+            "dataset with a length, unless use_distributed_sampler=False. An iterable dataset has "
+            "to do it itself, by the rank (datasets: split_dataset_by_node)."
+        )
 
 
 _OFF = (
@@ -158,6 +179,8 @@ class TrainingChecks:
     def before_batch(self, strategy: Any, batch: Any) -> None:
         """Compares processes after their first step; verifies in full before the first batch."""
         self._compare_processes()
+        if self._processes is not None:
+            self._processes.note_batch(batch)
         if self._full_is_due:
             if batch is None:
                 log.warning(
@@ -175,6 +198,29 @@ class TrainingChecks:
             return
         if self._processes.after_batch(first.gradients, first.infinite, first.is_due, last):
             self._processes = None
+
+    def compare_trained(self, strategy: Any) -> None:
+        """Compares what trains between processes, after the first step.
+
+        Raises:
+            LifecycleError: In all processes, if they have come apart.
+        """
+        compared = self._has_started and self._processes is None and self.mode != "off"
+        if not compared or strategy.world_size == 1 or averages_models(strategy):
+            return
+        mine = engine.checksums_of_trained(strategy.lightning_module)
+        everyone = engine.gathered(mine, strategy.world_size)
+        problems = engine.differing_problems("adapters", everyone)
+        if problems:
+            raise LifecycleError(
+                f"After step {strategy.lightning_module.trainer.global_step} the processes no "
+                "longer train one model:"
+                + itemize(problems, 8)
+                + "\nThis checkpoint is not written. After the first step they were the same, so "
+                "look for what depends on the process since: a schedule by a metric "
+                "(ReduceLROnPlateau; log it with sync_dist=True), other learning rates, or a hook "
+                "that changes gradients or weights." + _OFF
+            )
 
     def stop(self) -> None:
         """Takes away whatever still waits for a first step."""

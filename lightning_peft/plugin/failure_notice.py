@@ -1,0 +1,191 @@
+"""Errors in one process, and processes that wait for each other, made known to all of them.
+
+A collective operation waits for every process, whatever has become of it. What is exchanged here
+goes through the store of the process group, which answers whether others have come or not.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from itertools import count
+from threading import Event, Thread
+from time import monotonic
+from typing import Any
+
+from lightning_peft.compat.torch import group_store
+from lightning_peft.errors import LifecycleError
+from lightning_peft.plugin.launch import ended_process
+
+log = logging.getLogger(__name__)
+
+_RUNS = count()
+# Seconds: between two looks at the store, for a process to end by its own error, for the first
+# process to keep the store, and for all to come before the collective operation is left to wait.
+_LOOK, _OWN_ERROR, _KEEP_STORE, _MEET = 0.25, 30.0, 3.0, 60.0
+
+
+class FailureNotice:
+    """What the processes of a run know of each other outside of collective operations.
+
+    Attributes:
+        waits_alone: Returns why this process waits for what cannot come, or ``None``; asked when
+            another process is out of memory.
+    """
+
+    def __init__(self) -> None:
+        self.waits_alone: Callable[[], str | None] | None = None
+        self._store: Any = None
+        self._rank, self._world = 0, 1
+        self._batches = 0
+        self._meetings: dict[str, int] = {}
+        self._failure: str | None = None
+        self._stopped = Event()
+
+    def start(self, rank: int, world: int) -> None:
+        """Called when the process group is there, by all processes alike."""
+        self.stop()
+        if world == 1:
+            return
+        self._rank, self._world = rank, world
+        self._store = group_store(f"lightning_peft/{next(_RUNS)}")
+        self._batches, self._meetings, self._failure = 0, {}, None
+        self.waits_alone, self._stopped = None, Event()
+        Thread(target=self._watch, args=(self._stopped,), daemon=True).start()
+
+    def stop(self) -> None:
+        """Called when the run is over in this process."""
+        self._stopped.set()
+        self._store = self.waits_alone = None
+
+    def begin_batch(self, number: int = 1) -> None:
+        """Called before each training batch; with -1 where there was none."""
+        self._batches += number
+
+    def send(self, error: BaseException) -> None:
+        """Tells the other processes of an error that ends this one.
+
+        Where another one has failed before, ``error`` is what this one noticed of it, and gets the
+        reason.
+        """
+        store = self._store
+        if store is None:
+            return
+        try:
+            reason = self._known()
+            if reason is not None and ended_process(error) and reason not in str(error):
+                error.args = (f"{reason} Noticed here by: {error}",)
+            elif reason is None:
+                first = (str(error).strip().splitlines() or [""])[0][:500]
+                self._tell(f"Process {self._rank} has ended by {type(error).__name__}: {first}")
+            end = monotonic() + _KEEP_STORE
+            # The first process has the store.
+            while self._rank == 0 and monotonic() < end:
+                if store.add("seen", 0) >= self._world - 1 or self._stopped.wait(_LOOK):
+                    break
+        except RuntimeError:
+            pass  # The store is gone with the process that had it.
+
+    def tell_short(self) -> None:
+        """Tells the others that this process is out of memory in its batch."""
+        if self._store is not None:
+            self._store.set("short", str(self._batches))
+
+    def wait_for(self, done: Callable[[], bool]) -> None:
+        """Returns when ``done`` is true.
+
+        Raises:
+            LifecycleError: If another process has ended, or waits for this one elsewhere.
+        """
+        while self._store is not None and not done():
+            self._raise_known()
+            self._stopped.wait(0.01)
+
+    def _raise_known(self) -> None:
+        if self._known() is not None:
+            raise LifecycleError(f"{self._failure} Process {self._rank} ends too.")
+
+    def meet(self, name: str) -> None:
+        """Waits until all processes are here, in the same batch.
+
+        Raises:
+            LifecycleError: If one is elsewhere, or has ended.
+        """
+        store = self._store
+        if store is None:
+            return
+        place = f"{self._batches}/{name.replace('/', ' ')}"
+        self._meetings[place] = number = self._meetings.get(place, 0) + 1
+        place = f"{place}/{number}"
+        try:
+            # What is open is written before anyone is counted, so it is never of the past.
+            store.set("open", f"{self._rank}/{place}")
+            store.add(place, 1)
+            end, pause = monotonic() + _MEET, 0.001
+            while store.add(place, 0) < self._world and monotonic() < end:
+                self._find_mismatch(store, place)
+                self._raise_known()
+                self._stopped.wait(pause)
+                pause = min(2 * pause, 0.05)
+        except LifecycleError:
+            raise
+        except RuntimeError:
+            pass  # The store is gone; what comes next finds out why.
+
+    def _tell(self, reason: str) -> None:
+        self._failure = self._store.compare_set("failure", "", reason).decode()
+
+    def _known(self) -> str | None:
+        if self._failure is None and self._store.check(["failure"]):
+            self._failure = self._store.get("failure").decode()
+        return self._failure
+
+    def _find_mismatch(self, store: Any, here: str | None = None) -> None:
+        """Tells all where one waits for a process that has gone on, or waits elsewhere."""
+        if not store.check(["open"]):
+            return
+        rank, batches, name, number = store.get("open").decode().split("/")
+        place = f"{batches}/{name}/{number}"
+        if place == here or store.add(place, 0) >= self._world:
+            return
+        mine = self._batches
+        if mine > int(batches):
+            doing = f"has begun batch {mine} of the fit"
+        elif here is not None and here.split("/")[0] == batches and store.add(here, 0):
+            doing = f"waits in {here.split('/')[1]!r} there"
+        else:
+            return
+        self._tell(
+            f"Process {rank} waits for all processes in {name!r} after {batches} batches of the "
+            f"fit, and process {self._rank} {doing}. They would wait for ever. All have to train "
+            "on equally many batches, and to stop, save and wait together: an iterable dataset or "
+            "a sampler of your own gives each process as many batches; `trainer.should_stop` is "
+            "set, and `save_checkpoint` or `strategy.barrier` called, in all processes and not "
+            "under `if rank == 0`."
+        )
+
+    def _is_short(self, store: Any) -> bool:
+        """Whether a process is out of memory in the batch that this one is in."""
+        return bool(store.check(["short"])) and store.get("short") == str(self._batches).encode()
+
+    def _watch(self, stopped: Event) -> None:
+        store, seen = self._store, None
+        try:
+            while not stopped.wait(_LOOK):
+                self._find_mismatch(store)
+                if self.waits_alone is not None and self._is_short(store):
+                    reason = self.waits_alone()
+                    if reason is not None:
+                        self._tell(reason)
+                if self._known() is None:
+                    continue
+                if seen is None:
+                    seen = monotonic()
+                    store.add("seen", 1)
+                elif monotonic() - seen > _OWN_ERROR:
+                    log.error("%s Process %d ends too.", self._failure, self._rank)
+                    # The main thread waits where no error can be raised.
+                    os._exit(1)
+        except (RuntimeError, AttributeError):
+            pass  # The store is gone, or the run is over.
