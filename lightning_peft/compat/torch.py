@@ -285,8 +285,7 @@ def set_batch_size(loader: Any, size: int) -> None:
     Its next iterator does. Public alternative: a new one, which all who hold the old one miss.
     """
     loader.batch_sampler.batch_size = size
-    # Assigning it is refused, since it would change nothing.
-    loader.__dict__["batch_size"] = size
+    loader.__dict__["batch_size"] = size  # Assigning it is refused: it would change nothing.
 
 
 def leave_out_of_ddp(module: nn.Module, names: list[str]) -> None:
@@ -311,9 +310,8 @@ def group_store(prefix: str) -> Any:
 
     Public alternative: none; a ``TCPStore`` of its own needs another port.
     """
-    distributed = import_module("torch.distributed")
-    store = import_module("torch.distributed.distributed_c10d")._get_default_store()
-    return distributed.PrefixStore(prefix, store)
+    c10d = import_module("torch.distributed.distributed_c10d")
+    return c10d.PrefixStore(prefix, c10d._get_default_store())
 
 
 def broadcast_buffers(ddp: Any) -> None:
@@ -321,7 +319,7 @@ def broadcast_buffers(ddp: Any) -> None:
 
     Public alternative: none outside of its forward pass.
     """
-    if ddp.broadcast_buffers and len(ddp.modules_buffers) > 0:
+    if ddp.broadcast_buffers and ddp.modules_buffers:
         ddp._sync_buffers()
 
 

@@ -50,6 +50,7 @@ from .files.state_dicts import drop_frozen_base as drop_frozen_base
 from .files.state_dicts import load_trainable_state_dict as load_trainable_state_dict
 from .files.state_dicts import same_memory as same_memory
 from .files.state_dicts import trainable_state_dict as trainable_state_dict
+from .fingerprint import exact_checksum as exact_checksum
 from .freezing import set_training_mode as set_training_mode
 from .gathering import gathered as gathered
 from .inference import inference_bytes as inference_bytes

@@ -19,22 +19,22 @@ from lightning_peft.plugin.averaging import averages_in, continued_tensors
 from lightning_peft.plugin.background_saving import BackgroundSaves, check_background_saves
 from lightning_peft.plugin.checkpoint_content import (
     CHECKPOINT_KEY,
-    DATAMODULE_KEY,
     load_tensors,
     pack_checkpoint,
-    strip_objects,
     unpack_checkpoint,
+    without_objects,
 )
 from lightning_peft.plugin.checkpoint_io import (
     WholeFileCheckpointIO,
     is_local,
+    match_adapter_folder,
     put_back_adapter_folder,
     read_checkpoint,
     remove_adapter_folder,
-    saved_place,
     write_adapter_folder,
 )
 from lightning_peft.plugin.data_initialization import initialize_from_data
+from lightning_peft.plugin.divergence import check_processes
 from lightning_peft.plugin.injection_settings import KEPT_IN_FLOAT32
 from lightning_peft.plugin.loops import TrainingLoops
 from lightning_peft.plugin.mid_epoch import resumes_mid_epoch
@@ -62,6 +62,7 @@ else:
     _Base = ABC
 
 log = logging.getLogger(__name__)
+_PLACE = ("epoch", "global_step")  # Of a checkpoint, and of its adapter folder.
 
 
 class AdapterStrategy(_Base):
@@ -199,7 +200,10 @@ class AdapterStrategy(_Base):
         engine.link_late_copies(self._module)
         self.lifecycle.divergence.start(self._module.trainer)
         self.lifecycle.checks.start(self)
-        self._match_adapter_folder()
+        if self._resumed_from is not None and self.is_global_zero:
+            with averages_in(self._module):
+                path, place = self._resumed_from
+                match_adapter_folder(path, place, partial(self._packed, place))
         self._loops.start()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -224,7 +228,7 @@ class AdapterStrategy(_Base):
         if unfinished and self.is_global_zero:
             log.warning(unfinished)
         self.lifecycle.checks.end()
-        self.lifecycle.checks.compare_trained(self)
+        check_processes(self)
         if self._saves.enabled:
             self._saves.wait()
             # Others read what the first process writes.
@@ -257,11 +261,8 @@ class AdapterStrategy(_Base):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Returns everything but the frozen base."""
-        state: dict[str, Any]
-        if engine.record_of(self._module) is None:
-            state = super().lightning_module_state_dict()
-        else:
-            state = engine.trainable_state_dict(self._module)
+        usual, adapted = super().lightning_module_state_dict, engine.record_of(self._module)
+        state = usual() if adapted is None else engine.trainable_state_dict(self._module)
         self._names_before_hooks = tuple(state)
         return state
 
@@ -276,19 +277,20 @@ class AdapterStrategy(_Base):
             super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
             return
         self.lifecycle.divergence.check(self._module.trainer)
-        self.lifecycle.checks.compare_trained(self)
+        check_processes(self)
         check_frozen(self._module)
         engine.check_momentum_copies(self._module)
         with averages_in(self._module):
             checkpoint = self._with_metadata(checkpoint)
             if self.is_global_zero and is_local(filepath):
-                place = {"epoch": checkpoint["epoch"], "global_step": checkpoint["global_step"]}
-                provenance = {**self.lifecycle.provenance, **place}
                 # First, so that an existing checkpoint is complete.
-                files = engine.packed_adapters(self._module, provenance)
+                files = self._packed({name: checkpoint[name] for name in _PLACE})
                 self._saves.run(partial(write_adapter_folder, filepath, files))
             super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
         self._wait_outside_of_run()
+
+    def _packed(self, place: dict[str, Any]) -> dict[str, bytes]:
+        return engine.packed_adapters(self._module, {**self.lifecycle.provenance, **place})
 
     def _wait_outside_of_run(self) -> None:
         if self._module.trainer.state.status != "running":
@@ -302,18 +304,9 @@ class AdapterStrategy(_Base):
         described["processes"] = processes
         described |= engine.describe_optimizers(self._module, self.optimizers) if whole else {}
         described["rank_budget"] = self._budget.state() if self._budget and whole else None
-        checkpoint, _ = strip_objects(checkpoint, DATAMODULE_KEY)
-        checkpoint, described["left_out"] = strip_objects(checkpoint)
-        if described["left_out"] and not self._warned_hyperparameters:
-            self._warned_hyperparameters = True
-            names = described["left_out"]
-            log.warning(
-                "save_hyperparameters() kept objects (%s) that a checkpoint cannot hold safely: a "
-                "model among them would be stored with its base weights. They are left out; pass "
-                "them to load_from_checkpoint, and write self.save_hyperparameters(ignore=%r).",
-                ", ".join(names),
-                names,
-            )
+        warned = self._warned_hyperparameters
+        checkpoint, described["left_out"] = without_objects(checkpoint, not warned)
+        self._warned_hyperparameters = warned or bool(described["left_out"])
         # Others write nothing, and need not read these weights.
         excluded = engine.excluded_weights(self._module) if self.is_global_zero else {}
         before = self._names_before_hooks
@@ -339,7 +332,7 @@ class AdapterStrategy(_Base):
         if self.is_global_zero and fits:
             put_back_adapter_folder(checkpoint_path)
         checkpoint = read_checkpoint(super().load_checkpoint, checkpoint_path, weights_only)
-        place = {name: checkpoint.get(name) for name in ("epoch", "global_step")}
+        place = {name: checkpoint.get(name) for name in _PLACE}
         self._resumed_from = (checkpoint_path, place) if fits else None
         checkpoint = unpack_checkpoint(self._module, checkpoint)
         if fits and self._loops.batches.restart is not None:
@@ -365,23 +358,6 @@ class AdapterStrategy(_Base):
             self.lifecycle.checks.restored.note_tensors(continued)
         self._restored = True
         self._resume(checkpoint)
-
-    def _match_adapter_folder(self) -> None:
-        """Writes the adapter folder again that a killed process wrote for a later checkpoint."""
-        path, place = self._resumed_from or (None, {})
-        found = saved_place(path) if self.is_global_zero and path and is_local(path) else None
-        if found is None or found == place:
-            return
-        with averages_in(self._module):
-            files = engine.packed_adapters(self._module, {**self.lifecycle.provenance, **place})
-        write_adapter_folder(path, files)
-        log.warning(
-            "The adapter folder of %s was of step %d, and the checkpoint is of step %d: a process "
-            "was killed between the two. The folder has the adapters of the checkpoint again.",
-            path,
-            found["global_step"],
-            place["global_step"],
-        )
 
     def _resume(self, checkpoint: Mapping[str, Any]) -> None:
         trainer, saved = self._module.trainer, checkpoint[CHECKPOINT_KEY]["processes"]

@@ -6,6 +6,7 @@ what a checkpoint holds, usually to leave out a pretrained part, which now has a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 
 from lightning_peft import engine
+
+log = logging.getLogger(__name__)
 
 # Key of the checkpoint dictionary under which everything of this package is.
 CHECKPOINT_KEY = "lightning_peft"
@@ -97,6 +100,21 @@ def load_tensors(module: Any, checkpoint: Mapping[str, Any], strict: bool) -> No
 def _excluded(described: Mapping[str, Any]) -> dict[str, engine.BuiltWeight]:
     saved = described.get("excluded", {})
     return {name: engine.BuiltWeight(*values) for name, values in saved.items()}
+
+
+def without_objects(checkpoint: dict[str, Any], warn: bool) -> tuple[dict[str, Any], list[str]]:
+    """Takes objects out of the saved hyperparameters; returns names of those of the module too."""
+    checkpoint, _ = strip_objects(checkpoint, DATAMODULE_KEY)
+    checkpoint, names = strip_objects(checkpoint)
+    if names and warn:
+        log.warning(
+            "save_hyperparameters() kept objects (%s) that a checkpoint cannot hold safely: a "
+            "model among them would be stored with its base weights. They are left out; pass "
+            "them to load_from_checkpoint, and write self.save_hyperparameters(ignore=%r).",
+            ", ".join(names),
+            names,
+        )
+    return checkpoint, names
 
 
 def strip_objects(

@@ -177,13 +177,27 @@ def put_back_adapter_folder(checkpoint: Any) -> None:
         os.replace(_replaced(folder), folder)
 
 
-def saved_place(checkpoint: Any) -> dict[str, int] | None:
-    """Returns epoch and step of a checkpoint's adapter folder; ``None`` where it has none."""
-    for file in sorted(adapter_folder(checkpoint).rglob(PROVENANCE_FILE)):
+def match_adapter_folder(
+    checkpoint: Any, place: dict[str, Any], make: Callable[[], dict[str, bytes]]
+) -> None:
+    """Writes an adapter folder again whose process was killed before it wrote its checkpoint.
+
+    ``place`` is epoch and step of the checkpoint, whose folder has the files of ``make``.
+    """
+    folder = adapter_folder(checkpoint)
+    for file in sorted(folder.rglob(PROVENANCE_FILE)) if is_local(checkpoint) else ():
         facts = json.loads(file.read_text(encoding="utf-8"))
-        if "epoch" in facts and "global_step" in facts:
-            return {name: facts[name] for name in ("epoch", "global_step")}
-    return None
+        found = {name: facts.get(name) for name in place}
+        if found != place and None not in found.values():
+            write_adapter_folder(checkpoint, make())
+            log.warning(
+                "%s was of step %s, and its checkpoint is of step %s: a process was killed "
+                "between the two. The folder has the adapters of the checkpoint again.",
+                folder,
+                found["global_step"],
+                place["global_step"],
+            )
+            return
 
 
 def put_back_adapter_folders(root: Path) -> None:

@@ -1,4 +1,4 @@
-"""Detection of NaN and infinite weights, which are never saved."""
+"""Detection of weights that are never saved: NaN, infinite, or others in each process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_peft.errors import DivergenceError
+from lightning_peft import engine
+from lightning_peft.compat.lightning import averages_models
+from lightning_peft.errors import DivergenceError, itemize
 
 
 def broken_tensors(module: nn.Module) -> list[str]:
@@ -59,3 +61,26 @@ class DivergenceCheck:
                 "lower learning rate, more warm-up or gradient_clip_val=1.0, with bf16-mixed "
                 "instead of 16-mixed precision, and look for rows without a trained token."
             )
+
+
+def check_processes(strategy: Any) -> None:
+    """Compares what trains between processes, which were the same after the first step.
+
+    Raises:
+        DivergenceError: In all processes, if they have come apart.
+    """
+    compared = strategy.lifecycle.checks.compared_processes
+    if not compared or strategy.world_size == 1 or averages_models(strategy):
+        return
+    mine = engine.checksums_of_trained(strategy.lightning_module)
+    problems = engine.differing_problems("adapters", engine.gathered(mine, strategy.world_size))
+    if problems:
+        raise DivergenceError(
+            f"After step {strategy.lightning_module.trainer.global_step} the processes no longer "
+            "train one model:"
+            + itemize(problems, 8)
+            + "\nThey were not saved. After the first step they were the same, so look for what "
+            "depends on the process since: a schedule by a metric (ReduceLROnPlateau; log it with "
+            "sync_dist=True), other learning rates, or a hook that changes gradients or weights. "
+            "If a hook does so on purpose, pass verify='off'."
+        )

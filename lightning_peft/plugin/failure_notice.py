@@ -77,8 +77,8 @@ class FailureNotice:
             if reason is not None and ended_process(error) and reason not in str(error):
                 error.args = (f"{reason} Noticed here by: {error}",)
             elif reason is None:
-                first = (str(error).strip().splitlines() or [""])[0][:500]
-                self._tell(f"Process {self._rank} has ended by {type(error).__name__}: {first}")
+                first = (str(error).strip().splitlines() or [""])[0][:500].rstrip(".")
+                self._tell(f"Process {self._rank} has ended by {type(error).__name__}: {first}.")
             end = monotonic() + _KEEP_STORE
             # The first process has the store.
             while self._rank == 0 and monotonic() < end:

@@ -285,6 +285,7 @@ class TrainingLoops:
             epoch.val_loop.batch_progress.total.reset()
 
     def _validation_run(self) -> Any:
+        self._failures.meet("validation")
         return self._with_separate_rng("run")
 
     def _validation_increment_progress_to_evaluation_end(self) -> Any:

@@ -199,28 +199,10 @@ class TrainingChecks:
         if self._processes.after_batch(first.gradients, first.infinite, first.is_due, last):
             self._processes = None
 
-    def compare_trained(self, strategy: Any) -> None:
-        """Compares what trains between processes, after the first step.
-
-        Raises:
-            LifecycleError: In all processes, if they have come apart.
-        """
-        compared = self._has_started and self._processes is None and self.mode != "off"
-        if not compared or strategy.world_size == 1 or averages_models(strategy):
-            return
-        mine = engine.checksums_of_trained(strategy.lightning_module)
-        everyone = engine.gathered(mine, strategy.world_size)
-        problems = engine.differing_problems("adapters", everyone)
-        if problems:
-            raise LifecycleError(
-                f"After step {strategy.lightning_module.trainer.global_step} the processes no "
-                "longer train one model:"
-                + itemize(problems, 8)
-                + "\nThis checkpoint is not written. After the first step they were the same, so "
-                "look for what depends on the process since: a schedule by a metric "
-                "(ReduceLROnPlateau; log it with sync_dist=True), other learning rates, or a hook "
-                "that changes gradients or weights." + _OFF
-            )
+    @property
+    def compared_processes(self) -> bool:
+        """Whether processes were compared after their first step, and were the same."""
+        return self.mode != "off" and self._has_started and self._processes is None
 
     def stop(self) -> None:
         """Takes away whatever still waits for a first step."""

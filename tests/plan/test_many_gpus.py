@@ -189,6 +189,6 @@ def test_all_layers_lie_on_the_line_through_some(script):
     settings = PlanSettings("qlora", processes=8, sharding="fsdp2")
     found = script.plan("Llama-3.1-8B", settings)
     dimensions = {**script.MODELS["Llama-3.1-8B"], "max_position_embeddings": 131072}
-    whole = script.plan_of(dimensions, settings, chunked=True)
+    whole = script.plan_of(dimensions, settings, script.chunked_loss)
     assert found.breakdown == whole.breakdown
     assert found.trace.work == whole.trace.work
