@@ -141,6 +141,35 @@ def test_a_folder_that_was_moved_aside_is_put_back(tmp_path, monkeypatch):
     assert not list(folder.parent.glob(".replaced-*"))
 
 
+class Killed(BaseException):
+    """A process that ends here."""
+
+
+def test_a_folder_that_is_ahead_of_its_checkpoint_is_written_again(tmp_path, monkeypatch):
+    """By a process that was killed between the two, which have the names of those before."""
+    _, _, file = fitted(tmp_path)
+    adapter, rename = tmp_path / "adapters" / "one" / "adapter_model.safetensors", os.replace
+    before, seen = adapter.read_bytes(), []
+
+    def killed(source, target):
+        if target == file:
+            raise Killed
+        rename(source, target)
+
+    given = {"max_epochs": 2, "enable_checkpointing": True}
+    points = saver(ROOTS[0], tmp_path, filename="one", enable_version_counter=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", killed)
+        with pytest.raises(Killed):
+            trainer(tmp_path, callbacks=[points], **given).fit(task(), loader(), ckpt_path=file)
+    assert adapter.read_bytes() != before
+    module = task()
+    module.on_train_batch_start = lambda batch, batch_idx: seen.append(adapter.read_bytes())
+    trainer(tmp_path, **given).fit(module, loader(), ckpt_path=file)
+    assert seen[0] == before
+    assert json.loads(adapter.with_name("provenance.json").read_text())["global_step"] == 6
+
+
 def test_names_with_dots_and_without_suffix(tmp_path):
     module, run, _ = fitted(tmp_path)
     for name in ("val=0.51", "val=0.52", "plain"):
