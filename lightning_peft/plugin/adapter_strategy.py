@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from abc import ABC
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -35,6 +34,7 @@ from lightning_peft.plugin.checkpoint_io import (
 )
 from lightning_peft.plugin.data_initialization import initialize_from_data
 from lightning_peft.plugin.divergence import check_processes
+from lightning_peft.plugin.failure_notice import FailureNoticeStrategy
 from lightning_peft.plugin.injection_settings import KEPT_IN_FLOAT32
 from lightning_peft.plugin.loops import TrainingLoops
 from lightning_peft.plugin.mid_epoch import resumes_mid_epoch
@@ -53,19 +53,14 @@ from lightning_peft.plugin.optimization import (
 )
 
 if TYPE_CHECKING:
-    from pytorch_lightning.strategies import DDPStrategy as _Base
-
     from lightning_peft.plan.activation_decision import ActivationDecision
     from lightning_peft.plugin.lifecycle import Lifecycle
-else:
-    # As Lightning's Strategy is: an object can only be given a class of the same layout.
-    _Base = ABC
 
 log = logging.getLogger(__name__)
 _PLACE = ("epoch", "global_step")  # Of a checkpoint, and of its adapter folder.
 
 
-class AdapterStrategy(_Base):
+class AdapterStrategy(FailureNoticeStrategy):
     """Injection, adapter-only checkpoints, strict restore and exact resume for any strategy."""
 
     lifecycle: Lifecycle
@@ -107,16 +102,6 @@ class AdapterStrategy(_Base):
         self._restored, self._training_loops = False, None
         self.lifecycle.checks.restored = engine.RestoredState()
         self.lifecycle.install(model, self)
-
-    def setup_environment(self) -> None:
-        """Lets processes know of each other's errors from here on."""
-        super().setup_environment()
-        self.lifecycle.failures.start(self.global_rank, self.world_size)
-
-    def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """Waits for all processes; where one cannot come, all end with an error."""
-        self.lifecycle.failures.meet(name or "barrier")
-        super().barrier(name, *args, **kwargs)
 
     def setup(self, trainer: Any) -> None:
         """Checks that no adapters were lost, and keeps their master weights in float32.
@@ -180,6 +165,7 @@ class AdapterStrategy(_Base):
 
     def backward(self, closure_loss: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         """Adds the penalty of AdaLoRA to the loss, which PEFT adds in its model class."""
+        self.lifecycle.failures.begin_backward()
         if self._budget is not None:
             batches = self._module.trainer.accumulate_grad_batches
             closure_loss = closure_loss + self._budget.penalty() / batches
@@ -196,6 +182,7 @@ class AdapterStrategy(_Base):
 
     def on_train_start(self) -> None:
         """When resuming: back to what was under way."""
+        self.lifecycle.failures.meet("start of training")
         super().on_train_start()
         engine.link_late_copies(self._module)
         self.lifecycle.divergence.start(self._module.trainer)

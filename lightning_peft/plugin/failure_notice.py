@@ -8,15 +8,23 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from abc import ABC
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from threading import Event, Thread
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_peft.compat.torch import group_store
 from lightning_peft.errors import LifecycleError
 from lightning_peft.plugin.launch import ended_process
+
+if TYPE_CHECKING:
+    from pytorch_lightning.strategies import DDPStrategy as _Base
+else:
+    # As Lightning's Strategy is: an object can only be given a class of the same layout.
+    _Base = ABC
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +32,29 @@ _RUNS = count()
 # Seconds: between two looks at the store, for a process to end by its own error, for the first
 # process to keep the store, and for all to come before the collective operation is left to wait.
 _LOOK, _OWN_ERROR, _KEEP_STORE, _MEET = 0.25, 30.0, 3.0, 60.0
+# Seconds after which an exchange is told, and batches whose exchanges are remembered.
+_LONG, _REMEMBERED = 3.0, 16
+
+
+class FailureNoticeStrategy(_Base):
+    """Meets other processes through the notice, and reduces where it is told when it is alone."""
+
+    lifecycle: Any
+
+    def setup_environment(self) -> None:
+        """Lets processes know of each other's errors from here on."""
+        super().setup_environment()
+        self.lifecycle.failures.start(self.global_rank, self.world_size)
+
+    def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Waits for all processes; where one cannot come, all end with an error."""
+        self.lifecycle.failures.meet(name or "barrier")
+        super().barrier(name, *args, **kwargs)
+
+    def reduce(self, *args: Any, **kwargs: Any) -> Any:
+        """Reduces; where one process has gone on without, all end with an error."""
+        with self.lifecycle.failures.exchange("reduce"):
+            return super().reduce(*args, **kwargs)
 
 
 class FailureNotice:
@@ -40,6 +71,11 @@ class FailureNotice:
         self._rank, self._world = 0, 1
         self._batches = 0
         self._meetings: dict[str, int] = {}
+        # By batch, and by backward passes in it, of the last batches; and the one that this
+        # process is in, with its start.
+        self._backwards = 0
+        self._exchanges: dict[tuple[int, int], int] = {}
+        self._inside: tuple[str, float] | None = None
         self._failure: str | None = None
         self._stopped = Event()
 
@@ -51,7 +87,8 @@ class FailureNotice:
         self._rank, self._world = rank, world
         self._store = group_store(f"lightning_peft/{next(_RUNS)}")
         self._batches, self._meetings, self._failure = 0, {}, None
-        self.waits_alone, self._stopped = None, Event()
+        self._exchanges, self._inside, self.waits_alone = {}, None, None
+        self._stopped = Event()
         Thread(target=self._watch, args=(self._stopped,), daemon=True).start()
 
     def stop(self) -> None:
@@ -62,6 +99,28 @@ class FailureNotice:
     def begin_batch(self, number: int = 1) -> None:
         """Called before each training batch; with -1 where there was none."""
         self._batches += number
+        self._backwards = 0
+        for old in [one for one in self._exchanges if one[0] <= self._batches - _REMEMBERED]:
+            del self._exchanges[old]
+
+    def begin_backward(self) -> None:
+        """Called before each backward pass, in which processes wait for each other."""
+        self._backwards += 1
+
+    @contextmanager
+    def exchange(self, name: str) -> Iterator[None]:
+        """Within the body, this process is in a collective operation that it may be in alone.
+
+        It costs nothing between processes, as meeting would: it is told after some seconds.
+        """
+        here = (self._batches, self._backwards)
+        self._exchanges[here] = number = self._exchanges.get(here, 0) + 1
+        place = "/".join(map(str, (*here, name, number)))
+        before, self._inside = self._inside, (place, monotonic())
+        try:
+            yield
+        finally:
+            self._inside = before
 
     def send(self, error: BaseException) -> None:
         """Tells the other processes of an error that ends this one.
@@ -143,26 +202,35 @@ class FailureNotice:
 
     def _find_mismatch(self, store: Any, here: str | None = None) -> None:
         """Tells all where one waits for a process that has gone on, or waits elsewhere."""
+        mine = self._batches
+        if self._inside is not None and monotonic() - self._inside[1] > _LONG:
+            store.set("inside", f"{self._rank}/{self._inside[0]}")
+        if store.check(["inside"]):
+            rank, batches, backwards, name, number = store.get("inside").decode().split("/")
+            there, now = (int(batches), int(backwards)), (mine, self._backwards)
+            known = mine - there[0] < _REMEMBERED
+            if there < now and known and self._exchanges.get(there, 0) < int(number):
+                passes = f"and {now[1]} backward passes of it"
+                self._tell_mismatch(rank, batches, name, f"has begun batch {mine} {passes}")
         if not store.check(["open"]):
             return
         rank, batches, name, number = store.get("open").decode().split("/")
         place = f"{batches}/{name}/{number}"
         if place == here or store.add(place, 0) >= self._world:
             return
-        mine = self._batches
         if mine > int(batches):
-            doing = f"has begun batch {mine} of the fit"
-        elif here is not None and here.split("/")[0] == batches and store.add(here, 0):
-            doing = f"waits in {here.split('/')[1]!r} there"
-        else:
-            return
+            self._tell_mismatch(rank, batches, name, f"has begun batch {mine} of the fit")
+        elif here and here.split("/")[0] == batches and store.add(here, 0) < self._world:
+            self._tell_mismatch(rank, batches, name, f"waits in {here.split('/')[1]!r} there")
+
+    def _tell_mismatch(self, rank: str, batches: str, name: str, doing: str) -> None:
         self._tell(
-            f"Process {rank} waits for all processes in {name!r} after {batches} batches of the "
+            f"Process {rank} waits for all processes in {name!r} at batch {batches} of the "
             f"fit, and process {self._rank} {doing}. They would wait for ever. All have to train "
-            "on equally many batches, and to stop, save and wait together: an iterable dataset or "
-            "a sampler of your own gives each process as many batches; `trainer.should_stop` is "
-            "set, and `save_checkpoint` or `strategy.barrier` called, in all processes and not "
-            "under `if rank == 0`."
+            "on equally many batches, and to stop, log, save and wait together: an iterable "
+            "dataset or a sampler of your own gives each process as many batches; "
+            "`trainer.should_stop` is set, and `log(sync_dist=True)`, `save_checkpoint` or "
+            "`strategy.barrier` called, in all processes and not under `if rank == 0`."
         )
 
     def _is_short(self, store: Any) -> bool:

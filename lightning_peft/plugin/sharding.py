@@ -18,7 +18,7 @@ from lightning_peft.plugin.adapter_checks import check_same_base_on_all_ranks
 if TYPE_CHECKING:
     from pytorch_lightning.strategies import DDPStrategy as _Base
 else:
-    # As AdapterStrategy does.
+    # As FailureNoticeStrategy does.
     _Base = ABC
 
 _FSDP2 = "fsdp2"

@@ -16,7 +16,7 @@ from lightning_peft.plugin.sharding import ShardedBaseStrategy, check_sharding
 if TYPE_CHECKING:
     from pytorch_lightning.strategies import DDPStrategy as _Base
 else:
-    # As AdapterStrategy does: else this class would come after Lightning's own.
+    # As FailureNoticeStrategy does: else this class would come after Lightning's own.
     _Base = ABC
 
 _SINGLE_DEVICE = "strategies.SingleDeviceStrategy"

@@ -58,7 +58,7 @@ def test_a_process_that_has_gone_on_ends_the_one_that_waits(notices):
     for _ in range(3):
         second.begin_batch()
     with pytest.raises(
-        LifecycleError, match="Process 0 waits for all .* 'end' after 2 batches"
+        LifecycleError, match="Process 0 waits for all .* 'end' at batch 2"
     ) as raised:
         first.meet("end")
     assert "process 1 has begun batch 3 of the fit" in str(raised.value)

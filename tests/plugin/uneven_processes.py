@@ -23,8 +23,10 @@ CASES: dict[str, tuple[int | None, str | None, str]] = {
     "skips": (1, "fsdp2", "Process 1 has ended by RuntimeError: Skipping the `training_step`"),
     "stops": (None, None, UNEQUAL),
     "streams": (None, "fsdp2", UNEQUAL),
-    "saves": (None, "fsdp2", "in 'save_checkpoint' after 2 batches"),
-    "waits": (None, None, "in 'barrier' after 2 batches"),
+    "saves": (None, "fsdp2", "in 'save_checkpoint' at batch 2"),
+    "waits": (None, None, "in 'barrier' at batch 2"),
+    "logs": (0, None, "waits for all processes in 'reduce'"),
+    "validates": (None, None, "waits in 'val_dataloader()' there"),
     "schedules": (None, None, APART),
     "out_of_memory": (1, None, "Process 1 has ended by LifecycleError: Out of memory"),
     # It waits in its own exchange, where only the end of the process helps.
@@ -54,13 +56,16 @@ def fit(folder: Path, name: str) -> str:
         if batch_idx == 1 and own_rank() == victim:
             if name == "skips":
                 return None
-            if not short:
+            if name.startswith("raises"):
                 raise ValueError("a row is wrong")
         if name == "exchanges":
             if own_rank() == 1:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             distributed.all_reduce(torch.ones(1))
-        return usual(batch, batch_idx)
+        loss = usual(batch, batch_idx)
+        if name == "logs" and own_rank() == 0:
+            module.log("loss", loss, sync_dist=True)
+        return loss
 
     def end(*_: Any) -> None:
         first = own_rank() == 0 and module.trainer.global_step == 2
@@ -98,7 +103,8 @@ def fit(folder: Path, name: str) -> str:
         halve_batch_on_oom=short,
     )
     try:
-        trainer(folder, ours, ROOT, devices=2, **given).fit(module, data, data)
+        run = trainer(folder, ours, ROOT, devices=2, **given)
+        run.fit(module, data, None if name == "validates" and run.global_rank == 1 else data)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "trained"
