@@ -182,7 +182,7 @@ class AdapterStrategy(FailureNoticeStrategy):
 
     def on_train_start(self) -> None:
         """When resuming: back to what was under way."""
-        self.lifecycle.failures.meet("start of training")
+        self.lifecycle.failures.monitored_barrier("start of training")
         super().on_train_start()
         engine.link_late_copies(self._module)
         self.lifecycle.divergence.start(self._module.trainer)
@@ -222,7 +222,7 @@ class AdapterStrategy(FailureNoticeStrategy):
             self.barrier("async_save")
 
     def on_exception(self, exception: BaseException) -> None:
-        """Tells the other processes, and waits for checkpoints that are being written."""
+        """Lets the other processes know, and waits for checkpoints that are being written."""
         self.lifecycle.failures.send(exception)
         super().on_exception(exception)
         self._saves.wait_after(exception)
@@ -257,7 +257,7 @@ class AdapterStrategy(FailureNoticeStrategy):
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
     ) -> None:
         """Writes the checkpoint with its description, and its adapter folder."""
-        self.lifecycle.failures.meet("save_checkpoint")
+        self.lifecycle.failures.monitored_barrier("save_checkpoint")
         # No more than one is in memory.
         self._saves.wait()
         if engine.record_of(self._module) is None:

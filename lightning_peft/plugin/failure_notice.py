@@ -32,12 +32,12 @@ _RUNS = count()
 # Seconds: between two looks at the store, for a process to end by its own error, for the first
 # process to keep the store, and for all to come before the collective operation is left to wait.
 _LOOK, _OWN_ERROR, _KEEP_STORE, _MEET = 0.25, 30.0, 3.0, 60.0
-# Seconds after which an exchange is told, and batches whose exchanges are remembered.
+# Seconds after which an exchange is known to others, and batches whose exchanges are remembered.
 _LONG, _REMEMBERED = 3.0, 16
 
 
 class FailureNoticeStrategy(_Base):
-    """Meets other processes through the notice, and reduces where it is told when it is alone."""
+    """Waits for the other processes where each of them knows who is missing."""
 
     lifecycle: Any
 
@@ -48,7 +48,7 @@ class FailureNoticeStrategy(_Base):
 
     def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Waits for all processes; where one cannot come, all end with an error."""
-        self.lifecycle.failures.meet(name or "barrier")
+        self.lifecycle.failures.monitored_barrier(name or "barrier")
         super().barrier(name, *args, **kwargs)
 
     def reduce(self, *args: Any, **kwargs: Any) -> Any:
@@ -111,7 +111,8 @@ class FailureNotice:
     def exchange(self, name: str) -> Iterator[None]:
         """Within the body, this process is in a collective operation that it may be in alone.
 
-        It costs nothing between processes, as meeting would: it is told after some seconds.
+        It costs nothing between processes, as a barrier would: others know of it after some
+        seconds.
         """
         here = (self._batches, self._backwards)
         self._exchanges[here] = number = self._exchanges.get(here, 0) + 1
@@ -123,7 +124,7 @@ class FailureNotice:
             self._inside = before
 
     def send(self, error: BaseException) -> None:
-        """Tells the other processes of an error that ends this one.
+        """Lets the other processes know of an error that ends this one.
 
         Where another one has failed before, ``error`` is what this one noticed of it, and gets the
         reason.
@@ -137,7 +138,7 @@ class FailureNotice:
                 error.args = (f"{reason} Noticed here by: {error}",)
             elif reason is None:
                 first = (str(error).strip().splitlines() or [""])[0][:500].rstrip(".")
-                self._tell(f"Process {self._rank} has ended by {type(error).__name__}: {first}.")
+                self._report(f"Process {self._rank} has ended by {type(error).__name__}: {first}.")
             end = monotonic() + _KEEP_STORE
             # The first process has the store.
             while self._rank == 0 and monotonic() < end:
@@ -146,10 +147,15 @@ class FailureNotice:
         except RuntimeError:
             pass  # The store is gone with the process that had it.
 
-    def tell_short(self) -> None:
-        """Tells the others that this process is out of memory in its batch."""
+    def report_shortage(self) -> None:
+        """Lets the others know that this process is out of memory in its batch, until they do."""
         if self._store is not None:
             self._store.set("short", str(self._batches))
+
+    def end_shortage(self) -> None:
+        """Called when all have left the batch."""
+        if self._store is not None:
+            self._store.set("short", "")
 
     def wait_for(self, done: Callable[[], bool]) -> None:
         """Returns when ``done`` is true.
@@ -165,7 +171,7 @@ class FailureNotice:
         if self._known() is not None:
             raise LifecycleError(f"{self._failure} Process {self._rank} ends too.")
 
-    def meet(self, name: str) -> None:
+    def monitored_barrier(self, name: str) -> None:
         """Waits until all processes are here, in the same batch.
 
         Raises:
@@ -192,7 +198,7 @@ class FailureNotice:
         except RuntimeError:
             pass  # The store is gone; what comes next finds out why.
 
-    def _tell(self, reason: str) -> None:
+    def _report(self, reason: str) -> None:
         self._failure = self._store.compare_set("failure", "", reason).decode()
 
     def _known(self) -> str | None:
@@ -201,7 +207,7 @@ class FailureNotice:
         return self._failure
 
     def _find_mismatch(self, store: Any, here: str | None = None) -> None:
-        """Tells all where one waits for a process that has gone on, or waits elsewhere."""
+        """Reports where one waits for a process that has gone on, or waits elsewhere."""
         mine = self._batches
         if self._inside is not None and monotonic() - self._inside[1] > _LONG:
             store.set("inside", f"{self._rank}/{self._inside[0]}")
@@ -211,7 +217,7 @@ class FailureNotice:
             known = mine - there[0] < _REMEMBERED
             if there < now and known and self._exchanges.get(there, 0) < int(number):
                 passes = f"and {now[1]} backward passes of it"
-                self._tell_mismatch(rank, batches, name, f"has begun batch {mine} {passes}")
+                self._report_mismatch(rank, batches, name, f"has begun batch {mine} {passes}")
         if not store.check(["open"]):
             return
         rank, batches, name, number = store.get("open").decode().split("/")
@@ -219,12 +225,12 @@ class FailureNotice:
         if place == here or store.add(place, 0) >= self._world:
             return
         if mine > int(batches):
-            self._tell_mismatch(rank, batches, name, f"has begun batch {mine} of the fit")
+            self._report_mismatch(rank, batches, name, f"has begun batch {mine} of the fit")
         elif here and here.split("/")[0] == batches and store.add(here, 0) < self._world:
-            self._tell_mismatch(rank, batches, name, f"waits in {here.split('/')[1]!r} there")
+            self._report_mismatch(rank, batches, name, f"waits in {here.split('/')[1]!r} there")
 
-    def _tell_mismatch(self, rank: str, batches: str, name: str, doing: str) -> None:
-        self._tell(
+    def _report_mismatch(self, rank: str, batches: str, name: str, doing: str) -> None:
+        self._report(
             f"Process {rank} waits for all processes in {name!r} at batch {batches} of the "
             f"fit, and process {self._rank} {doing}. They would wait for ever. All have to train "
             "on equally many batches, and to stop, log, save and wait together: an iterable "
@@ -245,13 +251,13 @@ class FailureNotice:
                 if self.waits_alone is not None and self._is_short(store):
                     reason = self.waits_alone()
                     if reason is not None:
-                        self._tell(reason)
+                        self._report(reason)
                 if self._known() is None:
                     continue
                 if seen is None:
                     seen = monotonic()
                     store.add("seen", 1)
-                elif monotonic() - seen > _OWN_ERROR:
+                elif monotonic() - seen > _OWN_ERROR + 3 * (self._rank > 0):
                     log.error("%s Process %d ends too.", self._failure, self._rank)
                     # The main thread waits where no error can be raised.
                     os._exit(1)

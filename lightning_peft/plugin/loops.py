@@ -245,7 +245,7 @@ class TrainingLoops:
 
     def _fit_on_advance_end(self) -> None:
         fit = self.fit
-        self._failures.meet(_EPOCH_END)
+        self._failures.monitored_barrier(_EPOCH_END)
         self.merge_epoch_sums()
         self.sums = {}
         if not fit.restarted_on_epoch_end:
@@ -267,7 +267,7 @@ class TrainingLoops:
             raise
         if self.epoch.batch_progress.is_last_batch:
             # Before validation, in which the others would wait for this process as well.
-            self._failures.meet(_EPOCH_END)
+            self._failures.monitored_barrier(_EPOCH_END)
 
     def _epoch_reset(self) -> None:
         """Resets the loop, without the advice to make loaders resumable: they are."""
@@ -285,7 +285,7 @@ class TrainingLoops:
             epoch.val_loop.batch_progress.total.reset()
 
     def _validation_run(self) -> Any:
-        self._failures.meet("validation")
+        self._failures.monitored_barrier("validation")
         return self._with_separate_rng("run")
 
     def _validation_increment_progress_to_evaluation_end(self) -> Any:

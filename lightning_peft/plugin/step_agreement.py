@@ -44,7 +44,7 @@ class StepAgreement:
         self._group = self._distributed.new_group(backend="gloo")
         # Whether all have had memory for the batch, and what comes is exchanged as usual.
         self._settled = True
-        self._known = 0
+        self._known, self._serves = 0, False
         self._extend(self._strategy, "on_train_batch_start", self._begin)
         for name in _EXCHANGES:
             self._extend(self._strategy, name, self._exchange)
@@ -98,9 +98,10 @@ class StepAgreement:
     def _exchange(self, usual: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._settled:
             self._ask()
-        before = self._count()
+        before, self._serves = self._count(), True
         result = usual(*args, **kwargs)
         self._known += self._count() - before
+        self._serves = False
         return result
 
     def _end(self, usual: Callable[..., Any], *args: Any) -> Any:
@@ -121,7 +122,7 @@ class StepAgreement:
         return usual(*args)
 
     def _waits_alone(self) -> str | None:
-        if self._settled or self._count() == self._known:
+        if self._settled or self._serves or self._count() == self._known:
             return None
         return (
             "halve_batch_on_oom=True with several processes: training_step, or its backward "
@@ -145,10 +146,11 @@ class StepAgreement:
         answers = torch.tensor(mine, dtype=torch.int32)
         biggest = self._distributed.ReduceOp.MAX
         if short:
-            self._failures.tell_short()
+            self._failures.report_shortage()
         asked = self._distributed.all_reduce(answers, biggest, self._group, async_op=True)
         if short:
             self._failures.wait_for(asked.is_completed)
+            self._failures.end_shortage()
         asked.wait()
         number, *reached = answers.tolist()
         if number and not short:

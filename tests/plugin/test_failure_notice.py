@@ -34,7 +34,7 @@ def in_both(notices, *names):
 
     def meet(notice, name):
         try:
-            notice.meet(name)
+            notice.monitored_barrier(name)
         except LifecycleError as error:
             return str(error)
         return ""
@@ -60,7 +60,7 @@ def test_a_process_that_has_gone_on_ends_the_one_that_waits(notices):
     with pytest.raises(
         LifecycleError, match="Process 0 waits for all .* 'end' at batch 2"
     ) as raised:
-        first.meet("end")
+        first.monitored_barrier("end")
     assert "process 1 has begun batch 3 of the fit" in str(raised.value)
     error = RuntimeError(CLOSED)
     second.send(error)
@@ -77,7 +77,7 @@ def test_an_error_in_one_ends_the_other(notices):
     first, second = notices
     second.send(ValueError("a row is wrong"))
     with pytest.raises(LifecycleError, match="Process 1 has ended by ValueError: a row is wrong"):
-        first.meet("save")
+        first.monitored_barrier("save")
     own = ValueError("mine")
     first.send(own)
     assert str(own) == "mine"

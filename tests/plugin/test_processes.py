@@ -276,3 +276,17 @@ def test_a_kill_while_saving_leaves_whole_checkpoints(name, straight, program, t
         first, second = (torch.load(p, weights_only=True) for p in (path, folder / path.name))
         assert not differing(first["state_dict"], second["state_dict"])
         assert (folder / "adapters" / path.stem / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.long
+def test_tasks_of_slurm_are_requeued_and_continue(program, tmp_path):
+    """SIGUSR1 to both, as `--signal` of a job sends it."""
+    program.run_script(tmp_path, HERE / "slurm_processes.py", str(tmp_path), ranks=2)
+    assert (tmp_path / "requeued").read_text().splitlines() == ["requeue 4242"] * 2
+    for rank in (0, 1):
+        for found in torch.load(tmp_path / f"rank{rank}.pt").values():
+            assert found["saved"] == ["hpc_ckpt_1.ckpt"]
+            rest, whole = found["losses"]
+            assert len(rest) == 8
+            assert rest == whole[2:]
+            assert not differing(*found["weights"])
