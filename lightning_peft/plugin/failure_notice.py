@@ -10,7 +10,7 @@ import logging
 import os
 from abc import ABC
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from threading import Event, Thread
 from time import monotonic
@@ -51,10 +51,12 @@ class FailureNoticeStrategy(_Base):
         self.lifecycle.failures.monitored_barrier(name or "barrier")
         super().barrier(name, *args, **kwargs)
 
-    def reduce(self, *args: Any, **kwargs: Any) -> Any:
+    def reduce(self, tensor: Any, group: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Reduces; where one process has gone on without, all end with an error."""
-        with self.lifecycle.failures.exchange("reduce"):
-            return super().reduce(*args, **kwargs)
+        # Not all are in a group of the user's.
+        alone = nullcontext() if group else self.lifecycle.failures.exchange("reduce")
+        with alone:
+            return super().reduce(tensor, group, *args, **kwargs)
 
 
 class FailureNotice:

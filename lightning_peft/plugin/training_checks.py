@@ -54,7 +54,11 @@ class ProcessChecks:
 
     def note_batch(self, batch: Any) -> None:
         """Remembers the first batch, to be compared after its step."""
-        tensors = [one for one in tree_leaves(batch) if isinstance(one, torch.Tensor)]
+        tensors = [
+            one
+            for one in tree_leaves(batch)
+            if type(one) is torch.Tensor and one.layout == torch.strided and one.numel()
+        ]
         if self._batch is None and tensors:
             self._batch = hash(tuple(engine.exact_checksum(one) for one in tensors))
 
