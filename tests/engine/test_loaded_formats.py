@@ -13,7 +13,12 @@ from torch import nn
 from transformers import TorchAoConfig
 
 from lightning_peft.engine.backends.compressed import COMPRESSED_TENSORS
-from lightning_peft.engine.backends.loaded import LoadedFormat, scaled, unpacked
+from lightning_peft.engine.backends.loaded import (
+    LoadedFormat,
+    rounded_input,
+    scaled,
+    unpacked,
+)
 from lightning_peft.engine.backends.quanto import QUANTO
 from lightning_peft.engine.backends.registry import (
     backend_of,
@@ -133,6 +138,21 @@ def test_a_cast_of_the_module_leaves_float8_codes() -> None:
     layer.weight = stored
     layer.to(torch.float16)
     assert TORCHAO.dequantize(layer.weight, torch.float32).equal(meant)
+
+
+def test_inputs_are_rounded_and_their_gradient_is_not() -> None:
+    x = torch.tensor([[-1.0, 0.3, 3.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    found = rounded_input(x, {"values": "int8", "symmetric": False, "by_row": True})
+    # 256 values from -1 to 3, of which one is zero.
+    step = 4 / 255
+    expected = [[-64 * step, 19 * step, 191 * step], [0.0, 0.0, 0.0]]
+    assert found.allclose(torch.tensor(expected), atol=1e-6)
+    found.sum().backward()
+    assert x.grad is not None
+    assert x.grad.equal(torch.ones(2, 3))
+    kind = {"values": "float8_e4m3fn", "symmetric": True, "by_row": False}
+    fixed = {"input_scale": torch.tensor([0.5])}
+    assert rounded_input(torch.tensor([[0.53, 300.0]]), kind, fixed).tolist() == [[0.5, 224.0]]
 
 
 def test_these_formats_are_not_made_here() -> None:

@@ -130,6 +130,13 @@ CASES: dict[str, tuple[Callable[[Path], Load], float]] = {
         1.1,
     ),
     "compressed-blocks": (compressed("float-quantized", num_bits=8, type="float", **BLOCKS), 1.1),
+    # With inputs that are rounded too.
+    "torchao-w8a8": (torchao("Int8DynamicActivationInt8WeightConfig"), 1.1),
+    "torchao-intx-a8": (torchao("Int8DynamicActivationIntxWeightConfig"), 1.3),
+    "compressed-w8a8": (
+        compressed("int-quantized", TOKENS, num_bits=8, type="int", strategy="channel"),
+        1.1,
+    ),
 }
 
 
@@ -184,7 +191,8 @@ def test_output_and_gradient_are_those_of_the_stored_weights(base: Any) -> None:
     theirs, mine = logits(load()), load()
     lightning_peft.inject(mine, r=4)
     difference = (logits(mine) - theirs).abs().max() / theirs.abs().max()
-    assert difference < (0.02 if mine.dtype == torch.bfloat16 else 1e-5)
+    # In bfloat16 the libraries compute scales of inputs in that dtype.
+    assert difference < (0.025 if mine.dtype == torch.bfloat16 else 1e-5)
     for layer in (one for one in mine.model.modules() if is_quantized(one)):
         stored = layer._parameters["weight"]
         backend = backend_of(stored)
@@ -221,7 +229,8 @@ def test_a_run_is_resumed_exactly_verified_and_merged(base: Any, tmp_path: Path)
     other = Module(lambda: LlamaForCausalLM(load().config).to(load().dtype))
     with pytest.raises(CheckpointError):
         lightning_peft.load_adapter(other, tmp_path / "adapter")
-    lightning_peft.verify(again, IDS[:2], step=lambda m, b: m.training_step(b, 0))
+    result = lightning_peft.verify(again, IDS[:2], step=lambda m, b: m.training_step(b, 0))
+    result.raise_if_failed()
     lightning_peft.merge(straight)
     rounding = 0.03 if straight.model.dtype == torch.bfloat16 else 1e-5
     assert (logits(straight.model) - expected).abs().max() < rounding * expected.abs().max()
@@ -252,20 +261,13 @@ def test_peft_reads_the_adapter_on_the_same_base(tmp_path: Path) -> None:
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
-REFUSED = {
-    "torchao": (torchao("Int8DynamicActivationInt8WeightConfig"), "changes the inputs"),
-    "compressed": (
-        compressed("int-quantized", TOKENS, num_bits=8, type="int", strategy="channel"),
-        "rounds the activations",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_rounded_activations_are_refused_before_anything_changes(case: str, tmp_path: Path) -> None:
-    make, message = REFUSED[case]
-    model = make(tmp_path)()
+def test_a_layout_that_cannot_be_read_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    model = torchao("Int8WeightOnlyConfig")(tmp_path)()
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.act_pre_scale = torch.ones(1)
     classes = [type(layer) for layer in model.modules()]
-    with pytest.raises(UnsupportedError, match=message):
+    with pytest.raises(UnsupportedError, match=r"layers.1.mlp.up_proj: torchao's .* by fixed"):
         lightning_peft.inject(model, r=4)
     assert [type(layer) for layer in model.modules()] == classes
+    weight.act_pre_scale = None
+    lightning_peft.inject(model, r=4)

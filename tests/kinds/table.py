@@ -77,7 +77,7 @@ def format_table() -> str:
     for stored in FORMATS.values():
         answers = ["refused"] * 4
         if stored.name in read:
-            answers = ["yes, weights only", "to dense weights", "no", exported]
+            answers = ["yes", "to dense weights", "no", exported]
         elif stored.name == "gguf":
             answers = ["on dense weights, or NF4 of them", "yes", "NF4 of it", "yes"]
         elif stored.dense is not None:

@@ -203,6 +203,10 @@ class QuantizationBackend(ABC, Generic[Config]):
         """The rows in ``dtype`` as :meth:`matmul` multiplies them, in both directions."""
         return self.dequantize(stored, dtype)
 
+    def rounds_input(self, stored: Any) -> bool:
+        """Whether the layer of ``stored`` rounds its input, so that its adapters take another."""
+        return False
+
     def multiplies_dequantized(self, device: torch.device) -> bool:
         """Whether :meth:`matmul` on ``device`` is torch's product with :meth:`dequantize`.
 

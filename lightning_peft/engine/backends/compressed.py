@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import CompressedTensorsConfig
 
-from lightning_peft.engine.backends.layers import QuantizedLinear
 from lightning_peft.engine.backends.loaded import (
     LoadedFormat,
+    LoadedLinear,
     LoadedParameter,
     LoadedWeight,
     scaled,
@@ -23,9 +23,11 @@ from lightning_peft.engine.backends.loaded import (
 from lightning_peft.errors import UnsupportedError
 
 _DENSE = "`CompressedTensorsConfig(dequantize=True)` loads it dense"
+# Strategies of activations, and whether each row has a scale.
+_BY_ROW = {"token": True, "tensor": False}
 
 
-class CompressedLayer(QuantizedLinear):
+class CompressedLayer(LoadedLinear):
     """A linear layer whose weight compressed-tensors holds."""
 
     label = "Compressed"
@@ -56,9 +58,11 @@ class CompressedTensors(LoadedFormat):
                 "compressed-tensors holds the weight dense and rounds it in each forward pass. "
                 f"{_DENSE}"
             )
-        if scheme.input_activations or scheme.output_activations:
+        inputs, outputs = scheme.input_activations, scheme.output_activations
+        if outputs or (inputs and not (inputs.num_bits == 8 and inputs.strategy in _BY_ROW)):
             raise UnsupportedError(
-                f"compressed-tensors rounds the activations of the layer too. {_DENSE}"
+                "compressed-tensors rounds the outputs of the layer, or its inputs in groups or in "
+                f"fewer than 8 bits. {_DENSE}"
             )
         known = packed is None or str(packed.dtype) == "torch.int32"
         if not known or "weight_scale" not in held or held.get("weight_global_scale") is not None:
@@ -80,6 +84,13 @@ class CompressedTensors(LoadedFormat):
             "bits": weights.num_bits if packed is not None else None,
             "block": None if structure is None else list(structure),
         }
+        if inputs:
+            kinds = {"int": "int8", "float": "float8_e4m3fn"}
+            by_row, symmetric = _BY_ROW[inputs.strategy], bool(inputs.symmetric)
+            values = kinds[inputs.type]
+            settings["input"] = {"values": values, "symmetric": symmetric, "by_row": by_row}
+            fixed = () if inputs.dynamic else ("input_scale", "input_zero_point")
+            tensors |= {name: held[name] for name in fixed if held.get(name) is not None}
         if codes.is_floating_point():
             codes = codes.view(torch.uint8)
         return LoadedWeight(codes, shape, tensors["scale"].dtype, tensors, settings)

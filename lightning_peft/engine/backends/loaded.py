@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft.engine.backends.base import QuantizationBackend
+from lightning_peft.engine.backends.layers import QuantizedLinear
 from lightning_peft.engine.layers.mixin import add_mixin
 from lightning_peft.errors import UnsupportedError
 
@@ -73,6 +74,22 @@ def _parameter(codes: Tensor, attributes: Mapping[str, Any]) -> LoadedParameter:
     made = LoadedParameter(codes, requires_grad=False)
     vars(made).update(attributes)
     return made
+
+
+class LoadedLinear(QuantizedLinear):
+    """A linear layer with such a weight; it may round its input, as the library's layer does."""
+
+    def product(self, rows: Tensor, stored: Any, bias: Tensor | None) -> Tensor:
+        """As of the base class, of the rounded input; its gradient goes past the rounding."""
+        return super().product(self._rounded(rows, stored), stored, bias)
+
+    def dense_output(self, input: Tensor) -> Tensor:
+        """As of the base class, of the rounded input."""
+        return super().dense_output(self._rounded(input, self.stored_weight()))
+
+    def _rounded(self, rows: Tensor, stored: Any) -> Tensor:
+        kind = stored.settings.get("input")
+        return rows if kind is None else rounded_input(rows, kind, stored.tensors)
 
 
 class LoadedFormat(QuantizationBackend[Any]):
@@ -172,6 +189,9 @@ class LoadedFormat(QuantizationBackend[Any]):
         stored.tensors = {name: one.to(stored.device) for name, one in stored.tensors.items()}
         rows = self.unpack(stored.data, stored.tensors, stored)
         return rows.to(dtype or stored.dense_dtype)
+
+    def rounds_input(self, stored: Any) -> bool:
+        return stored.settings.get("input") is not None
 
     def owns(self, stored: Any) -> bool:
         return getattr(stored, "format_name", None) == self.name
@@ -277,3 +297,38 @@ def scaled(
     if added is not None:
         dense = dense + added.float().reshape(rows, 1, columns, 1)
     return dense.view(rows * height, columns * width)[: codes.shape[0], : codes.shape[1]]
+
+
+def rounded_input(
+    rows: Tensor, kind: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """``rows`` in the values that a library multiplies, with the gradient of ``rows`` themselves.
+
+    The straight-through estimator of Bengio et al. 2013 (arXiv 1308.3432).
+
+    Args:
+        rows: ``(..., in)``.
+        kind: ``"values"``, a dtype; ``"symmetric"``; ``"by_row"``: whether each row has a scale.
+        tensors: Has ``"input_scale"``, and maybe ``"input_zero_point"``, where these are fixed.
+    """
+    values, dtype = rows.detach().float(), getattr(torch, kind["values"])
+    fixed = {} if tensors is None else tensors
+    limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+    axes = (-1,) if kind["by_row"] else tuple(range(values.ndim))
+    zero: Tensor | float = 0.0
+    if "input_scale" in fixed:
+        scale = fixed["input_scale"].to(values)
+        zero = fixed["input_zero_point"].to(values) if "input_zero_point" in fixed else zero
+    elif kind["symmetric"]:
+        span = limits.max if dtype.is_floating_point else (limits.max - limits.min) / 2
+        scale = values.abs().amax(axes, keepdim=True) / span
+    else:
+        low = values.amin(axes, keepdim=True).clamp(max=0)
+        high = values.amax(axes, keepdim=True).clamp(min=0)
+        scale = (high - low) / (limits.max - limits.min)
+    scale = scale.clamp(min=torch.finfo(torch.float32).eps)
+    if "input_scale" not in fixed and not kind["symmetric"]:
+        zero = (limits.min - (low / scale).round()).clamp(limits.min, limits.max)
+    codes = values / scale if dtype.is_floating_point else (values / scale).round() + zero
+    codes = codes.clamp(limits.min, limits.max).to(dtype)
+    return rows + ((codes.float() - zero) * scale - values).to(rows.dtype)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import QuantoConfig
 
-from lightning_peft.engine.backends.layers import QuantizedLinear
 from lightning_peft.engine.backends.loaded import (
     LoadedFormat,
+    LoadedLinear,
     LoadedParameter,
     LoadedWeight,
     scaled,
@@ -25,7 +25,7 @@ from lightning_peft.errors import UnsupportedError
 _CLASSES = ("WeightQBytesTensor", "WeightQBitsTensor")
 
 
-class QuantoLayer(QuantizedLinear):
+class QuantoLayer(LoadedLinear):
     """A linear layer whose weight quanto quantized."""
 
     label = "Quanto"

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TorchAoConfig
 
-from lightning_peft.engine.backends.layers import QuantizedLinear
 from lightning_peft.engine.backends.loaded import (
     LoadedFormat,
+    LoadedLinear,
     LoadedParameter,
     LoadedWeight,
     scaled,
@@ -27,7 +27,7 @@ _PLAIN = ("Int8Tensor", "Float8Tensor", "IntxUnpackedToInt8Tensor")
 _INT4 = "Int4Tensor"
 
 
-class TorchAoLayer(QuantizedLinear):
+class TorchAoLayer(LoadedLinear):
     """A linear layer whose weight torchao quantized."""
 
     label = "TorchAo"
@@ -49,11 +49,6 @@ class TorchAo(LoadedFormat):
     def read(self, layer: Any) -> LoadedWeight:
         weight = layer._parameters["weight"]
         kind = type(weight).__name__
-        rounds = (
-            getattr(weight, "act_quant_kwargs", None) is not None
-            or getattr(weight, "activation_quantization", None) is not None
-            or getattr(weight, "activation_dtype", torch.bfloat16) != torch.bfloat16
-        )
         if not isinstance(layer, nn.Linear) or weight.ndim != 2:
             raise UnsupportedError(
                 f"a {type(layer).__name__} in torchao's {kind}: linear layers are served. Name it "
@@ -64,10 +59,12 @@ class TorchAo(LoadedFormat):
                 f"torchao's {kind} is laid out for the kernels of one device. Save the base with "
                 "`int4_packing_format='plain'`, or in int8 or float8"
             )
-        if rounds or getattr(weight, "act_pre_scale", None) is not None:
+        others = ("act_pre_scale", "act_quant_scale", "reduce_range")
+        eight = getattr(weight, "activation_dtype", torch.bfloat16) != torch.bfloat16
+        if eight or any(getattr(weight, name, None) not in (None, False) for name in others):
             raise UnsupportedError(
-                f"torchao's {kind} changes the inputs of the layer too, which has no gradient. "
-                "Save the base by a weight-only config"
+                f"torchao's {kind} changes the inputs of the layer by fixed scales, or in fewer "
+                "bits. Save the base by a weight-only config"
             )
         codes, shape = weight.qdata, tuple(weight.shape)
         tensors = {"scale": weight.scale}
@@ -75,6 +72,7 @@ class TorchAo(LoadedFormat):
         if zeros is not None:
             tensors["zero_point"] = zeros
         settings = {"layout": kind, "values": str(codes.dtype).removeprefix("torch.")}
+        settings["input"] = _input_kind(weight)
         if codes.is_floating_point():
             codes = codes.view(torch.uint8)
         return LoadedWeight(codes, shape, weight.dtype, tensors, settings)
@@ -89,6 +87,20 @@ class TorchAo(LoadedFormat):
             signed = (nibbles.view(torch.int8) ^ 8) - 8
             return scaled(signed, scale.t(), added=tensors["zero_point"].t())
         return scaled(codes.view(getattr(torch, stored.settings["values"])), scale, zeros)
+
+
+def _input_kind(weight: Any) -> dict[str, Any] | None:
+    """How inputs are rounded, for :func:`rounded_input`; ``None`` where they are not."""
+    if getattr(weight, "activation_quantization", None) is not None:
+        # `int8_asym_per_token`, the only one.
+        return {"values": "int8", "symmetric": False, "by_row": True}
+    given = getattr(weight, "act_quant_kwargs", None)
+    if given is None:
+        return None
+    dtype = getattr(given, "float8_dtype", torch.int8)
+    symmetric = getattr(getattr(given, "mapping_type", None), "name", "SYMMETRIC") == "SYMMETRIC"
+    by_row = type(given.granularity).__name__ == "PerRow"
+    return {"values": str(dtype).removeprefix("torch."), "symmetric": symmetric, "by_row": by_row}
 
 
 TORCHAO = TorchAo()

@@ -231,6 +231,7 @@ def _frozen_matmul(layer: Any, stored: Any, x: Tensor) -> FrozenMatmul | None:
         frozen = FrozenMatmul(layer, dtype, layer.compute_dtype or dtype, stored)
         width = layer.backend.weight_info(stored)[0][1]
         known = {x.dtype, frozen.compute} <= layer.backend.compute_dtypes
+        known = known and not layer.backend.rounds_input(stored)
     else:
         frozen = FrozenMatmul(layer, dtype, dtype, None)
         width = as_rows(layer, stored).shape[1]
