@@ -34,6 +34,11 @@ def meta_copy(module: nn.Module) -> nn.Module:
     values are not copied, and neither are datasets that a module holds and the Trainer that it
     belongs to.
     """
+    with engine.loaded_formats(module, keep=False):
+        return _copy(module)
+
+
+def _copy(module: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for param in module.parameters():
         memo[id(param)] = engine.recreate_parameter(param, _on_meta)

@@ -24,6 +24,7 @@ import lightning_peft
 from lightning_peft import LoRAStrategy, QLoRAStrategy
 from lightning_peft.engine.backends.registry import backend_of, is_quantized, storage_bytes
 from lightning_peft.errors import CheckpointError, UnsupportedError
+from lightning_peft.plan.prediction import plan_memory
 
 IDS = torch.arange(7, 19).repeat(8, 1)
 Load = Callable[[], Any]
@@ -229,11 +230,21 @@ def test_a_run_is_resumed_exactly_verified_and_merged(base: Any, tmp_path: Path)
     other = Module(lambda: LlamaForCausalLM(load().config).to(load().dtype))
     with pytest.raises(CheckpointError):
         lightning_peft.load_adapter(other, tmp_path / "adapter")
-    result = lightning_peft.verify(again, IDS[:2], step=lambda m, b: m.training_step(b, 0))
+    result = lightning_peft.verify(straight, IDS[:2], step=lambda m, b: m.training_step(b, 0))
     result.raise_if_failed()
     lightning_peft.merge(straight)
     rounding = 0.03 if straight.model.dtype == torch.bfloat16 else 1e-5
     assert (logits(straight.model) - expected).abs().max() < rounding * expected.abs().max()
+
+
+def test_a_plan_counts_what_is_stored(base: Any) -> None:
+    load, size = base
+    model, batch = load(), {"input_ids": IDS, "labels": IDS}
+    planned = plan_memory(model, batch, method="lora", lora={"r": 4}).breakdown
+    lightning_peft.inject(model, r=4)
+    stored = [layer._parameters["weight"] for layer in model.modules() if is_quantized(layer)]
+    assert planned["weights_quantized"] == sum(map(storage_bytes, stored))
+    assert plan_memory(model, batch, method="lora").breakdown == planned
 
 
 def test_qlora_keeps_what_is_quantized_in_bf16(base: Any, tmp_path: Path) -> None:

@@ -110,11 +110,11 @@ def adopt_prequantized(layer: Any) -> None:
 
 
 @contextmanager
-def loaded_formats(module: nn.Module) -> Iterator[None]:
+def loaded_formats(module: nn.Module, keep: bool = True) -> Iterator[None]:
     """Puts layers of this package in place of those of libraries whose format is read here.
 
-    Other code then meets plain parameters. An error in the body puts the libraries' layers back.
-    Layers in a layout that cannot be read stay, for planning to refuse.
+    Other code then meets plain parameters. An error in the body puts the libraries' layers back, as
+    does its end without ``keep``. Layers in a layout that cannot be read stay, to be refused.
     """
     made: dict[nn.Module, nn.Module] = {}
     places = []
@@ -129,14 +129,16 @@ def loaded_formats(module: nn.Module) -> Iterator[None]:
                 places.append((owner, name, layer))
     for owner, name, layer in places:
         owner._modules[name] = made[layer]
+    done = False
     try:
         yield
-    except BaseException:
-        for owner, name, layer in places:
-            owner._modules[name] = layer
-        raise
+        done = True
+    finally:
+        if not (done and keep):
+            for owner, name, layer in places:
+                owner._modules[name] = layer
     for backend in backends():
-        if places and isinstance(backend, LoadedFormat):
+        if keep and isinstance(backend, LoadedFormat):
             backend.forget(module)
 
 

@@ -287,16 +287,17 @@ def scaled(
     rows, columns = scales.shape
     height, width = block or (codes.shape[0] // rows, codes.shape[1] // columns)
     ragged = (-codes.shape[0] % height, -codes.shape[1] % width)
-    values = codes.float()
+    # In place from here on: weights are large.
+    values = codes.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if any(ragged):
         values = F.pad(values, (0, ragged[1], 0, ragged[0]))
     blocks = values.reshape(rows, height, columns, width)
     if zeros is not None:
-        blocks = blocks - zeros.float().reshape(rows, 1, columns, 1)
-    dense = blocks * scales.view(rows, 1, columns, 1)
+        blocks.sub_(zeros.float().reshape(rows, 1, columns, 1))
+    blocks.mul_(scales.reshape(rows, 1, columns, 1))
     if added is not None:
-        dense = dense + added.float().reshape(rows, 1, columns, 1)
-    return dense.view(rows * height, columns * width)[: codes.shape[0], : codes.shape[1]]
+        blocks.add_(added.float().reshape(rows, 1, columns, 1))
+    return blocks.view(rows * height, columns * width)[: codes.shape[0], : codes.shape[1]]
 
 
 def rounded_input(
