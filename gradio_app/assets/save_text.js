@@ -4,5 +4,5 @@
   link.href = URL.createObjectURL(new Blob([text], { type: 'application/jsonl' }));
   link.download = 'conversation.jsonl';
   link.click();
-  URL.revokeObjectURL(link.href);
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }

@@ -137,7 +137,6 @@ def test_ask_compare_vote_and_unload(space, store, run, visit, whole):
     page.get_by_text("Tuned (step 8):").wait_for()
     if whole:
         ask_again(page)
-        two_checkpoints(page)
         blind(page, run)
         score(page)
     page.get_by_role("button", name="Unload").click()
@@ -165,24 +164,6 @@ def ask_again(page) -> None:
     page.wait_for_function("!document.querySelector('#try-left .user')")
     assert page.get_by_label("Your question").input_value() == "And `max`?"
     assert page.get_by_role("button", name="Regenerate").is_disabled()
-
-
-def two_checkpoints(page) -> None:
-    """The best checkpoint in place of the base, and the conversation saved and opened again."""
-    page.get_by_role("combobox", name="Compare with").click()
-    page.get_by_role("option", name="best (step 6)").click()
-    page.locator("#try-left").get_by_text("Tuned (step 6)", exact=True).wait_for()
-    page.get_by_role("button", name="Ask", exact=True).click()
-    page.get_by_text("Tuned (step 6):").wait_for()
-    with page.expect_download() as saved:
-        page.get_by_role("button", name="Save conversation").click()
-    page.get_by_role("button", name="New conversation").click()
-    page.wait_for_function("!document.querySelector('#try-right .user')")
-    page.locator("#try-actions input[type=file]").set_input_files(saved.value.path())
-    for side in ("left", "right"):
-        page.locator(f"#try-{side} .user").get_by_text("And `max`?").wait_for()
-    page.get_by_role("combobox", name="Compare with").click()
-    page.get_by_role("option", name="Base", exact=True).click()
 
 
 def score(page) -> None:
