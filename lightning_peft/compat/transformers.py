@@ -184,6 +184,22 @@ def forget_quantization(model: Any) -> None:
             child.config.__dict__.pop("_is_quantized", None)
 
 
+def forget_stored_format(model: Any) -> None:
+    """Takes off a model, dense now, how it was read from quantized files.
+
+    ``save_pretrained`` reverts those conversions, and most quantizers cannot.
+    """
+    model.hf_quantizer.remove_quantization_config(model)
+    forget_quantization(model)
+    conversions = model.__dict__.get("_weight_conversions")
+    if conversions is not None:
+        model._weight_conversions = [
+            one
+            for one in conversions
+            if not any(hasattr(step, "hf_quantizer") for step in getattr(one, "operations", ()))
+        ]
+
+
 def forget_peft_adapters(model: Any) -> None:
     """Takes off a model the marks of PEFT's adapters, which ``add_adapter`` and PEFT leave."""
     model.__dict__.pop("peft_config", None)

@@ -9,10 +9,15 @@ from peft import PeftModel
 from torch import nn
 
 from lightning_peft.compat.peft import BaseTuner, BaseTunerLayer
+from lightning_peft.compat.transformers import forget_stored_format
 from lightning_peft.engine.adapters import adapted_layers_of, is_merged
 from lightning_peft.engine.backends.conversion import convert_to_dense, restore_quantized
 from lightning_peft.engine.backends.layers import QuantizedLayer
-from lightning_peft.engine.files.adapter_files import restore_save_pretrained
+from lightning_peft.engine.backends.registry import is_quantized
+from lightning_peft.engine.files.adapter_files import (
+    refuse_saving_loaded_formats,
+    restore_save_pretrained,
+)
 from lightning_peft.engine.layers.adapter import AdapterLayer, detach
 from lightning_peft.engine.layers.expert_weights import withdraw_experts
 from lightning_peft.engine.layers.tokens import untie_rows
@@ -59,6 +64,9 @@ def unload(module: nn.Module) -> nn.Module:
     unlink_copies(module, record.momentum_copies)
     restore_causal_lm_loss(module)
     restore_save_pretrained(module)
+    if merged:
+        _forget_quantization(module)
+    refuse_saving_loaded_formats(module)
     set_record(module, None)
     return module
 
@@ -80,6 +88,14 @@ def _dequantize(module: nn.Module) -> None:
         for child, quantized in undo:
             restore_quantized(child, quantized)
         raise
+
+
+def _forget_quantization(module: nn.Module) -> None:
+    """Takes the config of a quantization off models that are dense now: none reads them with it."""
+    for model in module.modules():
+        quantizer = vars(model).get("hf_quantizer")
+        if quantizer is not None and not any(map(is_quantized, model.modules())):
+            forget_stored_format(model)
 
 
 def _unwrap(part: nn.Module) -> None:

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
+    BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
@@ -166,3 +167,17 @@ def test_what_is_not_done_is_said(tmp_path: Path, caplog) -> None:
     assert written(tmp_path) == ["own"]
     assert "save_pretrained of Own itself is not called" in caplog.text
     assert "push_to_hub=True: nothing was uploaded" in caplog.text
+
+
+def test_a_merged_base_that_was_quantized_before_is_saved_dense(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=four).eval()
+    randomize(injected(model, LORA))
+    lightning_peft.merge(model)
+    lightning_peft.unload(model)
+    model.save_pretrained(tmp_path / "merged")
+    read = LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=model.dtype).eval()
+    assert not hasattr(read.config, "quantization_config")
+    batch = token_batch()
+    assert output_of(read, batch).equal(output_of(model, batch))

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, QuantoConfig, T
 import lightning_peft
 from lightning_peft import LoRAStrategy, QLoRAStrategy
 from lightning_peft.engine.backends.registry import backend_of, is_quantized, storage_bytes
-from lightning_peft.errors import CheckpointError, UnsupportedError
+from lightning_peft.errors import CheckpointError, LifecycleError, UnsupportedError
 from lightning_peft.plan.prediction import plan_memory
 
 IDS = torch.arange(7, 19).repeat(8, 1)
@@ -234,7 +234,16 @@ def test_a_run_is_resumed_exactly_verified_and_merged(base: Any, tmp_path: Path)
     result.raise_if_failed()
     lightning_peft.merge(straight)
     rounding = 0.03 if straight.model.dtype == torch.bfloat16 else 1e-5
-    assert (logits(straight.model) - expected).abs().max() < rounding * expected.abs().max()
+    merged = logits(straight.model)
+    assert (merged - expected).abs().max() < rounding * expected.abs().max()
+    lightning_peft.unload(straight)
+    straight.model.save_pretrained(tmp_path / "merged")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=straight.model.dtype)
+    assert not is_quantized(read.model.layers[0].mlp.up_proj)
+    assert logits(read).equal(merged)
+    lightning_peft.unload(again)
+    with pytest.raises(LifecycleError, match="stand in for those of the library"):
+        again.model.save_pretrained(tmp_path / "base")
 
 
 def test_a_plan_counts_what_is_stored(base: Any) -> None:

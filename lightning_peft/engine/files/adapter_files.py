@@ -22,6 +22,7 @@ from torch import nn
 
 from lightning_peft.engine.adapters import adapted_layers, is_merged
 from lightning_peft.engine.backends.layers import QuantizedLayer
+from lightning_peft.engine.backends.loaded import LoadedLinear
 from lightning_peft.engine.files.adapter_format import adapter_folder, differences_in_peft
 from lightning_peft.engine.layers.tokens import TiedRows
 from lightning_peft.engine.record import AdaptedModuleRecord, Record, adapted_parts, require_record
@@ -158,8 +159,24 @@ def restore_save_pretrained(module: nn.Module) -> None:
     """Undoes :func:`replace_save_pretrained`."""
     for model in module.modules():
         method = vars(model).get("save_pretrained")
-        if method is _refuse or isinstance(method, _SavesAdapters):
+        if method in (_refuse, _refuse_loaded) or isinstance(method, _SavesAdapters):
             del vars(model)["save_pretrained"]
+
+
+def refuse_saving_loaded_formats(module: nn.Module) -> None:
+    """Makes ``save_pretrained`` raise where layers stand in for those of another library."""
+    for model in module.modules():
+        loaded = any(isinstance(layer, LoadedLinear) for layer in model.modules())
+        if loaded and _library_method(model) is not None:
+            vars(model)["save_pretrained"] = _refuse_loaded
+
+
+def _refuse_loaded(*_: Any, **__: Any) -> NoReturn:
+    raise LifecycleError(
+        "save_pretrained of a base whose layers stand in for those of the library that quantized "
+        "it: the library could not read what it writes. Copy the folder that it was loaded from; "
+        "for the adapted model, merge(module) before unload(module), which makes it dense."
+    )
 
 
 def _library_method(model: nn.Module) -> Any | None:
