@@ -291,3 +291,21 @@ def test_a_layout_that_cannot_be_read_is_refused_before_anything_changes(tmp_pat
     assert [type(layer) for layer in model.modules()] == classes
     weight.act_pre_scale = None
     lightning_peft.inject(model, r=4)
+
+
+def test_torchao_int4_is_read_as_its_kernels_read_it() -> None:
+    library = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    codes, scale, zero = torch.randint(-8, 8, (6, 64)), torch.rand(2, 6), torch.randn(2, 6)
+    packed = (codes[:, 1::2] << 4 | codes[:, ::2] & 15).to(torch.int8)
+    bf16 = [one.to(torch.bfloat16) for one in (scale, zero)]
+    weight = library.Int4Tensor(packed, *bf16, block_size=[1, 32], shape=torch.Size((6, 64)))
+    model = torch.nn.Sequential(torch.nn.Linear(64, 6, device="meta"))
+    model[0].weight = torch.nn.Parameter(weight, requires_grad=False)
+    model[0].bias = torch.nn.Parameter(torch.zeros(6))
+    lightning_peft.inject(model, r=2, target_modules=["0"])
+    # mslk, which has the kernels: 4-bit values in two's complement, zeros in units of the weight.
+    groups = torch.arange(64) // 32
+    meant = codes * bf16[0].float()[groups].t() + bf16[1].float()[groups].t()
+    stored = model[0]._parameters["weight"]
+    assert backend_of(stored).dequantize(stored, torch.float32).allclose(meant, atol=1e-6)

@@ -185,8 +185,10 @@ class LoadedFormat(QuantizationBackend[Any]):
         return parameters * self.bits // 8
 
     def dequantize(self, stored: Any, dtype: torch.dtype | None = None) -> Tensor:
-        # The parameter moves with its module, its attributes follow here.
-        stored.tensors = {name: one.to(stored.device) for name, one in stored.tensors.items()}
+        device = stored.device
+        if any(one.device != device for one in stored.tensors.values()):
+            # The parameter moves with its module, its attributes follow here.
+            stored.tensors = {name: one.to(device) for name, one in stored.tensors.items()}
         rows = self.unpack(stored.data, stored.tensors, stored)
         return rows.to(dtype or stored.dense_dtype)
 
