@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -264,9 +263,8 @@ def test_qlora_keeps_what_is_quantized_in_bf16(base: Any, tmp_path: Path) -> Non
     assert backend_of(layer._parameters["weight"]).name != "bitsandbytes"
 
 
-@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
-def test_peft_reads_the_adapter_on_the_same_base(tmp_path: Path) -> None:
-    load = torchao("Int8WeightOnlyConfig")(tmp_path)
+def test_peft_reads_the_adapter_on_the_same_base(base: Any, tmp_path: Path) -> None:
+    load, _ = base
     model = load()
     module = torch.nn.ModuleDict({"model": model})
     lightning_peft.inject(module, r=4)
@@ -276,8 +274,11 @@ def test_peft_reads_the_adapter_on_the_same_base(tmp_path: Path) -> None:
     expected = logits(model)
     lightning_peft.save_adapter(module, tmp_path / "adapter")
     folder = next((tmp_path / "adapter").rglob("adapter_config.json")).parent
-    theirs = peft.PeftModel.from_pretrained(load(), folder)
-    assert (logits(theirs) - expected).abs().max() < 0.02 * expected.abs().max()
+    again = load()
+    # compressed-tensors makes packed weights dense in the first pass: PEFT reads a `weight`.
+    logits(again)
+    theirs = peft.PeftModel.from_pretrained(again, folder)
+    assert (logits(theirs) - expected).abs().max() < 0.05 * expected.abs().max()
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
