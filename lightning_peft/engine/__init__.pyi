@@ -6,6 +6,7 @@ from .adapters import all_adapter_parameters as all_adapter_parameters
 from .adapters import disable_adapters as disable_adapters
 from .adapters import set_adapter as set_adapter
 from .adapters import trained_parameters as trained_parameters
+from .backends.conversion import lay_out_loaded_format as lay_out_loaded_format
 from .backends.conversion import loaded_formats as loaded_formats
 from .backends.conversion import quantize as quantize
 from .backends.packed import Share as Share

@@ -83,6 +83,8 @@ def from_config(config: Any, name: str = "", dtype: str = "auto") -> ModelSource
         with torch.device("meta"):
             made = model_from_config(model_class, own, weights)
         made.tie_weights()
+        if getattr(config, "quantization_config", None) is not None:
+            engine.lay_out_loaded_format(made, config.quantization_config)
         model: nn.Module = made
         return model
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
+from models import llama_config
 from torch import nn
 from transformers import TorchAoConfig
 
@@ -27,7 +29,8 @@ from lightning_peft.engine.backends.registry import (
     storage_bytes,
 )
 from lightning_peft.engine.backends.torchao import TORCHAO
-from lightning_peft.errors import UnsupportedError
+from lightning_peft.errors import ConfigError, UnsupportedError
+from lightning_peft.plan.prediction import plan_memory
 
 
 def stored_as(
@@ -153,6 +156,13 @@ def test_inputs_are_rounded_and_their_gradient_is_not() -> None:
     kind = {"values": "float8_e4m3fn", "symmetric": True, "by_row": False}
     fixed = {"input_scale": torch.tensor([0.5])}
     assert rounded_input(torch.tensor([[0.53, 300.0]]), kind, fixed).tolist() == [[0.5, 224.0]]
+
+
+@pytest.mark.skipif(find_spec("compressed_tensors") is not None, reason="it is installed")
+def test_a_plan_by_name_takes_the_library() -> None:
+    config = llama_config(quantization_config={"quant_method": "compressed-tensors"})
+    with pytest.raises(ConfigError, match="stored in the format compressed-tensors, whose library"):
+        plan_memory(config, method="lora")
 
 
 def test_these_formats_are_not_made_here() -> None:

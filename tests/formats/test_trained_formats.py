@@ -249,6 +249,13 @@ def test_a_plan_counts_what_is_stored(base: Any) -> None:
     load, size = base
     model, batch = load(), {"input_ids": IDS, "labels": IDS}
     planned = plan_memory(model, batch, method="lora", lora={"r": 4}).breakdown
+    if not isinstance(model.config.quantization_config, QuantoConfig):
+        # Its files hold dense weights.
+        sizes = {"batch_size": len(IDS), "seq_len": IDS.shape[1]}
+        name = str(model.config.name_or_path)
+        named = plan_memory(name, method="lora", lora={"r": 4}, **sizes).breakdown
+        assert named["weights_quantized"] == planned["weights_quantized"]
+        assert named["weights_dense"] == planned["weights_dense"]
     lightning_peft.inject(model, r=4)
     stored = [layer._parameters["weight"] for layer in model.modules() if is_quantized(layer)]
     assert planned["weights_quantized"] == sum(map(storage_bytes, stored))

@@ -69,7 +69,7 @@ class CompressedTensors(LoadedFormat):
             raise UnsupportedError(
                 f"compressed-tensors' {scheme.format} has scales of scales. {_DENSE}"
             )
-        shape = tuple(codes.shape) if packed is None else tuple(held["weight_shape"].tolist())
+        shape = (layer.out_features, layer.in_features)
         names = {
             "scale": "weight_scale",
             "zero_point": "weight_zero_point",

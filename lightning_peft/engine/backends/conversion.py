@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,8 @@ from lightning_peft.engine.backends.registry import backend_for, backends, claim
 from lightning_peft.engine.layers.expert_weights import ExpertWeight
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, as_rows, from_rows
 from lightning_peft.engine.layers.mixin import class_for_key, class_key, stored_parameter
-from lightning_peft.errors import UnsupportedError
+from lightning_peft.engine.primitives import to_primitives
+from lightning_peft.errors import ConfigError, UnsupportedError
 
 # Parameters from which a layer is worth a call to the allocator.
 _TRIM_FROM = 1 << 19
@@ -140,6 +141,25 @@ def loaded_formats(module: nn.Module, keep: bool = True) -> Iterator[None]:
     for backend in backends():
         if keep and isinstance(backend, LoadedFormat):
             backend.forget(module)
+
+
+def lay_out_loaded_format(model: nn.Module, settings: Any) -> None:
+    """Gives a model on the meta device the layers of the format that ``settings`` name, if any.
+
+    Raises:
+        ConfigError: If what loading takes, such as the format's library, is not there.
+    """
+    fields = settings if isinstance(settings, Mapping) else vars(settings)
+    method = str(to_primitives(fields.get("quant_method")))
+    for backend in backends():
+        if isinstance(backend, LoadedFormat) and backend.name == method:
+            try:
+                backend.lay_out(model, settings)
+            except (ImportError, RuntimeError) as error:
+                raise ConfigError(
+                    f"The base is stored in the format {method}, whose library counts its bytes: "
+                    f"{error} Install it, or plan for the base of 16 bits."
+                ) from error
 
 
 def convert_to_dense(layer: Any, weight: Tensor) -> QuantizedBackup:

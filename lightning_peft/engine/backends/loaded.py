@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from lightning_peft.engine.backends.base import QuantizationBackend
 from lightning_peft.engine.backends.layers import QuantizedLinear
@@ -120,6 +121,20 @@ class LoadedFormat(QuantizationBackend[Any]):
         self, codes: Tensor, tensors: Mapping[str, Tensor], stored: LoadedParameter
     ) -> Tensor:
         """The weight ``(out, in)`` in float32, from codes and tensors on one device."""
+
+    def lay_out(self, model: Any, settings: Any) -> None:
+        """Gives a model without values the layers that reading quantized files would give it.
+
+        Args:
+            model: A transformers model on the meta device.
+            settings: ``quantization_config`` of its config.
+
+        Raises:
+            ImportError: If the library is not installed.
+        """
+        quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
+        quantizer.validate_environment()
+        quantizer.preprocess_model(model)
 
     def forget(self, module: nn.Module) -> None:
         """Takes off what the library put on ``module`` for its layers, which are replaced."""

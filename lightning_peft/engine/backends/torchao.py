@@ -6,11 +6,13 @@ Formats after the docstrings of ``torchao.quantization.quantize_.workflows``.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TorchAoConfig
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from lightning_peft.engine.backends.loaded import (
     LoadedFormat,
@@ -76,6 +78,15 @@ class TorchAo(LoadedFormat):
         if codes.is_floating_point():
             codes = codes.view(torch.uint8)
         return LoadedWeight(codes, shape, weight.dtype, tensors, settings)
+
+    def lay_out(self, model: Any, settings: Any) -> None:
+        library = import_module("torchao.quantization")
+        quantizer: Any = AutoHfQuantizer.from_config(settings, pre_quantized=True)
+        quantizer.preprocess_model(model)
+        kind = quantizer.quantization_config.get_apply_tensor_subclass()
+        for name, layer in model.named_modules():
+            if quantizer.param_needs_quantization(model, f"{name}.weight"):
+                library.quantize_(layer, kind)
 
     def unpack(
         self, codes: Tensor, tensors: Mapping[str, Tensor], stored: LoadedParameter
