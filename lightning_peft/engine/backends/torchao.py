@@ -73,7 +73,10 @@ class TorchAo(LoadedFormat):
         zeros = getattr(weight, "zero_point", None)
         if zeros is not None:
             tensors["zero_point"] = zeros
-        settings = {"layout": kind, "values": str(codes.dtype).removeprefix("torch.")}
+        settings: dict[str, Any] = {
+            "layout": kind,
+            "values": str(codes.dtype).removeprefix("torch."),
+        }
         settings["input"] = _input_kind(weight)
         if codes.is_floating_point():
             codes = codes.view(torch.uint8)
