@@ -154,7 +154,10 @@ class LoadedFormat(QuantizationBackend[Any]):
         read = self.read(layer)
         made: Any = nn.Linear(1, 1, device="meta")
         left = {"_parameters", "_buffers", "forward", *self.library_attributes}
-        vars(made).update({name: one for name, one in vars(layer).items() if name not in left})
+        # Of a class of the library's own, the rest is for its forward pass.
+        kept = set(vars(layer) if isinstance(layer, nn.Linear) else vars(made))
+        own = {name: one for name, one in vars(layer).items() if name in kept - left}
+        vars(made).update(own)
         stored = _parameter(
             read.codes.detach(),
             {
@@ -165,7 +168,10 @@ class LoadedFormat(QuantizationBackend[Any]):
                 "settings": read.settings,
             },
         )
-        made._parameters = {"weight": stored, "bias": layer._parameters.get("bias")}
+        bias = layer.bias
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias, requires_grad=False)
+        made._parameters = {"weight": stored, "bias": bias}
         made.out_features, made.in_features = read.shape
         add_mixin(made, self.layer_class)
         made.compute_dtype = None

@@ -8,10 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_peft.engine.backends import bnb_config
+from lightning_peft.engine.backends.aqlm import AQLM
 from lightning_peft.engine.backends.base import QuantizationBackend
 from lightning_peft.engine.backends.bnb4 import FOUR_BIT
 from lightning_peft.engine.backends.bnb8 import EIGHT_BIT
 from lightning_peft.engine.backends.compressed import COMPRESSED_TENSORS
+from lightning_peft.engine.backends.gptq import AUTO_ROUND, AWQ, GPTQ
+from lightning_peft.engine.backends.hqq import HQQ
 from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.backends.quanto import QUANTO
 from lightning_peft.engine.backends.torchao import TORCHAO
@@ -19,7 +22,8 @@ from lightning_peft.errors import ConfigError
 
 Backend = QuantizationBackend[Any]
 
-_BACKENDS: list[Backend] = [FOUR_BIT, EIGHT_BIT, TORCHAO, QUANTO, COMPRESSED_TENSORS]
+_LOADED: list[Backend] = [TORCHAO, QUANTO, COMPRESSED_TENSORS, HQQ, GPTQ, AWQ, AUTO_ROUND, AQLM]
+_BACKENDS: list[Backend] = [FOUR_BIT, EIGHT_BIT, *_LOADED]
 
 
 def register_backend(backend: Backend) -> None:
