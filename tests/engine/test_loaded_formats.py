@@ -14,7 +14,10 @@ from models import llama_config
 from torch import nn
 from transformers import TorchAoConfig
 
+from lightning_peft.engine.backends.aqlm import AQLM
 from lightning_peft.engine.backends.compressed import COMPRESSED_TENSORS
+from lightning_peft.engine.backends.gptq import AUTO_ROUND, AWQ, GPTQ
+from lightning_peft.engine.backends.hqq import HQQ
 from lightning_peft.engine.backends.loaded import (
     LoadedFormat,
     rounded_input,
@@ -104,7 +107,72 @@ def _compressed_int4() -> tuple[Any, torch.Tensor]:
     return stored_as(COMPRESSED_TENSORS, packed, (8, 16), settings, scale=scale, **tensors), meant
 
 
-MADE = [_torchao_int4, _torchao_float8, _quanto_int4, _compressed_int4]
+def _hqq_int3() -> tuple[Any, torch.Tensor]:
+    # Twelve groups of four; ten rows of two words, the first in the highest bits.
+    groups, scale, zero = torch.randint(0, 8, (12, 4)), torch.rand(12, 1), torch.rand(12, 1)
+    padded = torch.cat([groups, torch.zeros(8, 4).long()]).view(10, 2, 4)
+    packed = sum(row << 27 - 3 * place for place, row in enumerate(padded)).int()
+    settings = {"packing": "3bit_32", "axis": 1, "group_size": 4}
+    stored = stored_as(HQQ, packed, (6, 8), settings, scale=scale, zero=zero)
+    return stored, ((groups - zero) * scale).view(6, 8)
+
+
+def _words_of_gptq(backend: LoadedFormat, bits: int, added: int) -> tuple[Any, torch.Tensor]:
+    codes = torch.randint(0, 1 << bits, (32, 64))
+    zeros, scale = torch.randint(1, 1 << bits, (32, 2)), torch.rand(32, 2)
+    order = torch.randperm(64) % 2 if backend is GPTQ else torch.arange(64) // 32
+    tensors = {"qzeros": words_of((zeros - added).t(), bits), "scales": scale.t().contiguous()}
+    if backend is GPTQ:
+        tensors["g_idx"] = order.int()
+    settings = {"bits": bits, "group_size": 32, "added": added}
+    packed = words_of(codes, bits).t().contiguous()
+    meant = (codes - zeros[:, order]) * scale[:, order]
+    return stored_as(backend, packed, (32, 64), settings, **tensors), meant
+
+
+def _gptq_int4() -> tuple[Any, torch.Tensor]:
+    return _words_of_gptq(GPTQ, 4, 0)
+
+
+def _auto_round_int3() -> tuple[Any, torch.Tensor]:
+    return _words_of_gptq(AUTO_ROUND, 3, 1)
+
+
+def _awq_int4() -> tuple[Any, torch.Tensor]:
+    codes, zeros = torch.randint(0, 16, (16, 64)), torch.randint(0, 16, (16, 2))
+    scale, order = torch.rand(16, 2), [0, 2, 4, 6, 1, 3, 5, 7]
+    packed, packed_zeros = (
+        words_of(one.t().unflatten(1, (2, 8))[:, :, order].flatten(1), 4) for one in (codes, zeros)
+    )
+    groups = torch.arange(64) // 32
+    tensors = {"qzeros": packed_zeros, "scales": scale.t().contiguous()}
+    settings = {"bits": 4, "group_size": 32, "added": 0}
+    meant = (codes - zeros[:, groups]) * scale[:, groups]
+    return stored_as(AWQ, packed, (16, 64), settings, **tensors), meant
+
+
+def _aqlm_int8() -> tuple[Any, torch.Tensor]:
+    books, scale = torch.randn(2, 256, 1, 4), torch.rand(3, 1, 1, 1)
+    codes = torch.randint(0, 256, (3, 5, 2))
+    meant = torch.cat(
+        [books[0, codes[:, k, 0], 0] + books[1, codes[:, k, 1], 0] for k in range(5)], 1
+    )
+    packed = codes.to(torch.uint8).view(torch.int8)
+    stored = stored_as(AQLM, packed, (3, 20), {}, codebooks=books, scales=scale)
+    return stored, meant * scale.view(3, 1)
+
+
+MADE = [
+    _torchao_int4,
+    _torchao_float8,
+    _quanto_int4,
+    _compressed_int4,
+    _hqq_int3,
+    _gptq_int4,
+    _auto_round_int3,
+    _awq_int4,
+    _aqlm_int8,
+]
 
 
 @pytest.mark.parametrize("made", MADE, ids=lambda made: made.__name__)
@@ -132,7 +200,8 @@ def test_copies_keep_what_belongs_to_the_codes(made: Any) -> None:
     for copied in (copy.deepcopy(stored), rebuilt, pickled, mapped):
         assert copied is not stored
         assert backend.dequantize(copied, torch.float32).allclose(meant.float(), atol=1e-6)
-        assert copied.tensors["scale"].equal(stored.tensors["scale"])
+        for name, tensor in stored.tensors.items():
+            assert copied.tensors[name].equal(tensor)
 
 
 def test_a_cast_of_the_module_leaves_float8_codes() -> None:

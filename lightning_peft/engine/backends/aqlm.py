@@ -11,11 +11,15 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AqlmConfig
 
-from lightning_peft.engine.backends.layers import QuantizedLinear
-from lightning_peft.engine.backends.loaded import LoadedFormat, LoadedParameter, LoadedWeight
+from lightning_peft.engine.backends.loaded import (
+    LoadedFormat,
+    LoadedLinear,
+    LoadedParameter,
+    LoadedWeight,
+)
 
 
-class AqlmLayer(QuantizedLinear):
+class AqlmLayer(LoadedLinear):
     """A linear layer whose weight AQLM quantized."""
 
     label = "Aqlm"

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoRoundConfig, AwqConfig, GPTQConfig
 
-from lightning_peft.engine.backends.layers import QuantizedLinear
 from lightning_peft.engine.backends.loaded import (
     LoadedFormat,
+    LoadedLinear,
     LoadedParameter,
     LoadedWeight,
     scaled,
@@ -28,19 +28,19 @@ from lightning_peft.errors import UnsupportedError
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
-class GptqLayer(QuantizedLinear):
+class GptqLayer(LoadedLinear):
     """A linear layer whose weight GPTQ quantized."""
 
     label = "Gptq"
 
 
-class AwqLayer(QuantizedLinear):
+class AwqLayer(LoadedLinear):
     """A linear layer whose weight AWQ quantized."""
 
     label = "Awq"
 
 
-class AutoRoundLayer(QuantizedLinear):
+class AutoRoundLayer(LoadedLinear):
     """A linear layer whose weight AutoRound quantized."""
 
     label = "AutoRound"

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import HqqConfig
 
-from lightning_peft.engine.backends.layers import QuantizedLinear
 from lightning_peft.engine.backends.loaded import (
     LoadedFormat,
+    LoadedLinear,
     LoadedParameter,
     LoadedWeight,
     scaled,
@@ -22,7 +22,7 @@ from lightning_peft.engine.backends.loaded import (
 from lightning_peft.errors import UnsupportedError
 
 
-class HqqLayer(QuantizedLinear):
+class HqqLayer(LoadedLinear):
     """A linear layer whose weight HQQ quantized."""
 
     label = "Hqq"
