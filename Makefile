@@ -89,7 +89,7 @@ test-trackers: $(TRACKERS_VENV)/.ready  ## Log to TensorBoard, Weights & Biases 
 	$(TRACKERS_VENV)/bin/python -m pytest tests/cli/test_trackers.py $(ARGS)
 
 test-formats: export HF_HUB_OFFLINE = 1
-test-formats: $(FORMATS_VENV)/.ready  ## Train on bases of torchao, quanto and compressed-tensors, which it installs
+test-formats: $(FORMATS_VENV)/.ready  ## Train on bases that other libraries quantized, which it installs
 	$(FORMATS_VENV)/bin/python -m pytest tests/formats $(ARGS)
 
 # An environment of its own: constraints.txt pins newer versions. The page's tests are left out, since
@@ -176,9 +176,14 @@ $(TRACKERS_VENV)/.ready: $(REQUIREMENTS)
 	@touch $@
 
 # The libraries without their dependencies, all of which are there.
+$(FORMATS_VENV)/.ready: export BUILD_CUDA_EXT = 0
 $(FORMATS_VENV)/.ready: $(REQUIREMENTS)
 	$(PYTHON) -m venv $(FORMATS_VENV)
-	for packages in torch "-e .[dev] loguru" "--no-deps torchao compressed-tensors optimum-quanto"; do \
+	for packages in torch "-e .[dev] loguru" "-U setuptools wheel" \
+			"--no-deps torchao compressed-tensors optimum-quanto hqq termcolor aqlm numba llvmlite" \
+			"--no-deps auto-round py-cpuinfo optimum logbar tokenicer device-smi defuser" \
+			"--no-deps threadpoolctl pypcre protobuf requests" \
+			"--no-deps --no-build-isolation gptqmodel"; do \
 		$(FORMATS_VENV)/bin/python -m pip install --disable-pip-version-check \
 			-c constraints.txt $(PIP_ARGS) $$packages || exit 1; done
 	@touch $@

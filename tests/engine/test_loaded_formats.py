@@ -154,9 +154,8 @@ def _awq_int4() -> tuple[Any, torch.Tensor]:
 def _aqlm_int8() -> tuple[Any, torch.Tensor]:
     books, scale = torch.randn(2, 256, 1, 4), torch.rand(3, 1, 1, 1)
     codes = torch.randint(0, 256, (3, 5, 2))
-    meant = torch.cat(
-        [books[0, codes[:, k, 0], 0] + books[1, codes[:, k, 1], 0] for k in range(5)], 1
-    )
+    sums = [books[0, codes[:, k, 0], 0] + books[1, codes[:, k, 1], 0] for k in range(5)]
+    meant = torch.cat(sums, 1)
     packed = codes.to(torch.uint8).view(torch.int8)
     stored = stored_as(AQLM, packed, (3, 20), {}, codebooks=books, scales=scale)
     return stored, meant * scale.view(3, 1)
