@@ -287,6 +287,10 @@ def test_peft_reads_the_adapter_on_the_same_base(base: Any, tmp_path: Path) -> N
     again = load()
     # compressed-tensors makes packed weights dense in the first pass: PEFT reads a `weight`.
     logits(again)
+    if "auto_round" in type(again.model.layers[0].mlp.up_proj).__module__:
+        with pytest.raises(ValueError, match="QuantLinear.. is not supported"):
+            peft.PeftModel.from_pretrained(again, folder)
+        return
     theirs = peft.PeftModel.from_pretrained(again, folder)
     assert (logits(theirs) - expected).abs().max() < 0.05 * expected.abs().max()
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"

@@ -8,7 +8,7 @@ own.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,14 +50,14 @@ class Gptq(LoadedFormat):
     """Weights of ``GPTQConfig``."""
 
     name = "gptq"
-    config_type = GPTQConfig
-    layer_class: Any = GptqLayer
+    config_type: ClassVar[type] = GPTQConfig
+    layer_class: ClassVar[type[Any]] = GptqLayer
     bits = 4
 
     # Of layers whose tensors are in the layout of files, which other kernels change.
-    kinds: tuple[str, ...] = ("gptqmodel.nn_modules.qlinear.torch.TorchLinear",)
-    remedy = "Load it with `GPTQConfig(bits=..., backend='gptq_torch')`"
-    packed_along_inputs = True
+    kinds: ClassVar[tuple[str, ...]] = ("gptqmodel.nn_modules.qlinear.torch.TorchLinear",)
+    remedy: ClassVar[str] = "Load it with `GPTQConfig(bits=..., backend='gptq_torch')`"
+    packed_along_inputs: ClassVar[bool] = True
 
     def claims(self, layer: nn.Module) -> bool:
         ours = type(layer).__module__.startswith("gptqmodel.nn_modules.qlinear.")
