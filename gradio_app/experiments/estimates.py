@@ -134,7 +134,8 @@ def calculated_duration(
 
 def _processor_speeds() -> tuple[float, float]:
     """Returns operations per second of products of float32 matrices: the fastest, and the mean."""
-    factor, seconds = np.ones((_SIDE, _SIDE), np.float32), []
+    factor = np.ones((_SIDE, _SIDE), np.float32)
+    seconds: list[float] = []
     while sum(seconds) < _SECONDS:
         begun = time.perf_counter()
         factor @ factor

@@ -281,9 +281,8 @@ def _answer(
     turns: dict[str, Any] = {column: said}
     yield replace(talk, **turns)
     checkpoint = asked.other if name == "base" else asked.checkpoint
-    pieces = speakers.answer(
-        run.owner, run, checkpoint and checkpoint.name, messages, asked.sampling
-    )
+    chosen = None if checkpoint is None else checkpoint.name
+    pieces = speakers.answer(run.owner, run, chosen, messages, asked.sampling)
     for piece in pieces:
         turns = {column: [*said, {"role": "assistant", "content": piece.text}]}
         ends = {**talk.ends, column: piece} if piece.done else talk.ends

@@ -210,7 +210,7 @@ class PlaygroundTab:
         inputs = ChatInputs(*values)
         try:
             run = self.studio.run(request, run_id)
-            checkpoint = find_checkpoint(run, inputs.checkpoint)
+            checkpoint: Checkpoint | None = find_checkpoint(run, inputs.checkpoint)
             other = find_checkpoint(run, inputs.other) if inputs.other else None
         except UserError:
             # The run or checkpoint is gone; a reset empties the page all the same.
