@@ -181,6 +181,7 @@ $(FORMATS_VENV)/.ready: $(REQUIREMENTS)
 	$(PYTHON) -m venv $(FORMATS_VENV)
 	for packages in torch "-e .[dev] loguru" "-U setuptools wheel" \
 			"--no-deps torchao compressed-tensors optimum-quanto hqq termcolor aqlm numba llvmlite" \
+			"--no-deps timm torchvision<0.29" \
 			"--no-deps auto-round py-cpuinfo optimum logbar tokenicer device-smi defuser" \
 			"--no-deps threadpoolctl pypcre protobuf requests" \
 			"--no-deps --no-build-isolation gptqmodel"; do \
