@@ -138,6 +138,12 @@ class AutoRound(Gptq):
     def claims(self, layer: nn.Module) -> bool:
         return type(layer).__module__.startswith("auto_round_extension.")
 
+    def lay_out(self, model: Any, settings: Any) -> None:
+        raise UnsupportedError(
+            "auto-round chooses its layers while it reads the files, so that a plan by name cannot "
+            "know them. Load the base and plan the module: plan_memory(module)"
+        )
+
 
 def _numbers(words: Tensor, settings: Mapping[str, Any], columns: int) -> Tensor:
     return unpacked(words.contiguous().view(torch.uint8), settings["bits"], columns)
