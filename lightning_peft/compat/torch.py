@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
+from torch.nn import functional as F
 from torch.nn.modules import batchnorm, conv, loss
 
 # Public alternative: none; torch calls dispatch modes experimental.
@@ -97,6 +98,13 @@ disable_compile: Any = torch._disable_dynamo
 # Public alternative: none.
 make_wrapper_subclass: Any = Tensor._make_wrapper_subclass
 without_torch_function: Any = torch._C.DisableTorchFunctionSubclass
+# ``F.multi_head_attention_forward``, whose products get subclasses of tensors as they are; torch's
+# own gives the whole call to the subclass. Public alternative: none.
+attention_of_subclasses: Any = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**vars(F), "has_torch_function": lambda tensors: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
 
 
 def schema_of(operation: Any) -> Any:

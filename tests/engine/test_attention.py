@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import lightning_peft
 from lightning_peft import engine
+from lightning_peft.engine.layers import weight_view
 from lightning_peft.engine.layers.attention import times_added
 from lightning_peft.errors import CheckpointError, UnsupportedError
 
@@ -73,6 +75,39 @@ def test_an_encoder_trains_everywhere(quantized: dict, tmp_path: Path) -> None:
     lightning_peft.unload(model)
     assert type(model.encoder.layers[1].self_attn) is nn.MultiheadAttention
     assert relative_error(model(x), output) < 1e-5
+
+
+@pytest.mark.parametrize("shared", [3, 2, 1], ids=["self", "cross", "three inputs"])
+def test_no_weight_is_kept_until_the_backward_pass(shared: int, monkeypatch: Any) -> None:
+    torch.manual_seed(0)
+    model = injected(
+        nn.ModuleDict({"attention": nn.MultiheadAttention(64, 4), "head": nn.Linear(64, 2)}),
+        r=2,
+        target_modules=["attention"],
+        init_lora_weights=False,
+    )
+    inputs = [torch.randn(3, 2, 64, requires_grad=True) for _ in range(4 - shared)]
+    inputs += [inputs[-1]] * (shared - 1)
+    trained = [*inputs, *engine.adapter_parameters(model).values()]
+
+    def gradients() -> tuple[list[Tensor], int]:
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = model["attention"](*inputs)[0]
+        first = torch.autograd.grad(output.square().sum(), trained, create_graph=True)
+        second = torch.autograd.grad(sum(x.square().sum() for x in first), trained)
+        return [output, *first, *second], max(kept.values())
+
+    found, largest = gradients()
+    monkeypatch.setattr(weight_view, "_is_weight_alone", lambda *_: False)
+    expected, before = gradients()
+    assert largest < 64 * 64 <= before
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))
 
 
 def test_the_projection_counts_as_often_as_in_peft() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_peft.compat.torch import FakeTensor, version_of
 from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.layers.adapter import AdapterLayer
-from lightning_peft.engine.layers.fused import fused_product, without_autocast
+from lightning_peft.engine.layers.fused import fused_product
 from lightning_peft.engine.layers.kinds import as_rows, from_rows
 from lightning_peft.engine.layers.lora import (
     LoraConvolution,
@@ -29,6 +29,7 @@ from lightning_peft.engine.layers.lora import (
     LoraLinear,
     LoraSettings,
 )
+from lightning_peft.engine.layers.operation_contexts import without_autocast
 
 MAGNITUDE = "lora_magnitude_vector"
 

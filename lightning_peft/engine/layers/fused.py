@@ -11,24 +11,17 @@ What :func:`fused_output` does not cover is left to :mod:`.lora`, which gives th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_peft.compat.torch import (
-    current_dispatch_mode,
-    has_hooks,
-    is_functional,
-    pause_dispatch_mode,
-    unsafe_view,
-)
+from lightning_peft.compat.torch import has_hooks, is_functional, unsafe_view
 from lightning_peft.engine.backends.layers import QuantizedLayer, output_dtype
 from lightning_peft.engine.layers.kinds import LINEAR_LIKE, as_rows, has_standard_forward
 from lightning_peft.engine.layers.mixin import LayerMixin
+from lightning_peft.engine.layers.operation_contexts import paused_recording, without_autocast
 
 # Integers as wide as a dtype: multiplied by a mask, they give the number itself or zero.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -278,23 +271,3 @@ def _has_standard_dropout(dropout: Any) -> bool:
     if has_hooks(dropout):
         return False
     return type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and 0 < dropout.p < 1)
-
-
-@contextmanager
-def paused_recording() -> Iterator[None]:
-    """Within the body, operations are not noted in order to be repeated: their result is kept."""
-    if not getattr(current_dispatch_mode(), "records_ops", False):
-        yield
-        return
-    with pause_dispatch_mode():
-        yield
-
-
-@contextmanager
-def without_autocast(x: Tensor) -> Iterator[None]:
-    """Within the body, products are computed in the dtypes that are given."""
-    if not torch.is_autocast_enabled(x.device.type):
-        yield
-        return
-    with torch.autocast(x.device.type, enabled=False):
-        yield

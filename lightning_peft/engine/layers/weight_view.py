@@ -3,26 +3,30 @@
 Modules such as ``nn.MultiheadAttention``, the fast path of ``nn.TransformerEncoderLayer`` or a
 fused ``F.linear(x, self.qkv.weight)`` never call the layer whose weight they use. An adapter that
 only changes ``forward`` would be trained and ignored, and packed 4-bit codes would be taken for
-numbers.
+numbers. Products with such a weight compute it again in the backward pass: until then it takes no
+memory.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from lightning_peft.compat.torch import (
+    attention_of_subclasses,
     is_functional,
     make_wrapper_subclass,
     tree_leaves,
     tree_map,
     without_torch_function,
 )
+from lightning_peft.engine.layers.operation_contexts import paused_recording, without_autocast
 from lightning_peft.errors import UnsupportedError
 
 # Questions about a weight that need no value of it. Modules ask them in every forward pass, for
@@ -39,6 +43,7 @@ _PARAMETER_STATE = {
     *(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad")),
     Tensor.requires_grad_,
 }
+_PIECES = (torch.split, Tensor.split, torch.chunk, Tensor.chunk)
 _WRITES = {
     "__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__",
 }  # fmt: skip
@@ -91,7 +96,14 @@ class WeightView(Tensor):
         for view in args:
             if isinstance(view, cls) and func in view.overrides:
                 return view.overrides[func](*args, **named)
+        if func == F.multi_head_attention_forward:
+            return attention_of_subclasses(*args, **named)
+        if func == F.linear and _is_weight_alone(args, named):
+            with paused_recording():
+                return _Product.apply(*args, *named.values())
         if args and isinstance(args[0], cls):
+            if func in _PIECES:
+                return _rows(func, *args, **named)
             if func in _PARAMETER_STATE:
                 return func(args[0].stored, *args[1:])
             if func == Tensor.data.__get__:  # type: ignore[attr-defined]
@@ -129,12 +141,73 @@ class _WithGradient(torch.autograd.Function):
         return view
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Computes the values once more, and their gradients."""
+        again = torch.is_grad_enabled()
         with torch.enable_grad():
             values = ctx.compute()
-        return None, *torch.autograd.grad(values, ctx.sources, grad, allow_unused=True)
+        options: dict[str, bool] = {"allow_unused": True, "create_graph": again}
+        return None, *torch.autograd.grad(values, ctx.sources, grad, **options)
+
+
+class _Product(torch.autograd.Function):
+    """A linear map whose weight is a view, with values in each direction, and not in between."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, view: WeightView, bias: Tensor | None = None) -> Tensor:
+        """Returns ``x W^T + bias``, in the dtype of autocast where it is enabled."""
+        ctx.save_for_backward(x)
+        ctx.compute, ctx.with_bias = view.compute, bias is not None
+        return F.linear(x, view.compute(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of the input, the weight and the bias, where something trains."""
+        (x,), (gradient,) = ctx.saved_tensors, gradients
+        for_x, for_weight, *for_bias = ctx.needs_input_grad
+        of_x = of_weight = of_bias = None
+        with without_autocast(gradient):
+            if for_x:
+                of_x = (gradient @ ctx.compute().to(gradient.dtype)).to(x.dtype)
+            rows = gradient.reshape(-1, gradient.shape[-1])
+            if for_weight:
+                of_weight = rows.t() @ x.to(rows.dtype).reshape(-1, x.shape[-1])
+            if any(for_bias):
+                of_bias = rows.sum(0)
+        return of_x, of_weight, of_bias
+
+
+class _Rows(torch.autograd.Function):
+    """Some rows of a view, as a view."""
+
+    @staticmethod
+    def forward(ctx: Any, view: WeightView, start: int, end: int) -> WeightView:
+        ctx.shape, ctx.rows, compute = view.shape, slice(start, end), view.compute
+        shape = torch.Size((end - start, *view.shape[1:]))
+        return WeightView(lambda: compute()[start:end], shape, view.dtype, view.stored)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        whole = gradients[0].new_zeros(ctx.shape)
+        whole[ctx.rows] = gradients[0]
+        return whole, None, None
+
+
+def _is_weight_alone(args: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    """Whether arguments of a linear map are those of :class:`_Product`, with a view as weight."""
+    if is_functional() or len(args) < 2 or not {*named} <= {"bias"}:
+        return False
+    others = [args[0], *args[2:], *named.values()]
+    return isinstance(args[1], WeightView) and not any(isinstance(x, WeightView) for x in others)
+
+
+def _rows(func: Any, view: WeightView, *rest: Any, **named: Any) -> Any:
+    """Returns views of the pieces that torch's ``split`` and ``chunk`` make."""
+    pieces = func(torch.empty(view.shape, device="meta"), *rest, **named)
+    if is_functional() or any(piece.shape[1:] != view.shape[1:] for piece in pieces):
+        return func(view.compute(), *rest, **named)
+    ends = [0, *accumulate(len(piece) for piece in pieces)]
+    return tuple(_Rows.apply(view, start, end) for start, end in pairwise(ends))
 
 
 def with_gradient(make: Callable[[], WeightView], sources: Iterable[Tensor]) -> WeightView:

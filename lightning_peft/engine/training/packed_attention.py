@@ -24,11 +24,8 @@ from lightning_peft.compat.torch import (
     without_torch_function,
 )
 from lightning_peft.engine.backends.layers import output_dtype
-from lightning_peft.engine.layers.fused import (
-    is_transformed,
-    paused_recording,
-    without_autocast,
-)
+from lightning_peft.engine.layers.fused import is_transformed
+from lightning_peft.engine.layers.operation_contexts import paused_recording, without_autocast
 from lightning_peft.engine.layers.weight_view import METADATA
 
 # Another dtype or device, and what a loader does to a batch.
