@@ -93,7 +93,7 @@ def _copied(module: nn.Module) -> list[Any]:
         quantized = isinstance(layer, QuantizedLinear)
         if not (quantized or _is_plain(layer)) or "forward" in layer.__dict__:
             continue
-        device = stored_parameter(layer, "weight").device
+        device = stored_parameter(layer).device
         if not quantized and device.type == "cpu":
             found.append(layer)
         elif quantized and "dense_copies" not in layer.__dict__:

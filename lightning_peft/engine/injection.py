@@ -34,7 +34,11 @@ from lightning_peft.engine.freezing import freeze_base, user_eval_modules
 from lightning_peft.engine.gathering import group_size
 from lightning_peft.engine.inner_adapters import adopt_inner_adapters, refuse_replacing_adapters
 from lightning_peft.engine.layers.attention import projections
-from lightning_peft.engine.layers.expert_weights import exposed_experts, parameter_name
+from lightning_peft.engine.layers.expert_weights import (
+    ExpertWeight,
+    exposed_experts,
+    parameter_name,
+)
 from lightning_peft.engine.layers.tokens import attach_tokens, trained_rows
 from lightning_peft.engine.loading.quantize_on_load import GGUF_HASH, base_fingerprint, dense_bytes
 from lightning_peft.engine.methods.lora_config import changes_base, needs_data
@@ -69,7 +73,12 @@ from lightning_peft.engine.vocabulary import resized_embeddings, vocabulary_size
 from lightning_peft.errors import ConfigError
 
 # Of a base, that weights of experts are quantized too.
-EXPERTS = "quantized_experts"
+EXPERTS, ATTENTIONS = "quantized_experts", "quantized_attentions"
+# Kinds of layers that versions before left dense, by what records have where they are quantized.
+LATER_KINDS: dict[str, type[nn.Module]] = {
+    EXPERTS: ExpertWeight,
+    ATTENTIONS: nn.MultiheadAttention,
+}
 # The heads that PEFT trains in full where a config names a task.
 _TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -310,6 +319,11 @@ def _inject_part(
     return entry
 
 
+def kinds_left_dense(base: Mapping[str, Any]) -> tuple[type[nn.Module], ...]:
+    """Returns the kinds of layers that are dense in a quantized base, by what records have."""
+    return tuple(kind for key, kind in LATER_KINDS.items() if not base.get(key))
+
+
 def _new_part_record(
     plan: InjectionPlan, config: Any | None, kept: frozenset[int]
 ) -> AdaptedModuleRecord:
@@ -321,6 +335,9 @@ def _new_part_record(
         for name, child in part.named_modules()
         if name in planned or (is_quantized(child) and child not in plan.left)
     ]
+
+    layers = [part.get_submodule(name) for name in quantized]
+    later = [k for k, kind in LATER_KINDS.items() if any(isinstance(x, kind) for x in layers)]
     named = ((name, param) for name, param in part.named_parameters() if id(param) not in kept)
     loaded = without_new_rows(part, base_fingerprint(part, named))
     return AdaptedModuleRecord(
@@ -332,7 +349,7 @@ def _new_part_record(
             "class": type(part).__name__,
             "dtype": _dtype_of(part),
             "vocabulary": vocabulary_size(part),
-            **({EXPERTS: True} if any(parameter_name(n) != n for n in quantized) else {}),
+            **dict.fromkeys(later, True),
             **({GGUF_HASH: part.__dict__[GGUF_HASH]} if GGUF_HASH in part.__dict__ else {}),
         },
         quantized=quantized,

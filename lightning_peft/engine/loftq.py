@@ -30,7 +30,7 @@ def loftq(layer: Any, made: Any, name: str, settings: dict[str, int], quantizati
         quantization: How the layer is quantized afterwards; ``None`` where it stays dense. Its
             weight is then what the codes stand for.
     """
-    weight = stored_parameter(layer, "weight")
+    weight = stored_parameter(layer)
     # A decomposition of a large matrix takes minutes on a CPU and a second there.
     device = torch.device("cuda") if torch.cuda.is_available() else weight.device
     dense = as_rows(layer, weight.data).to(device)

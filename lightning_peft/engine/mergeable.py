@@ -109,7 +109,7 @@ def base_parameters(layer: nn.Module, name: str) -> dict[str, Tensor]:
     adapters = {id(param) for param in adapter_parameters(layer).values()}
     found: dict[str, Tensor] = dict(layer.named_parameters(prefix=name))
     if isinstance(layer, ExpertWeight):
-        found[parameter_name(name)] = stored_parameter(layer, "weight")
+        found[parameter_name(name)] = stored_parameter(layer)
     return {key: param for key, param in found.items() if id(param) not in adapters}
 
 

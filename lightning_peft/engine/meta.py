@@ -27,6 +27,7 @@ from lightning_peft.engine.layers.mixin import (
     DynamicMixin,
     class_key,
     stored_parameter,
+    weight_key,
 )
 from lightning_peft.engine.methods.base import InPlaceMethod
 from lightning_peft.engine.methods.lora_config import needs_data
@@ -84,8 +85,10 @@ def quantize_on_meta(layer: Any, config: Any) -> None:
     """Makes a layer without values the quantized layer that quantizing would make of it."""
     # PEFT's own wrappers, for adapters that are not in place.
     layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-    dense = stored_parameter(layer, "weight")
-    layer._parameters["weight"] = backend_for(config).meta(as_rows(layer, dense.detach()), config)
+    dense = stored_parameter(layer)
+    layer._parameters[weight_key(layer)] = backend_for(config).meta(
+        as_rows(layer, dense.detach()), config
+    )
     use_backend(layer, config, dense.dtype, below_adapters=True)
 
 

@@ -216,7 +216,7 @@ def _quantized_bytes(module: nn.Module, entries: Iterable[AdaptedModuleRecord]) 
     """Bytes now of the weights that are or were quantized; merged ones are dense again."""
     packed = _packed_weights(module)
     stored = [
-        stored_parameter(module.get_submodule(entry.qualified(name)), "weight")
+        stored_parameter(module.get_submodule(entry.qualified(name)))
         for entry in entries
         for name in entry.quantized
     ]
@@ -226,7 +226,7 @@ def _quantized_bytes(module: nn.Module, entries: Iterable[AdaptedModuleRecord]) 
 def _packed_weights(module: nn.Module) -> dict[int, Any]:
     """What parameters of bytes stand for, by their ids: the same weights without values."""
     return {
-        id(stored_parameter(layer, "weight")): layer.described_weight()
+        id(stored_parameter(layer)): layer.described_weight()
         for layer in module.modules()
         if isinstance(layer, QuantizedLayer) and layer.packed is not None
     }

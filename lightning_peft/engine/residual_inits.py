@@ -88,7 +88,7 @@ def _covariances(
 
 def _gradients(layers: Mapping[str, nn.Module], batches: Batches) -> tuple[dict[str, Tensor], int]:
     """The mean gradients of the weights of ``layers``, as rows; and how many batches ran."""
-    weights = {name: stored_parameter(layer, "weight") for name, layer in layers.items()}
+    weights = {name: stored_parameter(layer) for name, layer in layers.items()}
     for weight in weights.values():
         weight.requires_grad_(True)
     count = 0
@@ -156,7 +156,7 @@ def _factors_from_batches(
 
 def _factors(layer: Any, name: str, config: Any, data: Tensor) -> tuple[Tensor, Tensor]:
     """``A`` and ``B`` as PEFT's layer makes them from a covariance or gradient."""
-    weight = as_rows(layer, stored_parameter(layer, "weight").detach())
+    weight = as_rows(layer, stored_parameter(layer).detach())
     plain: Any = skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=False, device="meta")
     plain.weight = nn.Parameter(weight, requires_grad=False)
     config, rank = copy.copy(config), rank_of(config, name)
@@ -212,7 +212,7 @@ def _take_off(
         for row, column in zip(a, b.t(), strict=True):
             product.add_(column.unsqueeze(1) * row)
         product.mul_(layer.adapter_settings[name].scaling)
-        weight = stored_parameter(layer, "weight")
+        weight = stored_parameter(layer)
         # Not in place: `restored_on_error` keeps the tensor that was there.
         weight.data = (weight.double() - from_rows(layer, product)).to(weight.dtype)
         layer.start_adapter(name)

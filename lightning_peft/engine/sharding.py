@@ -26,8 +26,9 @@ from lightning_peft.engine.backends.conversion import release_freed_memory
 from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.backends.packed import Share
 from lightning_peft.engine.gathering import gathered, share_group
+from lightning_peft.engine.layers.adapter import AdapterLayer
 from lightning_peft.engine.layers.expert_weights import weight_name
-from lightning_peft.engine.layers.mixin import LayerMixin, stored_parameter
+from lightning_peft.engine.layers.mixin import LayerMixin, stored_parameter, weight_key
 from lightning_peft.engine.methods.lora_config import changes_base
 from lightning_peft.engine.methods.registry import in_place_method
 from lightning_peft.engine.record import adapted_parts, record_of, require_record
@@ -59,7 +60,7 @@ def keep_own_part(module: nn.Module, share: Share, device: torch.device) -> dict
     quantized = [x for x in _layers_with_frozen_weight(module) if isinstance(x, QuantizedLayer)]
     _pack([layer for layer in quantized if layer.packed is None], device, share)
     shapes = {
-        id(stored_parameter(layer, "weight")): torch.Size([layer.packed.size])
+        id(stored_parameter(layer)): torch.Size([layer.packed.size])
         for layer in quantized
         if layer.packed is not None
     }
@@ -239,7 +240,7 @@ def check_shardable(module: nn.Module) -> None:
         f"adapters on {name!r} (nn.MultiheadAttention, nn.LSTM, nn.GRU or nn.RNN), which were "
         "never tried with it: leave it out of target_modules"
         for name, layer in module.named_modules()
-        if isinstance(layer, LayerMixin) and layer.weight_name != "weight"
+        if isinstance(layer, AdapterLayer) and layer.weight_name != "weight"
     ]
     whole = {
         (layer.backend.name, layer.backend.bits)
@@ -270,7 +271,7 @@ def _layers_with_frozen_weight(module: nn.Module) -> list[Any]:
     return [
         child
         for name, child in module.named_modules()
-        if isinstance(child, LayerMixin) and weight_name(name) in frozen
+        if isinstance(child, LayerMixin) and weight_name(name, child.weight_name) in frozen
     ]
 
 
@@ -303,12 +304,12 @@ def _pack(layers: list[Any], device: torch.device, share: Share) -> None:
     """Packs the weights of layers; those that share one continue to do so."""
     sharing: dict[int, list[Any]] = {}
     for layer in layers:
-        sharing.setdefault(id(stored_parameter(layer, "weight")), []).append(layer)
+        sharing.setdefault(id(stored_parameter(layer)), []).append(layer)
     for first, *others in sharing.values():
         first.pack_weight(device, share)
         for layer in others:
             layer.packed = first.packed
-            layer._parameters["weight"] = first._parameters["weight"]
+            layer._parameters[weight_key(layer)] = stored_parameter(first)
 
 
 class CalledBlocks:

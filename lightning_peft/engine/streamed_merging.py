@@ -138,12 +138,15 @@ class StreamedMerge:
             for name, layer in self._layers.items()
             if not isinstance(layer, AdapterLayer) or layer.weight_name != "weight"
         ]
+        plain = ((name, self._plain.get_submodule(name)) for name in self.quantized)
+        others += [name for name, layer in plain if isinstance(layer, nn.MultiheadAttention)]
         if others:
             raise UnsupportedError(
-                f"{others[0]} has an adapter in PEFT's own layers, and only those in place are "
-                "merged weight by weight. In Python, with the whole model in memory: "
-                "lightning_peft.load_adapter(model, folder), lightning_peft.merge(model), "
-                "lightning_peft.unload(model), model.save_pretrained(output)."
+                f"{others[0]} has an adapter in PEFT's own layers, or is an attention or recurrent "
+                "layer of torch, which are not merged weight by weight. In Python, with the "
+                "whole model in memory: lightning_peft.load_adapter(model, folder), "
+                "lightning_peft.merge(model), lightning_peft.unload(model), "
+                "model.save_pretrained(output)."
             )
         check_mergeable(self.outline, self._layers)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import lightning_peft
 from lightning_peft import engine
 from lightning_peft.engine.layers import weight_view
+from lightning_peft.engine.layers.adapter import without_adapters
 from lightning_peft.engine.layers.attention import times_added
 from lightning_peft.errors import CheckpointError, UnsupportedError
 
@@ -55,7 +56,10 @@ def test_an_encoder_trains_everywhere(quantized: dict, tmp_path: Path) -> None:
     model.eval()
     attention = model.encoder.layers[0].self_attn
     a, b = (getattr(attention, name)["default"].weight for name in ("lora_A", "lora_B"))
-    expected = attention._parameters["in_proj_weight"] + 2.0 * b @ a
+    stored = attention._parameters["in_proj_weight"]
+    assert stored.dtype == (torch.uint8 if quantized else torch.float32)
+    with without_adapters(attention):
+        expected = attention.effective_weight() + 2.0 * b @ a
     assert relative_error(attention.in_proj_weight + 0, expected) < 1e-6
     lightning_peft.save_adapter(model, tmp_path)
     again = encoder().eval()

@@ -29,6 +29,7 @@ class QuantizationBackend(ABC, Generic[Config]):
         config_type: Class of the configs.
         layer_class: Mixin for linear layers.
         convolution_class: Mixin for convolutions; ``None`` where they stay dense.
+        attention_class: Mixin for ``nn.MultiheadAttention``; ``None`` where it stays dense.
         expert_class: Mixin for weights of experts; ``None`` where they stay dense.
         module_classes: Layers of the library itself, which :meth:`adopt` takes.
         layer_attributes: Attributes of a layer that :meth:`prepare` sets.
@@ -47,6 +48,7 @@ class QuantizationBackend(ABC, Generic[Config]):
     config_type: ClassVar[type]
     layer_class: ClassVar[type[Any]]
     convolution_class: ClassVar[type[Any] | None] = None
+    attention_class: ClassVar[type[Any] | None] = None
     expert_class: ClassVar[type[Any] | None] = None
     module_classes: ClassVar[tuple[type[nn.Module], ...]] = ()
     layer_attributes: ClassVar[tuple[str, ...]] = ("compute_dtype",)
@@ -63,7 +65,8 @@ class QuantizationBackend(ABC, Generic[Config]):
     vllm_quantization: ClassVar[str | None] = None
 
     def __init__(self) -> None:
-        for mixin in (self.layer_class, self.convolution_class, self.expert_class):
+        others = self.convolution_class, self.attention_class, self.expert_class
+        for mixin in (self.layer_class, *others):
             if mixin is not None:
                 mixin.backend = self
 
@@ -118,16 +121,23 @@ class QuantizationBackend(ABC, Generic[Config]):
                 "and transformers themselves can be, since a subclass may compute in its own way. "
                 f"Name it in `{self.skip_argument}`"
             )
-        if isinstance(layer, CONVOLUTION_LIKE) and self.convolution_class is None:
-            return f"it is a {type(layer).__name__}, and {self.name} is for linear layers only"
-        if isinstance(layer, ExpertWeight) and self.expert_class is None:
-            return f"it is a weight of experts, and {self.name} is for linear layers only"
-        if stored_parameter(layer, "weight").is_meta:
+        if self.mixin_for(layer) is None:
+            kind = "weight of experts" if isinstance(layer, ExpertWeight) else type(layer).__name__
+            return f"it is a {kind}, and {self.name} is for linear layers only"
+        if stored_parameter(layer).is_meta:
             return (
                 "it is on the meta device and has no values. Inject without a quantization config "
                 "there, or load the weights first"
             )
         return None
+
+    def mixin_for(self, layer: nn.Module) -> type[Any] | None:
+        """The mixin for a quantizable layer; ``None`` where it stays dense."""
+        if isinstance(layer, CONVOLUTION_LIKE):
+            return self.convolution_class
+        if isinstance(layer, nn.MultiheadAttention):
+            return self.attention_class
+        return self.expert_class if isinstance(layer, ExpertWeight) else self.layer_class
 
     def takes_experts(self, layer: ExpertWeight) -> bool:
         """Whether a weight of experts is quantized as linear layers are, without being named."""

@@ -26,6 +26,7 @@ from lightning_peft.engine.backends import bnb_config, nf4_cpu
 from lightning_peft.engine.backends.base import QuantizationBackend
 from lightning_peft.engine.backends.bnb_config import BitsAndBytesBackend
 from lightning_peft.engine.backends.layers import (
+    QuantizedAttention,
     QuantizedConvolution,
     QuantizedExperts,
     QuantizedLinear,
@@ -60,6 +61,12 @@ class FourBitConvolution(QuantizedConvolution):
     label = "FourBit"
 
 
+class FourBitAttention(QuantizedAttention):
+    """An ``nn.MultiheadAttention`` whose ``in_proj_weight`` is a ``Params4bit``."""
+
+    label = "FourBit"
+
+
 class FourBitExperts(QuantizedExperts):
     """Weights of experts as a ``Params4bit``; bitsandbytes has none of its own."""
 
@@ -71,6 +78,7 @@ class FourBit(BitsAndBytesBackend):
 
     layer_class = FourBitLayer
     convolution_class = FourBitConvolution
+    attention_class = FourBitAttention
     expert_class = FourBitExperts
     module_classes = (bnb.nn.Linear4bit,)
     layer_attributes = LINEAR4BIT_ATTRIBUTES
@@ -105,7 +113,7 @@ class FourBit(BitsAndBytesBackend):
         return dtype
 
     def base_class(self, layer: nn.Module) -> type[nn.Module] | None:
-        others = (*CONVOLUTION_LIKE, Conv1D, ExpertWeight)
+        others = (*CONVOLUTION_LIKE, Conv1D, ExpertWeight, nn.MultiheadAttention)
         return None if isinstance(layer, others) else bnb.nn.Linear4bit
 
     def prepare(self, layer: Any, config: BitsAndBytesConfig, dtype: torch.dtype) -> None:

@@ -20,9 +20,13 @@ from lightning_peft.engine.backends.layers import QuantizedBackup, QuantizedLaye
 from lightning_peft.engine.backends.loaded import LoadedFormat
 from lightning_peft.engine.backends.packed import Share
 from lightning_peft.engine.backends.registry import backend_for, backends, claiming_backend
-from lightning_peft.engine.layers.expert_weights import ExpertWeight
-from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, as_rows, from_rows
-from lightning_peft.engine.layers.mixin import class_for_key, class_key, stored_parameter
+from lightning_peft.engine.layers.kinds import as_rows, from_rows
+from lightning_peft.engine.layers.mixin import (
+    class_for_key,
+    class_key,
+    stored_parameter,
+    weight_key,
+)
 from lightning_peft.engine.primitives import to_primitives
 from lightning_peft.errors import ConfigError, UnsupportedError
 
@@ -40,11 +44,13 @@ def quantize(
     reason = backend.unsupported_reason(layer)
     if reason is not None:
         raise UnsupportedError(f"A layer cannot be quantized: {reason}.")
-    dense = stored_parameter(layer, "weight")
+    dense = stored_parameter(layer)
     device = device or dense.device
     # Through the dictionary: it keeps the order of parameters, which is part of every optimizer
     # state that is saved by position.
-    layer._parameters["weight"] = backend.quantize(as_rows(layer, dense.data), config, device)
+    layer._parameters[weight_key(layer)] = backend.quantize(
+        as_rows(layer, dense.data), config, device
+    )
     use_backend(layer, config, dense.dtype)
     if share is not None and backend.can_be_packed:
         layer.pack_weight(device, share)
@@ -67,11 +73,7 @@ def use_backend(layer: Any, config: Any, dtype: torch.dtype, below_adapters: boo
     that the layer has, not in front of them.
     """
     backend = backend_for(config)
-    mixin: Any = backend.layer_class
-    if isinstance(layer, CONVOLUTION_LIKE):
-        mixin = backend.convolution_class
-    elif isinstance(layer, ExpertWeight):
-        mixin = backend.expert_class
+    mixin = backend.mixin_for(layer)
     assert mixin is not None
     mixins, below, origin = class_key(layer)
     mixins = (*mixins, mixin) if below_adapters else (mixin, *mixins)
@@ -171,21 +173,21 @@ def convert_to_dense(layer: Any, weight: Tensor) -> QuantizedBackup:
         if name in layer.__dict__
     }
     mixins, base, origin = key = class_key(layer)
-    backup = QuantizedBackup(layer._parameters["weight"], attributes, key)
+    backup = QuantizedBackup(layer._parameters[weight_key(layer)], attributes, key)
     if issubclass(origin, backend.module_classes):
         origin = nn.Linear
     others = tuple(mixin for mixin in mixins if not issubclass(mixin, QuantizedLayer))
     layer.__class__ = class_for_key((others, origin, origin))
-    layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    layer._parameters[weight_key(layer)] = nn.Parameter(weight, requires_grad=False)
     return backup
 
 
 def restore_quantized(layer: Any, backup: QuantizedBackup) -> None:
     """Puts a quantized weight back, bit for bit, on the device where the layer is now."""
-    device = stored_parameter(layer, "weight").device
+    device = stored_parameter(layer).device
     kind: Any = class_for_key(backup.key)
     # Before the class: this may fail, and a quantized class over a dense weight computes nothing.
-    layer._parameters["weight"] = kind.backend.restore(backup.weight, device)
+    layer._parameters[weight_key(layer)] = kind.backend.restore(backup.weight, device)
     layer.__class__ = kind
     layer.__dict__.update(backup.attributes)
 
@@ -196,5 +198,5 @@ def requantize(layer: Any, weight: Tensor) -> Tensor | None:
     The merge report uses it for what re-quantizing would cost.
     """
     rows = as_rows(layer, weight)
-    again = layer.backend.requantize(layer._parameters["weight"], rows)
+    again = layer.backend.requantize(layer._parameters[weight_key(layer)], rows)
     return None if again is None else from_rows(layer, again)

@@ -16,7 +16,7 @@ from lightning_peft.engine.backends.packed import PackedWeight, Share
 from lightning_peft.engine.layers.convolution import convolution_geometry, frozen_convolution
 from lightning_peft.engine.layers.expert_weights import ExpertMixin, parameter_name
 from lightning_peft.engine.layers.kinds import as_rows, from_rows
-from lightning_peft.engine.layers.mixin import ClassKey, LayerMixin
+from lightning_peft.engine.layers.mixin import AttentionWeight, ClassKey, LayerMixin
 from lightning_peft.engine.layers.weight_view import replacement_error
 
 
@@ -56,8 +56,8 @@ class QuantizedLayer(LayerMixin):
 
     def register_parameter(self, name: str, param: Any) -> None:
         """Registers a parameter, unless it is a dense weight in place of the codes."""
-        stored = self._parameters.get("weight")
-        if name == "weight" and stored is not None and param is not stored:
+        stored = self._parameters.get(self.weight_name)
+        if name == self.weight_name and stored is not None and param is not stored:
             raise replacement_error(name)
         super().register_parameter(name, param)
 
@@ -67,17 +67,17 @@ class QuantizedLayer(LayerMixin):
 
     def pack_weight(self, device: torch.device, share: Share | None = None) -> None:
         """Stores codes and constants as the bytes of one parameter."""
-        self.packed = PackedWeight(self.backend, self._parameters["weight"], device)
-        self._parameters["weight"] = self.packed.release(share)
+        self.packed = PackedWeight(self.backend, self._parameters[self.weight_name], device)
+        self._parameters[self.weight_name] = self.packed.release(share)
 
     def stored_weight(self) -> Any:
         """The quantized weight."""
-        stored = self._parameters["weight"]
+        stored = self._parameters[self.weight_name]
         return stored if self.packed is None else self.packed.open(stored)
 
     def described_weight(self) -> Any:
         """The quantized weight, without values where it is packed: for its sizes."""
-        return self._parameters["weight"] if self.packed is None else self.packed.template
+        return self._parameters[self.weight_name] if self.packed is None else self.packed.template
 
     def weight_info(self) -> tuple[torch.Size, torch.dtype]:
         """Shape and dtype from before quantization."""
@@ -91,7 +91,7 @@ class QuantizedLayer(LayerMixin):
     def store_weight(self, weight: Tensor) -> None:
         """Puts the nearest codes in place of those that are there; the constants stay."""
         rows = as_rows(self, weight)  # type: ignore[arg-type]
-        stored = self._parameters["weight"]
+        stored = self._parameters[self.weight_name]
         # The same parameter, which optimizers hold; not in its memory, which others may share.
         stored.data = self.backend.nearest(stored, rows)
 
@@ -104,24 +104,26 @@ class QuantizedLayer(LayerMixin):
         # Not that of the library's class below, which may change the stored weight.
         save_to_state_dict(self, destination, prefix, keep_vars)  # type: ignore[arg-type]
         for key, value in self.constants_in_state().items():
-            destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
+            destination[f"{prefix}{self.weight_name}.{key}"] = (
+                value if keep_vars else value.detach()
+            )
 
     def constants_in_state(self) -> dict[str, Tensor]:
         """What a state dict has of the weight besides the codes, by the last step of its keys."""
         if self.packed is not None:
             # The constants are among the bytes.
             return {}
-        tensors = self.backend.state_tensors(self._parameters["weight"])
+        tensors = self.backend.state_tensors(self._parameters[self.weight_name])
         return {key: value for key, value in tensors.items() if key != "codes"}
 
     def load_weight(self, state: Mapping[str, Tensor], prefix: str) -> None:
         """Takes codes and constants out of what :meth:`state_dict` gave."""
-        start = f"{prefix}weight"
+        start = f"{prefix}{self.weight_name}"
         constants = {key: state[f"{start}.{key}"] for key in self.constants_in_state()}
         self._load_codes({"codes": state[start], **constants})
 
     def _load_codes(self, tensors: Mapping[str, Tensor]) -> None:
-        stored = self._parameters["weight"]
+        stored = self._parameters[self.weight_name]
         made = self.backend.from_state_tensors(tensors, stored.device)
         stored.data = made.data
         vars(stored).update(vars(made))
@@ -135,14 +137,14 @@ class QuantizedLayer(LayerMixin):
         self._save_to_state_dict(mine, "", False)
         constants = self.quantization_keys()
         # The codes of experts are in the state of the layer around.
-        frozen = [key for key in ("weight", *constants) if key in mine]
+        frozen = [key for key in (self.weight_name, *constants) if key in mine]
         keys = [f"{prefix}{key}" for key in constants if f"{prefix}{key}" in state_dict]
         pairs = [(state_dict.get(f"{prefix}{key}"), mine[key]) for key in frozen]
         same = (x is not None and torch.equal(x.to(y), y) for x, y in pairs)
         if keys and not all(same):
             errors.append(
-                f"{prefix}weight: quantized values other than those of this module. The base is "
-                "frozen: build the module with the one that the state is of."
+                f"{prefix}{self.weight_name}: quantized values other than those of this module. "
+                "The base is frozen: build the module with the one that the state is of."
             )
             return
         super()._load_from_state_dict(  # type: ignore[misc]
@@ -158,9 +160,9 @@ class QuantizedLayer(LayerMixin):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
-        stored = self._parameters["weight"]
+        stored = self._parameters[self.weight_name]
         if self.packed is None:
-            self._parameters["weight"] = self.backend.restore(stored, stored.device)
+            self._parameters[self.weight_name] = self.backend.restore(stored, stored.device)
 
 
 class QuantizedLinear(QuantizedLayer):
@@ -216,6 +218,14 @@ class QuantizedLinear(QuantizedLayer):
         # A cast copy: bitsandbytes' own layer casts the stored bias, which changes the base.
         bias = None if self.bias is None else self.bias.to(dtype)
         return self.product(input.to(dtype), stored, bias).to(out_dtype)
+
+
+class QuantizedAttention(AttentionWeight, QuantizedLayer):
+    """``nn.MultiheadAttention`` with a quantized weight for queries, keys and values.
+
+    torch's code multiplies by a view of it, in the dtype of the input: see
+    :mod:`~lightning_peft.engine.layers.weight_view`.
+    """
 
 
 class QuantizedConvolution(QuantizedLayer):

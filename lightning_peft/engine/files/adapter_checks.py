@@ -27,7 +27,7 @@ from lightning_peft.engine.files.adapter_format import (
 from lightning_peft.engine.files.base_tensors import base_tensors, differences
 from lightning_peft.engine.files.state_dicts import tensor_problems
 from lightning_peft.engine.fingerprint import Fingerprint, checksum
-from lightning_peft.engine.injection import EXPERTS
+from lightning_peft.engine.injection import ATTENTIONS, EXPERTS
 from lightning_peft.engine.layers.attention import projection_scale, scale_problem
 from lightning_peft.engine.layers.lora import only_rows
 from lightning_peft.engine.methods.registry import method_of
@@ -73,12 +73,12 @@ class AdapterFolder:
         return self.fields["modules_to_save"] or []
 
 
-def experts_were_dense(facts: Mapping[str, Any]) -> bool:
+def experts_were_dense(facts: Mapping[str, Any], kind: str = EXPERTS) -> bool:
     """Whether an adapter was trained on a base that was quantized without its experts, if any.
 
-    Versions before weights of experts could be quantized record nothing of them.
+    Versions before weights of experts (or of attentions) could be quantized record nothing of them.
     """
-    return bool(facts.get("quantization")) and not (facts.get("base") or {}).get(EXPERTS)
+    return bool(facts.get("quantization")) and not (facts.get("base") or {}).get(kind)
 
 
 def check_base_of(module: nn.Module, folder: AdapterFolder, entry: AdaptedModuleRecord) -> None:
@@ -95,16 +95,17 @@ def check_base_of(module: nn.Module, folder: AdapterFolder, entry: AdaptedModule
             "else. Load the base it was trained on, or pass check_base=False if they are meant "
             "to differ."
         )
-    recorded, now = bool(base.get(EXPERTS)), bool(entry.base_id.get(EXPERTS))
     # In other bits, all of the base is another one, which callers ask for.
     alike = folder.facts.get("quantization") == entry.quantization
-    if recorded != now and (alike or (now and experts_were_dense(folder.facts))):
-        raise BaseMismatchError(
-            f"The adapter in {str(folder.path)!r} was trained on a quantized base with "
-            f"{stored_as(recorded)} experts, and the experts of {entry.name or 'this module'} are "
-            f"{stored_as(now)}. Load it first, or alone: a module without adapters is quantized as "
-            "the first one records. check_base=False loads it all the same."
-        )
+    for kind, called in ((EXPERTS, "experts"), (ATTENTIONS, "in_proj_weight of attentions")):
+        recorded, now = bool(base.get(kind)), bool(entry.base_id.get(kind))
+        if recorded != now and (alike or (now and experts_were_dense(folder.facts, kind))):
+            raise BaseMismatchError(
+                f"The adapter in {str(folder.path)!r} was trained on a quantized base with "
+                f"{stored_as(recorded)} {called}, and here in {entry.name or 'this module'} they "
+                f"are {stored_as(now)}. Load it first, or alone: a module without adapters is "
+                "quantized as the first one records. check_base=False loads it all the same."
+            )
 
 
 def stored_as(as_codes: bool) -> str:

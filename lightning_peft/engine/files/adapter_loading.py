@@ -25,7 +25,6 @@ from lightning_peft.engine.files.adapter_checks import (
     check_base_of,
     check_fit,
     check_ranks,
-    experts_were_dense,
     fields_for,
     saved_in_file,
     with_new_names,
@@ -35,7 +34,7 @@ from lightning_peft.engine.files.adapter_checks import (
 from lightning_peft.engine.files.adapter_fields import checked_fields
 from lightning_peft.engine.files.adapter_format import CONFIG_FILE, read_adapter
 from lightning_peft.engine.files.base_tensors import include_in_files
-from lightning_peft.engine.injection import inject_config
+from lightning_peft.engine.injection import inject_config, kinds_left_dense
 from lightning_peft.engine.layers.tokens import token_tensors
 from lightning_peft.engine.methods.lora_config import changes_base, quantizes_another_base
 from lightning_peft.engine.methods.registry import method_of
@@ -268,7 +267,7 @@ def _inject_for_file(
     adapter_name: str,
     quantization: Any | None,
 ) -> None:
-    fields = dict(folder.fields)
+    fields, base = dict(folder.fields), folder.facts.get("base") or {}
     if isinstance(fields.get("init_lora_weights"), str) and not changes_base(fields):
         # The values come from the file; only inits that also rewrite the base must run again.
         fields["init_lora_weights"] = True
@@ -284,7 +283,7 @@ def _inject_for_file(
             adapter_name,
             {folder.part: folder.saved},
             {folder.part: rows},
-            dense_experts=experts_were_dense(folder.facts),
+            dense_kinds=kinds_left_dense(base) if folder.facts.get("quantization") else (),
             # Weights that adapters were merged into in training.
             dense=frozenset(key.replace(".base_layer.", ".") for key in folder.tensors),
         )

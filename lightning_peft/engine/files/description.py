@@ -14,7 +14,7 @@ from lightning_peft.engine.batch_initialization import restore_from_batches
 from lightning_peft.engine.configuration import config_differences, config_from_dict
 from lightning_peft.engine.files.adapter_checks import stored_as
 from lightning_peft.engine.files.base_tensors import include_in_files
-from lightning_peft.engine.injection import EXPERTS, inject_config
+from lightning_peft.engine.injection import ATTENTIONS, EXPERTS, inject_config, kinds_left_dense
 from lightning_peft.engine.inner_adapters import adopt_inner_adapters
 from lightning_peft.engine.layers.attention import projection_scale, scale_problem
 from lightning_peft.engine.layers.expert_weights import parameter_name
@@ -160,6 +160,12 @@ def _part_problems(record: Record, described: Mapping[str, Any]) -> list[str]:
                 f"{where}: weights of experts are {stored_as(codes[0])} in the checkpoint and "
                 f"{stored_as(codes[1])} now. {argument}=['experts'] in the quantization config "
                 "leaves them dense, as versions that could not quantize them did"
+            )
+        elif part.base_id.get(ATTENTIONS) and not other["base_id"].get(ATTENTIONS):
+            problems.append(
+                f"{where}: in_proj_weight of attentions is dense in the checkpoint, as versions "
+                "that could not quantize it left it, and quantized now. Read it by "
+                "lightning_peft.load_from_checkpoint, which leaves it dense"
             )
         for adapter in sorted({*part.adapters, *other["adapters"]}):
             if adapter not in part.adapters or adapter not in other["adapters"]:
@@ -320,7 +326,7 @@ def _inject_groups(
                 quantization_from_dict(part["quantization"]),
                 adapter,
                 _saved(parts, names),
-                dense_experts=not part["base_id"].get(EXPERTS),
+                dense_kinds=kinds_left_dense(part["base_id"]),
                 dense=frozenset(key for name in names for key in parts[name].get("dense", ())),
             )
             inject_config(module, request, names, device)

@@ -131,10 +131,10 @@ def _companions(module: nn.Module, names: Mapping[str, set[str]]) -> set[str]:
     ``names`` are all names of each frozen parameter.
     """
     return {
-        weight.removesuffix("weight") + key
+        weight.removesuffix(child.weight_name) + key
         for name, child in module.named_modules(remove_duplicate=False)
         if isinstance(child, QuantizedLayer)
-        for weight in names.get(weight_name(name), ())
+        for weight in names.get(weight_name(name, child.weight_name), ())
         for key in child.quantization_keys()
     }
 
@@ -202,7 +202,7 @@ def load_trainable_state_dict(
         )
     # Before the rest: quantized layers take no state of other frozen weights.
     for name, layer in quantized_holders(module, own).items():
-        layer.load_weight(state, name.removesuffix("weight"))
+        layer.load_weight(state, name.removesuffix(layer.weight_name))
     module.load_state_dict(state, strict=False)
     with torch.no_grad():
         for name, tensor in own.items():
@@ -212,6 +212,10 @@ def load_trainable_state_dict(
 
 def quantized_holders(module: nn.Module, names: Iterable[str]) -> dict[str, Any]:
     """Returns the quantized layers among the owners of parameters, by the names of these."""
-    weights = {name: name.removesuffix(".weight") for name in names if name.endswith(".weight")}
-    held = {name: module.get_submodule(owner) for name, owner in weights.items()}
-    return {name: layer for name, layer in held.items() if isinstance(layer, QuantizedLayer)}
+    held = ((name, *name.rpartition(".")[::2]) for name in names)
+    layers = ((name, module.get_submodule(owner), key) for name, owner, key in held)
+    return {
+        name: layer
+        for name, layer, key in layers
+        if isinstance(layer, QuantizedLayer) and key == layer.weight_name
+    }

@@ -19,6 +19,7 @@ from torch.nn.utils import skip_init
 from lightning_peft.compat.peft import MultiheadAttention
 from lightning_peft.engine.layers.adapter import AdapterLayer
 from lightning_peft.engine.layers.lora import LoraLayer
+from lightning_peft.engine.layers.mixin import AttentionWeight
 
 PROJECTION = "out_proj"
 
@@ -74,23 +75,16 @@ def attention_factors(layer: Any, make: Callable[[nn.Module], nn.Module]) -> Any
     """Returns PEFT's adapter for the input of an attention, with that of ``out_proj`` on it."""
     # PEFT makes that of the projection, and again after the other one.
     make(layer.out_proj)
-    rows, columns = layer._parameters["in_proj_weight"].shape
-    made: Any = make(skip_init(nn.Linear, columns, rows, bias=False, device="cpu"))
+    width = layer.embed_dim
+    made: Any = make(skip_init(nn.Linear, width, 3 * width, bias=False, device="cpu"))
     behind: Any = make(layer.out_proj)
     behind.scaling = {name: scale * times_added() for name, scale in behind.scaling.items()}
     made.__dict__["behind"] = behind
     return made
 
 
-class LoraAttention(LoraLayer):
+class LoraAttention(LoraLayer, AttentionWeight):
     """``nn.MultiheadAttention``: ``A`` is ``(r, width)`` and ``B`` is ``(3 * width, r)``."""
-
-    weight_name = "in_proj_weight"
-
-    def __getattr__(self, name: str) -> Any:
-        # Reached for parameters and submodules.
-        stored = super().__getattr__(name)  # type: ignore[misc]
-        return self.read_weight() if name == self.weight_name else stored
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Returns output and weights of attention, from the weights that torch reads."""

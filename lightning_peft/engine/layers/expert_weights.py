@@ -314,10 +314,10 @@ def _layers_of(experts: Any) -> dict[str, ExpertWeight]:
     return {n: child for n, child in experts._modules.items() if isinstance(child, ExpertWeight)}
 
 
-def weight_name(layer: str) -> str:
-    """Returns the name of the parameter that is the weight of a layer."""
+def weight_name(layer: str, key: str = "weight") -> str:
+    """Returns the name of the parameter, called ``key`` in it, that is the weight of a layer."""
     name = parameter_name(layer)
-    return f"{name}.weight".lstrip(".") if name == layer else name
+    return f"{name}.{key}".lstrip(".") if name == layer else name
 
 
 def layer_name(parameter: str) -> str:

@@ -73,6 +73,9 @@ def has_quantizable_class(layer: nn.Module) -> bool:
     cls = type(layer)
     if cls in (*LINEAR_LIKE, *CONVOLUTION_LIKE) or isinstance(layer, ExpertWeight):
         return True
+    if cls is nn.MultiheadAttention:
+        # Else queries, keys and values have weights of their own.
+        return layer._parameters["in_proj_weight"] is not None
     own = isinstance(layer, nn.Linear) and cls.__module__.startswith("transformers.models.")
     return own and has_standard_forward(layer)
 

@@ -180,10 +180,30 @@ def empty_layer(*key: Any) -> nn.Module:
     return cls.__new__(cls)
 
 
-def stored_parameter(layer: Any, name: str) -> Any:
-    """Returns a stored parameter of ``layer``, which ``layer.weight`` may only stand for."""
+class AttentionWeight(LayerMixin):
+    """``nn.MultiheadAttention``, whose weight for queries, keys and values is read by its code."""
+
+    weight_name = "in_proj_weight"
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached for parameters and submodules.
+        stored = super().__getattr__(name)  # type: ignore[misc]
+        return self.read_weight() if name == self.weight_name else stored
+
+
+def weight_key(layer: Any) -> str:
+    """Returns what ``layer`` calls the parameter that is its weight."""
     base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-    return base._parameters[name]
+    return "in_proj_weight" if isinstance(base, nn.MultiheadAttention) else "weight"
+
+
+def stored_parameter(layer: Any, name: str | None = None) -> Any:
+    """Returns a stored parameter of ``layer``: its weight, or the one called ``name``.
+
+    ``layer.weight`` may only stand for it.
+    """
+    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    return base._parameters[name or weight_key(base)]
 
 
 def add_mixin(

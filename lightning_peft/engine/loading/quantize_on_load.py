@@ -266,7 +266,7 @@ def check_loaded(module: nn.Module, loading: Loading) -> None:
 def dense_bytes(layer: nn.Module) -> int:
     """Returns the bytes of a layer's weight before it was quantized."""
     facts = dense_info(layer)
-    return facts.bytes if facts else storage_bytes(stored_parameter(layer, "weight"))
+    return facts.bytes if facts else storage_bytes(stored_parameter(layer))
 
 
 def base_fingerprint(part: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Fingerprint:

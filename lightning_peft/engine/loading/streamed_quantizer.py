@@ -129,9 +129,7 @@ class _StreamedQuantizer(HfQuantizer):
             and covered_by_cache(model)
             and self.cached.unchanged(checkpoint_files)
         ):
-            shapes = {
-                n: stored_parameter(model.get_submodule(n), "weight").shape for n in candidates
-            }
+            shapes = {n: stored_parameter(model.get_submodule(n)).shape for n in candidates}
             self.known = {
                 name: weight
                 for name, weight in self.cached.weights.items()
@@ -171,7 +169,7 @@ class _StreamedQuantizer(HfQuantizer):
 
     def _note(self, name: str, layer: Any, facts: DenseInfo) -> None:
         backend, packed = backend_for(self.loading.settings), self.packed.get(name)
-        known = stored_parameter(layer, "weight") if packed is None else packed.template
+        known = stored_parameter(layer) if packed is None else packed.template
         use_backend(layer, self.loading.settings, backend.weight_info(known)[1])
         if packed is not None:
             layer.packed = packed

@@ -54,12 +54,12 @@ def track_load(
     load.model = model
     if not covered_by_cache(model):
         return
-    load.on_load = {name: stored_parameter(one, "weight") for name, one in on_load.items()}
+    load.on_load = {name: stored_parameter(one) for name, one in on_load.items()}
     if not load.weights:
         backend = None if loading.dense_experts else backend_for(loading.settings)
         with exposed_experts(model):
             load.deferred = {
-                name: quantized_cache.crc(stored_parameter(model.get_submodule(name), "weight"))
+                name: quantized_cache.crc(stored_parameter(model.get_submodule(name)))
                 for name in quantizable(model, loading.dense, backend)
                 if weight_name(name) not in absent
             }
@@ -73,7 +73,7 @@ def check_replaced(loading: Loading) -> None:
         for name, stored in load.on_load.items()
         if (layer := _layer(load.model, name)) is not None
         and deferred_dtype(layer) is not None
-        and stored_parameter(layer, "weight") is not stored
+        and stored_parameter(layer) is not stored
     ]
     if changed:
         raise UnsupportedError(
@@ -91,7 +91,7 @@ def drop_modified(loading: Loading) -> None:
         with exposed_experts(load.model):
             for name, total in list(load.deferred.items()):
                 layer = _layer(load.model, name)
-                if layer is None or quantized_cache.crc(stored_parameter(layer, "weight")) != total:
+                if layer is None or quantized_cache.crc(stored_parameter(layer)) != total:
                     del load.deferred[name]
 
 
@@ -116,7 +116,7 @@ def restore_dense(loading: Loading, quantizable_layers: set[int]) -> list[str]:
         dense = load.reload_dense()
         with exposed_experts(dense):
             for name, layer in deferred.items():
-                weight = stored_parameter(dense.get_submodule(name), "weight")
+                weight = stored_parameter(dense.get_submodule(name))
                 restore_dense_layer(layer, weight.data)
         withdraw_experts(load.model)
     return [name for name, layer in wrong if dense_info(layer) is not None]
@@ -169,7 +169,7 @@ def _known_weights(load: CachedLoad, sums: dict[int, int]) -> dict[str, CachedWe
         layer = _layer(load.model, name)
         if not isinstance(layer, QuantizedLayer):
             continue
-        stored, described = stored_parameter(layer, "weight"), layer.described_weight()
+        stored, described = stored_parameter(layer), layer.described_weight()
         deferred = name in load.deferred
         facts = dense_info(layer)
         if deferred and id(layer) in sums:

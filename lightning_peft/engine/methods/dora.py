@@ -76,7 +76,7 @@ class Dora(Lora):
 
 def _zeros_problem(layer: Any) -> str | None:
     """Why a weight has no direction; ``None`` also where it has no numbers yet, or codes."""
-    weight = None if "weight" not in layer._parameters else stored_parameter(layer, "weight")
+    weight = None if "weight" not in layer._parameters else stored_parameter(layer)
     if weight is None or weight.is_meta or not weight.is_floating_point():
         return None
     rows = weight.t() if isinstance(layer, nn.Embedding) else as_rows(layer, weight)

@@ -58,7 +58,7 @@ def initialization_problems(
 def _rewriting_problem(
     layer: Any, init: str, rank: int, holders: Mapping[int, list[str]], in_place: bool
 ) -> str | None:
-    weight = stored_parameter(layer, "weight")
+    weight = stored_parameter(layer)
     if is_quantized(layer):
         return "decomposes the dense weight, and the layer is quantized already. Load it dense"
     if weight.is_meta:

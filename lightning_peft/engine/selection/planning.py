@@ -16,8 +16,9 @@ from lightning_peft.engine.adapters import trained_heads
 from lightning_peft.engine.backends.registry import backend_for, is_quantized, quantization_to_dict
 from lightning_peft.engine.layers.adapter import AdapterLayer
 from lightning_peft.engine.layers.attention import with_projections
-from lightning_peft.engine.layers.expert_weights import ExpertWeight, parameter_name, weight_name
+from lightning_peft.engine.layers.expert_weights import ExpertWeight, weight_name
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, has_quantizable_class
+from lightning_peft.engine.layers.mixin import weight_key
 from lightning_peft.engine.layers.recurrent import stores_weight
 from lightning_peft.engine.layers.sizes import refuse_uninitialized
 from lightning_peft.engine.methods.base import InPlaceMethod
@@ -75,7 +76,7 @@ class InjectionRequest:
         saved: Names of the modules that are trained in full, by part, where they are known
             exactly; else they are those that ``config`` means.
         rows: The same of rows of layers, by part and layer.
-        dense_experts: Whether weights of experts are not quantized, as before they could be.
+        dense_kinds: Kinds of layers that are not quantized, as before they could be.
         dense: Names of further weights, in the part, that are not quantized.
     """
 
@@ -84,7 +85,7 @@ class InjectionRequest:
     adapter_name: str = "default"
     saved: dict[str, list[str]] | None = None
     rows: dict[str, dict[str, Rows]] | None = None
-    dense_experts: bool = False
+    dense_kinds: tuple[type[nn.Module], ...] = ()
     dense: frozenset[str] = frozenset()
 
     @property
@@ -283,10 +284,9 @@ def _display_name(plan: InjectionPlan) -> str:
 
 
 def _to_quantize(plan: InjectionPlan, request: InjectionRequest) -> list[str]:
-    names = layers_to_quantize(plan, request.quantization)
-    if request.dense_experts:
-        names = [name for name in names if parameter_name(name) == name]
-    return [name for name in names if weight_name(name) not in request.dense]
+    layers = {n: plan.part.get_submodule(n) for n in layers_to_quantize(plan, request.quantization)}
+    names = [n for n, layer in layers.items() if not isinstance(layer, request.dense_kinds)]
+    return [n for n in names if weight_name(n, weight_key(layers[n])) not in request.dense]
 
 
 def layers_to_quantize(plan: InjectionPlan, config: Any | None) -> list[str]:
@@ -295,8 +295,8 @@ def layers_to_quantize(plan: InjectionPlan, config: Any | None) -> list[str]:
         return []
     output, holders = output_embeddings(plan.part), parameter_holders(plan.part)
     backend = backend_for(config)
-    # PEFT's wrappers for convolutions make layers of the class of the layer that they wrap.
-    kernels = plan.in_place is not None and backend.convolution_class is not None
+    # PEFT's wrappers for them compute with dense weights.
+    dense = () if plan.in_place else (*CONVOLUTION_LIKE, nn.MultiheadAttention)
     skip = [*plan.heads, *plan.saved, *backend.skip_modules(config)]
     targets, rewritten = set(plan.targets), self_modified_layers(plan.part)
     return [
@@ -304,14 +304,16 @@ def layers_to_quantize(plan: InjectionPlan, config: Any | None) -> list[str]:
         for name, child in plan.part.named_modules()
         if name not in rewritten
         and has_quantizable_class(child)
+        and not isinstance(child, dense)
         and getattr(child, "owner", child) not in plan.left
         and (not isinstance(child, ExpertWeight) or backend.takes_experts(child))
         # Elsewhere convolutions are small and sensitive, as in the first layer of a speech model.
-        and (not isinstance(child, CONVOLUTION_LIKE) or (name in targets and kernels))
+        and (not isinstance(child, CONVOLUTION_LIKE) or name in targets)
+        and backend.mixin_for(child) is not None
         and child is not output
         and not inside(name, skip)
         and not any(known.endswith(f".{suffix}") for suffix in skip for known in skip_names(name))
-        and is_own_float(child._parameters.get("weight"), holders)
+        and is_own_float(child._parameters.get(weight_key(child)), holders)
     ]
 
 
@@ -387,11 +389,9 @@ def _check_distinct(plans: list[InjectionPlan]) -> None:
     problems = []
     for plan in plans:
         for target in plan.targets:
-            layer = plan.part.get_submodule(target)
             name = f"{plan.name}.{target}".lstrip(".")
-            if id(layer) in owners:
-                problems.append(f"{name} is {owners[id(layer)]}")
-            owners[id(layer)] = name
+            owner = owners.setdefault(id(plan.part.get_submodule(target)), name)
+            problems += [] if owner == name else [f"{name} is {owner}"]
     if problems:
         raise TargetModulesError(
             "Two parts share layers, which would get one adapter twice:"

@@ -224,7 +224,7 @@ def wrapping_problems(
         if isinstance(layer, Conv1D) and (target in quantize or is_quantized(layer)):
             problems.append(f"{target} is a quantized Conv1D, which PEFT takes for a Linear")
         if method_of(config).dense_only and (target in quantize or is_quantized(layer)):
-            stored = backend_of(stored_parameter(layer, "weight"))
+            stored = backend_of(stored_parameter(layer))
             backend = stored or backend_for(quantization)
             problems.append(
                 f"{target} is quantized, and {type(config).__name__} works on dense weights only. "

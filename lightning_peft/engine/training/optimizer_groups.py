@@ -20,6 +20,7 @@ from lightning_peft.engine.adapters import (
     adapter_parameters,
 )
 from lightning_peft.engine.backends.conversion import layer_of_dense_weight, release_freed_memory
+from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.record import adapted_parts, require_record
 from lightning_peft.errors import LifecycleError
 
@@ -252,7 +253,7 @@ class _Exchange:
     def _adapters_for(self, param: torch.Tensor) -> list[nn.Parameter]:
         """Returns the adapters that stand for a frozen weight and are in no optimizer yet."""
         layer = layer_of_dense_weight(param)
-        stored = param if layer is None else layer._parameters["weight"]
+        stored = param if layer is None else stored_parameter(layer)
         if layer is None and id(param) not in self.frozen:
             return []
         free = [one for one in self.adapters.get(id(stored), []) if id(one) not in self.held]

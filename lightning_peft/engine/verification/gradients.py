@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_peft.compat.torch import tree_leaves
 from lightning_peft.engine.adapters import adapted_layers_of, adapter_parameters
 from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.layers.adapter import AdapterLayer, without_adapters
+from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.layers.probes import probe_input
 from lightning_peft.engine.mergeable import outermost
 from lightning_peft.engine.record import adapted_parts, require_record
@@ -62,11 +64,19 @@ def base_passes_gradients(module: nn.Module) -> Check:
     )
 
 
+def _probed(layer: Any) -> tuple[Tensor, Tensor]:
+    """Returns a small input of a quantized layer, and what the weight makes of it."""
+    if isinstance(layer, nn.MultiheadAttention):
+        size, dtype = layer.embed_dim, layer.weight_info()[1]
+        probe = torch.randn(4, size, device=stored_parameter(layer).device, dtype=dtype)
+        return probe.requires_grad_(True), F.linear(probe, layer.in_proj_weight)
+    found: Any = probe_input(layer)
+    return found.requires_grad_(True), layer.forward(found)
+
+
 def _passes_gradient(layer: Any) -> bool:
     with without_adapters(layer) if isinstance(layer, AdapterLayer) else nullcontext():
-        probe: Any = probe_input(layer)
-        probe.requires_grad_(True)
-        output = layer.forward(probe)
+        probe, output = _probed(layer)
         direction = torch.randn_like(output)
         if not output.requires_grad:
             return False

@@ -21,6 +21,7 @@ from lightning_peft.engine.adapters import (
 from lightning_peft.engine.backends.registry import backend_of, is_quantized
 from lightning_peft.engine.fingerprint import exact_checksum
 from lightning_peft.engine.gathering import gathered, group_size
+from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.record import AdaptedModuleRecord, adapted_parts, require_record
 from lightning_peft.engine.sharding import call_inside, local_part, reshard_base
 from lightning_peft.engine.verification.gradients import (
@@ -276,7 +277,7 @@ def _quantization_problems(part: nn.Module, entry: AdaptedModuleRecord) -> list[
         if not is_quantized(layer):
             problems.append(f"{entry.qualified(name)}: is not quantized any more")
             continue
-        stored = layer._parameters["weight"]
+        stored = stored_parameter(layer)
         backend = backend_of(stored)
         problem = None if backend is None else backend.storage_problem(stored)
         problems += [f"{entry.qualified(name)}: {problem}"] if problem else []
