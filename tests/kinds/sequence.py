@@ -290,9 +290,8 @@ KINDS = [
         series,
         strategy={"target_modules": ["self_attn", "linear1", "linear2"]},
         adapted=names("self_attn", "linear1", "linear2", "out_proj"),
-        quantized=names("linear1", "linear2"),
-        note="in train and eval mode; without names, `in_proj_weight` is unchanged; it stays dense "
-        "under QLoRA",
+        quantized=names("self_attn", "linear1", "linear2"),
+        note="in train and eval mode; without names, `in_proj_weight` gets no adapter",
     ),
     Kind(
         "attention",
@@ -301,7 +300,7 @@ KINDS = [
         AttentionPooling,
         series,
         adapted=names("embed", "out_proj"),
-        quantized=names("embed"),
+        quantized=names("embed", "attention"),
         note="`out_proj` is read without being called: the adapter is in the weight",
     ),
     Kind(

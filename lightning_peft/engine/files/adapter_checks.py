@@ -97,14 +97,15 @@ def check_base_of(module: nn.Module, folder: AdapterFolder, entry: AdaptedModule
         )
     # In other bits, all of the base is another one, which callers ask for.
     alike = folder.facts.get("quantization") == entry.quantization
-    for kind, called in ((EXPERTS, "experts"), (ATTENTIONS, "in_proj_weight of attentions")):
+    for kind, called in ((EXPERTS, "experts"), (ATTENTIONS, "attentions")):
         recorded, now = bool(base.get(kind)), bool(entry.base_id.get(kind))
         if recorded != now and (alike or (now and experts_were_dense(folder.facts, kind))):
             raise BaseMismatchError(
                 f"The adapter in {str(folder.path)!r} was trained on a quantized base with "
-                f"{stored_as(recorded)} {called}, and here in {entry.name or 'this module'} they "
-                f"are {stored_as(now)}. Load it first, or alone: a module without adapters is "
-                "quantized as the first one records. check_base=False loads it all the same."
+                f"{stored_as(recorded)} {called}, and the {called} of "
+                f"{entry.name or 'this module'} are {stored_as(now)}. Load it first, or alone: a "
+                "module without adapters is quantized as the first one records. "
+                "check_base=False loads it all the same."
             )
 
 

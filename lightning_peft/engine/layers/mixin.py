@@ -192,7 +192,7 @@ class AttentionWeight(LayerMixin):
 
 
 def weight_key(layer: Any) -> str:
-    """Returns what ``layer`` calls the parameter that is its weight."""
+    """Returns the name in ``layer`` of the parameter that is its weight."""
     base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     return "in_proj_weight" if isinstance(base, nn.MultiheadAttention) else "weight"
 
