@@ -21,7 +21,8 @@ from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedModel
 
-from lightning_peft.compat.torch import filled, is_traced, leave_out_of_ddp, left_in_place
+from lightning_peft.compat.torch import is_traced
+from lightning_peft.compat.torch_distributed import filled, leave_out_of_ddp, left_in_place
 from lightning_peft.engine.backends.conversion import release_freed_memory
 from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.backends.packed import Share

@@ -16,7 +16,7 @@ from threading import Event, Thread
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from lightning_peft.compat.torch import group_store
+from lightning_peft.compat.torch_distributed import group_store
 from lightning_peft.errors import LifecycleError
 from lightning_peft.plugin.launch import ended_process
 

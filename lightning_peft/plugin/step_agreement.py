@@ -18,7 +18,7 @@ from torch import nn
 
 from lightning_peft import engine
 from lightning_peft.compat.lightning import averages_by_hook, has_static_graph, is_accumulating
-from lightning_peft.compat.torch import broadcast_buffers, exchanges_of
+from lightning_peft.compat.torch_distributed import broadcast_buffers, exchanges_of
 from lightning_peft.errors import UnsupportedError
 from lightning_peft.plugin.failure_notice import FailureNotice
 from lightning_peft.plugin.launch import can_restart, stale_addresses

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lightning_peft
 from lightning_peft import engine
+from lightning_peft.engine.backends.registry import is_quantized
 from lightning_peft.engine.layers import weight_view
 from lightning_peft.engine.layers.adapter import without_adapters
 from lightning_peft.engine.layers.attention import times_added
@@ -152,3 +153,26 @@ def test_what_an_attention_does_not_take_is_refused() -> None:
         lightning_peft.inject(model, LoraConfig(target_modules=["self_attn"], use_dora=True))
     with refused(model, UnsupportedError, "rows are those of a linear layer"):
         lightning_peft.inject(model, target_modules=["self_attn[q]"])
+
+
+def test_folders_keep_attentions_as_they_were_in_training(tmp_path: Path) -> None:
+    model = injected(encoder(), r=2, **NAMED, quantization_config=NF4)
+    lightning_peft.save_adapter(model, tmp_path)
+    # As versions wrote it that could not quantize attentions.
+    written = tmp_path / "provenance.json"
+    facts = json.loads(written.read_text())
+    assert facts["base"].pop("quantized_attentions")
+    written.write_text(json.dumps(facts))
+    fresh = encoder()
+    lightning_peft.load_adapter(fresh, tmp_path, quantization_config=NF4)
+    attention = fresh.encoder.layers[0].self_attn
+    assert attention._parameters["in_proj_weight"].dtype == torch.float32
+    assert is_quantized(fresh.encoder.layers[0].linear1)
+    described = engine.describe(model)
+    for part in described["parts"].values():
+        del part["base_id"]["quantized_attentions"]
+    engine.inject_as_described(again := encoder(), described)
+    stored = again.encoder.layers[0].self_attn._parameters["in_proj_weight"]
+    assert stored.dtype == torch.float32
+    with pytest.raises(CheckpointError, match="in_proj_weight of attentions is dense in the check"):
+        engine.check_description(model, described)

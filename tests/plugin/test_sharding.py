@@ -17,7 +17,7 @@ from process_faults import check_answers
 from two_sharded_processes import FAULTS, ROOT, SETTINGS, local_bytes, trained
 
 import lightning_peft
-from lightning_peft.compat.torch import leave_out_of_ddp
+from lightning_peft.compat.torch_distributed import leave_out_of_ddp
 from lightning_peft.engine.backends.packed import PackedWeight, Share
 from lightning_peft.engine.sharding import spread_parameters, warn_of_few_blocks
 from lightning_peft.errors import ConfigError, LifecycleError, UnsupportedError

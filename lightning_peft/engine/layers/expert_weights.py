@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_peft.compat.torch import is_fsdp_asking
+from lightning_peft.compat.torch_distributed import is_fsdp_asking
 from lightning_peft.engine.layers.mixin import (
     DynamicMixin,
     LayerMixin,

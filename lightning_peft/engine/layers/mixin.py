@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.compat.torch import is_fsdp_asking
+from lightning_peft.compat.torch_distributed import is_fsdp_asking
 from lightning_peft.engine.layers.weight_view import WeightView, replacement_error, with_gradient
 from lightning_peft.errors import LifecycleError, UnsupportedError
 

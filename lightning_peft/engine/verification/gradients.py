@@ -67,7 +67,8 @@ def base_passes_gradients(module: nn.Module) -> Check:
 def _probed(layer: Any) -> tuple[Tensor, Tensor]:
     """Returns a small input of a quantized layer, and what the weight makes of it."""
     if isinstance(layer, nn.MultiheadAttention):
-        size, dtype = layer.embed_dim, layer.weight_info()[1]
+        quantized: Any = layer
+        size, dtype = layer.embed_dim, quantized.weight_info()[1]
         probe = torch.randn(4, size, device=stored_parameter(layer).device, dtype=dtype)
         return probe.requires_grad_(True), F.linear(probe, layer.in_proj_weight)
     found: Any = probe_input(layer)
