@@ -117,8 +117,10 @@ def test_configs_of_nobody_are_refused():
         ConfigError, match="config=4: there is no quantization backend for int. .*ToyC"
     ):
         engine.quantization_config(4)
-    with pytest.raises(ConfigError, match="quant_method='hqq': one of bitsandbytes, toy_int8"):
-        engine.quantization_config({"quant_method": "hqq"})
+    with pytest.raises(ConfigError, match="'higgs': one of .*bitsandbytes, .*toy_int8"):
+        engine.quantization_config({"quant_method": "higgs"})
+    with pytest.raises(UnsupportedError, match="'nbits': 4}: hqq weights are trained on as from"):
+        engine.quantization_config({"quant_method": "hqq", "nbits": 4})
     with pytest.raises(ConfigError, match="levels=200: from 1 to 127"):
         checked_config(ToyConfig(levels=200))
     with pytest.raises(ConfigError, match="levels=0: from 1 to 127"):

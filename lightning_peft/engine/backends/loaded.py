@@ -179,9 +179,10 @@ class LoadedFormat(QuantizationBackend[Any]):
         return replacement
 
     def check_config(self, config: Any) -> None:
+        shown = config if isinstance(config, Mapping) else type(config).__name__
         raise UnsupportedError(
-            f"{type(config).__name__}: {self.name} weights are trained on as from_pretrained loads "
-            "them, and not made here. Load the base with this config and leave "
+            f"quantization_config={shown}: {self.name} weights are trained on as from_pretrained "
+            "loads them, and not made here. Load the base with this config and leave "
             "`quantization_config` out, or quantize by a BitsAndBytesConfig."
         )
 
@@ -190,7 +191,7 @@ class LoadedFormat(QuantizationBackend[Any]):
         return {}
 
     def config_from_dict(self, fields: Mapping[str, Any]) -> Any:
-        self.check_config(self.config_type)
+        self.check_config(dict(fields))
         return None
 
     def unsupported_reason(self, layer: nn.Module) -> str | None:
