@@ -47,7 +47,7 @@ class LoadedWeight:
 
 
 class LoadedParameter(nn.Parameter):
-    """Codes with what belongs to them; a copy keeps it.
+    """Codes with what belongs to them; copies and pickles keep it.
 
     Attributes:
         format_name: ``name`` of its backend.
@@ -69,6 +69,10 @@ class LoadedParameter(nn.Parameter):
             memo[id(self)] = _parameter(self.data.clone(), kept)
         found: LoadedParameter = memo[id(self)]
         return found
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # That of the base class makes a plain parameter, whose copies lose the attributes.
+        return _parameter, (self.data, vars(self))
 
 
 def _parameter(codes: Tensor, attributes: Mapping[str, Any]) -> LoadedParameter:
