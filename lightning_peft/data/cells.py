@@ -34,7 +34,7 @@ def parse_cells(fields: Mapping[str, Any]) -> dict[str, Any]:
         text = value.strip()
         if not text.startswith(("[", "{")):
             continue
-        inner, problem = _value_of(text)
+        inner, problem = literal_value(text)
         if name in _STRUCTURED:
             found[name] = inner
             problems += [("missing", f"has text as {name} that {problem}")] if problem else []
@@ -53,7 +53,8 @@ def _are_turns(value: Any) -> bool:
     )
 
 
-def _value_of(text: str) -> tuple[Any, str | None]:
+def literal_value(text: str) -> tuple[Any, str | None]:
+    """Returns the value of JSON or of a Python literal, and why there is none."""
     value, problem = parse_json(text)
     if problem is None or "'" not in text:
         return value, problem

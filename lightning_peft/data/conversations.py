@@ -21,7 +21,13 @@ from lightning_peft.data.samples import (
     shortened,
 )
 from lightning_peft.data.template_context import is_empty, json_value, read_context
-from lightning_peft.data.turns import REASONING_KEYS, ROLES, merge_reasoning, read_turn
+from lightning_peft.data.turns import (
+    REASONING_KEYS,
+    ROLES,
+    merge_reasoning,
+    read_turn,
+    unclosed_reasoning,
+)
 
 
 def _system(fields: Mapping[str, Any]) -> list[Message]:
@@ -81,6 +87,9 @@ def order_problems(messages: Sequence[Message]) -> list[tuple[str, str]]:
 
 def _conversation(messages: list[Message]) -> list[Message]:
     problems = order_problems(messages)
+    for place, message in enumerate(messages, start=1):
+        if unclosed_reasoning(message):
+            problems.append(("thoughts", f"has thoughts in turn {place} that do not end"))
     if problems:
         raise RowProblems(problems)
     return messages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import unicodedata
 from abc import abstractmethod
 from collections import Counter
@@ -17,7 +18,8 @@ from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import ConfigError, similar_names
 
 _SHOWN = 20
-
+# A whole number with zeros before it, or as a decimal number.
+_NUMBER = re.compile(r"\A(-?)0*(\d+)(?:\.0*)?\Z")
 
 log = logging.getLogger(__name__)
 
@@ -28,16 +30,22 @@ class LabelNames:
     def __init__(self, fixed_names: Sequence[str] | None) -> None:
         self.fixed_names = list(fixed_names) if fixed_names is not None else None
         # Numbers stand for names unless they are names.
-        self.by_number = fixed_names is not None and not any(name.isdigit() for name in fixed_names)
+        self.by_number = fixed_names is not None and not any(map(str.isdecimal, fixed_names))
         self.seen: set[str] = set()
 
     def find(self, label: str, what: str = "label") -> str:
         """Returns the name of a label in a row: a name, or a number in the order of the names."""
+        if self.fixed_names is None and label == "-100":
+            raise EncodingProblem(
+                "label",
+                f"has the {what} -100, by which programs mark what is not trained: leave it out, "
+                "or name all labels with labels=",
+            )
         if self.fixed_names is None or label in self.fixed_names:
             return str(label)
         if isinstance(label, ClassName) and (own := self._own_name(label)) is not None:
             return own
-        if self.by_number and label.isdigit() and int(label) < len(self.fixed_names):
+        if self.by_number and label.isdecimal() and int(label) < len(self.fixed_names):
             return self.fixed_names[int(label)]
         raise EncodingProblem(
             "label",
@@ -86,12 +94,16 @@ def label_problems(labels: Sequence[str] | None) -> list[str]:
 
 
 def similar_labels(names: Sequence[str]) -> list[list[str]]:
-    """Returns groups of names that differ in case, blanks, ``_`` and ways to write a character."""
+    """Returns groups of names that differ in case, blanks, ``_`` and ways to write a character.
+
+    Whole numbers may differ in zeros: columns with gaps hold 1 as 1.0.
+    """
     groups: dict[str, list[str]] = {}
     for name in names:
         # An accent is a character of its own, or not, by the program that wrote it.
         plain = unicodedata.normalize("NFC", name).casefold().replace("_", " ")
-        groups.setdefault("".join(plain.split()), []).append(name)
+        plain = "".join(plain.split())
+        groups.setdefault(_NUMBER.sub(r"\1\2", plain), []).append(name)
     return [group for group in groups.values() if len(group) > 1]
 
 
@@ -228,7 +240,7 @@ class LabelledData(TokenizedData):
         if alike:
             groups = "; ".join(" and ".join(map(repr, group)) for group in alike)
             raise ConfigError(
-                f"Some labels in {hparams['data']!r} differ in case, blanks or the bytes of an "
-                f"accent only, and would be classes of their own: {groups}. Write them alike in "
-                "the rows, or name all labels with labels= if they are meant."
+                f"Some labels in {hparams['data']!r} differ in case, blanks, zeros or the bytes "
+                f"of an accent only, and would be classes of their own: {groups}. Write them alike "
+                "in the rows, or name all labels with labels= if they are meant."
             )

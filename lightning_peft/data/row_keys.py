@@ -9,7 +9,7 @@ from typing import Any
 from lightning_peft.data.json_text import texts_in
 from lightning_peft.data.samples import shortened
 from lightning_peft.data.template_context import is_empty, json_value
-from lightning_peft.data.turns import FLAGS, REASONING_KEYS, WEIGHT_HINT, parse_flag
+from lightning_peft.data.turns import FLAGS, REASONING_KEYS, ROLES, WEIGHT_HINT, parse_flag
 from lightning_peft.data.validation import add_to_runs, format_runs
 from lightning_peft.errors import ConfigError, similar_names
 
@@ -25,7 +25,10 @@ _MEDIA = frozenset(
 # What changes an answer if it is left out, by shapes with turns.
 _LEARNT = ("system", "tools", "functions", "documents", "chat_template_kwargs", "history")
 # What a question is about, in columns of their own.
-_OF_PROMPTS = ("context", "contexts", "passage", "passages", "input", "inputs", "instruction")
+_OF_PROMPTS = (
+    *("context", "contexts", "passage", "passages", "input", "inputs", "instruction"),
+    *("choices", "options"),
+)
 # Common columns of data: `function` next to a prompt is code, and not a misspelled list of tools.
 _ORDINARY = ("function", "tool", "document")
 
@@ -51,7 +54,9 @@ def check_column(
         why = "to leave a row out, take it out of the file" if on is False else WEIGHT_HINT
         return [("weight", f"has {name}={shortened(value)} for the whole row: {why}")]
     if not with_turns:
-        return []
+        part = trains_text and key == "role" and str(value).lower() in (*ROLES, "prompter")
+        text = f"has {name}={value!r}: a row is one turn, and was to be a whole conversation"
+        return [("key", text)] if part else []
     if key == "label" and parse_flag(value) is False and str(value).strip().lower() != "0":
         return [("key", f"has {name}={value!r}: a bad answer would be learnt as a good one")]
     if key in _MEDIA:

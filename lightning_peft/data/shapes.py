@@ -297,6 +297,11 @@ def _likely_columns(rows: Sequence[Mapping[str, Any]], counts: Mapping[str, int]
         return (
             " Each row here is one turn: a row is a whole conversation, as {'messages': [turns]}."
         )
+    if {"instruction", "response"} <= counts.keys():
+        alpaca = {"instruction": "instruction", "input": "context", "output": "response"}
+        return (
+            f" Of these you may need columns={ {o: n for o, n in alpaca.items() if n in counts} }."
+        )
     lower = {name.strip().lower(): name for name in counts if name not in KNOWN_COLUMNS}
     likely = {
         ours: lower[name] for ours, names in FIELDS.items() for name in names if name in lower

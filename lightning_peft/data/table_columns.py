@@ -44,7 +44,9 @@ class TableScan:
     def add(self, record: Sequence[Any], line: int) -> None:
         """Takes the next record; the first one has the names."""
         if not self.header:
-            self.header = [str(name).strip() if name is not None else "" for name in record]
+            self.header = [
+                str(name).strip("\ufeff \t\r\n") if name is not None else "" for name in record
+            ]
             return
         filled = [place for place, value in enumerate(record) if value not in ("", None)]
         if not filled:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from lightning_peft.data.cells import literal_value
 from lightning_peft.data.samples import Message, RowProblems, row_problem, shortened
 from lightning_peft.data.template_context import is_empty, json_value, read_calls
 
@@ -22,18 +23,19 @@ _INLINE = re.compile(
     r"|\[THINK\](?P<mistral>.*?)\[/THINK\]|(?P<rest>.*?)</think>)\s*",
     re.DOTALL,
 )
-
+_OPENING = re.compile(rf"\s*(?:<(?:{_NAMES})>|\[THINK\])")
 
 ROLES = {
     **{role: role for role in ("system", "user", "assistant", "tool")},
-    **{"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"},
-    **dict.fromkeys(("observation", "function", "tool_response"), "tool"),
+    **{"human": "user", "developer": "system"},
+    **dict.fromkeys(("gpt", "model", "ai", "bot", "chatgpt"), "assistant"),
+    **dict.fromkeys(("observation", "function", "tool_response", "ipython"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "assistant"),
 }
 # Turns whose content is the call itself, as JSON.
 _CALLING = ("function_call", "tool_call")
 # Whether a turn is trained, as OpenAI, axolotl and ms-swift write it.
-FLAGS = ("weight", "train", "training", "trainable", "loss")
+FLAGS = ("weight", "train", "training", "trainable", "loss", "loss_mask")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 WEIGHT_HINT = "it is trained (1) or not (0), as the loss is one mean over tokens of equal weight"
 
@@ -41,6 +43,12 @@ WEIGHT_HINT = "it is trained (1) or not (0), as the loss is one mean over tokens
 def inline_reasoning(message: Message) -> re.Match[str] | None:
     """Returns the thoughts that the content of an answer begins with, marks and all."""
     return _INLINE.match(message["content"]) if message["role"] == "assistant" else None
+
+
+def unclosed_reasoning(message: Message) -> bool:
+    """Returns whether an answer begins thoughts that do not end, as one that was cut off does."""
+    begins = message["role"] == "assistant" and _OPENING.match(message["content"])
+    return bool(begins) and inline_reasoning(message) is None
 
 
 def reasoning_texts(message: Message) -> list[str]:
@@ -93,6 +101,10 @@ def read_turn(turn: Any, place: str) -> tuple[Message, list[str]]:
         raise row_problem("missing", f"{place} is {shortened(turn)}, not an object")
     keys = {key: value for key, value in turn.items() if not is_empty(value)}
     role = _pop_alias(keys, ("role", "from"), place)
+    if role is None:
+        names = ", ".join(turn)
+        raise row_problem("roles", f"{place} has no role (or from); its keys are {names or 'none'}")
+    role = role.strip().lower() if isinstance(role, str) else role
     if not isinstance(role, str) or role not in ROLES:
         known = ", ".join(ROLES)
         raise row_problem("roles", f"{place} has the role {shortened(role)}; roles are {known}")
@@ -109,6 +121,8 @@ def read_turn(turn: Any, place: str) -> tuple[Message, list[str]]:
         thoughts += [keys.pop(key) for key in REASONING_KEYS if key in keys]
     if content is None and calls:
         content = ""
+    if ROLES[role] != "tool" and _are_printed_parts(content):
+        raise row_problem("missing", f"{place} has the parts of its content as text: write a list")
     name = f"{place} ({role})"
     if thoughts and ROLES[role] != "assistant":
         problems.append(("thoughts", f"{name} has thoughts as a part of its content"))
@@ -183,6 +197,17 @@ def _join_parts(parts: list[Any], place: str) -> tuple[str, list[Any], list[str]
         shown = shortened(not_text)
         raise row_problem("missing", f"{place} holds parts that are not text: {shown}")
     return text, [thoughts] if thoughts else [], list(dict.fromkeys(unused))
+
+
+def _are_printed_parts(content: Any) -> bool:
+    """Returns whether a text is a list of parts, as a column of texts holds it."""
+    if not isinstance(content, str) or not content.startswith(("[{", "[ {")):
+        return False
+    value, problem = literal_value(content)
+    return problem is None and all(
+        isinstance(part, dict) and part.get("type") in (*_TEXT_PARTS, *REASONING_PART_TYPES)
+        for part in value
+    )
 
 
 def _single_reasoning(found: list[Any], name: str, problems: list[tuple[str, str]]) -> str:

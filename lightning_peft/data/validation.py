@@ -31,8 +31,8 @@ KINDS: dict[str, tuple[str, str]] = {
     ),
     "thoughts": (
         "rows whose thoughts cannot be trained",
-        "give a template that writes them with chat_template=, or leave them out with "
-        'reasoning="strip"',
+        "give a template that writes them with chat_template=, leave them out with "
+        'reasoning="strip", or complete an answer that was cut off within them',
     ),
     "key": (
         "rows with keys that change what is learnt, and that nothing reads",

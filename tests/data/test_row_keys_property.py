@@ -162,6 +162,8 @@ def check(encoder: Encoder, row: dict[str, Any]) -> None:
         on = path[-1] in ON and parse_flag(value) is True
         # A turn that is not an answer is never trained.
         off = path[-1] in FLAGS and len(path) == 3 and row[path[0]][path[1]]["role"] == "user"
+        # Nor is an answer before the last one where the loss is that of completions.
+        off |= path[:2] == ("messages", 1) and encoder._texts.loss_on == "completion"
         variable = path[-1] == "style" or path[-1] == "chat_template_kwargs"
         if is_empty(value) or on or off or (variable and not value) or found.names(path):
             continue

@@ -201,7 +201,13 @@ def test_unrecognised_shapes_are_refused(rows, columns, shape, message):
         ([], "missing", "has an empty messages"),
         ("text", "missing", "has no list in messages"),
         ([{"role": "robot", "content": "a"}, ANSWER], "roles", "turn 1 of messages has the role"),
-        ([{"content": "a"}, ANSWER], "roles", "has the role None"),
+        ([{"content": "a"}, ANSWER], "roles", "turn 1 of messages has no role (or from); its keys"),
+        (
+            [USER, {**ANSWER, "content": "<think>a"}],
+            "thoughts",
+            "turn 2 that do not end",
+        ),
+        ([{**USER, "content": "[{'type': 'text', 'text': 'a'}]"}, ANSWER], "missing", "as text"),
         (["a", ANSWER], "missing", "is 'a', not an object"),
         ([USER, {"role": "assistant", "content": " "}], "missing", "turn 2 of messages (assistant"),
         ([USER, {"role": "assistant"}], "missing", "has no text as content"),
@@ -243,3 +249,26 @@ def test_digests_are_of_what_is_said():
     first, second = one.parse({"prompt": "a", "response": "b"}), two.parse({"messages": TALK})
     assert first.digest() == second.digest() != Sample(text="ab").digest()
     assert Sample(text="\ud800").digest() != Sample(text="?").digest()
+
+
+def test_roles_and_flags_of_other_programs():
+    turns = [
+        {"role": "User", "content": "a?", "loss_mask": 0},
+        {"role": "chatgpt", "content": "b.", "loss_mask": 1},
+        {"role": "user", "content": "c?"},
+        {"role": "ai", "content": "d.", "loss_mask": 0},
+    ]
+    found = detect_layout([{"messages": TALK}], None, "auto").parse({"messages": turns})
+    assert [turn["role"] for turn in found.messages] == ["user", "assistant"] * 2
+    assert [turn.get("train", True) for turn in found.messages][1::2] == [True, False]
+
+
+def test_columns_of_other_programs_are_named():
+    turn = {"text": "a?", "role": "prompter", "message_id": "1"}
+    (problem,) = detect_layout([turn], None, "auto").parse(turn)
+    assert "a row is one turn, and was to be a whole conversation" in problem[1]
+    choices = {"prompt": "a?", "completion": "b", "choices": ["b", "c"]}
+    (problem,) = detect_layout([choices], None, "auto").parse(choices)
+    assert "choices" in problem[1]
+    with pytest.raises(ConfigError, match="'instruction': 'instruction', 'input': 'context'"):
+        detect_layout([{"instruction": "a", "context": "b", "response": "c"}], None, "auto")

@@ -82,7 +82,13 @@ def test_names_that_cannot_be_are_refused(labels, message, classified, write):
     [
         (["a", "a"], "is 'a': a model that always says the same"),
         (["Not good", "not_good", "good"], "'Not good' and 'not_good'"),
-        (["caf\u00e9", "cafe\u0301", "bar"], "differ in case, blanks or the bytes of an accent"),
+        (["1", "01", "2"], "zeros .*: '01' and '1'"),
+        (["1", "1.0", "2"], "zeros .*: '1' and '1.0'"),
+        (["a", "b", "-100"], "has the label -100, by which programs mark what is not trained"),
+        (
+            ["caf\u00e9", "cafe\u0301", "bar"],
+            "case, blanks, zeros or the bytes of an accent",
+        ),
     ],
 )
 def test_labels_that_leave_nothing_to_learn_are_refused(labels, message, classified, write):
