@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 
 from lightning_peft.engine.backends import bnb_config
 from lightning_peft.engine.backends.aqlm import AQLM
@@ -65,7 +66,7 @@ def backend_of(stored: Any) -> Backend | None:
 
 def claiming_backend(layer: nn.Module) -> Backend | None:
     """The backend for a layer that a library quantized, and that is not one of this package's."""
-    if isinstance(layer, QuantizedLayer):
+    if isinstance(layer, (QuantizedLayer, ScriptModule)):
         return None
     return next((backend for backend in _BACKENDS if backend.claims(layer)), None)
 
