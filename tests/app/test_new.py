@@ -387,7 +387,7 @@ def test_a_first_run_with_a_model_and_data_of_ones_own_is_short(visit, site, sto
     strip = page.locator("#start-strip")
     memory = strip.get_by_text(re.compile(r"^[\d.]+ [GM]B of [\d.]+ GB$")).first
     memory.wait_for(timeout=90_000)
-    assert strip.get_by_text("unknown", exact=True).count() == 1
+    strip.get_by_text("calculated").first.wait_for()
     start = page.get_by_role("button", name="Start training")
     assert start.is_enabled()
     screenshot(page, "new-start")
