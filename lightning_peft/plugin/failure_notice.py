@@ -16,6 +16,8 @@ from threading import Event, Thread
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from torch import distributed
+
 from lightning_peft.compat.torch_distributed import group_store
 from lightning_peft.errors import LifecycleError
 from lightning_peft.plugin.launch import ended_process
@@ -81,10 +83,15 @@ class FailureNotice:
         self._failure: str | None = None
         self._stopped = Event()
 
+    def __reduce__(self) -> tuple[type[FailureNotice], tuple[()]]:
+        # A copy belongs to another run.
+        return type(self), ()
+
     def start(self, rank: int, world: int) -> None:
         """Called when the process group is there, by all processes alike."""
         self.stop()
-        if world == 1:
+        # Processes that a launcher of Lightning has yet to start have no group.
+        if world == 1 or not (distributed.is_available() and distributed.is_initialized()):
             return
         self._rank, self._world = rank, world
         self._store = group_store(f"lightning_peft/{next(_RUNS)}")

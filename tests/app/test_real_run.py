@@ -159,6 +159,7 @@ def test_the_page_shows_what_a_run_has_learnt(site, visit, trained):
     screenshot(page, "run-finished")
     page.get_by_role("tab", name="Recipe").click()
     page.locator("#recipe-text").get_by_text("lightning_peft.QLoRAStrategy").wait_for()
+    page.locator("#recipe-facts summary").last.click()
     page.locator("#recipe-facts").get_by_text(re.compile("fingerprint")).wait_for()
     run = trained
     result = json.loads(run.folder.result.read_text())
