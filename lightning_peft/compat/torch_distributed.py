@@ -28,11 +28,13 @@ def exchanges_of(group: Any) -> int:
 
 
 def group_store(prefix: str) -> Any:
-    """Returns the store of the default process group, for keys below ``prefix``.
+    """Returns the store of the default process group, if there is one, for keys below ``prefix``.
 
     Public alternative: none; a ``TCPStore`` of its own needs another port.
     """
     c10d = import_module("torch.distributed.distributed_c10d")
+    if not c10d.is_initialized():
+        return None
     return c10d.PrefixStore(prefix, c10d._get_default_store())
 
 

@@ -16,8 +16,6 @@ from threading import Event, Thread
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from torch import distributed
-
 from lightning_peft.compat.torch_distributed import group_store
 from lightning_peft.errors import LifecycleError
 from lightning_peft.plugin.launch import ended_process
@@ -90,11 +88,11 @@ class FailureNotice:
     def start(self, rank: int, world: int) -> None:
         """Called when the process group is there, by all processes alike."""
         self.stop()
+        store = None if world == 1 else group_store(f"lightning_peft/{next(_RUNS)}")
         # Processes that a launcher of Lightning has yet to start have no group.
-        if world == 1 or not (distributed.is_available() and distributed.is_initialized()):
+        if store is None:
             return
-        self._rank, self._world = rank, world
-        self._store = group_store(f"lightning_peft/{next(_RUNS)}")
+        self._rank, self._world, self._store = rank, world, store
         self._batches, self._meetings, self._failure = 0, {}, None
         self._exchanges, self._inside, self.waits_alone = {}, None, None
         self._stopped = Event()

@@ -120,7 +120,7 @@ def test_a_second_adapter_is_not_in_the_file_of_one(tmp_path):
 
 
 def test_a_config_of_no_backend_is_refused():
-    with pytest.raises(ConfigError, match="quant_method='hqq'"):
-        strategy("qlora", quantization_config={"quant_method": "hqq"})
+    with pytest.raises(ConfigError, match="quant_method='higgs'"):
+        strategy("qlora", quantization_config={"quant_method": "higgs"})
     with pytest.raises(ConfigError, match="Both `quantization_config` and"):
         strategy("qlora", quantization_config=ToyConfig(), load_in_8bit=True)
